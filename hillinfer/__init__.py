@@ -1,0 +1,48 @@
+"""Long-context inference whose KV cache does not fit in memory."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hillinfer.cache import TieredCache, disable, enable
+    from hillinfer.config import Settings, UsageError
+    from hillinfer.evaluator.policies import POLICIES
+    from hillinfer.evaluator.policy import Policy, Step
+    from hillinfer.systems import make_cache, systems
+    from hillinfer.tiers.drive import DriveError
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "TieredCache": "cache",
+    "disable": "cache",
+    "enable": "cache",
+    "Settings": "config",
+    "UsageError": "config",
+    "POLICIES": "evaluator.policies",
+    "Policy": "evaluator.policy",
+    "Step": "evaluator.policy",
+    "make_cache": "systems",
+    "systems": "systems",
+    "DriveError": "tiers.drive",
+}
+__all__ = [
+    "POLICIES",
+    "DriveError",
+    "Policy",
+    "Settings",
+    "Step",
+    "TieredCache",
+    "UsageError",
+    "disable",
+    "enable",
+    "make_cache",
+    "systems",
+]
+
+
+def __getattr__(name: str):
+    """Public names load on first use: `hillinfer --help` and a wrong option need no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'hillinfer' has no attribute '{name}'")
+    return getattr(import_module(f"hillinfer.{_HOME[name]}"), name)

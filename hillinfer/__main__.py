@@ -1,0 +1,5 @@
+"""`python -m hillinfer`."""
+
+from hillinfer.cli import main
+
+main()

@@ -1,0 +1,14 @@
+"""Where the embedded model and its tasks are: beside the package in a clone, inside it in a wheel."""
+
+from pathlib import Path
+
+from hillinfer.config import UsageError
+
+
+def data_folder(name: str) -> Path:
+    """The folder `model` or `tasks`."""
+    package = Path(__file__).resolve().parent
+    for base in (package / "_data", package.parent / "data"):
+        if (base / name).is_dir():
+            return base / name
+    raise UsageError(f"the embedded {name} is not installed; work from a clone, or install the released wheel")

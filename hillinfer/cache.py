@@ -1,0 +1,205 @@
+"""The seam with transformers: TieredCache and the attention function. The only file that knows its internals.
+
+A decode step of one token gets the layer object itself in place of keys and values, and the registered attention
+function asks it to attend. Any other attention implementation then fails at once instead of reading wrong tensors. A
+step of several tokens (prefill, a new turn) gets tensors and is exact.
+"""
+
+import shutil
+import weakref
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hillinfer.config import Settings, UsageError
+from hillinfer.evaluator.policies import TopK
+from hillinfer.evaluator.policy import Policy
+from hillinfer.layer import Layer, Run
+from hillinfer.pipeline.timeline import Counters, Timeline
+from hillinfer.tiers.geometry import Geometry
+
+ATTENTION = "hillinfer"
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """The registered attention function: the layer's own for one query token, SDPA for tensors."""
+    if not isinstance(key, Layer):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    odd = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if odd:
+        raise UsageError(
+            f"{type(module).__name__} uses {', '.join(odd)}, which tiered attention does not have; use the full cache"
+        )
+    return key.attend(query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it left padding is ignored without a word
+
+
+def enable(model: PreTrainedModel) -> str:
+    """Switch a model to tiered attention; returns the name of what it used before, for `disable`."""
+    check_supported(model.config)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        raise UsageError(
+            f"{type(model).__name__} cannot change its attention function; "
+            "use a family that can (Llama, Qwen, Mistral, OPT)"
+        )
+    return before
+
+
+def disable(model: PreTrainedModel, before: str = "sdpa") -> None:
+    """Switch a model back."""
+    model.set_attn_implementation(before)
+
+
+def check_supported(config: PretrainedConfig) -> list[int]:
+    """Indices of the layers that can be tiered; UsageError for a family that the seam does not fit."""
+    if config.is_encoder_decoder or getattr(config, "is_decoder", True) is False:
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
+        raise UsageError(f"{config.model_type} is {kind} model; tiered KV needs a decoder-only one, such as Llama")
+    tiered = [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+    if not tiered:
+        raise UsageError(
+            f"every layer of this {config.model_type} model attends to a sliding window only, so its KV stays small "
+            "and there is nothing to tier; use its own cache, or a model with full attention"
+        )
+    return tiered
+
+
+def plan(config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch.dtype) -> int:
+    """KV bytes of `tokens` tokens of one sequence, after proof from the config alone that they can be placed.
+
+    Raises UsageError for an unsupported family, a budget that is too small or a drive that is too full.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    run = Run(settings, len(check_supported(config)))
+    run.geometry = Geometry(1, heads, dim, dtype, torch.device("cpu"))
+    run.check(tokens)
+    need = run.layers * tokens * run.geometry.record_bytes
+    if settings.drive is not None and (free := shutil.disk_usage(settings.drive).free) < need:
+        raise UsageError(
+            f"{need:,} bytes of KV do not fit in {settings.drive}, which has {free:,} free; name another folder"
+        )
+    return need
+
+
+class TieredLayer(CacheLayerMixin):
+    """A `Layer` in the form that transformers expects."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.layer = layer
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.is_initialized = True
+        first = self.layer.n == 0
+        self.layer.append(key_states, value_states)
+        if key_states.shape[2] == 1:
+            return self.layer, self.layer
+        return (key_states, value_states) if first else self.layer.everything()
+
+    def get_seq_length(self, *args) -> int:
+        return self.layer.n
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        # Releases before 5.6 pass the positions of the queries and not their number.
+        new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        return self.layer.n + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove that many newest tokens where it is negative; keep that many where positive (the older form)."""
+        self.layer.crop(self.layer.n + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
+
+    def reset(self) -> None:
+        self.layer.reset()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.layer.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.layer.n:
+            self.layer.reorder(torch.arange(self.layer.run.geometry.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.layer.reorder(indices)
+
+
+class TieredCache(Cache):
+    """A cache for `model.generate(..., past_key_values=cache)` over device, host memory and a drive.
+
+    Layers with a sliding window or other state keep transformers' own cache. Call `enable(model)` first; `close()`
+    (or leaving a `with` block, or garbage collection) gives the drive's space back.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        policy: type[Policy] = TopK,
+        settings: Settings | None = None,
+        sliding_ok: bool = False,
+    ):
+        layers = DynamicCache(config=config).layers
+        tiered = [] if sliding_ok and all(layer.is_sliding for layer in layers) else check_supported(config)
+        self.run = Run(settings or Settings(), len(tiered))
+        for order, index in enumerate(tiered):
+            layers[index] = TieredLayer(Layer(order, policy(), self.run))
+        super().__init__(layers=layers)
+        self._finalizer = weakref.finalize(self, Run.close, self.run)
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.run.timeline
+
+    @property
+    def counters(self) -> Counters:
+        return self.run.counters
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held now: `device` and `host` KV records, key `codes`, the `hits` table, and `drive` (reserved in the
+        file).
+        """
+        total = dict.fromkeys(("device", "host", "codes"), 0)
+        for layer in self.layers:
+            for kind, nbytes in layer.layer.memory().items() if isinstance(layer, TieredLayer) else ():
+                total[kind] += nbytes
+        run = self.run
+        return total | {"hits": run.hits.nbytes if run.hits else 0, "drive": run.drive.size if run.drive else 0}
+
+    def reset(self) -> None:
+        super().reset()
+        self.close()
+
+    def close(self) -> None:
+        """Give back memory and the drive's space; the cache is then empty and may be used again."""
+        for layer in self.layers:
+            if isinstance(layer, TieredLayer):
+                layer.reset()
+        self.run.close()
+
+    def __enter__(self) -> "TieredCache":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()

@@ -1,0 +1,189 @@
+"""The command line: hillinfer demo | run."""
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+# Waiting threads that spin slow a busy small machine down tenfold and more; this must be set before torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hillinfer.config import Settings, UsageError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+out, err = Console(), Console(stderr=True)
+
+Alpha = Annotated[float, typer.Option(help="Share of the tokens that a step attends to, in (0, 1].")]
+Budget = Annotated[
+    str | None, typer.Option(help="Host memory for KV records, such as 64MiB; by default 2*alpha of them.")
+]
+Out = Annotated[Path, typer.Option(help="Folder for results.")]
+
+
+@contextmanager
+def clear_errors():
+    """Usage errors end with code 2 and one line, drive errors with 1, Ctrl-C with 130."""
+    try:
+        yield
+    except UsageError as error:
+        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err.print("stopped; the drive's space is free again")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def demo(
+    alpha: Alpha = 0.2,
+    host_budget: Budget = None,
+    drive: Annotated[Path | None, typer.Option(help="Folder on the drive; by default one under --out.")] = None,
+    systems: Annotated[str, typer.Option(help="Systems to compare, separated by commas.")] = "full,streaming,hillinfer",
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("out/demo"),
+):
+    """Answer the same long-context questions with several systems, and show what each took."""
+    with clear_errors():
+        if drive is None:
+            drive = out_dir / "drive"
+            drive.mkdir(parents=True, exist_ok=True)
+        settings = dict(alpha=alpha, host_budget=host_budget, drive=drive)
+        names = [name.strip() for name in systems.split(",")]
+        Settings(**settings)  # refuse bad input before torch loads
+        from hillinfer import demo as job
+        from hillinfer.systems import find_system
+
+        for name in names:
+            find_system(name, job.settings_of(name, settings))
+        model, tokenizer = job.load_embedded()
+        records = job.demo_records()
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=err, transient=True) as progress:
+            bars = {name: progress.add_task(name, total=len(records)) for name in names}
+            results = job.compare(
+                model,
+                tokenizer,
+                records,
+                names,
+                settings,
+                lambda name, done: progress.update(bars[name], completed=done),
+            )
+        show(results, records, alpha, out_dir)
+
+
+def show(results, records: list[dict], alpha: float, folder: Path) -> None:
+    """The table on the terminal, and the same with figures as HTML, and the trace."""
+    from hillinfer import demo as job
+    from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure
+    from hillinfer.workbench.report import write_report
+
+    floor, last = job.floor(records), results[-1]
+    header = [
+        "system",
+        "answers right",
+        "tokens attended",
+        "hits device/host/drive",
+        "drive KiB/token",
+        "ms/token",
+        "KV KiB in memory",
+    ]
+    rows = [
+        [
+            result.system,
+            f"{sum(result.right)}/{len(records)} {result.accuracy:.0%}",
+            f"{result.mean('attended'):,.0f} of {result.mean('cached'):,.0f}",
+            " / ".join(f"{result.rate(tier):.0%}" for tier in ("device", "host", "drive")),
+            f"{result.mean('drive_bytes_per_token') / 1024:,.0f}",
+            f"{result.median('ms_per_token'):.1f}",
+            f"{result.memory() / 1024:,.0f}",
+        ]
+        for result in results
+    ]
+    table = Table(title=f"{len(records)} questions, documents of 1K to 4K tokens, alpha {alpha}")
+    for name in header:
+        table.add_column(name, justify="left" if name == "system" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    facts = [
+        f"A solver without a model that knows one half of the asked key gets {floor:.0%}.",
+        f"Measured on {job.machine()}; times are medians over the questions.",
+        "Tokens attended: mean for each step and layer. KV in memory: records, codes, hit table; largest question.",
+    ]
+    for fact in facts:
+        out.print(fact, soft_wrap=True)
+    trace = last.cache.timeline.save(folder / "timeline.json")
+    names = [result.system for result in results]
+    figures = [
+        systems_figure(names, [result.accuracy for result in results], floor, "Answers right"),
+        *(
+            timeline_figure(result.cache.timeline, f"{result.system}: the last question's last steps")
+            for result in results
+        ),
+        hits_figure(last.cache.counters, f"{last.system}: who served the attended tokens, last question"),
+    ]
+    page = write_report(folder / "report.html", "hillinfer demo", facts, header, rows, figures)
+    out.print(
+        f"timeline ({last.system}, last question; open in ui.perfetto.dev): {trace}\nreport: {page}", soft_wrap=True
+    )
+
+
+@app.command()
+def run(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of a decoder-only model; 'embedded' for the one that ships.")
+    ],
+    prompt_file: Annotated[Path, typer.Option(help="Text to continue.")],
+    system: Annotated[str, typer.Option(help="full, streaming, topk, hillinfer, ...")] = "hillinfer",
+    alpha: Alpha = 0.2,
+    host_budget: Budget = None,
+    drive: Annotated[Path | None, typer.Option(help="Folder on the drive for the cold KV.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    num_beams: Annotated[int, typer.Option(min=1, help="More than one needs all KV in memory.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    trace: Annotated[Path | None, typer.Option(help="Write the timeline here, for ui.perfetto.dev.")] = None,
+):
+    """Continue a long text with a model whose KV is spread over the tiers."""
+    with clear_errors():
+        settings = Settings(alpha=alpha, host_budget=host_budget, drive=drive)
+        if num_beams > 1 and drive is not None:
+            raise UsageError(
+                "beam search would copy whole caches on the drive: use --num-beams 1, or leave out --drive"
+            )
+        text = read_prompt(prompt_file)
+        from hillinfer import continuation
+
+        result = continuation.run(model, text, system, settings, max_new_tokens, num_beams, dtype)
+        out.print(result.text, markup=False, highlight=False, soft_wrap=True)
+        for line in result.facts:
+            err.print(line, soft_wrap=True)
+        if trace is not None:
+            err.print(f"timeline (open in ui.perfetto.dev): {result.timeline.save(trace)}", soft_wrap=True)
+
+
+def read_prompt(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} ({error}); give a UTF-8 text file with --prompt-file") from None
+    if not text.strip():
+        raise UsageError(f"{path} is empty; put the text to continue in it")
+    return text
+
+
+def main() -> None:
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

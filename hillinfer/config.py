@@ -1,0 +1,77 @@
+"""What a user sets, checked before any work starts."""
+
+import math
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class UsageError(ValueError):
+    """A setting, model or path that cannot work. The message is one line and names the fix."""
+
+
+def parse_bytes(text: str | int | None) -> int | None:
+    """`"64MiB"`, `"1.5 GB"`, `4096` or None (no limit) to a number of bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if not match or match[2].lower() not in _UNITS:
+        raise UsageError(f"'{text}' is no amount of memory; write a number with a unit, such as 64MiB or 2GB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one cache is run.
+
+    alpha        share of the cached tokens that a decode step attends to, in (0, 1] (HillInfer section 1.4 calls it the
+                 importance rate; 0.1 to 0.2 is usual)
+    host_budget  bytes of host memory for KV records, all layers together; None takes what the system asks for.
+                 Key codes are not part of it: `TieredCache.memory()` reports both
+    drive        folder for the private KV file; None keeps all KV in memory
+    sinks        first tokens that stay on the model's device
+    recent       last tokens that stay on the model's device
+    io_threads   threads that read the drive at once
+    """
+
+    alpha: float = 0.2
+    host_budget: int | str | None = None
+    drive: str | Path | None = None
+    sinks: int = 4
+    recent: int = 16
+    io_threads: int = 16
+
+    def __post_init__(self):
+        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= 1:
+            raise UsageError(f"alpha is {self.alpha}, but it is a share of the tokens: choose one above 0 and up to 1")
+        for name, least in (("sinks", 0), ("recent", 1), ("io_threads", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number of at least {least}")
+        object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
+        if self.drive is not None:
+            object.__setattr__(self, "drive", check_folder(self.drive))
+
+    def budget(self, n: int) -> int:
+        """Tokens that a step over n cached tokens attends to: alpha*n, never less than the device window holds."""
+        return min(n, max(math.ceil(self.alpha * n - 1e-9), self.sinks + self.recent))
+
+
+def check_folder(path: str | Path) -> Path:
+    """The folder as an absolute path, after proof that a file can be made in it."""
+    folder = Path(path).expanduser().resolve()
+    if not folder.exists():
+        raise UsageError(f"drive folder {folder} does not exist; make it first (mkdir -p) or name another")
+    if not folder.is_dir():
+        raise UsageError(
+            f"drive path {folder} is not a folder; name a folder on the drive that should hold the KV cache"
+        )
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(
+            f"no file can be made in {folder} ({error.strerror}); free or unlock it, or name another folder"
+        ) from None
+    return folder

@@ -1,0 +1,86 @@
+"""Continue a text with any supported model: `hillinfer run`."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hillinfer.assets import data_folder
+from hillinfer.cache import check_supported, enable, plan
+from hillinfer.config import Settings, UsageError
+from hillinfer.longbench.runner import feed, measured
+from hillinfer.pipeline.timeline import Timeline
+from hillinfer.systems import find_system, make_cache
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    text: str
+    facts: list[str]
+    timeline: Timeline
+
+
+def run(
+    name: str, text: str, system: str, settings: Settings, max_new_tokens: int, num_beams: int, dtype: str
+) -> Continuation:
+    """Greedy continuation. Everything that can be refused is refused before the weights are loaded."""
+    find_system(system, settings)
+    path = data_folder("model") if name == "embedded" else name
+    config = _load(AutoConfig, path, name)
+    check_supported(config)
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"no dtype '{dtype}'; choose auto, {', '.join(DTYPES)}")
+    width = DTYPES.get(dtype) or config.dtype or torch.float32
+    ids = _load(AutoTokenizer, path, name)(text, return_tensors="pt").input_ids
+    total, window = ids.shape[1] + max_new_tokens, getattr(config, "max_position_embeddings", None)
+    if window and total > window:
+        raise UsageError(
+            f"the prompt's {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's window of {window}: "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+    need = plan(config, settings, total, width)
+    model = _load(AutoModelForCausalLM, path, name, dtype=width).eval()
+    if torch.cuda.is_available():
+        model = model.cuda()
+    enable(model)
+    tokenizer = _load(AutoTokenizer, path, name)
+    with make_cache(config, system, **vars(settings)) as cache:
+        start = time.perf_counter()
+        if ids.shape[1] > 1 and num_beams == 1:  # the last prompt token is a decode step like those after it
+            feed(model, cache, ids[0, :-1].tolist())
+        prefilled = time.perf_counter()
+        cache.timeline.clear()
+        cache.counters.clear()
+        ids = ids.to(model.device)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=False,
+        )
+        figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
+    rates = ", ".join(f"{tier} {share:.0%}" for tier, share in figures["rates"].items())
+    held = sum(size for kind, size in figures["memory"].items() if kind != "drive")
+    facts = [
+        f"{system}: {ids.shape[1]} prompt tokens, {need:,} bytes of KV, {held:,} in memory at the end",
+        f"measured: prefill {figures['prefill_ms']:.0f} ms, then {figures['ms_per_token']:.1f} ms/token "
+        f"over {figures['steps']} steps",
+        f"attended {figures['attended']:.0f} of {figures['cached']:.0f} tokens; served by {rates}; "
+        f"{figures['drive_bytes_per_token']:,.0f} bytes/token from the drive",
+    ]
+    return Continuation(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), facts, cache.timeline)
+
+
+def _load(loader, path, name: str, **options):
+    try:
+        return loader.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"cannot load model '{name}' ({reason}); give a folder with config.json, or a hub id in reach"
+        ) from None

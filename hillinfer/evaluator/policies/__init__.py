@@ -1,0 +1,12 @@
+"""The policies by name. A new one is a file here and a line below; every table, test and notebook then has it."""
+
+from hillinfer.evaluator.policies.full import Full
+from hillinfer.evaluator.policies.streaming import Streaming
+from hillinfer.evaluator.policies.topk import TopK
+from hillinfer.evaluator.policy import Policy
+
+POLICIES: dict[str, type[Policy]] = {
+    "full": Full,
+    "streaming": Streaming,
+    "topk": TopK,
+}

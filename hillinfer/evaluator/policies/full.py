@@ -1,0 +1,10 @@
+"""Every token, every step: the reference that the others are judged by."""
+
+from hillinfer.evaluator.policy import Policy, Step
+
+
+class Full(Policy):
+    needs_codes = False
+
+    def select(self, step: Step) -> None:
+        return None

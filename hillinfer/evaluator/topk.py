@@ -1,0 +1,30 @@
+"""The k best positions, with ties to the lowest position."""
+
+import numpy as np
+
+
+def topk(scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k highest integer scores of (n,), best first; ties go to the lowest position.
+
+    Score and position are packed into one sortable integer, which makes the order total and argpartition's choice
+    unique.
+    """
+    n = len(scores)
+    k = min(k, n)
+    if k == 0:
+        return np.zeros(0, np.int64)
+    rank = (scores.astype(np.int64) << 32) - np.arange(n)
+    best = np.argpartition(rank, n - k)[n - k :] if k < n else np.arange(n)
+    return best[np.argsort(-rank[best])]
+
+
+def merge_heads(scores: np.ndarray, k: int) -> np.ndarray:
+    """One selection for all KV heads of a layer: scores (Hkv, n) -> k positions, ascending.
+
+    Heads take turns: every head's best, then every head's second best, and so on, until k different positions are
+    in. Integer scores of different heads have different scales, so ranks are compared and not scores; a record holds
+    all heads, so what one head wants is there for the others too.
+    """
+    turns = np.stack([topk(head, k) for head in scores], 1).reshape(-1)  # rank-major
+    _, first = np.unique(turns, return_index=True)
+    return np.sort(turns[np.sort(first)[:k]])

@@ -1,0 +1,42 @@
+"""A tensor that grows along one dimension."""
+
+import torch
+
+
+class Growable:
+    """`view()` is the filled part; growth is by an eighth (at least 256), so that an append is amortised O(1) and waste
+    stays near 12 %. `DynamicCache` copies all it holds at every step instead."""
+
+    def __init__(self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device="cpu"):
+        self.dim, self.n = dim, 0
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
+            self.data = torch.empty(shape, dtype=dtype, device=device)
+
+    def view(self) -> torch.Tensor:
+        return self.data.narrow(self.dim, 0, self.n)
+
+    def reserve(self, size: int) -> None:
+        """Have exactly `size` places, if there are fewer."""
+        if size > self.data.shape[self.dim]:
+            shape = list(self.data.shape)
+            shape[self.dim] = size
+            with torch.inference_mode(False):
+                grown = torch.empty(shape, dtype=self.data.dtype, device=self.data.device)
+            grown.narrow(self.dim, 0, self.n).copy_(self.view())
+            self.data = grown
+
+    def append(self, new: torch.Tensor) -> None:
+        end = self.n + new.shape[self.dim]
+        if end > self.data.shape[self.dim]:
+            self.reserve(end + max(256, end // 8))
+        self.data.narrow(self.dim, self.n, new.shape[self.dim]).copy_(new)
+        self.n = end
+
+    def truncate(self, n: int) -> None:
+        self.n = min(self.n, n)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Take these rows of dimension 0, in this order."""
+        rows = rows.to(self.data.device)
+        with torch.inference_mode(False):
+            self.data = self.data.index_select(0, rows.clone())

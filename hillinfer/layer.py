@@ -1,0 +1,267 @@
+"""One decoder layer's cache: append, attend, crop, reset. Plain torch; knows no model."""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hillinfer.config import Settings, UsageError
+from hillinfer.evaluator.codes import KeyCodes
+from hillinfer.evaluator.policy import Policy, Step
+from hillinfer.pipeline.timeline import Counters, Hits, Timeline
+from hillinfer.tiers.drive import DirectDrive
+from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.hits import AGE_STEPS, HitTable
+from hillinfer.tiers.store import DriveStore, Found, HostStore
+from hillinfer.tiers.window import Window
+
+NEVER = np.iinfo(np.int32).min + 1  # the score of padding: below every real one
+
+
+@dataclass
+class Run:
+    """What the layers of one cache share."""
+
+    settings: Settings
+    layers: int
+    timeline: Timeline = field(default_factory=Timeline)
+    counters: Counters = field(default_factory=Counters)
+    step: int = -1
+    geometry: Geometry | None = None
+    drive: DirectDrive | None = None
+    hits: HitTable | None = None
+
+    def start(self, geometry: Geometry) -> None:
+        """Fix the shape at the first append, and open the drive if there is one."""
+        if self.geometry is None:
+            self.geometry = geometry
+            if self.settings.drive is not None:
+                self.hits = HitTable(geometry.batch)
+                self.drive = DirectDrive(
+                    self.settings.drive, geometry, self.layers * geometry.batch, self.settings.io_threads
+                )
+        elif self.geometry != geometry:
+            raise UsageError(
+                f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"
+            )
+
+    def pool_tokens(self, n: int) -> int:
+        """Hot pool size in tokens, for each layer and sequence, at n cached tokens.
+
+        HKM keeps alpha*N by recency and alpha*N by frequency, unless the user gave a budget.
+        """
+        if self.settings.host_budget is None:
+            return min(n, int(2 * self.settings.alpha * n) + 1)
+        return min(n, self.settings.host_budget // self._bytes_per_token())
+
+    def check(self, n: int) -> None:
+        """UsageError where n tokens cannot be held within the budget."""
+        budget, alpha = self.settings.host_budget, self.settings.alpha
+        if budget is None:
+            return
+        held = n if self.settings.drive is None else math.ceil(alpha * n)
+        need = held * self._bytes_per_token()
+        if need <= budget:
+            return
+        if self.settings.drive is None:
+            raise UsageError(
+                f"{n} tokens of KV take {need:,} bytes but the host budget is {budget:,}: "
+                "name a drive folder for the rest, or raise the budget"
+            )
+        raise UsageError(
+            f"the newest alpha*N = {held} of {n} tokens are pinned in host memory and take {need:,} bytes, "
+            f"but the host budget is {budget:,}: raise it to that, or lower alpha"
+        )
+
+    def _bytes_per_token(self) -> int:
+        return self.layers * self.geometry.batch * self.geometry.record_bytes
+
+    def close(self) -> None:
+        if self.drive is not None:
+            self.drive.close()
+        self.geometry = self.drive = self.hits = None
+
+
+class Layer:
+    """KV of one decoder layer over its tiers, and the attention of single query tokens over it."""
+
+    def __init__(self, index: int, policy: Policy, run: Run):
+        self.index, self.policy, self.run = index, policy, run
+        self.store = self.codes = None
+
+    @property
+    def n(self) -> int:
+        return self.store.n if self.store else 0
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take in keys and values (B, Hkv, n, D)."""
+        run = self.run
+        if self.store is None:
+            self._start(keys, values)
+        if self.index == 0:
+            run.step += 1
+            if run.hits and run.step % AGE_STEPS == AGE_STEPS - 1:
+                run.hits.age()
+        run.check(self.n + keys.shape[2])
+        keys, values = keys.detach(), values.detach()  # what is cached is never trained through
+        kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2)  # (B, n, 2, Hkv, D)
+        with run.timeline.span("cpu", "append", self.index, run.step, kv.nbytes):
+            work = self.store.append(kv)
+        self._record(work)
+        if self.codes is not None:
+            with run.timeline.span("cpu", "encode", self.index, run.step, keys.nbytes):
+                self.codes.append(keys)
+
+    def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, (B, Hkv, N, D): what a step of several query tokens attends to exactly."""
+        kv, found = self.store.all()
+        self._record(found.work)
+        self.store.settle()
+        return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """Attention of one query token (B, H, 1, D) over the tokens that the policy selects; returns (B, 1, H, D).
+
+        mask is None or broadcasts to (B, 1, 1, N); False (or a large negative number) hides padding.
+        """
+        n, (batch, heads, _, dim) = self.n, query.shape
+        valid = None
+        if mask is not None:
+            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            valid = visible[:, 0, 0, :n].expand(batch, n)
+        picks = [self._select(query[row, :, 0], row, None if valid is None else valid[row]) for row in range(batch)]
+        if all(pick is None for pick in picks):
+            kv, found = self.store.all()
+        else:
+            kv, valid, found = self._gather(picks, valid)
+        self._record(found.work)
+        lane = "cpu" if query.device.type == "cpu" else "gpu"
+        with self.run.timeline.span(lane, "attend", self.index, self.run.step, kv.nbytes):
+            out = F.scaled_dot_product_attention(
+                query.view(batch, kv.shape[3], -1, dim),  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
+                kv[:, :, 0].transpose(1, 2),
+                kv[:, :, 1].transpose(1, 2),
+                attn_mask=None if valid is None else valid[:, None, None].to(query.device),
+                scale=scaling,
+            )
+        self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
+        return out.reshape(batch, 1, heads, dim)
+
+    def crop(self, n: int) -> None:
+        """Forget all tokens from n on."""
+        if self.store is not None and n < self.n:
+            self.store.truncate(n)
+            if self.codes is not None:
+                self.codes.truncate(n)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Take these sequences of the batch, in this order."""
+        if isinstance(self.store, DriveStore):
+            raise UsageError(
+                "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
+            )
+        if self.store is not None:
+            self.store.reorder(rows)
+            if self.codes is not None:
+                self.codes.reorder(rows)
+
+    def reset(self) -> None:
+        self.store = self.codes = None
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held by kind: device and host KV records, key codes."""
+        held = {} if self.store is None else self.store.memory()
+        return held | ({} if self.codes is None else {"codes": self.codes.nbytes})
+
+    def _start(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        batch, kv_heads, _, dim = keys.shape
+        if values.shape != keys.shape:
+            raise UsageError(
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ: this attention is not supported"
+            )
+        run, settings = self.run, self.run.settings
+        geometry = Geometry(batch, kv_heads, dim, keys.dtype, keys.device)
+        run.start(geometry)
+        if run.drive is None:
+            self.store = HostStore(geometry, resident=settings.host_budget is None)
+        else:
+            window = Window(geometry, settings.sinks, settings.recent)
+            self.store = DriveStore(run.drive, self.index, run.hits, window, settings.alpha, run.pool_tokens)
+        if self.policy.needs_codes:
+            self.codes = KeyCodes(batch, kv_heads, dim)
+
+    def _select(self, query: torch.Tensor, row: int, valid: torch.Tensor | None) -> np.ndarray | None:
+        """query (H, D) -> sorted positions, or None for all."""
+        run, settings, n = self.run, self.run.settings, self.n
+
+        def scores() -> np.ndarray:
+            with run.timeline.span("cpu", "score", self.index, run.step, self.codes.codes.view()[row].nbytes):
+                result = self.codes.scores(self.codes.query(query, row), row)
+                if valid is not None:
+                    result[:, ~valid.cpu().numpy()] = NEVER
+            return result
+
+        step = Step(n, settings.budget(n), settings.sinks, settings.recent, self.index, run.step, scores)
+        with run.timeline.span("cpu", "select", self.index, run.step):
+            picked = self.policy.select(step)
+        if picked is not None and not _is_selection(picked, step):
+            raise UsageError(
+                f"{type(self.policy).__name__}.select must return at most {step.budget} sorted, distinct positions < {n}"
+            )
+        return picked
+
+    def _gather(self, picks: list, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, Found]:
+        """Fetch each row's selection; rows of different length are padded and masked. kv (B, k, 2, Hkv, D), valid (B,
+        k).
+        """
+        picks = [np.arange(self.n) if pick is None else pick for pick in picks]
+        rows = [self.store.fetch(row, pick) for row, pick in enumerate(picks)]
+        found = sum((part for _, part in rows), Found())
+        if self.run.hits:
+            for row, pick in enumerate(picks):
+                self.run.hits.touch(row, pick)
+        if valid is None and len({len(pick) for pick in picks}) == 1:
+            return torch.stack([records for records, _ in rows]) if len(rows) > 1 else rows[0][0][None], None, found
+        longest = max(len(pick) for pick in picks)
+        kv = rows[0][0].new_zeros((len(rows), longest, *rows[0][0].shape[1:]))
+        shown = torch.zeros((len(rows), longest), dtype=torch.bool, device=kv.device)
+        for row, (pick, (records, _)) in enumerate(zip(picks, rows, strict=True)):
+            kv[row, : len(pick)] = records
+            shown[row, : len(pick)] = True if valid is None else valid[row][torch.from_numpy(pick).to(valid.device)]
+        return kv, shown, found
+
+    def _record(self, work: list[tuple[str, str, int, int, int]]) -> None:
+        for lane, kind, start, end, nbytes in work:
+            self.run.timeline.add(lane, kind, self.index, self.run.step, start, end, nbytes)
+
+    def _count(self, found: Found, attended: int) -> None:
+        run, start = self.run, time.perf_counter_ns()
+        swapped = self.store.settle()
+        if swapped:
+            run.timeline.add(
+                "cpu", "swap", self.index, run.step, start, time.perf_counter_ns(), swapped * run.geometry.record_bytes
+            )
+        queries = found.device + found.host + found.drive
+        run.counters.rows.append(
+            Hits(
+                run.step,
+                self.index,
+                self.n,
+                queries,
+                attended,
+                found.device,
+                found.host,
+                found.drive,
+                found.demoted,
+                swapped,
+            )
+        )
+
+
+def _is_selection(picked: np.ndarray, step: Step) -> bool:
+    if not isinstance(picked, np.ndarray) or picked.ndim != 1 or not 0 < len(picked) <= step.budget:
+        return False
+    return bool(picked[0] >= 0 and picked[-1] < step.n and (np.diff(picked) > 0).all())

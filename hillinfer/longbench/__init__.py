@@ -1,0 +1,1 @@
+"""Questions about long documents: tasks, prompts, the runner."""

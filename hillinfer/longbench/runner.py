@@ -1,0 +1,100 @@
+"""Ask a model one question about one document, and measure the answer.
+
+The document is prefilled in one exact pass. The question is then fed token by token, so that a system that drops
+tokens has to find the answer with its own selection (a prefill that saw the question would leak the answer into the
+first token).
+"""
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hillinfer.cache import TieredCache
+from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, PROMPTS
+
+MARK = "\0"  # stands for the question while a template is split
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back, and what it took. Per-token figures are over all single-token steps: the question's and the
+    answer's.
+    """
+
+    text: str
+    prompt_tokens: int
+    steps: int
+    prefill_ms: float
+    ms_per_token: float
+    attended: float  # mean tokens attended to, per step and layer
+    cached: float  # mean tokens that could have been
+    rates: dict[str, float]  # tier -> share of the attended tokens
+    drive_bytes_per_token: float
+    memory: dict[str, int]  # bytes held at the end, by kind
+
+
+def split_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[list[int], list[int]]:
+    """Token ids of a record's prompt up to the end of its context, and from there on."""
+    head, _, tail = PROMPTS[record["dataset"]].partition("{context}")
+    context = head.format(input=MARK) + record["context"]
+    question = tail.format(input=record["input"])
+    if MARK in context:
+        raise ValueError(f"the template of {record['dataset']} puts the question before the context")
+    return tokenizer(context).input_ids, tokenizer(question, add_special_tokens=False).input_ids
+
+
+@torch.inference_mode()
+def feed(model: PreTrainedModel, cache: TieredCache, ids: list[int]) -> None:
+    """Put further tokens into the cache in one pass; several are attended to exactly, a single one as the system
+    selects.
+    """
+    model(torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=1)
+
+
+def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache) -> Answer:
+    """The greedy answer to a record's question. `model` must be enabled; `cache` must be empty."""
+    context, question = split_prompt(tokenizer, record)
+    start = time.perf_counter()
+    feed(model, cache, context)
+    prefilled = time.perf_counter()
+    cache.timeline.clear()  # the figures are of decode steps
+    cache.counters.clear()
+    for token in question[:-1]:
+        feed(model, cache, [token])
+    ids = torch.tensor([context + question], device=model.device)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=MAX_NEW_TOKENS[record["dataset"]],
+        do_sample=False,
+    )
+    done = time.perf_counter()
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    return Answer(text, ids.shape[1], **measured(cache, prefilled - start, done - prefilled))
+
+
+def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
+    """The figures of an `Answer` from what the cache recorded."""
+    rows = cache.counters.rows
+    steps = len({row.step for row in rows}) or 1
+    read = sum(span.bytes for span in cache.timeline.spans if (span.lane, span.kind) == ("drive", "read"))
+    return {
+        "steps": steps,
+        "prefill_ms": prefill_s * 1e3,
+        "ms_per_token": decode_s * 1e3 / steps,
+        "attended": cache.counters.total("attended") / max(1, len(rows)),
+        "cached": cache.counters.total("cached") / max(1, len(rows)),
+        "rates": cache.counters.rates(),
+        "drive_bytes_per_token": read / steps,
+        "memory": cache.memory(),
+    }
+
+
+def is_right(record: dict, text: str) -> bool:
+    """Whether the first number of the answer's first line is an expected one, as LongEval judges."""
+    found = re.search(r"\d+", text.strip().split("\n")[0])
+    return found is not None and found[0] in record["answers"]

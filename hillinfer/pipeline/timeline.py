@@ -1,0 +1,145 @@
+"""The record of a run: what each device did and when, and which tier served which token."""
+
+import json
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+
+LANES = ("gpu", "cpu", "drive", "link")
+TIERS = ("device", "host", "drive")
+
+
+@dataclass(slots=True)
+class Span:
+    """One piece of work, measured with the monotonic clock."""
+
+    lane: str
+    kind: str  # score, select, gather, read, write, transfer, attend, append, ...
+    layer: int
+    step: int
+    start_ns: int
+    end_ns: int
+    bytes: int = 0
+    detail: dict = field(default_factory=dict)
+
+
+class Timeline:
+    """Every span of a run, in the order they ended. Nothing is dropped; `clear()` empties it."""
+
+    def __init__(self):
+        self.spans: list[Span] = []
+
+    def add(
+        self, lane: str, kind: str, layer: int, step: int, start_ns: int, end_ns: int, nbytes: int = 0, **detail
+    ) -> None:
+        if lane not in LANES:
+            raise ValueError(f"no lane '{lane}'; the lanes are {', '.join(LANES)}")
+        self.spans.append(Span(lane, kind, layer, step, start_ns, end_ns, nbytes, detail))
+
+    @contextmanager
+    def span(self, lane: str, kind: str, layer: int, step: int, nbytes: int = 0, **detail):
+        """Record the body as a span; an exception in it is recorded too and goes on."""
+        start = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.add(lane, kind, layer, step, start, time.perf_counter_ns(), nbytes, **detail)
+
+    def clear(self) -> None:
+        self.spans.clear()
+
+    def frame(self) -> "pandas.DataFrame":
+        """One row for each span, with its duration in ms."""
+        import pandas as pd
+
+        columns = list(Span.__slots__)
+        frame = pd.DataFrame([asdict(span) for span in self.spans], columns=columns)
+        return frame.assign(ms=(frame.end_ns - frame.start_ns) / 1e6)
+
+    def busy_ms(self) -> dict[str, float]:
+        """Milliseconds in which each lane did at least one thing; overlapping spans count once."""
+        total = dict.fromkeys(LANES, 0)
+        until = dict.fromkeys(LANES, 0)
+        for span in sorted(self.spans, key=lambda s: s.start_ns):
+            start = max(span.start_ns, until[span.lane])
+            total[span.lane] += max(0, span.end_ns - start)
+            until[span.lane] = max(until[span.lane], span.end_ns)
+        return {lane: ns / 1e6 for lane, ns in total.items()}
+
+    def chrome_trace(self) -> dict:
+        """Chrome trace events, which Perfetto opens: a process for each lane, a sub-track for each span that overlaps
+        another.
+        """
+        events, ends = [], defaultdict(list)  # lane -> end of the last span of each sub-track
+        origin = min((span.start_ns for span in self.spans), default=0)
+        for pid, lane in enumerate(LANES):
+            events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": lane}})
+        for span in sorted(self.spans, key=lambda s: (s.start_ns, -s.end_ns)):
+            tracks = ends[span.lane]
+            tid = next((i for i, end in enumerate(tracks) if end <= span.start_ns), len(tracks))
+            tracks[tid : tid + 1] = [span.end_ns]
+            events.append(
+                {
+                    "ph": "X",
+                    "name": span.kind,
+                    "cat": span.lane,
+                    "pid": LANES.index(span.lane),
+                    "tid": tid,
+                    "ts": (span.start_ns - origin) / 1e3,
+                    "dur": (span.end_ns - span.start_ns) / 1e3,
+                    "args": {"layer": span.layer, "step": span.step, "bytes": span.bytes, **span.detail},
+                }
+            )
+        return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the Chrome trace as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.chrome_trace()))
+        return path
+
+
+@dataclass(slots=True)
+class Hits:
+    """Who served one layer in one step. `queries` tokens were asked for; each was served by exactly one tier."""
+
+    step: int
+    layer: int
+    cached: int  # tokens that could have been attended to
+    queries: int
+    attended: int  # queries less padding
+    device: int
+    host: int
+    drive: int
+    demoted: int  # misses of the hot pool that it once held; the others never were in it
+    swapped: int  # tokens promoted after the step; as many were demoted
+
+
+class Counters:
+    """Hits and queries per tier, layer and step, over all sequences of the batch."""
+
+    def __init__(self):
+        self.rows: list[Hits] = []
+
+    def clear(self) -> None:
+        self.rows.clear()
+
+    def total(self, name: str) -> int:
+        return sum(getattr(row, name) for row in self.rows)
+
+    def rates(self) -> dict[str, float]:
+        """Share of all queries that each tier served."""
+        queries = self.total("queries")
+        return {tier: self.total(tier) / queries if queries else 0.0 for tier in TIERS}
+
+    def frame(self) -> "pandas.DataFrame":
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=list(Hits.__slots__))

@@ -1,0 +1,39 @@
+"""The shape of one layer's KV records."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 4096  # bytes; O_DIRECT offsets, lengths and buffers are multiples of it
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One record is one token's K and V of all KV heads side by side: (2, Hkv, D).
+
+    Token-major records make one token's read one contiguous range; for Llama-3-8B in bf16 exactly 4 KiB.
+    """
+
+    batch: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def record_shape(self) -> tuple[int, int, int]:
+        return (2, self.kv_heads, self.head_dim)
+
+    @property
+    def record_bytes(self) -> int:
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def group(self) -> int:
+        """Tokens in the smallest run of records that fills whole blocks."""
+        return math.lcm(self.record_bytes, BLOCK) // self.record_bytes
+
+    def empty(self, *lead: int, device="cpu") -> torch.Tensor:
+        """Uninitialised records, shape (*lead, 2, Hkv, D)."""
+        return torch.empty((*lead, *self.record_shape), dtype=self.dtype, device=device)

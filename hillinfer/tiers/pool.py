@@ -1,0 +1,99 @@
+"""The hot pool: the part of one layer's records that host memory keeps, in front of the drive (HillInfer HKM).
+
+The drive holds every record, so demotion moves no bytes: a demoted slot is simply taken over. Promotion copies a
+record that the step had to fetch anyway.
+"""
+
+import numpy as np
+import torch
+
+from hillinfer.growable import Growable
+from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.hits import HitTable
+
+ABSENT, DEMOTED = -1, -2
+
+
+class HotPool:
+    """Slots of records for one layer and batch row, ranked by the shared hit table."""
+
+    def __init__(self, geometry: Geometry, row: int, hits: HitTable):
+        self.row, self.hits = row, hits
+        self.records = Growable((0, *geometry.record_shape), 0, geometry.dtype)
+        self.token_of = np.zeros(0, np.int64)  # slot -> token, -1 where free
+        self.slot_of = np.zeros(0, np.int32)  # token -> slot, ABSENT or DEMOTED
+        self.pinned_from = 0  # tokens from here on never leave
+
+    def slots(self, positions: np.ndarray) -> np.ndarray:
+        """Slot of each position, negative (ABSENT or DEMOTED) where it is not in the pool. (k,) -> (k,)."""
+        found = np.full(len(positions), ABSENT, np.int32)
+        known = positions < len(self.slot_of)
+        found[known] = self.slot_of[positions[known]]
+        return found
+
+    def take(self, slots: np.ndarray) -> torch.Tensor:
+        """Records in these slots: (k, 2, Hkv, D)."""
+        return self.records.view().index_select(0, torch.from_numpy(slots.astype(np.int64)))
+
+    def resize(self, capacity: int) -> None:
+        """Let the pool hold up to `capacity` tokens. It only ever grows: N, and with it alpha*N, does."""
+        more = capacity - len(self.token_of)
+        if more > 0:
+            self.records.reserve(capacity)
+            self.records.n = capacity
+            self.token_of = np.append(self.token_of, np.full(more, -1, np.int64))
+
+    def admit(self, tokens: np.ndarray, records: torch.Tensor) -> None:
+        """Take in new tokens (ascending), the newest first, over free slots and then over the least-hit unpinned
+        ones.
+        """
+        slots = np.concatenate((np.flatnonzero(self.token_of < 0), self._victims()))
+        kept = min(len(tokens), len(slots))
+        if kept:
+            self._place(tokens[-kept:], records[-kept:], slots[:kept])
+
+    def swap(self, tokens: np.ndarray, records: torch.Tensor) -> int:
+        """Promote fetched tokens that outrank residents, each in place of one: pool sizes stay (HKM rule 3). Returns
+        how many.
+        """
+        if not len(tokens):
+            return 0
+        counts = self.hits.counts[self.row]
+        order = np.argsort(-counts[tokens].astype(np.int64), kind="stable")
+        free = np.flatnonzero(self.token_of < 0)
+        victims = self._victims()[: len(tokens)]
+        slots = np.concatenate((free, victims))[: len(tokens)]
+        # Both lists are sorted against each other, so the swaps worth making are a prefix.
+        resident = np.concatenate((np.full(len(free), -1), counts[self.token_of[victims]].astype(np.int64)))[
+            : len(tokens)
+        ]
+        worth = int((counts[tokens[order[: len(slots)]]] > resident).sum())
+        chosen = order[:worth]
+        self._place(tokens[chosen], records[torch.from_numpy(chosen)], slots[:worth])
+        return worth
+
+    def truncate(self, n: int) -> None:
+        gone = np.flatnonzero(self.token_of >= n)
+        self.token_of[gone] = -1
+        self.slot_of = self.slot_of[:n]
+
+    def _victims(self) -> np.ndarray:
+        """Slots that may be taken over, least hit and then oldest first."""
+        slots = np.flatnonzero((self.token_of >= 0) & (self.token_of < self.pinned_from))
+        tokens = self.token_of[slots]
+        return slots[np.lexsort((tokens, self.hits.counts[self.row, tokens]))]
+
+    def _place(self, tokens: np.ndarray, records: torch.Tensor, slots: np.ndarray) -> None:
+        if len(tokens) == 0:
+            return
+        old = self.token_of[slots]
+        self.slot_of[old[old >= 0]] = DEMOTED
+        short = int(tokens.max()) + 1 - len(self.slot_of)
+        if short > 0:
+            self.slot_of = np.append(self.slot_of, np.full(max(short, 256), ABSENT, np.int32))
+        self.records.view()[torch.from_numpy(slots)] = records
+        self.token_of[slots], self.slot_of[tokens] = tokens, slots
+
+    @property
+    def nbytes(self) -> int:
+        return self.records.data.nbytes

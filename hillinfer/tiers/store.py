@@ -1,0 +1,174 @@
+"""The KV of one layer over its tiers. Two stores with one contract:
+
+append(kv)             take in kv (B, n, 2, Hkv, D)
+fetch(row, positions)  records of sorted positions (k,), as (k, 2, Hkv, D) on the model's device, and where they were
+all()                  every record, (B, N, 2, Hkv, D) on the model's device, and where they were
+settle()               after a step: promote and demote; returns the tokens that changed places
+truncate(n), memory(), n
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from hillinfer.growable import Growable
+from hillinfer.tiers.drive import DirectDrive
+from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.hits import HitTable
+from hillinfer.tiers.pool import DEMOTED, HotPool
+from hillinfer.tiers.stream import Stream
+from hillinfer.tiers.window import Window
+
+
+@dataclass
+class Found:
+    """Where the records of one fetch were, and what moving them took."""
+
+    device: int = 0  # tokens
+    host: int = 0
+    drive: int = 0
+    demoted: int = 0  # those of `drive` that the hot pool had once held; the rest never were in it
+    work: list[tuple[str, str, int, int, int]] = field(default_factory=list)  # (lane, kind, start_ns, end_ns, bytes)
+
+    def __add__(self, other: "Found") -> "Found":
+        names = ("device", "host", "drive", "demoted", "work")
+        return Found(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+class HostStore:
+    """All records in one growable buffer, in host memory or, with `resident`, on the model's device."""
+
+    def __init__(self, geometry: Geometry, resident: bool = False):
+        self.geometry = geometry
+        self.tier = "device" if resident and geometry.device.type != "cpu" else "host"
+        device = geometry.device if self.tier == "device" else "cpu"
+        self.buffer = Growable((geometry.batch, 0, *geometry.record_shape), 1, geometry.dtype, device)
+
+    @property
+    def n(self) -> int:
+        return self.buffer.n
+
+    def append(self, kv: torch.Tensor) -> list:
+        self.buffer.append(kv)
+        return []
+
+    def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Found]:
+        start = time.perf_counter_ns()
+        index = torch.from_numpy(positions).to(self.buffer.data.device)
+        records = self.buffer.data[row].index_select(0, index)
+        return self._to_device(records, start, "gather", len(positions))
+
+    def all(self) -> tuple[torch.Tensor, Found]:
+        """On a machine without a GPU this is a view: nothing is copied."""
+        return self._to_device(self.buffer.view(), time.perf_counter_ns(), "view", self.n * self.geometry.batch)
+
+    def _to_device(self, records: torch.Tensor, start: int, kind: str, tokens: int) -> tuple[torch.Tensor, Found]:
+        found = Found(**{self.tier: tokens})
+        moved = time.perf_counter_ns()
+        found.work.append(
+            ("gpu" if self.tier == "device" else "cpu", kind, start, moved, 0 if kind == "view" else records.nbytes)
+        )
+        if records.device != self.geometry.device:
+            records = records.to(self.geometry.device)
+            found.work.append(("link", "transfer", moved, time.perf_counter_ns(), records.nbytes))
+        return records, found
+
+    def settle(self) -> int:
+        return 0
+
+    def truncate(self, n: int) -> None:
+        self.buffer.truncate(n)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.buffer.reorder(rows)
+
+    def memory(self) -> dict[str, int]:
+        return {self.tier: self.buffer.view().nbytes}
+
+
+class DriveStore:
+    """Device window, hot pool in host memory, and every record on the drive.
+
+    pinned    share of the tokens, the newest, that never leaves the pool (HKM rule 1: alpha)
+    capacity  the pool's size in tokens for each sequence at n cached tokens
+    """
+
+    def __init__(self, drive: DirectDrive, layer: int, hits: HitTable, window: Window, pinned: float, capacity):
+        self.geometry = geometry = drive.geometry
+        self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
+        self.streams = [Stream(drive, layer * geometry.batch + row) for row in range(geometry.batch)]
+        self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
+        self.missed: list[tuple[int, np.ndarray, torch.Tensor]] = []  # what this step read from the drive
+
+    @property
+    def n(self) -> int:
+        return self.window.n
+
+    def append(self, kv: torch.Tensor) -> list:
+        """Write to the drive and admit the newest to the pool. Returns the work done, as in `Found.work`."""
+        start, before = time.perf_counter_ns(), self.n
+        self.window.append(kv)
+        self.hits.extend(self.n)
+        records = kv.to("cpu")
+        written = sum(stream.append(records[row]) for row, stream in enumerate(self.streams))
+        end = time.perf_counter_ns()
+        for row, pool in enumerate(self.pools):
+            pool.resize(self.capacity(self.n))
+            pool.pinned_from = self.n - math.ceil(self.pinned * self.n)
+            pool.admit(np.arange(before, self.n), records[row])
+        return [("drive", "write", start, end, written)] if written else []
+
+    def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Found]:
+        out = self.geometry.empty(len(positions), device=self.geometry.device)
+        found = Found()
+        near = self.window.holds(positions)
+        out[_index(near, out)] = self.window.take(row, positions[near])
+        far = positions[~near]
+        start = time.perf_counter_ns()
+        slots = self.pools[row].slots(far)
+        hit = slots >= 0
+        records = self.geometry.empty(len(far))
+        records[_index(hit, records)] = self.pools[row].take(slots[hit])
+        pooled = time.perf_counter_ns()
+        missed, nbytes = self.streams[row].read(far[~hit])
+        read = time.perf_counter_ns()
+        records[_index(~hit, records)] = missed
+        out[_index(~near, out)] = records.to(out.device)
+        self.missed.append((row, far[~hit], missed))
+        found.device, found.host, found.drive = int(near.sum()), int(hit.sum()), int((~hit).sum())
+        found.demoted = int((slots == DEMOTED).sum())
+        found.work.append(("cpu", "gather", start, pooled, found.host * self.geometry.record_bytes))
+        if found.drive:
+            found.work.append(("drive", "read", pooled, read, nbytes))
+        if out.device.type != "cpu":
+            found.work.append(("link", "transfer", read, time.perf_counter_ns(), records.nbytes))
+        return out, found
+
+    def all(self) -> tuple[torch.Tensor, Found]:
+        rows = [self.fetch(row, np.arange(self.n)) for row in range(self.geometry.batch)]
+        return torch.stack([records for records, _ in rows]), sum((found for _, found in rows), Found())
+
+    def settle(self) -> int:
+        """Promote what was fetched where the hit table ranks it above a resident; as many are demoted (HKM rule 3)."""
+        swapped = sum(self.pools[row].swap(tokens, records) for row, tokens, records in self.missed)
+        self.missed = []
+        return swapped
+
+    def truncate(self, n: int) -> None:
+        for stream, pool in zip(self.streams, self.pools, strict=True):
+            stream.truncate(n)
+            pool.truncate(n)
+        self.hits.truncate(n)
+        newest = np.arange(max(0, n - self.window.recent), n)
+        self.window.refill(n, torch.stack([stream.read(newest)[0] for stream in self.streams]).to(self.geometry.device))
+
+    def memory(self) -> dict[str, int]:
+        host = sum(pool.nbytes for pool in self.pools) + sum(stream.nbytes for stream in self.streams)
+        return {"device": self.window.nbytes, "host": host}
+
+
+def _index(mask: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(mask)).to(like.device)

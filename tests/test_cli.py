@@ -1,0 +1,192 @@
+"""The command line: bad input is one line that names the fix, exit code 2, and nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from transformers import BertConfig, MistralConfig, T5Config
+from typer.testing import CliRunner
+
+from hillinfer.assets import data_folder
+from hillinfer.cli import app
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("line a-b: REGISTER_CONTENT is <12345>\n" * 20)
+    return path
+
+
+@pytest.fixture
+def drive(tmp_path):
+    folder = tmp_path / "drive"
+    folder.mkdir()
+    yield folder
+    assert not list(folder.iterdir()), "a file was left in the drive folder"
+
+
+def hillinfer(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def run(prompt_file, *words, model="embedded"):
+    return hillinfer("run", "--model", model, "--prompt-file", prompt_file, *words)
+
+
+def test_run_continues_a_text_on_every_kind_of_system(prompt_file, drive):
+    texts = []
+    for system in ("full", "hillinfer"):
+        trace = prompt_file.parent / "trace.json"
+        result = run(
+            prompt_file, "--system", system, "--alpha", 1, "--drive", drive, "--max-new-tokens", 8, "--trace", trace
+        )
+        assert result.exit_code == 0, result.output
+        assert trace.exists() and "ms/token" in result.stderr
+        texts.append(result.stdout)
+    assert texts[0] == texts[1] != ""
+
+
+def check(result, *words):
+    assert result.exit_code == 2, result.output
+    line = result.stderr.strip()
+    assert line.startswith("error:") and len(line.splitlines()) == 1
+    for word in words:
+        assert word in line, line
+
+
+def test_unknown_system(prompt_file, drive):
+    check(run(prompt_file, "--system", "magic", "--drive", drive), "magic", "full", "hillinfer")
+    check(hillinfer("demo", "--systems", "full,magic", "--out", prompt_file.parent / "out"), "magic")
+
+
+@pytest.mark.parametrize("alpha", ["0", "-1", "1.5", "nan"])
+def test_alpha_out_of_range(prompt_file, alpha):
+    check(run(prompt_file, "--alpha", alpha), "alpha", "up to 1")
+    check(hillinfer("demo", "--alpha", alpha, "--out", prompt_file.parent / "out"), "alpha")
+
+
+def test_a_system_that_lacks_its_drive(prompt_file):
+    check(run(prompt_file, "--system", "hillinfer"), "--drive")
+
+
+def test_a_budget_that_is_no_amount(prompt_file, drive):
+    check(run(prompt_file, "--host-budget", "lots", "--drive", drive), "lots", "64MiB")
+
+
+def test_a_budget_below_the_pinned_window(prompt_file, drive):
+    check(run(prompt_file, "--host-budget", "1KiB", "--drive", drive), "pinned", "raise it")
+
+
+def test_a_budget_below_all_kv_without_a_drive(prompt_file):
+    check(run(prompt_file, "--system", "topk", "--host-budget", "1KiB"), "name a drive folder")
+
+
+def test_a_drive_path_that_cannot_be_used(prompt_file, tmp_path):
+    check(run(prompt_file, "--drive", tmp_path / "nowhere"), "does not exist", "mkdir")
+    check(run(prompt_file, "--drive", prompt_file), "not a folder")
+    check(run(prompt_file, "--drive", "/proc"), "no file can be made in /proc")
+
+
+def test_a_drive_that_is_too_full(prompt_file, drive, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    check(run(prompt_file, "--drive", drive), "do not fit", "100 free")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_file_system_that_is_really_full(prompt_file, tmp_path):
+    """A real 256 KiB file system: refused by arithmetic before loading; and, with that blinded, in mid-run without a trace."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("mount is not allowed here")
+    try:
+        check(run(prompt_file, "--drive", folder), "do not fit")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hillinfer.cache.shutil.disk_usage", lambda path: type("usage", (), {"free": 1 << 40}))
+            result = run(prompt_file, "--drive", folder)
+        assert result.exit_code == 1 and "No space left" in result.stderr
+        assert not list(folder.iterdir()) and os.statvfs(folder).f_bfree == os.statvfs(folder).f_blocks
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_beams_with_a_drive(prompt_file, drive):
+    check(run(prompt_file, "--num-beams", 3, "--drive", drive), "--num-beams 1")
+
+
+def test_beams_in_memory_work(prompt_file):
+    result = run(prompt_file, "--system", "topk", "--num-beams", 3, "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (MistralConfig(sliding_window=64), ("sliding window", "full attention")),
+        (T5Config(), ("encoder-decoder", "Llama")),
+        (BertConfig(), ("decoder",)),
+    ],
+    ids=["sliding-only", "encoder-decoder", "encoder"],
+)
+def test_a_family_that_the_seam_does_not_fit(prompt_file, tmp_path, config, words):
+    config.save_pretrained(tmp_path / "model")  # no weights there: it is refused before they are looked for
+    check(run(prompt_file, "--system", "topk", model=tmp_path / "model"), *words)
+
+
+def test_a_model_that_is_not_there(prompt_file, tmp_path):
+    check(run(prompt_file, "--system", "topk", model=tmp_path / "none"), "config.json")
+
+
+def test_prompts_that_cannot_be_used(prompt_file, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text(prompt_file.read_text() * 60)
+    check(run(long, "--system", "topk"), "window", "shorten")
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    check(run(empty, "--system", "topk"), "empty")
+    check(run(tmp_path / "absent.txt", "--system", "topk"), "--prompt-file")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    check(run(binary, "--system", "topk"), "UTF-8")
+
+
+def test_bad_options_are_refused_without_torch(prompt_file, tmp_path):
+    code = "import sys; from hillinfer.cli import main; sys.argv = sys.argv[1:]\ntry: main()\nfinally: print('torch' in sys.modules)"
+    words = ["hillinfer", "demo", "--alpha", "7", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(not (data_folder("model") / "model.safetensors").exists(), reason="no embedded model")
+def test_ctrl_c_in_the_middle_of_the_demo_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "hillinfer", "demo", "--systems", "hillinfer", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    folder = tmp_path / "out" / "drive"
+    try:
+        deadline = time.monotonic() + 60
+        while not any(str(folder) in link for link in open_files(process.pid)):  # until the cache is on the drive
+            assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+    assert not list(folder.iterdir())
+
+
+def open_files(pid: int) -> list[str]:
+    links = []
+    for fd in os.listdir(f"/proc/{pid}/fd") if os.path.isdir(f"/proc/{pid}/fd") else []:
+        try:
+            links.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        except OSError:
+            continue
+    return links

@@ -1,0 +1,173 @@
+"""One contract for drives: any set of positions reads back equal to the bit, short transfers are survived, nothing
+stays.
+"""
+
+import errno
+import os
+import stat
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hillinfer.tiers import drive as module
+from hillinfer.tiers.drive import DirectDrive, DriveError
+from hillinfer.tiers.geometry import BLOCK, Geometry
+from hillinfer.tiers.stream import Stream
+
+# Records smaller than a block, larger, equal to it, and such that neither divides the other.
+SHAPES = {"256 B": (2, 16), "768 B": (3, 32), "4 KiB": (8, 64), "12 KiB": (12, 128)}
+
+
+def geometry(kv_heads=2, head_dim=16, dtype=torch.float32, batch=1):
+    return Geometry(batch, kv_heads, head_dim, dtype, torch.device("cpu"))
+
+
+def random_records(shape: Geometry, n: int) -> torch.Tensor:
+    """Random bits, not numbers: NaN patterns must survive too."""
+    bits = torch.randint(0, 256, (n, shape.record_bytes), dtype=torch.uint8)
+    return bits.view(shape.dtype).view(n, *shape.record_shape)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    yield tmp_path
+    assert not list(tmp_path.iterdir()), "a file was left in the drive folder"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_streams_read_back_to_the_bit(shape, dtype, folder):
+    torch.manual_seed(0)
+    size = geometry(*shape, dtype, batch=2)
+    drive = DirectDrive(folder, size, streams=4)
+    streams = [Stream(drive, i) for i in range(4)]
+    wanted = [size.empty(0) for _ in streams]
+    for n in (300, 1, 1, 63, 1700, 5):  # the fifth outgrows the first segment
+        for i, stream in enumerate(streams):
+            records = random_records(size, n)
+            stream.append(records)
+            wanted[i] = torch.cat((wanted[i], records))
+    rng = np.random.default_rng(0)
+    for stream, want in zip(streams, wanted, strict=True):
+        assert stream.n == len(want)
+        for k in (1, 2, 7, 200, len(want)):
+            positions = np.sort(rng.choice(len(want), k, replace=False))
+            assert same(stream.read(positions)[0], want[torch.from_numpy(positions)])
+        assert stream.read(np.zeros(0, np.int64))[0].shape == (0, *size.record_shape)
+    drive.close()
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_order_of_appends_reads_and_truncations(data, tmp_path_factory):
+    size = geometry(*data.draw(st.sampled_from(list(SHAPES.values()))))
+    drive = DirectDrive(tmp_path_factory.mktemp("drive"), size, streams=1)
+    stream, want = Stream(drive, 0), size.empty(0)
+    for _ in range(data.draw(st.integers(1, 6))):
+        if data.draw(st.booleans()) or not len(want):
+            records = random_records(size, data.draw(st.integers(1, 200)))
+            stream.append(records)
+            want = torch.cat((want, records))
+        else:
+            n = data.draw(st.integers(0, len(want)))
+            stream.truncate(n)
+            want = want[:n]
+        positions = np.flatnonzero(np.random.default_rng(len(want)).random(len(want)) < 0.3)
+        assert same(stream.read(positions)[0], want[torch.from_numpy(positions)])
+    drive.close()
+
+
+def test_the_file_is_private_unlinked_and_direct(folder):
+    drive = DirectDrive(folder, geometry(), streams=1)
+    status = os.fstat(drive.fd)
+    assert stat.S_IMODE(status.st_mode) == 0o600 and status.st_nlink == 0
+    assert not list(folder.iterdir())
+    if drive.direct:
+        import fcntl
+
+        assert fcntl.fcntl(drive.fd, fcntl.F_GETFL) & os.O_DIRECT
+    drive.close()
+    drive.close()  # twice is fine
+
+
+def test_without_o_direct_it_is_buffered_with_a_warning(folder, monkeypatch):
+    real = os.open
+
+    def refuse(name, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no O_DIRECT here")
+        return real(name, flags, *rest)
+
+    monkeypatch.setattr(module.os, "open", refuse)
+    with pytest.warns(UserWarning, match="O_DIRECT"):
+        drive = DirectDrive(folder, geometry(), streams=1)
+    assert not drive.direct
+    records = random_records(drive.geometry, 64)
+    drive.write(0, 0, records)
+    assert same(drive.read(0, np.arange(64))[0], records)
+    drive.close()
+
+
+def test_neighbours_are_joined_and_reads_stay_below_a_mebibyte(folder, monkeypatch):
+    size = geometry(8, 64)  # 4 KiB records
+    drive = DirectDrive(folder, size, streams=1)
+    records = random_records(size, 1024)
+    drive.write(0, 0, records)
+    calls = []
+    real = os.preadv
+    monkeypatch.setattr(module.os, "preadv", lambda fd, b, at: calls.append((at, len(b[0]))) or real(fd, b, at))
+    got, nbytes = drive.read(0, np.array([10, 11, 14, 17]))  # gaps of two records, 8 KiB, are joined
+    assert len(calls) == 1 and calls[0][1] == 8 * BLOCK == nbytes
+    assert same(got, records[[10, 11, 14, 17]])
+    calls.clear()
+    drive.read(0, np.array([10, 14]))  # a gap of three is not
+    assert sorted(length for _, length in calls) == [BLOCK, BLOCK]
+    calls.clear()
+    drive.read(0, np.arange(1024))
+    assert len(calls) == 4 and all(length <= module.MAX_READ and at % BLOCK == 0 for at, length in calls)
+    drive.close()
+
+
+def test_short_transfers_are_continued(folder, monkeypatch):
+    size = geometry(8, 64)
+    drive = DirectDrive(folder, size, streams=1)
+    real_read, real_write = os.preadv, os.pwritev
+    monkeypatch.setattr(module.os, "preadv", lambda fd, b, at: real_read(fd, [b[0][:BLOCK]], at))
+    monkeypatch.setattr(module.os, "pwritev", lambda fd, b, at: real_write(fd, [b[0][:BLOCK]], at))
+    records = random_records(size, 40)
+    drive.write(0, 0, records)
+    assert same(drive.read(0, np.arange(40))[0], records)
+    drive.close()
+
+
+@pytest.mark.parametrize("answer", [0, errno.EIO])
+def test_a_failed_read_says_where(folder, monkeypatch, answer):
+    def broken(fd, buffers, at):
+        if answer:
+            raise OSError(answer, os.strerror(answer))
+        return 0
+
+    drive = DirectDrive(folder, geometry(8, 64, batch=2), streams=6)
+    drive.write(5, 0, random_records(drive.geometry, 8))
+    monkeypatch.setattr(module.os, "preadv", broken)
+    with pytest.raises(DriveError, match="layer 2, sequence 1, position 3"):
+        drive.read(5, np.array([3, 4]))
+    drive.close()
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(folder, monkeypatch):
+    def full(fd, at, n):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.os, "posix_fallocate", full)
+    drive = DirectDrive(folder, geometry(), streams=1)
+    with pytest.raises(DriveError, match="No space left"):
+        drive.write(0, 0, random_records(drive.geometry, 64))
+    drive.close()

@@ -1,0 +1,85 @@
+"""The hot pool keeps its size, its pins and the hit table's order."""
+
+import numpy as np
+import torch
+
+from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.hits import HitTable
+from hillinfer.tiers.pool import ABSENT, DEMOTED, HotPool
+
+SHAPE = Geometry(1, 1, 2, torch.float32, torch.device("cpu"))
+
+
+def records(tokens) -> torch.Tensor:
+    """Records that say which token they are."""
+    return torch.as_tensor(np.asarray(tokens), dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, *SHAPE.record_shape)
+
+
+def pool_with(capacity: int, tokens, n: int) -> HotPool:
+    hits = HitTable(1)
+    hits.extend(n)
+    pool = HotPool(SHAPE, 0, hits)
+    pool.resize(capacity)
+    pool.admit(np.asarray(tokens), records(tokens))
+    return pool
+
+
+def resident(pool: HotPool) -> list[int]:
+    held = np.sort(pool.token_of[pool.token_of >= 0])
+    slots = pool.slots(held)
+    assert torch.equal(pool.take(slots), records(held))  # what is found is the token's own record
+    return held.tolist()
+
+
+def test_it_keeps_the_newest_that_fit():
+    assert resident(pool_with(4, range(10), 10)) == [6, 7, 8, 9]
+
+
+def test_a_new_token_takes_the_least_hit_unpinned_slot():
+    pool = pool_with(4, range(4), 10)
+    pool.pinned_from = 3
+    pool.hits.counts[0, :4] = [5, 1, 2, 0]  # token 3 has the fewest hits but is pinned
+    pool.admit(np.array([4]), records([4]))
+    assert resident(pool) == [0, 2, 3, 4]
+    assert pool.slots(np.array([1, 7, 0]))[:2].tolist() == [DEMOTED, ABSENT]
+
+
+def test_promotion_swaps_only_where_it_pays():
+    pool = pool_with(3, [7, 8, 9], 10)
+    pool.pinned_from = 9
+    pool.hits.counts[0, :10] = [4, 1, 0, 0, 0, 0, 0, 2, 1, 0]
+    assert pool.swap(np.array([0, 1]), records([0, 1])) == 1  # 0 (4 hits) replaces 8 (1); 1 does not outrank 7 (2)
+    assert resident(pool) == [0, 7, 9]
+
+
+def test_promotion_fills_free_slots_first():
+    pool = pool_with(3, [9], 10)
+    assert pool.swap(np.array([1, 2, 3]), records([1, 2, 3])) == 2
+    assert resident(pool) == [1, 2, 9]
+
+
+def test_pinned_tokens_never_leave():
+    pool = pool_with(3, [7, 8, 9], 10)
+    pool.pinned_from = 7
+    pool.hits.counts[0, 1] = 60
+    assert pool.swap(np.array([1]), records([1])) == 0
+    assert resident(pool) == [7, 8, 9]
+
+
+def test_truncation_forgets():
+    pool = pool_with(4, [2, 5, 6, 7], 8)
+    pool.truncate(6)
+    assert resident(pool) == [2, 5]
+    pool.admit(np.array([6]), records([66]))
+    assert pool.take(pool.slots(np.array([6]))).unique().item() == 66
+
+
+def test_counters_saturate_and_age():
+    hits = HitTable(2)
+    hits.extend(5)
+    hits.counts[1, 2] = 65_535
+    hits.touch(1, np.array([2, 3]))
+    assert hits.counts[1, :5].tolist() == [0, 0, 65_535, 1, 0]
+    hits.age()
+    assert hits.counts[1, :5].tolist() == [0, 0, 32_767, 0, 0]
+    assert hits.nbytes == 2 * 2 * 5  # two bytes a token: the paper's 2N for each sequence

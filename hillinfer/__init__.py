@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from hillinfer.config import Settings, UsageError
     from hillinfer.evaluator.policies import POLICIES
     from hillinfer.evaluator.policy import Policy, Step
-    from hillinfer.systems import make_cache, systems
+    from hillinfer.systems import list_systems, make_cache
     from hillinfer.tiers.drive import DriveError
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ _HOME = {
     "Policy": "evaluator.policy",
     "Step": "evaluator.policy",
     "make_cache": "systems",
-    "systems": "systems",
+    "list_systems": "systems",
     "DriveError": "tiers.drive",
 }
 __all__ = [
@@ -36,8 +36,8 @@ __all__ = [
     "UsageError",
     "disable",
     "enable",
+    "list_systems",
     "make_cache",
-    "systems",
 ]
 
 

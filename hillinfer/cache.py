@@ -161,8 +161,12 @@ class TieredCache(Cache):
         sliding_ok: bool = False,
     ):
         layers = DynamicCache(config=config).layers
-        tiered = [] if sliding_ok and all(layer.is_sliding for layer in layers) else check_supported(config)
-        self.run = Run(settings or Settings(), len(tiered))
+        tiered = (
+            []
+            if sliding_ok and all(getattr(layer, "is_sliding", False) for layer in layers)
+            else check_supported(config)
+        )
+        self.config, self.run = config, Run(settings or Settings(), len(tiered))
         for order, index in enumerate(tiered):
             layers[index] = TieredLayer(Layer(order, policy(), self.run))
         super().__init__(layers=layers)
@@ -177,9 +181,7 @@ class TieredCache(Cache):
         return self.run.counters
 
     def memory(self) -> dict[str, int]:
-        """Bytes held now: `device` and `host` KV records, key `codes`, the `hits` table, and `drive` (reserved in the
-        file).
-        """
+        """Bytes held now: `device` and `host` records, key `codes`, the `hits` table; `drive` is what the file reserves."""
         total = dict.fromkeys(("device", "host", "codes"), 0)
         for layer in self.layers:
             for kind, nbytes in layer.layer.memory().items() if isinstance(layer, TieredLayer) else ():
@@ -188,11 +190,15 @@ class TieredCache(Cache):
         return total | {"hits": run.hits.nbytes if run.hits else 0, "drive": run.drive.size if run.drive else 0}
 
     def reset(self) -> None:
-        super().reset()
+        """Forget everything, and give the drive's space back."""
+        fresh = DynamicCache(config=self.config).layers  # some releases cannot reset their sliding layers
+        self.layers = [
+            old if isinstance(old, TieredLayer) else new for old, new in zip(self.layers, fresh, strict=True)
+        ]
         self.close()
 
     def close(self) -> None:
-        """Give back memory and the drive's space; the cache is then empty and may be used again."""
+        """Give back memory and the drive's space. The record of the run stays; `reset` makes the cache usable again."""
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
                 layer.reset()

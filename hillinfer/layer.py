@@ -209,7 +209,7 @@ class Layer:
             picked = self.policy.select(step)
         if picked is not None and not _is_selection(picked, step):
             raise UsageError(
-                f"{type(self.policy).__name__}.select must return at most {step.budget} sorted, distinct positions < {n}"
+                f"{type(self.policy).__name__}.select must return at most {step.budget} sorted, distinct positions <{n}"
             )
         return picked
 

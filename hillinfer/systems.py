@@ -28,7 +28,7 @@ COMPOSED = {
 }
 
 
-def systems() -> dict[str, System]:
+def list_systems() -> dict[str, System]:
     """Every system by name: each policy, and the compositions. Read at the time of the call, so that new policies are
     in it.
     """
@@ -37,7 +37,7 @@ def systems() -> dict[str, System]:
 
 def find_system(name: str, settings: Settings) -> System:
     """The system of that name; UsageError where there is none or it lacks a drive."""
-    known = systems()
+    known = list_systems()
     if name not in known:
         raise UsageError(f"no system '{name}'; choose one of {', '.join(known)}")
     if known[name].needs_drive and settings.drive is None:

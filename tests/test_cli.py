@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from transformers import BertConfig, MistralConfig, T5Config
@@ -41,9 +43,8 @@ def test_run_continues_a_text_on_every_kind_of_system(prompt_file, drive):
     texts = []
     for system in ("full", "hillinfer"):
         trace = prompt_file.parent / "trace.json"
-        result = run(
-            prompt_file, "--system", system, "--alpha", 1, "--drive", drive, "--max-new-tokens", 8, "--trace", trace
-        )
+        words = ["--system", system, "--alpha", 1, "--drive", drive, "--max-new-tokens", 8, "--trace", trace]
+        result = run(prompt_file, *words)
         assert result.exit_code == 0, result.output
         assert trace.exists() and "ms/token" in result.stderr
         texts.append(result.stdout)
@@ -100,7 +101,7 @@ def test_a_drive_that_is_too_full(prompt_file, drive, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_file_system_that_is_really_full(prompt_file, tmp_path):
-    """A real 256 KiB file system: refused by arithmetic before loading; and, with that blinded, in mid-run without a trace."""
+    """256 KiB, really: refused by arithmetic before loading; with that blinded, in mid-run and without a trace."""
     folder = tmp_path / "small"
     folder.mkdir()
     if subprocess.run(
@@ -159,7 +160,8 @@ def test_prompts_that_cannot_be_used(prompt_file, tmp_path):
 
 
 def test_bad_options_are_refused_without_torch(prompt_file, tmp_path):
-    code = "import sys; from hillinfer.cli import main; sys.argv = sys.argv[1:]\ntry: main()\nfinally: print('torch' in sys.modules)"
+    code = "import sys; sys.argv = sys.argv[1:]\nfrom hillinfer.cli import main\n"
+    code += "try: main()\nfinally: print('torch' in sys.modules)"
     words = ["hillinfer", "demo", "--alpha", "7", "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout.strip() == "False"
@@ -183,10 +185,9 @@ def test_ctrl_c_in_the_middle_of_the_demo_leaves_nothing(tmp_path):
 
 
 def open_files(pid: int) -> list[str]:
+    """What the links in /proc/PID/fd point to; an unlinked file's ends in ' (deleted)'."""
     links = []
-    for fd in os.listdir(f"/proc/{pid}/fd") if os.path.isdir(f"/proc/{pid}/fd") else []:
-        try:
-            links.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
-        except OSError:
-            continue
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):
+            links.append(str(link.readlink()))
     return links

@@ -41,7 +41,7 @@ def every_second(tmp_path, monkeypatch):
 
 
 def test_a_new_policy_is_a_system_at_once(every_second, models, prompt, tmp_path):
-    assert "every-second" in hillinfer.systems()
+    assert "every-second" in hillinfer.list_systems()
     model = models("llama")
     with hillinfer.make_cache(model, "every-second", alpha=0.3, drive=tmp_path) as cache:
         out = model.generate(prompt, past_key_values=cache, max_new_tokens=5, do_sample=False)

@@ -13,21 +13,42 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ADJECTIVES = ["amber", "azure", "brisk", "candid", "cobalt", "coastal", "copper", "cosmic", "crimson", "daring", "dusky", "earnest", "ebony", "fabled", "feral", "floral", "folded", "foggy", "frosty", "gallant", "genial", "gilded", "glacial", "granite", "hasty", "hidden", "humid", "inky", "jovial", "kindred", "leafy", "limber", "lunar", "marbled", "mellow", "meadowy", "mirthful", "mossy", "muted", "nimble", "nomadic", "northern", "oaken", "opal", "orchid", "pastel", "pearly", "pewter", "plush", "polar", "rosy", "rugged", "russet", "sandy", "scarlet", "secluded", "serene", "silken", "silver", "snowy", "solar", "sparse", "stellar", "sturdy", "sunlit", "supple", "tawny", "tidal", "tufted", "twilit", "upland", "velvet", "vernal", "vivid", "waxen", "western", "wicker", "willowy", "windy", "wintry", "woven", "zesty"]  # test only
+ADJECTIVES = """
+amber azure brisk candid cobalt coastal copper cosmic crimson daring dusky earnest ebony fabled feral floral
+folded foggy frosty gallant genial gilded glacial granite hasty hidden humid inky jovial kindred leafy limber
+lunar marbled mellow meadowy mirthful mossy muted nimble nomadic northern oaken opal orchid pastel pearly pewter
+plush polar rosy rugged russet sandy scarlet secluded serene silken silver snowy solar sparse stellar sturdy
+sunlit supple tawny tidal tufted twilit upland velvet vernal vivid waxen western wicker willowy windy wintry
+woven zesty
+""".split()  # test only
 
-NOUNS = ["anchor", "anvil", "apron", "arcade", "atlas", "balcony", "banner", "basin", "beacon", "birch", "blanket", "bobbin", "bramble", "bridge", "bucket", "buoy", "button", "cabin", "candle", "canoe", "canyon", "cedar", "cellar", "chimney", "citadel", "comet", "compass", "cottage", "cradle", "crystal", "dagger", "dragonfly", "eagle", "ember", "falcon", "fennel", "ferry", "flagon", "forge", "fountain", "fox", "gable", "galleon", "garnet", "ginger", "glacier", "goblet", "granary", "grotto", "gull", "harbor", "hatchet", "hinge", "island", "jigsaw", "juniper", "kettle", "kiln", "lagoon", "ledger", "lighthouse", "lilac", "loom", "magpie", "mantle", "marsh", "mitten", "mosaic", "nectar", "nutmeg", "obelisk", "otter", "pebble", "pigeon", "plateau", "quarry", "ribbon", "saddle", "sapling", "satchel"]  # test only
+NOUNS = """
+anchor anvil apron arcade atlas balcony banner basin beacon birch blanket bobbin bramble bridge bucket buoy
+button cabin candle canoe canyon cedar cellar chimney citadel comet compass cottage cradle crystal dagger
+dragonfly eagle ember falcon fennel ferry flagon forge fountain fox gable galleon garnet ginger glacier goblet
+granary grotto gull harbor hatchet hinge island jigsaw juniper kettle kiln lagoon ledger lighthouse lilac loom
+magpie mantle marsh mitten mosaic nectar nutmeg obelisk otter pebble pigeon plateau quarry ribbon saddle sapling
+satchel
+""".split()  # test only
 
-ONSETS = ["b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "y", "z", "bl", "br", "ch", "cl", "cr", "dr", "fl", "fr", "gl", "gr", "pl", "pr", "qu", "sc", "sh", "sk", "sl", "sm", "sn", "sp", "st", "str", "sw", "th", "tr", "wh"]
+ONSETS = """
+b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl fr gl gr pl pr qu sc sh sk sl sm sn sp st str sw th
+tr wh
+""".split()
 VOWELS = ["a", "e", "i", "o", "u", "y", "a", "e", "i", "o", "u", "ai", "ea", "ee", "oa", "oo", "ou", "ie"]
-CODAS = ["b", "c", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "x", "ck", "ct", "ll", "ld", "lt", "mp", "nd", "ng", "nk", "nt", "rd", "rk", "rl", "rm", "rn", "rt", "sh", "sk", "ss", "st", "th"]
-ADJECTIVE_ENDINGS = ["able", "al", "ant", "ary", "ed", "en", "ent", "ern", "esque", "ful", "ian", "ible", "ic", "ing", "ish", "ive", "less", "ous", "some", "ular", "y"]
-NOUN_ENDINGS = (
-    ["age", "ance", "ant", "ard", "dom", "ee", "el", "er", "ery", "et", "ette", "ence", "ing", "ion", "ism", "ist", "ity", "let", "ment", "ness", "or", "ship", "sion", "tion", "ture"]
-)
+CODAS = """
+b c d f g k l m n p r s t x ck ct ll ld lt mp nd ng nk nt rd rk rl rm rn rt sh sk ss st th
+""".split()
+ADJECTIVE_ENDINGS = """
+able al ant ary ed en ent ern esque ful ian ible ic ing ish ive less ous some ular y
+""".split()
+NOUN_ENDINGS = """
+age ance ant ard dom ee el er ery et ette ence ing ion ism ist ity let ment ness or ship sion tion ture
+""".split()
 
-SUBJECTS = (
-    ["river", "village", "garden", "market", "captain", "teacher", "winter", "window", "letter", "valley", "forest", "engine", "bridge", "painter"]
-)
+SUBJECTS = """
+river village garden market captain teacher winter window letter valley forest engine bridge painter
+""".split()
 VERBS = ["follows", "crosses", "remembers", "carries", "watches", "leaves", "finds", "reaches", "answers", "opens"]
 PLACES = (
     "near the old mill|after the long rain|before the first light|behind the stone wall|along the quiet road|"

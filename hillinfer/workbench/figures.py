@@ -15,7 +15,7 @@ def timeline_figure(timeline: Timeline, title: str = "Timeline", steps: int = 4)
     spans = [span for span in timeline.spans if span.step > last - steps]
     origin = min((span.start_ns for span in spans), default=0)
     figure = go.Figure()
-    kinds = list(dict.fromkeys(span.kind for span in spans))
+    kinds = sorted({span.kind for span in spans}, key=lambda kind: kind != "select")  # a score lies within its select
     for colour, kind in zip(qualitative.Safe * (1 + len(kinds) // len(qualitative.Safe)), kinds, strict=False):
         own = [span for span in spans if span.kind == kind]
         figure.add_bar(
@@ -47,6 +47,8 @@ def hits_figure(counters: Counters, title: str = "Who served the attended tokens
 def systems_figure(names: list[str], accuracy: list[float], floor: float, title: str) -> go.Figure:
     """Accuracy of each system, with what half of the key alone would get."""
     figure = go.Figure(go.Bar(x=names, y=accuracy, marker_color="#4c78a8", text=[f"{a:.0%}" for a in accuracy]))
-    figure.add_hline(y=floor, line_dash="dot", annotation_text=f"solver with half of the key: {floor:.0%}")
+    figure.add_hline(
+        y=floor, line_dash="dot", annotation_text=f"half of the key alone: {floor:.0%}", annotation_position="top left"
+    )
     figure.update_layout(LAYOUT, title=title, yaxis=dict(tickformat=".0%", range=[0, 1.05]))
     return figure

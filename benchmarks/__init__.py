@@ -1,0 +1,1 @@
+"""Claims and benchmarks that anyone can run again."""

@@ -119,7 +119,6 @@ class Layer:
         """All keys and values, (B, Hkv, N, D): what a step of several query tokens attends to exactly."""
         kv, found = self.store.all()
         self._record(found.work)
-        self.store.settle()
         return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
@@ -132,7 +131,9 @@ class Layer:
         if mask is not None:
             visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             valid = visible[:, 0, 0, :n].expand(batch, n)
-        picks = [self._select(query[row, :, 0], row, None if valid is None else valid[row]) for row in range(batch)]
+        picks = [
+            self._select(query[row, :, 0], scaling, row, None if valid is None else valid[row]) for row in range(batch)
+        ]
         if all(pick is None for pick in picks):
             kv, found = self.store.all()
         else:
@@ -193,7 +194,7 @@ class Layer:
         if self.policy.needs_codes:
             self.codes = KeyCodes(batch, kv_heads, dim)
 
-    def _select(self, query: torch.Tensor, row: int, valid: torch.Tensor | None) -> np.ndarray | None:
+    def _select(self, query: torch.Tensor, scaling: float, row: int, valid: torch.Tensor | None) -> np.ndarray | None:
         """query (H, D) -> sorted positions, or None for all."""
         run, settings, n = self.run, self.run.settings, self.n
 
@@ -204,7 +205,16 @@ class Layer:
                     result[:, ~valid.cpu().numpy()] = NEVER
             return result
 
-        step = Step(n, settings.budget(n), settings.sinks, settings.recent, self.index, run.step, scores)
+        def weights() -> np.ndarray:
+            kv, found = self.store.all()
+            self._record(found.work)
+            keys = kv[row, :, 0].transpose(0, 1).float()  # (Hkv, n, D)
+            logits = (query.float().view(len(keys), -1, query.shape[1]) * scaling @ keys.transpose(1, 2)).flatten(0, 1)
+            if valid is not None:
+                logits[:, ~valid] = -torch.inf
+            return logits.softmax(1).cpu().numpy()
+
+        step = Step(n, settings.budget(n), settings.sinks, settings.recent, self.index, run.step, scores, weights)
         with run.timeline.span("cpu", "select", self.index, run.step):
             picked = self.policy.select(step)
         if picked is not None and not _is_selection(picked, step):

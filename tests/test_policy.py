@@ -4,6 +4,7 @@ import importlib.util
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import hillinfer
@@ -79,7 +80,9 @@ def test_a_wrong_selection_is_an_error_that_names_the_policy(models, prompt, bad
 
 
 def step_with(scores: np.ndarray, budget: int) -> hillinfer.Step:
-    return hillinfer.Step(scores.shape[1], budget, sinks=2, recent=3, layer=0, step=0, scores=lambda: scores)
+    return hillinfer.Step(
+        scores.shape[1], budget, sinks=2, recent=3, layer=0, step=0, scores=lambda: scores, weights=None
+    )
 
 
 def test_topk_takes_the_window_and_the_best_of_the_rest():
@@ -99,3 +102,34 @@ def test_heads_take_turns():
     scores = np.array([[9, 8, 7, 0, 0], [0, 0, 0, 1, 2]], np.int32)
     assert merge_heads(scores, 2).tolist() == [0, 4]
     assert merge_heads(scores, 4).tolist() == [0, 1, 3, 4]
+
+
+def test_weights_are_the_models_own_attention(models, prompt):
+    """What a policy sees as exact weights equals what eager attention returns."""
+    model = models("llama")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = model(prompt, output_attentions=True).attentions
+    seen = {}
+
+    class Watch(hillinfer.Policy):
+        needs_codes = False
+
+        def select(self, step):
+            seen[step.layer] = step.weights()
+
+    hillinfer.enable(model)
+    cache = hillinfer.TieredCache(model.config, Watch)
+    with torch.no_grad():
+        model(prompt[:, :-1], past_key_values=cache)
+        model(prompt[:, -1:], past_key_values=cache)
+    hillinfer.disable(model)
+    for layer, weights in seen.items():
+        np.testing.assert_allclose(weights, want[layer][0, :, -1].numpy(), atol=1e-5)
+    assert len(seen) == model.config.num_hidden_layers
+
+
+def test_the_oracle_takes_the_heaviest_tokens():
+    weights = np.array([[0.5, 0.1, 0.1, 0.3], [0.1, 0.1, 0.7, 0.1]], np.float32)
+    step = hillinfer.Step(4, 2, sinks=0, recent=1, layer=0, step=0, scores=None, weights=lambda: weights)
+    assert hillinfer.POLICIES["oracle"]().select(step).tolist() == [0, 2]

@@ -40,7 +40,7 @@ MAY = {
     "cache": {"config", "layer", "pipeline", "evaluator", "tiers"},
     "systems": {"config", "cache", "evaluator"},
     "assets": {"config"},
-    "longbench": {"config", "assets", "cache", "systems"},
+    "longbench": {"config", "assets", "cache", "systems", "evaluator"},
     "workbench": {"pipeline"},
 }
 

@@ -17,6 +17,7 @@ class Step:
     layer: int
     step: int
     scores: Callable[[], np.ndarray]  # INT8 scores of all keys, (Hkv, n) int32; padding has the lowest. Costs a scan
+    weights: Callable[[], np.ndarray]  # exact attention weights (H, n) float32. Reads all KV: for study, not for speed
 
     def near(self) -> np.ndarray:
         """Positions that the device holds: sinks and recent tokens. They cost no transfer."""

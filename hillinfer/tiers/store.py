@@ -121,7 +121,7 @@ class DriveStore:
             pool.admit(np.arange(before, self.n), records[row])
         return [("drive", "write", start, end, written)] if written else []
 
-    def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Found]:
+    def fetch(self, row: int, positions: np.ndarray, promote: bool = True) -> tuple[torch.Tensor, Found]:
         out = self.geometry.empty(len(positions), device=self.geometry.device)
         found = Found()
         near = self.window.holds(positions)
@@ -137,7 +137,8 @@ class DriveStore:
         read = time.perf_counter_ns()
         records[_index(~hit, records)] = missed
         out[_index(~near, out)] = records.to(out.device)
-        self.missed.append((row, far[~hit], missed))
+        if promote:
+            self.missed.append((row, far[~hit], missed))
         found.device, found.host, found.drive = int(near.sum()), int(hit.sum()), int((~hit).sum())
         found.demoted = int((slots == DEMOTED).sum())
         found.work.append(("cpu", "gather", start, pooled, found.host * self.geometry.record_bytes))
@@ -148,7 +149,7 @@ class DriveStore:
         return out, found
 
     def all(self) -> tuple[torch.Tensor, Found]:
-        rows = [self.fetch(row, np.arange(self.n)) for row in range(self.geometry.batch)]
+        rows = [self.fetch(row, np.arange(self.n), promote=False) for row in range(self.geometry.batch)]
         return torch.stack([records for records, _ in rows]), sum((found for _, found in rows), Found())
 
     def settle(self) -> int:

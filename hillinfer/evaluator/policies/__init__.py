@@ -1,6 +1,8 @@
 """The policies by name. A new one is a file here and a line below; every table, test and notebook then has it."""
 
 from hillinfer.evaluator.policies.full import Full
+from hillinfer.evaluator.policies.oracle import Oracle
+from hillinfer.evaluator.policies.random import Random
 from hillinfer.evaluator.policies.streaming import Streaming
 from hillinfer.evaluator.policies.topk import TopK
 from hillinfer.evaluator.policy import Policy
@@ -9,4 +11,6 @@ POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "streaming": Streaming,
     "topk": TopK,
+    "oracle": Oracle,
+    "random": Random,
 }

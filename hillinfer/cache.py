@@ -7,6 +7,7 @@ step of several tokens (prefill, a new turn) gets tensors and is exact.
 
 import shutil
 import weakref
+from dataclasses import replace
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
@@ -180,8 +181,17 @@ class TieredCache(Cache):
     def counters(self) -> Counters:
         return self.run.counters
 
+    def use(self, policy: type[Policy], settings: Settings) -> None:
+        """Go on with another policy, alpha or window over the same KV; where it lies cannot change any more."""
+        for layer in self.layers:
+            if isinstance(layer, TieredLayer):
+                if policy.needs_codes and layer.layer.codes is None and layer.layer.n:
+                    raise UsageError(f"{policy.__name__} needs key codes, which this cache was started without")
+                layer.layer.policy = policy()
+        self.run.settings = replace(settings, drive=self.run.settings.drive, host_budget=self.run.settings.host_budget)
+
     def memory(self) -> dict[str, int]:
-        """Bytes held now: `device` and `host` records, key `codes`, the `hits` table; `drive` is what the file reserves."""
+        """Bytes held now: `device` and `host` records, key `codes`, `hits` table; `drive` is what the file reserves."""
         total = dict.fromkeys(("device", "host", "codes"), 0)
         for layer in self.layers:
             for kind, nbytes in layer.layer.memory().items() if isinstance(layer, TieredLayer) else ():

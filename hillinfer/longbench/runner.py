@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hillinfer.cache import TieredCache
+from hillinfer.config import Settings
+from hillinfer.evaluator.policy import Policy
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, PROMPTS
 
 MARK = "\0"  # stands for the question while a template is split
@@ -59,9 +61,37 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict
     context, question = split_prompt(tokenizer, record)
     start = time.perf_counter()
     feed(model, cache, context)
-    prefilled = time.perf_counter()
+    return _answer(model, tokenizer, record, cache, context, question, time.perf_counter() - start)
+
+
+def ask_each(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict,
+    ways: dict[str, tuple[type[Policy], Settings]],
+) -> dict[str, Answer]:
+    """The same question answered in several ways over one prefill, all KV in memory.
+
+    Exact: a prefill does not depend on the policy, and the cache is cropped back to the document after each answer.
+    """
+    context, question = split_prompt(tokenizer, record)
+    answers = {}
+    coded = next((policy for policy, _ in ways.values() if policy.needs_codes), next(iter(ways.values()))[0])
+    with TieredCache(model.config, coded) as cache:
+        start = time.perf_counter()
+        feed(model, cache, context)
+        prefill_s = time.perf_counter() - start
+        for name, (policy, settings) in ways.items():
+            cache.use(policy, settings)
+            answers[name] = _answer(model, tokenizer, record, cache, context, question, prefill_s)
+            cache.crop(len(context) - cache.get_seq_length())
+    return answers
+
+
+def _answer(model, tokenizer, record, cache, context: list[int], question: list[int], prefill_s: float) -> Answer:
     cache.timeline.clear()  # the figures are of decode steps
     cache.counters.clear()
+    start = time.perf_counter()
     for token in question[:-1]:
         feed(model, cache, [token])
     ids = torch.tensor([context + question], device=model.device)
@@ -72,9 +102,8 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict
         max_new_tokens=MAX_NEW_TOKENS[record["dataset"]],
         do_sample=False,
     )
-    done = time.perf_counter()
     text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    return Answer(text, ids.shape[1], **measured(cache, prefilled - start, done - prefilled))
+    return Answer(text, ids.shape[1], **measured(cache, prefill_s, time.perf_counter() - start))
 
 
 def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:

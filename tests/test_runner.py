@@ -1,0 +1,64 @@
+"""The runner asks every system the same thing, and measures what it says it measures."""
+
+import pytest
+
+from hillinfer import Settings, disable, enable, make_cache
+from hillinfer.demo import demo_records, load_embedded
+from hillinfer.evaluator.policies import POLICIES
+from hillinfer.longbench.runner import ask, ask_each, is_right, split_prompt
+from hillinfer.longbench.synthetic import prompt_of
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    model, tokenizer = load_embedded()
+    before = enable(model)
+    yield model, tokenizer
+    disable(model, before)
+
+
+@pytest.fixture(scope="module")
+def record():
+    return demo_records({"1k": 1})[0]
+
+
+def test_a_split_prompt_is_the_prompt(embedded, record):
+    tokenizer = embedded[1]
+    context, question = split_prompt(tokenizer, record)
+    assert tokenizer.decode(context + question, skip_special_tokens=True) == prompt_of(record)
+    assert len(context) > 1000 and len(question) < 40
+
+
+def test_one_prefill_serves_all_systems_exactly(embedded, record, tmp_path):
+    """Answers over a shared prefill equal those of caches of their own, also after a policy that attended to little."""
+    ways = {
+        "random": (POLICIES["random"], Settings(alpha=0.05)),
+        "full": (POLICIES["full"], Settings()),
+        "topk": (POLICIES["topk"], Settings(alpha=0.1)),
+        "streaming": (POLICIES["streaming"], Settings(alpha=0.1)),
+    }
+    shared = ask_each(*embedded, record, ways)
+    for name, (_, settings) in ways.items():
+        with make_cache(embedded[0].config, name, alpha=settings.alpha) as cache:
+            own = ask(*embedded, record, cache)
+        assert (shared[name].text, shared[name].attended) == (own.text, own.attended), name
+    assert is_right(record, shared["full"].text)
+    assert not is_right(record, shared["random"].text)
+
+
+def test_figures_add_up(embedded, record, tmp_path):
+    with make_cache(embedded[0].config, "hillinfer", alpha=0.2, drive=tmp_path) as cache:
+        answer = ask(*embedded, record, cache)
+        assert answer.attended == pytest.approx(0.2 * answer.cached, abs=1)
+        assert sum(answer.rates.values()) == pytest.approx(1)
+        assert answer.steps >= len(split_prompt(embedded[1], record)[1]) + 3
+        assert answer.drive_bytes_per_token > 0
+        assert answer.memory["host"] < cache.run.geometry.record_bytes * 6 * answer.cached * 0.55
+
+
+@pytest.mark.parametrize(
+    ("text", "right"), [("40064", True), ("<40064>", True), ("40065", False), ("140064", False), ("", False)]
+)
+def test_an_answer_is_its_first_number(text, right):
+    assert is_right({"answers": ["40064"]}, text) == right
+    assert not is_right({"answers": ["40064"]}, "no\n40064")

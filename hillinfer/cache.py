@@ -8,6 +8,8 @@ step of several tokens (prefill, a new turn) gets tensors and is exact.
 import shutil
 import weakref
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
@@ -18,15 +20,46 @@ from transformers.masking_utils import sdpa_mask
 from hillinfer.config import Settings, UsageError
 from hillinfer.evaluator.policies import TopK
 from hillinfer.evaluator.policy import Policy
-from hillinfer.layer import Layer, Run
+from hillinfer.layer import Layer
+from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.geometry import Geometry
 
 ATTENTION = "hillinfer"
 
 
+class Seen(Exception):
+    """No error: it ends a forward pass that has served its purpose.
+
+    Carries a probed query (B, H, 1, D), its mask and its scaling out of a decoder layer.
+    """
+
+
+class QueryProbe:
+    """Stands in for a cache where only the query of a decoder layer is wanted."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return self, self
+
+
+def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict) -> Seen:
+    """The query that a decoder layer would form from this input: its own forward, ended where attention begins.
+
+    Exact for any family, as no layer is rewritten: given the layer's own input it is the true query to the bit.
+    """
+    try:
+        decoder_layer.forward(*args, **(kwargs | {"past_key_values": QueryProbe()}))  # forward: hooks do not run again
+    except Seen as seen:
+        return seen
+    raise UsageError(f"{type(decoder_layer).__name__} never reached attention; turn lookahead off")
+
+
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The registered attention function: the layer's own for one query token, SDPA for tensors."""
+    if isinstance(key, Layer | QueryProbe) and scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if isinstance(key, QueryProbe):
+        raise Seen(query, attention_mask, scaling)
     if not isinstance(key, Layer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     odd = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
@@ -34,7 +67,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
         raise UsageError(
             f"{type(module).__name__} uses {', '.join(odd)}, which tiered attention does not have; use the full cache"
         )
-    return key.attend(query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    return key.attend(query, attention_mask, scaling), None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -171,7 +204,8 @@ class TieredCache(Cache):
         for order, index in enumerate(tiered):
             layers[index] = TieredLayer(Layer(order, policy(), self.run))
         super().__init__(layers=layers)
-        self._finalizer = weakref.finalize(self, Run.close, self.run)
+        self._hooks: list = []
+        self._finalizer = weakref.finalize(self, _release, self.run, self._hooks)
 
     @property
     def timeline(self) -> Timeline:
@@ -180,6 +214,20 @@ class TieredCache(Cache):
     @property
     def counters(self) -> Counters:
         return self.run.counters
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Let each decode step look one layer ahead, by hooks on the model's decoder layers until `close`.
+
+        A layer's input is nearly the next layer's (the residual stream changes slowly), so the next layer's query can
+        be guessed from it, and its tokens fetched while this layer computes (InfiniGen's rehearsal; HillInfer APP).
+        """
+        weak = weakref.ref(self)
+        blocks = model.get_decoder().layers
+        for index, (block, following) in enumerate(pairwise(blocks), 1):
+            tiered = self.layers[index]
+            if isinstance(tiered, TieredLayer):
+                hook = partial(_look_ahead, weak, following, tiered.layer)
+                self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
     def use(self, policy: type[Policy], settings: Settings) -> None:
         """Go on with another policy, alpha or window over the same KV; where it lies cannot change any more."""
@@ -205,17 +253,33 @@ class TieredCache(Cache):
         self.layers = [
             old if isinstance(old, TieredLayer) else new for old, new in zip(self.layers, fresh, strict=True)
         ]
-        self.close()
-
-    def close(self) -> None:
-        """Give back memory and the drive's space. The record of the run stays; `reset` makes the cache usable again."""
         for layer in self.layers:
             if isinstance(layer, TieredLayer):
                 layer.reset()
-        self.run.close()
+        self.run.stop()
+
+    def close(self) -> None:
+        """Give back memory, threads, hooks and the drive's space. The record of the run stays."""
+        self.reset()
+        _release(self.run, self._hooks)
 
     def __enter__(self) -> "TieredCache":
         return self
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+
+def _look_ahead(weak: weakref.ref, following: torch.nn.Module, layer: Layer, block, args: tuple, kwargs: dict) -> None:
+    """Before a decoder layer runs a decode step on our cache: guess for the one that follows."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if weak() is None or kwargs.get("past_key_values") is not weak() or hidden is None or hidden.shape[1] != 1:
+        return
+    if layer.looks_ahead:
+        layer.speculate(*probe_query(following, args, kwargs).args)
+
+
+def _release(run: Run, hooks: list) -> None:
+    run.stop()
+    while hooks:
+        hooks.pop().remove()

@@ -35,6 +35,7 @@ class Settings:
     sinks        first tokens that stay on the model's device
     recent       last tokens that stay on the model's device
     io_threads   threads that read the drive at once
+    lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output
     """
 
     alpha: float = 0.2
@@ -43,6 +44,7 @@ class Settings:
     sinks: int = 4
     recent: int = 16
     io_threads: int = 16
+    lookahead: bool = True
 
     def __post_init__(self):
         if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= 1:

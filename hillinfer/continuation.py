@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hillinfer.assets import data_folder
-from hillinfer.cache import check_supported, enable, plan
+from hillinfer.cache import check_supported, plan
 from hillinfer.config import Settings, UsageError
 from hillinfer.longbench.runner import feed, measured
 from hillinfer.pipeline.timeline import Timeline
@@ -45,9 +45,8 @@ def run(
     model = _load(AutoModelForCausalLM, path, name, dtype=width).eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    enable(model)
     tokenizer = _load(AutoTokenizer, path, name)
-    with make_cache(config, system, **vars(settings)) as cache:
+    with make_cache(model, system, **vars(settings)) as cache:
         start = time.perf_counter()
         if ids.shape[1] > 1 and num_beams == 1:  # the last prompt token is a decode step like those after it
             feed(model, cache, ids[0, :-1].tolist())

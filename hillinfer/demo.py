@@ -98,7 +98,7 @@ def settings_of(system: str, settings: dict) -> Settings:
 def _run(model, tokenizer, records, name, settings, each) -> Result:
     answers = []
     for done, record in enumerate(records, 1):
-        with make_cache(model.config, name, **vars(settings)) as cache:
+        with make_cache(model, name, **vars(settings)) as cache:
             answers.append(ask(model, tokenizer, record, cache))
         each(name, done)
     return Result(name, answers, [is_right(r, a.text) for r, a in zip(records, answers, strict=True)], cache)

@@ -1,88 +1,23 @@
 """One decoder layer's cache: append, attend, crop, reset. Plain torch; knows no model."""
 
-import math
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hillinfer.config import Settings, UsageError
+from hillinfer.config import UsageError
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.pipeline.timeline import Counters, Hits, Timeline
-from hillinfer.tiers.drive import DirectDrive
+from hillinfer.pipeline.lookahead import Guess
+from hillinfer.pipeline.run import Run
+from hillinfer.pipeline.timeline import Hits
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import AGE_STEPS, HitTable
+from hillinfer.tiers.hits import AGE_STEPS
 from hillinfer.tiers.store import DriveStore, Found, HostStore
 from hillinfer.tiers.window import Window
 
 NEVER = np.iinfo(np.int32).min + 1  # the score of padding: below every real one
-
-
-@dataclass
-class Run:
-    """What the layers of one cache share."""
-
-    settings: Settings
-    layers: int
-    timeline: Timeline = field(default_factory=Timeline)
-    counters: Counters = field(default_factory=Counters)
-    step: int = -1
-    geometry: Geometry | None = None
-    drive: DirectDrive | None = None
-    hits: HitTable | None = None
-
-    def start(self, geometry: Geometry) -> None:
-        """Fix the shape at the first append, and open the drive if there is one."""
-        if self.geometry is None:
-            self.geometry = geometry
-            if self.settings.drive is not None:
-                self.hits = HitTable(geometry.batch)
-                self.drive = DirectDrive(
-                    self.settings.drive, geometry, self.layers * geometry.batch, self.settings.io_threads
-                )
-        elif self.geometry != geometry:
-            raise UsageError(
-                f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"
-            )
-
-    def pool_tokens(self, n: int) -> int:
-        """Hot pool size in tokens, for each layer and sequence, at n cached tokens.
-
-        HKM keeps alpha*N by recency and alpha*N by frequency, unless the user gave a budget.
-        """
-        if self.settings.host_budget is None:
-            return min(n, int(2 * self.settings.alpha * n) + 1)
-        return min(n, self.settings.host_budget // self._bytes_per_token())
-
-    def check(self, n: int) -> None:
-        """UsageError where n tokens cannot be held within the budget."""
-        budget, alpha = self.settings.host_budget, self.settings.alpha
-        if budget is None:
-            return
-        held = n if self.settings.drive is None else math.ceil(alpha * n)
-        need = held * self._bytes_per_token()
-        if need <= budget:
-            return
-        if self.settings.drive is None:
-            raise UsageError(
-                f"{n} tokens of KV take {need:,} bytes but the host budget is {budget:,}: "
-                "name a drive folder for the rest, or raise the budget"
-            )
-        raise UsageError(
-            f"the newest alpha*N = {held} of {n} tokens are pinned in host memory and take {need:,} bytes, "
-            f"but the host budget is {budget:,}: raise it to that, or lower alpha"
-        )
-
-    def _bytes_per_token(self) -> int:
-        return self.layers * self.geometry.batch * self.geometry.record_bytes
-
-    def close(self) -> None:
-        if self.drive is not None:
-            self.drive.close()
-        self.geometry = self.drive = self.hits = None
 
 
 class Layer:
@@ -91,10 +26,16 @@ class Layer:
     def __init__(self, index: int, policy: Policy, run: Run):
         self.index, self.policy, self.run = index, policy, run
         self.store = self.codes = None
+        self.guess: Guess | None = None  # what was prefetched for the coming step
 
     @property
     def n(self) -> int:
         return self.store.n if self.store else 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a guess would be of use: there is a drive to read from, and the policy can be asked twice."""
+        return isinstance(self.store, DriveStore) and self.policy.can_speculate and self.run.settings.lookahead
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take in keys and values (B, Hkv, n, D)."""
@@ -106,6 +47,8 @@ class Layer:
             if run.hits and run.step % AGE_STEPS == AGE_STEPS - 1:
                 run.hits.age()
         run.check(self.n + keys.shape[2])
+        if self.guess is not None:
+            self.guess.chosen()  # the guess reads codes and pool; they may change from here on
         keys, values = keys.detach(), values.detach()  # what is cached is never trained through
         kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2)  # (B, n, 2, Hkv, D)
         with run.timeline.span("cpu", "append", self.index, run.step, kv.nbytes):
@@ -126,14 +69,9 @@ class Layer:
 
         mask is None or broadcasts to (B, 1, 1, N); False (or a large negative number) hides padding.
         """
-        n, (batch, heads, _, dim) = self.n, query.shape
-        valid = None
-        if mask is not None:
-            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            valid = visible[:, 0, 0, :n].expand(batch, n)
-        picks = [
-            self._select(query[row, :, 0], scaling, row, None if valid is None else valid[row]) for row in range(batch)
-        ]
+        batch, heads, _, dim = query.shape
+        valid = self._valid(mask, batch)
+        picks = self._select_rows(query, valid, scaling)
         if all(pick is None for pick in picks):
             kv, found = self.store.all()
         else:
@@ -151,8 +89,33 @@ class Layer:
         self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
         return out.reshape(batch, 1, heads, dim)
 
+    def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
+        """Score and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
+
+        Only a prefetch: `attend` selects anew with the true query, takes what is here and reads what is not, so that
+        output does not depend on the guess (HillInfer APP, section 1.4).
+        """
+        valid = self._valid(mask, len(query))
+
+        def choose() -> list[np.ndarray]:
+            picks = self._select_rows(query, valid, scaling, "guess")
+            everything = np.arange(self.n)
+            return [self.store.missing(row, everything if p is None else p) for row, p in enumerate(picks)]
+
+        def read(missing: list[np.ndarray]) -> list[torch.Tensor]:
+            parts = []
+            for row, positions in enumerate(missing):
+                start = time.perf_counter_ns()
+                records, nbytes = self.store.streams[row].read(positions)
+                self._record([("drive", "prefetch", start, time.perf_counter_ns(), nbytes)] if nbytes else [])
+                parts.append(records)
+            return parts
+
+        self.guess = self.run.lookahead.submit(choose, read)
+
     def crop(self, n: int) -> None:
         """Forget all tokens from n on."""
+        self.guess = None
         if self.store is not None and n < self.n:
             self.store.truncate(n)
             if self.codes is not None:
@@ -170,7 +133,7 @@ class Layer:
                 self.codes.reorder(rows)
 
     def reset(self) -> None:
-        self.store = self.codes = None
+        self.store = self.codes = self.guess = None
 
     def memory(self) -> dict[str, int]:
         """Bytes held by kind: device and host KV records, key codes."""
@@ -194,7 +157,21 @@ class Layer:
         if self.policy.needs_codes:
             self.codes = KeyCodes(batch, kv_heads, dim)
 
-    def _select(self, query: torch.Tensor, scaling: float, row: int, valid: torch.Tensor | None) -> np.ndarray | None:
+    def _valid(self, mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+        """Which cached tokens may be attended to, (B, n) bool, or None for all."""
+        if mask is None:
+            return None
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return visible[:, 0, 0, : self.n].expand(batch, self.n)
+
+    def _select_rows(self, query: torch.Tensor, valid, scaling: float, kind: str = "select") -> list[np.ndarray | None]:
+        """Each row's selection; query (B, H, 1, D), valid (B, n) or None."""
+        return [
+            self._select(query[row, :, 0], scaling, row, None if valid is None else valid[row], kind)
+            for row in range(len(query))
+        ]
+
+    def _select(self, query: torch.Tensor, scaling: float, row: int, valid, kind: str) -> np.ndarray | None:
         """query (H, D) -> sorted positions, or None for all."""
         run, settings, n = self.run, self.run.settings, self.n
 
@@ -215,7 +192,7 @@ class Layer:
             return logits.softmax(1).cpu().numpy()
 
         step = Step(n, settings.budget(n), settings.sinks, settings.recent, self.index, run.step, scores, weights)
-        with run.timeline.span("cpu", "select", self.index, run.step):
+        with run.timeline.span("cpu", kind, self.index, run.step):
             picked = self.policy.select(step)
         if picked is not None and not _is_selection(picked, step):
             raise UsageError(
@@ -228,7 +205,9 @@ class Layer:
         k).
         """
         picks = [np.arange(self.n) if pick is None else pick for pick in picks]
-        rows = [self.store.fetch(row, pick) for row, pick in enumerate(picks)]
+        guess, self.guess = self.guess, None
+        ahead = [None] * len(picks) if guess is None else guess.rows(len(picks))
+        rows = [self.store.fetch(row, pick, ahead[row]) for row, pick in enumerate(picks)]
         found = sum((part for _, part in rows), Found())
         if self.run.hits:
             for row, pick in enumerate(picks):
@@ -254,21 +233,8 @@ class Layer:
             run.timeline.add(
                 "cpu", "swap", self.index, run.step, start, time.perf_counter_ns(), swapped * run.geometry.record_bytes
             )
-        queries = found.device + found.host + found.drive
-        run.counters.rows.append(
-            Hits(
-                run.step,
-                self.index,
-                self.n,
-                queries,
-                attended,
-                found.device,
-                found.host,
-                found.drive,
-                found.demoted,
-                swapped,
-            )
-        )
+        shape = dict(step=run.step, layer=self.index, cached=self.n, attended=attended, swapped=swapped)
+        run.counters.rows.append(Hits(queries=found.device + found.host + found.drive, **shape, **found.counts()))
 
 
 def _is_selection(picked: np.ndarray, step: Step) -> bool:

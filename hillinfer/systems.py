@@ -48,12 +48,15 @@ def find_system(name: str, settings: Settings) -> System:
 def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinfer", **options) -> TieredCache:
     """A cache for `generate`, and the model switched to tiered attention.
 
-    model    a model (which is switched over), or its config
-    options  the fields of `Settings`: alpha, host_budget, drive, sinks, recent, io_threads
+    model    a model, which is switched over; or its config, and then nothing looks ahead
+    options  the fields of `Settings`
     """
     settings = Settings(**options)
     policy = find_system(system, settings).policy
-    if isinstance(model, PreTrainedModel):
-        enable(model)
-        model = model.config
-    return TieredCache(model, policy, settings)
+    if not isinstance(model, PreTrainedModel):
+        return TieredCache(model, policy, settings)
+    enable(model)
+    cache = TieredCache(model.config, policy, settings)
+    if settings.lookahead and settings.drive is not None:
+        cache.attach(model)
+    return cache

@@ -35,7 +35,7 @@ MAY = {
     "config": set(),
     "tiers": {"growable"},
     "evaluator": {"growable"},
-    "pipeline": {"evaluator", "tiers"},
+    "pipeline": {"config", "evaluator", "tiers"},
     "layer": {"config", "pipeline", "evaluator", "tiers"},
     "cache": {"config", "layer", "pipeline", "evaluator", "tiers"},
     "systems": {"config", "cache", "evaluator"},

@@ -30,6 +30,7 @@ class Policy:
     """Chooses which tokens a decode step attends to. Subclass, write `select`, add one line to `policies`."""
 
     needs_codes = True  # whether `scores` is used; without it no key codes are built
+    can_speculate = False  # whether `select` may be called with a predicted query as well: it must keep no state
 
     def select(self, step: Step) -> np.ndarray | None:
         """Sorted, distinct positions, at most `step.budget` of them; None attends to everything."""

@@ -119,6 +119,8 @@ class Hits:
     host: int
     drive: int
     demoted: int  # misses of the hot pool that it once held; the others never were in it
+    guessed: int  # tokens that were prefetched for this step on a guess
+    prefetched: int  # of `drive`, those that the guess had brought
     swapped: int  # tokens promoted after the step; as many were demoted
 
 
@@ -138,6 +140,11 @@ class Counters:
         """Share of all queries that each tier served."""
         queries = self.total("queries")
         return {tier: self.total(tier) / queries if queries else 0.0 for tier in TIERS}
+
+    def prefetch(self) -> tuple[float, float]:
+        """Accuracy, the share of prefetched tokens that were used, and cover, the share of the drive's so brought."""
+        used = self.total("prefetched")
+        return used / max(1, self.total("guessed")), used / max(1, self.total("drive"))
 
     def frame(self) -> "pandas.DataFrame":
         import pandas as pd

@@ -9,7 +9,7 @@ truncate(n), memory(), n
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -31,10 +31,15 @@ class Found:
     host: int = 0
     drive: int = 0
     demoted: int = 0  # those of `drive` that the hot pool had once held; the rest never were in it
+    guessed: int = 0  # tokens that were prefetched
+    prefetched: int = 0  # those of `drive` that had been
     work: list[tuple[str, str, int, int, int]] = field(default_factory=list)  # (lane, kind, start_ns, end_ns, bytes)
 
+    def counts(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "work"}
+
     def __add__(self, other: "Found") -> "Found":
-        names = ("device", "host", "drive", "demoted", "work")
+        names = (field.name for field in fields(self))
         return Found(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
@@ -55,7 +60,7 @@ class HostStore:
         self.buffer.append(kv)
         return []
 
-    def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Found]:
+    def fetch(self, row: int, positions: np.ndarray, ahead=None) -> tuple[torch.Tensor, Found]:
         start = time.perf_counter_ns()
         index = torch.from_numpy(positions).to(self.buffer.data.device)
         records = self.buffer.data[row].index_select(0, index)
@@ -121,7 +126,13 @@ class DriveStore:
             pool.admit(np.arange(before, self.n), records[row])
         return [("drive", "write", start, end, written)] if written else []
 
-    def fetch(self, row: int, positions: np.ndarray, promote: bool = True) -> tuple[torch.Tensor, Found]:
+    def missing(self, row: int, positions: np.ndarray) -> np.ndarray:
+        """Those of the positions that only the drive has."""
+        far = positions[~self.window.holds(positions)]
+        return far[self.pools[row].slots(far) < 0]
+
+    def fetch(self, row: int, positions: np.ndarray, ahead=None, promote: bool = True) -> tuple[torch.Tensor, Found]:
+        """`ahead` has records on their way from the drive: sorted `positions`; `records()` waits for them."""
         out = self.geometry.empty(len(positions), device=self.geometry.device)
         found = Found()
         near = self.window.holds(positions)
@@ -133,19 +144,30 @@ class DriveStore:
         records = self.geometry.empty(len(far))
         records[_index(hit, records)] = self.pools[row].take(slots[hit])
         pooled = time.perf_counter_ns()
-        missed, nbytes = self.streams[row].read(far[~hit])
+        tokens = far[~hit]
+        brought = np.isin(tokens, ahead.positions) if ahead else np.zeros(len(tokens), bool)
+        missed = self.geometry.empty(len(tokens))
+        fixed, nbytes = self.streams[row].read(tokens[~brought])  # what the guess lacks, before waiting for the rest
         read = time.perf_counter_ns()
+        missed[_index(~brought, missed)] = fixed
+        if brought.any():
+            where = np.searchsorted(ahead.positions, tokens[brought])
+            missed[_index(brought, missed)] = ahead.records()[torch.from_numpy(where)]
+        waited = time.perf_counter_ns()
         records[_index(~hit, records)] = missed
         out[_index(~near, out)] = records.to(out.device)
         if promote:
-            self.missed.append((row, far[~hit], missed))
-        found.device, found.host, found.drive = int(near.sum()), int(hit.sum()), int((~hit).sum())
+            self.missed.append((row, tokens, missed))
+        found.device, found.host, found.drive = int(near.sum()), int(hit.sum()), len(tokens)
+        found.guessed, found.prefetched = len(ahead.positions) if ahead else 0, int(brought.sum())
         found.demoted = int((slots == DEMOTED).sum())
         found.work.append(("cpu", "gather", start, pooled, found.host * self.geometry.record_bytes))
-        if found.drive:
+        if nbytes:
             found.work.append(("drive", "read", pooled, read, nbytes))
+        if found.prefetched:
+            found.work.append(("cpu", "wait", read, waited, 0))
         if out.device.type != "cpu":
-            found.work.append(("link", "transfer", read, time.perf_counter_ns(), records.nbytes))
+            found.work.append(("link", "transfer", waited, time.perf_counter_ns(), records.nbytes))
         return out, found
 
     def all(self) -> tuple[torch.Tensor, Found]:

@@ -7,6 +7,8 @@ from hillinfer.evaluator.topk import merge_heads
 
 
 class TopK(Policy):
+    can_speculate = True
+
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:
             return None

@@ -1,0 +1,79 @@
+"""What the layers of one cache share: settings, the record of the run, the drive and the hit table."""
+
+import math
+from dataclasses import dataclass, field
+
+from hillinfer.config import Settings, UsageError
+from hillinfer.pipeline.lookahead import Lookahead
+from hillinfer.pipeline.timeline import Counters, Timeline
+from hillinfer.tiers.drive import DirectDrive
+from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.hits import HitTable
+
+
+@dataclass
+class Run:
+    """The shared state of a cache. `start` makes it from the shape of the first keys, `stop` gives it back."""
+
+    settings: Settings
+    layers: int
+    timeline: Timeline = field(default_factory=Timeline)
+    counters: Counters = field(default_factory=Counters)
+    step: int = -1
+    geometry: Geometry | None = None
+    drive: DirectDrive | None = None
+    hits: HitTable | None = None
+    lookahead: Lookahead | None = None
+
+    def start(self, geometry: Geometry) -> None:
+        """Fix the shape at the first append, and open the drive if there is one."""
+        if self.geometry is None:
+            self.geometry = geometry
+            if self.settings.drive is not None:
+                self.hits = HitTable(geometry.batch)
+                streams = self.layers * geometry.batch
+                self.drive = DirectDrive(self.settings.drive, geometry, streams, self.settings.io_threads)
+                self.lookahead = Lookahead()
+        elif self.geometry != geometry:
+            raise UsageError(
+                f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"
+            )
+
+    def pool_tokens(self, n: int) -> int:
+        """Hot pool size in tokens, for each layer and sequence, at n cached tokens.
+
+        HKM keeps alpha*N by recency and alpha*N by frequency, unless the user gave a budget.
+        """
+        if self.settings.host_budget is None:
+            return min(n, int(2 * self.settings.alpha * n) + 1)
+        return min(n, self.settings.host_budget // self._bytes_per_token())
+
+    def check(self, n: int) -> None:
+        """UsageError where n tokens cannot be held within the budget."""
+        budget, alpha = self.settings.host_budget, self.settings.alpha
+        if budget is None:
+            return
+        held = n if self.settings.drive is None else math.ceil(alpha * n)
+        need = held * self._bytes_per_token()
+        if need <= budget:
+            return
+        if self.settings.drive is None:
+            raise UsageError(
+                f"{n} tokens of KV take {need:,} bytes but the host budget is {budget:,}: "
+                "name a drive folder for the rest, or raise the budget"
+            )
+        raise UsageError(
+            f"the newest alpha*N = {held} of {n} tokens are pinned in host memory and take {need:,} bytes, "
+            f"but the host budget is {budget:,}: raise it to that, or lower alpha"
+        )
+
+    def _bytes_per_token(self) -> int:
+        return self.layers * self.geometry.batch * self.geometry.record_bytes
+
+    def stop(self) -> None:
+        """Give back the drive's space and the threads; `start` may follow."""
+        if self.lookahead is not None:
+            self.lookahead.close()
+        if self.drive is not None:
+            self.drive.close()
+        self.geometry = self.drive = self.hits = self.lookahead = None

@@ -1,0 +1,125 @@
+"""Looking one layer ahead changes no output, and leaves neither hooks nor threads."""
+
+import gc
+import threading
+
+import pytest
+import torch
+
+import hillinfer
+from hillinfer.cache import probe_query
+from hillinfer.tiers import drive as drive_module
+from tests.conftest import FAMILIES
+
+NEW = dict(max_new_tokens=24, do_sample=False, num_beams=1)
+
+
+@pytest.fixture(params=[name for name in FAMILIES if name != "mistral-sliding"])
+def model(request, models):
+    model = models(request.param)
+    yield model
+    hillinfer.disable(model)
+
+
+def hooks(model) -> int:
+    return sum(len(block._forward_pre_hooks) for block in model.get_decoder().layers)
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("hillinfer")}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_same_tokens_with_and_without(model, prompt, tmp_path, batch):
+    ids = torch.cat((prompt, prompt.flip(1)))[:batch]
+    ids[-1, : 40 * (batch - 1)] = 0
+    out, counted = {}, {}
+    for lookahead in (True, False):
+        with hillinfer.make_cache(model, "hillinfer", alpha=0.1, recent=4, drive=tmp_path, lookahead=lookahead) as cache:
+            out[lookahead] = model.generate(ids, attention_mask=(ids != 0).long(), past_key_values=cache, **NEW)
+            frame = cache.counters.frame()
+            counted[lookahead] = frame[["step", "layer", "device", "host", "drive", "swapped"]]
+            assert (frame.prefetched.sum() > 0) == lookahead
+            assert (frame.prefetched <= frame[["guessed", "drive"]].min(axis=1)).all()
+    assert torch.equal(out[True], out[False])
+    assert counted[True].equals(counted[False])  # the pool, too, goes the same way
+
+
+def test_a_probe_of_a_layers_own_input_is_its_query_to_the_bit(model, prompt):
+    hillinfer.enable(model)
+    block, inputs, seen = model.get_decoder().layers[1], [], []
+    own = block.register_forward_pre_hook(lambda m, a, k: inputs.append((a, k)), with_kwargs=True)
+
+    class Watch(hillinfer.Policy):
+        needs_codes = False
+
+        def select(self, step):
+            return None
+
+    cache = hillinfer.TieredCache(model.config, Watch)
+    layer = cache.layers[1].layer if hasattr(cache.layers[1], "layer") else pytest.skip("layer 1 keeps a sliding window")
+    attend = layer.attend
+    layer.attend = lambda query, mask, scaling: seen.append(query) or attend(query, mask, scaling)
+    with torch.no_grad():
+        model(prompt[:, :-1], past_key_values=cache)
+        model(prompt[:, -1:], past_key_values=cache)
+        own.remove()
+        probed = probe_query(block, *inputs[-1]).args[0]
+    assert torch.equal(probed, seen[0])
+
+
+def test_hooks_and_threads_go_with_the_cache(models, prompt, tmp_path):
+    model = models("llama")
+    for end in ("close", "with", "forgotten", "error"):
+        cache = hillinfer.make_cache(model, "hillinfer", drive=tmp_path)
+        assert hooks(model) == 2
+        model.generate(prompt, past_key_values=cache, **NEW)
+        assert threads()
+        if end == "close":
+            cache.close()
+        elif end == "with":
+            with cache:
+                pass
+        elif end == "error":
+            with pytest.raises(ZeroDivisionError), cache:
+                raise ZeroDivisionError
+        del cache
+        gc.collect()
+        assert hooks(model) == 0 and not threads(), end
+    hillinfer.disable(model)
+
+
+def test_a_cache_of_another_model_or_run_is_left_alone(models, prompt, tmp_path):
+    """The hooks of one cache must not guess while another, or none, is in use."""
+    model = models("llama")
+    with hillinfer.make_cache(model, "hillinfer", drive=tmp_path) as first:
+        want = model.generate(prompt, past_key_values=first, **NEW)
+        before = len(first.timeline.spans)
+        with hillinfer.make_cache(model, "topk", alpha=1.0) as second:
+            model.generate(prompt, past_key_values=second, **NEW)
+        hillinfer.disable(model)
+        model.generate(prompt, **NEW)
+        assert len(first.timeline.spans) == before
+        hillinfer.enable(model)
+        first.reset()
+        assert torch.equal(model.generate(prompt, past_key_values=first, **NEW), want)
+    hillinfer.disable(model)
+
+
+def test_an_error_of_the_prefetch_ends_generation_with_its_place(models, prompt, tmp_path, monkeypatch):
+    model = models("llama")
+
+    def broken(fd, buffers, at):
+        raise OSError(5, "Input/output error")
+
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.1, recent=4, drive=tmp_path) as cache:
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+        monkeypatch.setattr(drive_module.os, "preadv", broken)
+        with pytest.raises(hillinfer.DriveError, match=r"layer \d, sequence 0, position \d+"):
+            model.generate(torch.cat((prompt, prompt[:, :1]), 1), past_key_values=cache, **NEW)
+        monkeypatch.undo()
+        cache.reset()
+        model.generate(prompt, past_key_values=cache, **NEW)  # model and cache are usable again
+    assert not threads() and not list(tmp_path.iterdir())
+    hillinfer.disable(model)

@@ -153,7 +153,9 @@ class Layer:
             self.store = HostStore(geometry, resident=settings.host_budget is None)
         else:
             window = Window(geometry, settings.sinks, settings.recent)
-            self.store = DriveStore(run.drive, self.index, run.hits, window, settings.alpha, run.pool_tokens)
+            self.store = DriveStore(
+                run.drive, run.writer, self.index, run.hits, window, settings.alpha, run.pool_tokens
+            )
         if self.policy.needs_codes:
             self.codes = KeyCodes(batch, kv_heads, dim)
 

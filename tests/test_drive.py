@@ -5,6 +5,7 @@ stays.
 import errno
 import os
 import stat
+import threading
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hillinfer.tiers import drive as module
 from hillinfer.tiers.drive import DirectDrive, DriveError
 from hillinfer.tiers.geometry import BLOCK, Geometry
-from hillinfer.tiers.stream import Stream
+from hillinfer.tiers.stream import Stream, Writer
 
 # Records smaller than a block, larger, equal to it, and such that neither divides the other.
 SHAPES = {"256 B": (2, 16), "768 B": (3, 32), "4 KiB": (8, 64), "12 KiB": (12, 128)}
@@ -64,12 +65,13 @@ def test_streams_read_back_to_the_bit(shape, dtype, folder):
     drive.close()
 
 
-@given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_order_of_appends_reads_and_truncations(data, tmp_path_factory):
+@given(data=st.data(), behind=st.booleans())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_order_of_appends_reads_and_truncations(data, behind, tmp_path_factory):
     size = geometry(*data.draw(st.sampled_from(list(SHAPES.values()))))
     drive = DirectDrive(tmp_path_factory.mktemp("drive"), size, streams=1)
-    stream, want = Stream(drive, 0), size.empty(0)
+    writer = Writer() if behind else None
+    stream, want = Stream(drive, 0, writer), size.empty(0)
     for _ in range(data.draw(st.integers(1, 6))):
         if data.draw(st.booleans()) or not len(want):
             records = random_records(size, data.draw(st.integers(1, 200)))
@@ -81,6 +83,8 @@ def test_any_order_of_appends_reads_and_truncations(data, tmp_path_factory):
             want = want[:n]
         positions = np.flatnonzero(np.random.default_rng(len(want)).random(len(want)) < 0.3)
         assert same(stream.read(positions)[0], want[torch.from_numpy(positions)])
+    if writer:
+        writer.close()
     drive.close()
 
 
@@ -171,3 +175,59 @@ def test_a_full_disk_says_so_and_leaves_nothing(folder, monkeypatch):
     with pytest.raises(DriveError, match="No space left"):
         drive.write(0, 0, random_records(drive.geometry, 64))
     drive.close()
+
+
+def test_a_read_during_a_write_is_served_from_memory(folder, monkeypatch):
+    """The write is stopped in its middle; a reader gets every record, and memory is freed once it is through."""
+    go, reached = threading.Event(), threading.Event()
+    real = os.pwritev
+
+    def slow(fd, buffers, at):
+        reached.set()
+        assert go.wait(10)
+        return real(fd, buffers, at)
+
+    monkeypatch.setattr(module.os, "pwritev", slow)
+    size = geometry(8, 64)
+    drive, writer = DirectDrive(folder, size, streams=1), Writer()
+    stream, records = Stream(drive, 0, writer), random_records(size, 300)
+    assert stream.append(records[:200]) == 200 * size.record_bytes
+    assert reached.wait(10)
+    stream.append(records[200:])
+    assert stream.state[0] == 0 and same(stream.read(np.arange(300))[0], records)
+    go.set()
+    stream.settle()
+    assert stream.state[0] == 200 and stream.nbytes == 100 * size.record_bytes
+    assert same(stream.read(np.arange(300))[0], records)
+    writer.close()
+    drive.close()
+
+
+def test_a_failed_write_behind_is_raised_and_loses_nothing(folder, monkeypatch):
+    def broken(fd, buffers, at):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    size = geometry(8, 64)
+    drive, writer = DirectDrive(folder, size, streams=1), Writer()
+    stream, records = Stream(drive, 0, writer), random_records(size, 300)
+    monkeypatch.setattr(module.os, "pwritev", broken)
+    stream.append(records)
+    with pytest.raises(DriveError, match="write failed at layer 0"):
+        stream.settle()
+    assert same(stream.read(np.arange(300))[0], records)
+    writer.close()
+    drive.close()
+
+
+def test_writing_behind_is_bounded(folder, monkeypatch):
+    monkeypatch.setattr("hillinfer.tiers.stream.BEHIND", 100)
+    writer, go, order = Writer(), threading.Event(), []
+    writer.submit(80, lambda: go.wait(10))
+    late = threading.Thread(target=lambda: writer.submit(80, lambda: order.append("second")))
+    late.start()
+    late.join(0.2)
+    assert late.is_alive() and not order  # no room for a second one yet
+    go.set()
+    late.join(10)
+    writer.close()
+    assert order == ["second"]

@@ -35,7 +35,8 @@ def test_same_tokens_with_and_without(model, prompt, tmp_path, batch):
     ids[-1, : 40 * (batch - 1)] = 0
     out, counted = {}, {}
     for lookahead in (True, False):
-        with hillinfer.make_cache(model, "hillinfer", alpha=0.1, recent=4, drive=tmp_path, lookahead=lookahead) as cache:
+        options = dict(alpha=0.1, recent=4, drive=tmp_path, lookahead=lookahead)
+        with hillinfer.make_cache(model, "hillinfer", **options) as cache:
             out[lookahead] = model.generate(ids, attention_mask=(ids != 0).long(), past_key_values=cache, **NEW)
             frame = cache.counters.frame()
             counted[lookahead] = frame[["step", "layer", "device", "host", "drive", "swapped"]]
@@ -57,7 +58,7 @@ def test_a_probe_of_a_layers_own_input_is_its_query_to_the_bit(model, prompt):
             return None
 
     cache = hillinfer.TieredCache(model.config, Watch)
-    layer = cache.layers[1].layer if hasattr(cache.layers[1], "layer") else pytest.skip("layer 1 keeps a sliding window")
+    layer = cache.layers[1].layer
     attend = layer.attend
     layer.attend = lambda query, mask, scaling: seen.append(query) or attend(query, mask, scaling)
     with torch.no_grad():

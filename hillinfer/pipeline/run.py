@@ -9,6 +9,7 @@ from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import HitTable
+from hillinfer.tiers.stream import Writer
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Run:
     geometry: Geometry | None = None
     drive: DirectDrive | None = None
     hits: HitTable | None = None
+    writer: Writer | None = None
     lookahead: Lookahead | None = None
 
     def start(self, geometry: Geometry) -> None:
@@ -33,7 +35,7 @@ class Run:
                 self.hits = HitTable(geometry.batch)
                 streams = self.layers * geometry.batch
                 self.drive = DirectDrive(self.settings.drive, geometry, streams, self.settings.io_threads)
-                self.lookahead = Lookahead()
+                self.writer, self.lookahead = Writer(), Lookahead()
         elif self.geometry != geometry:
             raise UsageError(
                 f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"
@@ -72,8 +74,7 @@ class Run:
 
     def stop(self) -> None:
         """Give back the drive's space and the threads; `start` may follow."""
-        if self.lookahead is not None:
-            self.lookahead.close()
-        if self.drive is not None:
-            self.drive.close()
-        self.geometry = self.drive = self.hits = self.lookahead = None
+        for part in (self.lookahead, self.writer, self.drive):  # what uses the drive, and then the drive
+            if part is not None:
+                part.close()
+        self.geometry = self.drive = self.hits = self.writer = self.lookahead = None

@@ -19,7 +19,7 @@ from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import HitTable
 from hillinfer.tiers.pool import DEMOTED, HotPool
-from hillinfer.tiers.stream import Stream
+from hillinfer.tiers.stream import Stream, Writer
 from hillinfer.tiers.window import Window
 
 
@@ -101,10 +101,12 @@ class DriveStore:
     capacity  the pool's size in tokens for each sequence at n cached tokens
     """
 
-    def __init__(self, drive: DirectDrive, layer: int, hits: HitTable, window: Window, pinned: float, capacity):
+    def __init__(
+        self, drive: DirectDrive, writer: Writer, layer: int, hits: HitTable, window: Window, pinned: float, capacity
+    ):
         self.geometry = geometry = drive.geometry
         self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
-        self.streams = [Stream(drive, layer * geometry.batch + row) for row in range(geometry.batch)]
+        self.streams = [Stream(drive, layer * geometry.batch + row, writer) for row in range(geometry.batch)]
         self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
         self.missed: list[tuple[int, np.ndarray, torch.Tensor]] = []  # what this step read from the drive
 

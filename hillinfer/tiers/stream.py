@@ -1,4 +1,10 @@
-"""One stream of records on a drive, with the newest ones held back until they fill whole blocks."""
+"""One stream of records on a drive. The newest are held back until they fill whole blocks, and are written behind the
+computation; a read takes from memory whatever is not surely on the drive.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -6,48 +12,101 @@ import torch
 from hillinfer.tiers.drive import DirectDrive
 
 HELD = 64  # tokens gathered before a write: one large write beats many of one block
+BEHIND = 64 << 20  # bytes that may wait to be written; more would defeat the memory budget
+
+
+class Writer:
+    """One thread that writes. `submit` waits while too much is under way."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1, "hillinfer-write")
+        self._room = threading.Condition()
+        self._behind = 0
+
+    def submit(self, nbytes: int, job: Callable[[], None]) -> Future:
+        with self._room:
+            self._room.wait_for(lambda: not self._behind or self._behind + nbytes <= BEHIND)
+            self._behind += nbytes
+        future = self._pool.submit(job)
+        future.add_done_callback(lambda _: self._done(nbytes))
+        return future
+
+    def _done(self, nbytes: int) -> None:
+        with self._room:
+            self._behind -= nbytes
+            self._room.notify()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
 
 
 class Stream:
-    """Append-only records of one layer and batch row. `n` tokens, of which `flushed` are on the drive."""
+    """Append-only records of one layer and batch row.
 
-    def __init__(self, drive: DirectDrive, index: int):
-        self.drive, self.index, self.flushed = drive, index, 0
-        self.tail = drive.geometry.empty(0)
+    `state` is (flushed, tail): tokens below `flushed` are on the drive, the rest in `tail`. It is replaced as a whole,
+    so that a read in any thread sees no half of a change; only append, truncate and the writer replace it.
+    """
+
+    def __init__(self, drive: DirectDrive, index: int, writer: Writer | None = None):
+        self.drive, self.index, self.writer = drive, index, writer
+        self.state = (0, drive.geometry.empty(0))
+        self._changing = threading.Lock()
+        self._writing: Future | None = None
 
     @property
     def n(self) -> int:
-        return self.flushed + len(self.tail)
+        flushed, tail = self.state
+        return flushed + len(tail)
 
     def append(self, records: torch.Tensor) -> int:
-        """Add records (n, 2, Hkv, D); returns the bytes written to the drive."""
-        self.tail = torch.cat((self.tail, records))
-        if len(self.tail) < HELD:
+        """Add records (n, 2, Hkv, D); returns the bytes whose write began. Raises what an earlier write raised."""
+        if self._writing and self._writing.done():
+            self.settle()
+        with self._changing:
+            flushed, tail = self.state
+            tail = torch.cat((tail, records))
+            self.state = (flushed, tail)
+        if self._writing or len(tail) < HELD:
             return 0
-        group = self.drive.geometry.group
-        whole = len(self.tail) // group * group
-        self.drive.write(self.index, self.flushed, self.tail[:whole])
-        self.tail, self.flushed = self.tail[whole:].clone(), self.flushed + whole
-        return whole * self.drive.geometry.record_bytes
+        group, width = self.drive.geometry.group, self.drive.geometry.record_bytes
+        whole = len(tail) // group * group
+        self.drive.reserve(flushed + whole)  # a full drive is an error here and now
+
+        def write() -> None:
+            self.drive.write(self.index, flushed, tail[:whole])
+            with self._changing:
+                self.state = (flushed + whole, self.state[1][whole:].clone())
+
+        if self.writer is None:
+            write()
+        else:
+            self._writing = self.writer.submit(whole * width, write)
+        return whole * width
+
+    def settle(self) -> None:
+        """Wait for the write under way. Raises what it raised; nothing is lost then, as its records are still held."""
+        if self._writing:
+            future, self._writing = self._writing, None
+            future.result()
 
     def read(self, positions: np.ndarray) -> tuple[torch.Tensor, int]:
-        """Records of sorted positions (k,): (k, 2, Hkv, D) and the bytes that the drive read."""
-        split = int(np.searchsorted(positions, self.flushed))
+        """Records of sorted positions (k,): (k, 2, Hkv, D) and the bytes that the drive read. Any thread may."""
+        flushed, tail = self.state
+        split = int(np.searchsorted(positions, flushed))
         stored, nbytes = self.drive.read(self.index, positions[:split])
         if split == len(positions):
             return stored, nbytes
-        held = self.tail[torch.from_numpy(positions[split:] - self.flushed)]
-        return torch.cat((stored, held)), nbytes
+        return torch.cat((stored, tail[torch.from_numpy(positions[split:] - flushed)])), nbytes
 
     def truncate(self, n: int) -> None:
         """Forget all tokens from n on. The block that n falls into comes back into memory, to be written again."""
-        if n >= self.flushed:
-            self.tail = self.tail[: n - self.flushed].clone()
-            return
-        kept = n // self.drive.geometry.group * self.drive.geometry.group
-        self.tail = self.drive.read(self.index, np.arange(kept, n))[0]
-        self.flushed = kept
+        self.settle()
+        flushed, tail = self.state
+        if n < flushed:
+            kept = n // self.drive.geometry.group * self.drive.geometry.group
+            flushed, tail = kept, self.drive.read(self.index, np.arange(kept, n))[0]
+        self.state = (flushed, tail[: n - flushed].clone())
 
     @property
     def nbytes(self) -> int:
-        return self.tail.nbytes
+        return self.state[1].nbytes

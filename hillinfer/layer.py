@@ -157,7 +157,7 @@ class Layer:
                 run.drive, run.writer, self.index, run.hits, window, settings.alpha, run.pool_tokens
             )
         if self.policy.needs_codes:
-            self.codes = KeyCodes(batch, kv_heads, dim)
+            self.codes = KeyCodes(batch, kv_heads, dim, int(settings.precision.removeprefix("int")))
 
     def _valid(self, mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         """Which cached tokens may be attended to, (B, n) bool, or None for all."""

@@ -6,29 +6,40 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hillinfer.evaluator.codes import EXACT_FP32_DIM, TOP, KeyCodes, group_scores, group_scores_reference
+from hillinfer.evaluator.codes import EXACT_FP32_DIM, TOP, KeyCodes, group_scores, group_scores_reference, pack, unpack
 from hillinfer.evaluator.topk import merge_heads, topk
 
 
 @given(
-    heads=st.integers(1, 4), group=st.integers(1, 8), dim=st.sampled_from([1, 16, 64, 128, 256, EXACT_FP32_DIM]),
-    n=st.integers(1, 300), extreme=st.booleans(), seed=st.integers(0, 10**6),
-)  # fmt: skip
-@settings(max_examples=60, deadline=None)
-def test_scores_equal_the_numpy_reference(heads, group, dim, n, extreme, seed):
+    bits=st.sampled_from([8, 4]),
+    heads=st.integers(1, 4),
+    group=st.integers(1, 8),
+    dim=st.sampled_from([2, 16, 64, 128, 256, EXACT_FP32_DIM]),
+    n=st.integers(1, 300),
+    extreme=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=80, deadline=None)
+def test_scores_equal_the_numpy_reference(bits, heads, group, dim, n, extreme, seed):
     rng = np.random.default_rng(seed)
-    values = np.array([-TOP, TOP]) if extreme else np.arange(-TOP, TOP + 1)
-    query, codes = (rng.choice(values, shape).astype(np.int8) for shape in ((heads, group, dim), (heads, n, dim)))
-    got = group_scores(torch.from_numpy(query), torch.from_numpy(codes), block=128)
+
+    def draw(top, *shape):
+        values = np.array([-top, top]) if extreme else np.arange(-top, top + 1)
+        return rng.choice(values, shape).astype(np.int8)
+
+    query, codes = draw(TOP[8], heads, group, dim), draw(TOP[bits], heads, n, dim)
+    stored = pack(torch.from_numpy(codes), bits)
+    assert stored.shape[2] == dim * bits // 8 and np.array_equal(unpack(stored, bits).numpy(), codes)
+    got = group_scores(torch.from_numpy(query), stored, bits, block=128)
     assert got.dtype == np.int32
     assert np.array_equal(got, group_scores_reference(query, codes))
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_largest_scores_are_exact(sign):
-    query = np.full((1, 1, EXACT_FP32_DIM), TOP, np.int8)
+    query = np.full((1, 1, EXACT_FP32_DIM), TOP[8], np.int8)
     got = group_scores(torch.from_numpy(query), torch.from_numpy(sign * query))
-    assert got.item() == sign * TOP * TOP * EXACT_FP32_DIM
+    assert got.item() == sign * TOP[8] ** 2 * EXACT_FP32_DIM
 
 
 def test_a_head_dim_beyond_exactness_is_refused():
@@ -37,21 +48,26 @@ def test_a_head_dim_beyond_exactness_is_refused():
 
 
 @given(
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), grow=st.floats(0.01, 100), seed=st.integers(0, 10**6)
+    bits=st.sampled_from([8, 4]),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    grow=st.floats(0.01, 100),
+    seed=st.integers(0, 10**6),
 )
 @settings(max_examples=40, deadline=None)
-def test_codes_built_in_parts_stay_close_to_the_keys(sizes, grow, seed):
+def test_codes_built_in_parts_stay_close_to_the_keys(bits, sizes, grow, seed):
     """Later keys may be larger than all before: codes never saturate, and lie within one step of the true key."""
     torch.manual_seed(seed)
     parts = [torch.randn(2, 3, n, 8) * grow**i for i, n in enumerate(sizes)]
-    codes = KeyCodes(2, 3, 8)
+    codes = KeyCodes(2, 3, 8, bits)
     for part in parts:
         codes.append(part)
     keys = torch.cat(parts, 2)
-    back = codes.codes.view().float() * codes.scale
+    back = unpack(codes.codes.view(), bits).float() * codes.scale
     assert codes.codes.n == keys.shape[2]
     assert ((back - keys).abs() <= codes.scale * 1.01).all()
-    assert (codes.scale * TOP <= keys.abs().amax(2, keepdim=True) * 2.01).all()  # no channel wastes more than a bit
+    assert (
+        codes.scale * TOP[bits] <= keys.abs().amax(2, keepdim=True) * 2.01
+    ).all()  # no channel wastes more than a bit
 
 
 def test_one_append_is_the_plain_quantisation():
@@ -59,20 +75,25 @@ def test_one_append_is_the_plain_quantisation():
     keys = torch.randn(1, 2, 50, 16)
     codes = KeyCodes(1, 2, 16)
     codes.append(keys)
-    scale = keys.abs().amax(2, keepdim=True) / TOP
+    scale = keys.abs().amax(2, keepdim=True) / TOP[8]
     assert torch.equal(codes.codes.view(), (keys / scale).round().to(torch.int8))
 
 
-def test_scores_rank_as_the_true_dot_products_do():
+@pytest.mark.parametrize(("bits", "least"), [(8, 47), (4, 38)])
+def test_scores_rank_as_the_true_dot_products_do(bits, least):
     torch.manual_seed(0)
     keys, query = torch.randn(1, 2, 500, 64), torch.randn(4, 64)
-    codes = KeyCodes(1, 2, 64)
+    codes = KeyCodes(1, 2, 64, bits)
     codes.append(keys)
     got = codes.scores(codes.query(query, 0), 0)
     want = torch.einsum("hgd,hnd->hgn", query.view(2, 2, 64), keys[0]).amax(1)
     for head in range(2):
-        best = set(topk(got[head], 50)) & set(want[head].topk(50).indices.tolist())
-        assert len(best) >= 47
+        assert len(set(topk(got[head], 50)) & set(want[head].topk(50).indices.tolist())) >= least
+
+
+def test_odd_head_dims_have_no_int4():
+    with pytest.raises(ValueError, match="int8"):
+        KeyCodes(1, 1, 7, 4)
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=200), st.integers(0, 220))

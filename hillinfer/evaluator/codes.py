@@ -1,8 +1,8 @@
-"""INT8 key codes and their exact scores.
+"""INT8 and INT4 key codes and their exact scores (HillInfer CEC: low precision for scoring only).
 
 A channel's scale is folded into the query, which is then quantised as well, so that a score is a dot product of
-integers: the same to the bit on numpy, in torch, in an emulated drive and in hardware (HillInfer CEC: no softmax and
-no scaling where the keys are scored).
+integers: the same to the bit on numpy, in torch, in an emulated drive and in hardware. No softmax and no scaling where
+keys are scored.
 """
 
 import numpy as np
@@ -10,19 +10,24 @@ import torch
 
 from hillinfer.growable import Growable
 
-TOP = 127
-EXACT_FP32_DIM = 2**24 // TOP**2  # 1,040: up to this head_dim an fp32 sum of code products is exact in any order
+TOP = {8: 127, 4: 7}  # largest code by bits; symmetric, so that no code lacks its negative
+EXACT_FP32_DIM = 2**24 // TOP[8] ** 2  # 1,040: up to this head_dim an fp32 sum of code products is exact in any order
+TINY = torch.finfo(torch.float32).tiny
 
 
 class KeyCodes:
-    """Symmetric INT8 codes of all keys of one layer, per KV head and channel: codes (B, Hkv, n, D), scale (B, Hkv, 1,
-    D).
+    """Symmetric codes of all keys of one layer, per KV head and channel; scale (B, Hkv, 1, D).
+
+    `codes` holds INT8 as (B, Hkv, n, D), and INT4 as (B, Hkv, n, D/2) with even channels in the low half of a byte.
     """
 
-    def __init__(self, batch: int, kv_heads: int, head_dim: int):
+    def __init__(self, batch: int, kv_heads: int, head_dim: int, bits: int = 8):
         if head_dim > EXACT_FP32_DIM:
             raise ValueError(f"head_dim {head_dim} is above {EXACT_FP32_DIM}, where integer scores stop being exact")
-        self.codes = Growable((batch, kv_heads, 0, head_dim), 2, torch.int8)
+        if bits == 4 and head_dim % 2:
+            raise ValueError(f"INT4 codes come in pairs, but head_dim is {head_dim}; use int8")
+        self.bits = bits
+        self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8)
         self.scale = torch.zeros((batch, kv_heads, 1, head_dim))
 
     def append(self, keys: torch.Tensor) -> None:
@@ -31,30 +36,31 @@ class KeyCodes:
         A channel that outgrows its scale doubles it as often as needed and halves its old codes, so that codes never
         saturate and are never more than one step off the direct quantisation.
         """
+        top = TOP[self.bits]
         keys = keys.to("cpu", torch.float32)
-        need = keys.abs().amax(2, keepdim=True) / TOP
+        need = keys.abs().amax(2, keepdim=True) / top
         fresh = self.scale == 0
         doublings = torch.where((need > self.scale) & ~fresh, torch.log2(need / self.scale).ceil(), 0).clamp_(min=0)
         if doublings.any():
             old = self.codes.view()
-            old.copy_((old.float() / 2**doublings).round_())
+            old.copy_(pack((unpack(old, self.bits).float() / 2**doublings).round_().to(torch.int8), self.bits))
         self.scale = torch.where(fresh, need, self.scale * 2**doublings)
-        new = (keys / self.scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().clamp_(-TOP, TOP)
-        self.codes.append(new.to(torch.int8))
+        new = (keys / self.scale.clamp(min=TINY)).round_().clamp_(-top, top)
+        self.codes.append(pack(new.to(torch.int8), self.bits))
 
     def query(self, query: torch.Tensor, row: int) -> torch.Tensor:
-        """Fold the scales into a query (H, D) and quantise it: int8 (Hkv, G, D). One step size for each KV head's
-        group, so that scores of its query heads can be compared."""
+        """Fold the scales into a query (H, D) and quantise it to INT8: (Hkv, G, D).
+
+        One step size for each KV head's group, so that scores of its query heads can be compared.
+        """
         scale = self.scale[row]  # (Hkv, 1, D)
         folded = query.to("cpu", torch.float32).view(scale.shape[0], -1, scale.shape[2]) * scale
-        step = (folded.abs().amax((1, 2), keepdim=True) / TOP).clamp(min=torch.finfo(torch.float32).tiny)
-        return (folded / step).round_().clamp_(-TOP, TOP).to(torch.int8)
+        step = (folded.abs().amax((1, 2), keepdim=True) / TOP[8]).clamp(min=TINY)
+        return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8)
 
     def scores(self, query: torch.Tensor, row: int) -> np.ndarray:
-        """Integer scores of a quantised query (Hkv, G, D) against all keys of a row, the group reduced by max: (Hkv,
-        n) int32.
-        """
-        return group_scores(query, self.codes.view()[row])
+        """Scores of a quantised query (Hkv, G, D) against all keys of a row, reduced over the group: (Hkv, n) int32."""
+        return group_scores(query, self.codes.view()[row], self.bits)
 
     def truncate(self, n: int) -> None:
         self.codes.truncate(n)
@@ -68,20 +74,31 @@ class KeyCodes:
         return self.codes.view().nbytes + self.scale.nbytes
 
 
-def group_scores(query: torch.Tensor, codes: torch.Tensor, block: int = 4096) -> np.ndarray:
-    """query int8 (Hkv, G, D), codes int8 (Hkv, n, D) -> (Hkv, n) int32, max over the group.
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 codes (..., D) as they are stored: for INT4 two to a byte, (..., D/2)."""
+    return codes if bits == 8 else (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
 
-    fp32 is exact here: every partial sum is an integer below 2**24. Blocks keep the converted codes in the
-    processor's cache.
+
+def unpack(stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `pack`: int8 codes (..., D)."""
+    if bits == 8:
+        return stored
+    return torch.stack(((stored << 4) >> 4, stored >> 4), -1).flatten(-2)  # arithmetic shifts carry the sign
+
+
+def group_scores(query: torch.Tensor, stored: torch.Tensor, bits: int = 8, block: int = 4096) -> np.ndarray:
+    """query int8 (Hkv, G, D), stored codes (Hkv, n, D or D/2) -> (Hkv, n) int32, max over the group.
+
+    fp32 is exact here: every partial sum is an integer below 2**24. A block's converted codes stay in the cache.
     """
     query = query.float().transpose(1, 2)  # (Hkv, D, G)
-    out = torch.empty(codes.shape[:2], dtype=torch.int32)
-    for start in range(0, codes.shape[1], block):
-        part = codes[:, start : start + block].float()
+    out = torch.empty(stored.shape[:2], dtype=torch.int32)
+    for start in range(0, stored.shape[1], block):
+        part = unpack(stored[:, start : start + block], bits).float()
         out[:, start : start + block] = torch.matmul(part, query).amax(2).to(torch.int32)
     return out.numpy()
 
 
 def group_scores_reference(query: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """The definition, in int64 numpy: what every other implementation must equal exactly."""
+    """The definition, in int64 numpy over unpacked codes: what every other implementation must equal exactly."""
     return np.einsum("hgd,hnd->hgn", query.astype(np.int64), codes.astype(np.int64)).max(1).astype(np.int32)

@@ -65,7 +65,7 @@ def demo(
         from hillinfer.systems import find_system
 
         for name in names:
-            find_system(name, job.settings_of(name, settings))
+            find_system(name, job.options_of(name, settings))
         model, tokenizer = job.load_embedded()
         records = job.demo_records()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -156,7 +156,8 @@ def run(
 ):
     """Continue a long text with a model whose KV is spread over the tiers."""
     with clear_errors():
-        settings = Settings(alpha=alpha, host_budget=host_budget, drive=drive)
+        options = dict(alpha=alpha, host_budget=host_budget, drive=drive)
+        Settings(**options)  # refuse bad input before torch loads
         if num_beams > 1 and drive is not None:
             raise UsageError(
                 "beam search would copy whole caches on the drive: use --num-beams 1, or leave out --drive"
@@ -164,7 +165,7 @@ def run(
         text = read_prompt(prompt_file)
         from hillinfer import continuation
 
-        result = continuation.run(model, text, system, settings, max_new_tokens, num_beams, dtype)
+        result = continuation.run(model, text, system, options, max_new_tokens, num_beams, dtype)
         out.print(result.text, markup=False, highlight=False, soft_wrap=True)
         for line in result.facts:
             err.print(line, soft_wrap=True)

@@ -35,6 +35,7 @@ class Settings:
     sinks        first tokens that stay on the model's device
     recent       last tokens that stay on the model's device
     io_threads   threads that read the drive at once
+    placement    what the hot pool keeps: `hits` (HillInfer's hit table), or as controls `lru` and `importance`
     precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
     lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output
     """
@@ -45,6 +46,7 @@ class Settings:
     sinks: int = 4
     recent: int = 16
     io_threads: int = 16
+    placement: str = "hits"
     precision: str = "int8"
     lookahead: bool = True
 
@@ -54,8 +56,9 @@ class Settings:
         for name, least in (("sinks", 0), ("recent", 1), ("io_threads", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number of at least {least}")
-        if self.precision not in ("int8", "int4"):
-            raise UsageError(f"no precision '{self.precision}'; choose int8 or int4")
+        for name, known in (("placement", ("hits", "lru", "importance")), ("precision", ("int8", "int4"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"no {name} '{getattr(self, name)}'; choose {' or '.join(known)}")
         object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
         if self.drive is not None:
             object.__setattr__(self, "drive", check_folder(self.drive))

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hillinfer.assets import data_folder
 from hillinfer.cache import check_supported, plan
-from hillinfer.config import Settings, UsageError
+from hillinfer.config import UsageError
 from hillinfer.longbench.runner import feed, measured
 from hillinfer.pipeline.timeline import Timeline
 from hillinfer.systems import find_system, make_cache
@@ -24,10 +24,10 @@ class Continuation:
 
 
 def run(
-    name: str, text: str, system: str, settings: Settings, max_new_tokens: int, num_beams: int, dtype: str
+    name: str, text: str, system: str, options: dict, max_new_tokens: int, num_beams: int, dtype: str
 ) -> Continuation:
     """Greedy continuation. Everything that can be refused is refused before the weights are loaded."""
-    find_system(system, settings)
+    settings = find_system(system, options)[1]
     path = data_folder("model") if name == "embedded" else name
     config = _load(AutoConfig, path, name)
     check_supported(config)
@@ -46,7 +46,7 @@ def run(
     if torch.cuda.is_available():
         model = model.cuda()
     tokenizer = _load(AutoTokenizer, path, name)
-    with make_cache(model, system, **vars(settings)) as cache:
+    with make_cache(model, system, **options) as cache:
         start = time.perf_counter()
         if ids.shape[1] > 1 and num_beams == 1:  # the last prompt token is a decode step like those after it
             feed(model, cache, ids[0, :-1].tolist())

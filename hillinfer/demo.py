@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hillinfer.assets import data_folder
 from hillinfer.cache import TieredCache, disable, enable, plan
-from hillinfer.config import Settings, UsageError
+from hillinfer.config import UsageError
 from hillinfer.longbench.runner import Answer, ask, is_right
 from hillinfer.longbench.synthetic import load_records, partial_key_floor
 from hillinfer.systems import find_system, make_cache
@@ -74,11 +74,10 @@ def compare(
 
     settings  fields of `Settings`; `full` keeps all its KV in memory, the others use the drive where one is named.
     """
-    chosen = {name: settings_of(name, settings) for name in systems}
+    chosen = {name: options_of(name, settings) for name in systems}
     longest = max(len(tokenizer(record["context"]).input_ids) for record in records) + 128
     for name, own in chosen.items():
-        find_system(name, own)
-        plan(model.config, own, longest, model.dtype)
+        plan(model.config, find_system(name, own)[1], longest, model.dtype)
     if longest > (window := model.config.max_position_embeddings):
         raise UsageError(
             f"a document of {longest} tokens exceeds the model's window of {window}; ask about shorter ones"
@@ -90,15 +89,15 @@ def compare(
         disable(model, before)
 
 
-def settings_of(system: str, settings: dict) -> Settings:
+def options_of(system: str, options: dict) -> dict:
     """`full` is the reference: all KV in memory, whatever the drive and budget of the others."""
-    return Settings(**(settings | {"drive": None, "host_budget": None} if system == "full" else settings))
+    return options | {"drive": None, "host_budget": None} if system == "full" else options
 
 
-def _run(model, tokenizer, records, name, settings, each) -> Result:
+def _run(model, tokenizer, records, name, options, each) -> Result:
     answers = []
     for done, record in enumerate(records, 1):
-        with make_cache(model, name, **vars(settings)) as cache:
+        with make_cache(model, name, **options) as cache:
             answers.append(ask(model, tokenizer, record, cache))
         each(name, done)
     return Result(name, answers, [is_right(r, a.text) for r, a in zip(records, answers, strict=True)], cache)

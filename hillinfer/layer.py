@@ -154,7 +154,7 @@ class Layer:
         else:
             window = Window(geometry, settings.sinks, settings.recent)
             self.store = DriveStore(
-                run.drive, run.writer, self.index, run.hits, window, settings.alpha, run.pool_tokens
+                run.drive, run.writer, self.index, run.ranking(), window, settings.alpha, run.pool_tokens
             )
         if self.policy.needs_codes:
             self.codes = KeyCodes(batch, kv_heads, dim, int(settings.precision.removeprefix("int")))
@@ -211,9 +211,9 @@ class Layer:
         ahead = [None] * len(picks) if guess is None else guess.rows(len(picks))
         rows = [self.store.fetch(row, pick, ahead[row]) for row, pick in enumerate(picks)]
         found = sum((part for _, part in rows), Found())
-        if self.run.hits:
+        if isinstance(self.store, DriveStore):
             for row, pick in enumerate(picks):
-                self.run.hits.touch(row, pick)
+                self.store.hits.touch(row, pick)
         if valid is None and len({len(pick) for pick in picks}) == 1:
             return torch.stack([records for records, _ in rows]) if len(rows) > 1 else rows[0][0][None], None, found
         longest = max(len(pick) for pick in picks)

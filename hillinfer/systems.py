@@ -2,7 +2,7 @@
 itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -14,14 +14,16 @@ from hillinfer.evaluator.policy import Policy
 
 @dataclass(frozen=True)
 class System:
-    """policy and, in one line, what makes the system that system."""
+    """A policy, in one line what makes the system that system, and its own values of `Settings`."""
 
     policy: type[Policy]
     about: str
     needs_drive: bool = False
+    own: dict = field(default_factory=dict)
 
 
 COMPOSED = {
+    "lru": System(TopK, "hillinfer with a least-recently-used hot pool: the control", True, {"placement": "lru"}),
     "hillinfer": System(
         TopK, "hot pool by hit table in host memory, cold pool on the drive (arXiv 2602.18750)", needs_drive=True
     ),
@@ -35,14 +37,16 @@ def list_systems() -> dict[str, System]:
     return {name: System(policy, (policy.__doc__ or "").strip()) for name, policy in POLICIES.items()} | COMPOSED
 
 
-def find_system(name: str, settings: Settings) -> System:
-    """The system of that name; UsageError where there is none or it lacks a drive."""
+def find_system(name: str, options: dict) -> tuple[System, Settings]:
+    """The system of that name and its settings. UsageError for an unknown name, a missing drive or a wrong option."""
     known = list_systems()
     if name not in known:
         raise UsageError(f"no system '{name}'; choose one of {', '.join(known)}")
-    if known[name].needs_drive and settings.drive is None:
+    system = known[name]
+    settings = Settings(**(system.own | options))
+    if system.needs_drive and settings.drive is None:
         raise UsageError(f"{name} keeps its cold pool on a drive: name a folder for it (--drive PATH, drive=...)")
-    return known[name]
+    return system, settings
 
 
 def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinfer", **options) -> TieredCache:
@@ -51,12 +55,11 @@ def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinf
     model    a model, which is switched over; or its config, and then nothing looks ahead
     options  the fields of `Settings`
     """
-    settings = Settings(**options)
-    policy = find_system(system, settings).policy
+    found, settings = find_system(system, options)
     if not isinstance(model, PreTrainedModel):
-        return TieredCache(model, policy, settings)
+        return TieredCache(model, found.policy, settings)
     enable(model)
-    cache = TieredCache(model.config, policy, settings)
+    cache = TieredCache(model.config, found.policy, settings)
     if settings.lookahead and settings.drive is not None:
         cache.attach(model)
     return cache

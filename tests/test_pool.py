@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import HitTable
+from hillinfer.tiers.hits import HitTable, LastUse, LatestOnly
 from hillinfer.tiers.pool import ABSENT, DEMOTED, HotPool
 
 SHAPE = Geometry(1, 1, 2, torch.float32, torch.device("cpu"))
@@ -38,7 +38,7 @@ def test_it_keeps_the_newest_that_fit():
 def test_a_new_token_takes_the_least_hit_unpinned_slot():
     pool = pool_with(4, range(4), 10)
     pool.pinned_from = 3
-    pool.hits.counts[0, :4] = [5, 1, 2, 0]  # token 3 has the fewest hits but is pinned
+    pool.hits.rank[0, :4] = [5, 1, 2, 0]  # token 3 has the fewest hits but is pinned
     pool.admit(np.array([4]), records([4]))
     assert resident(pool) == [0, 2, 3, 4]
     assert pool.slots(np.array([1, 7, 0]))[:2].tolist() == [DEMOTED, ABSENT]
@@ -47,7 +47,7 @@ def test_a_new_token_takes_the_least_hit_unpinned_slot():
 def test_promotion_swaps_only_where_it_pays():
     pool = pool_with(3, [7, 8, 9], 10)
     pool.pinned_from = 9
-    pool.hits.counts[0, :10] = [4, 1, 0, 0, 0, 0, 0, 2, 1, 0]
+    pool.hits.rank[0, :10] = [4, 1, 0, 0, 0, 0, 0, 2, 1, 0]
     assert pool.swap(np.array([0, 1]), records([0, 1])) == 1  # 0 (4 hits) replaces 8 (1); 1 does not outrank 7 (2)
     assert resident(pool) == [0, 7, 9]
 
@@ -61,7 +61,7 @@ def test_promotion_fills_free_slots_first():
 def test_pinned_tokens_never_leave():
     pool = pool_with(3, [7, 8, 9], 10)
     pool.pinned_from = 7
-    pool.hits.counts[0, 1] = 60
+    pool.hits.rank[0, 1] = 60
     assert pool.swap(np.array([1]), records([1])) == 0
     assert resident(pool) == [7, 8, 9]
 
@@ -77,9 +77,19 @@ def test_truncation_forgets():
 def test_counters_saturate_and_age():
     hits = HitTable(2)
     hits.extend(5)
-    hits.counts[1, 2] = 65_535
+    hits.rank[1, 2] = 65_535
     hits.touch(1, np.array([2, 3]))
-    assert hits.counts[1, :5].tolist() == [0, 0, 65_535, 1, 0]
+    assert hits.rank[1, :5].tolist() == [0, 0, 65_535, 1, 0]
     hits.age()
-    assert hits.counts[1, :5].tolist() == [0, 0, 32_767, 0, 0]
+    assert hits.rank[1, :5].tolist() == [0, 0, 32_767, 0, 0]
     assert hits.nbytes == 2 * 2 * 5  # two bytes a token: the paper's 2N for each sequence
+
+
+def test_the_controls_rank_by_last_use_and_by_the_latest_selection():
+    for table, want in ((LastUse(1), [2, 1, 2, 0]), (LatestOnly(1), [1, 0, 1, 0])):
+        table.extend(4)
+        table.touch(0, np.array([0, 1]))
+        table.touch(0, np.array([0, 2]))
+        assert table.rank[0, :4].tolist() == want
+        table.truncate(2)
+        assert table.rank[0, :4].tolist() == want[:2] + [0, 0]

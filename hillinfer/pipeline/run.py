@@ -8,7 +8,7 @@ from hillinfer.pipeline.lookahead import Lookahead
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import HitTable
+from hillinfer.tiers.hits import PLACEMENTS, HitTable
 from hillinfer.tiers.stream import Writer
 
 
@@ -32,7 +32,8 @@ class Run:
         if self.geometry is None:
             self.geometry = geometry
             if self.settings.drive is not None:
-                self.hits = HitTable(geometry.batch)
+                if (kind := PLACEMENTS[self.settings.placement]).shared:
+                    self.hits = kind(geometry.batch)
                 streams = self.layers * geometry.batch
                 self.drive = DirectDrive(self.settings.drive, geometry, streams, self.settings.io_threads)
                 self.writer, self.lookahead = Writer(), Lookahead()
@@ -49,6 +50,10 @@ class Run:
         if self.settings.host_budget is None:
             return min(n, int(2 * self.settings.alpha * n) + 1)
         return min(n, self.settings.host_budget // self._bytes_per_token())
+
+    def ranking(self) -> HitTable:
+        """What one layer's pool ranks by: the table that all share, or one of its own."""
+        return self.hits or PLACEMENTS[self.settings.placement](self.geometry.batch)
 
     def check(self, n: int) -> None:
         """UsageError where n tokens cannot be held within the budget."""

@@ -1,4 +1,4 @@
-"""The hit table: how often each token was selected (HillInfer section 1.3, frequency rule)."""
+"""What the hot pool ranks tokens by: HillInfer's hit table, and two controls with the same face."""
 
 import numpy as np
 
@@ -6,32 +6,72 @@ AGE_STEPS = 64  # counts are halved this often, so that old favourites make room
 
 
 class HitTable:
-    """One 16-bit counter per token and batch row, shared by all layers: 2N bytes."""
+    """How often each token was selected (HillInfer section 1.3): a 16-bit counter for each, 2N bytes for all layers.
+
+    `rank[row]` is an array over tokens: what is higher stays in the pool.
+    """
+
+    shared = True
+    dtype = np.uint16
 
     def __init__(self, batch: int):
-        self.counts = np.zeros((batch, 0), np.uint16)
+        self.rank = np.zeros((batch, 0), self.dtype)
         self.n = 0
 
     def extend(self, n: int) -> None:
         """Cover tokens up to n."""
-        if n > self.counts.shape[1]:
-            grown = np.zeros((len(self.counts), n + max(256, n // 8)), np.uint16)
-            grown[:, : self.counts.shape[1]] = self.counts
-            self.counts = grown
+        if n > self.rank.shape[1]:
+            grown = np.zeros((len(self.rank), n + max(256, n // 8)), self.dtype)
+            grown[:, : self.rank.shape[1]] = self.rank
+            self.rank = grown
         self.n = max(self.n, n)
 
     def touch(self, row: int, positions: np.ndarray) -> None:
-        """Count one selection of each of these tokens; counters stop at 65,535."""
-        counts = self.counts[row]
-        counts[positions] += counts[positions] < np.iinfo(np.uint16).max
+        """Take note that a step selected these tokens; counters stop at 65,535."""
+        rank = self.rank[row]
+        rank[positions] += rank[positions] < np.iinfo(np.uint16).max
 
     def age(self) -> None:
-        self.counts >>= 1
+        """Called every AGE_STEPS steps."""
+        self.rank >>= 1
 
     def truncate(self, n: int) -> None:
-        self.counts[:, n:] = 0
+        self.rank[:, n:] = 0
         self.n = min(self.n, n)
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.n * len(self.counts)
+        return self.rank.itemsize * self.n * len(self.rank)
+
+
+class LastUse(HitTable):
+    """The control `lru`: a layer's tokens by when a step last selected them."""
+
+    shared = False
+    dtype = np.uint32
+
+    def __init__(self, batch: int):
+        super().__init__(batch)
+        self.clock = 0
+
+    def touch(self, row: int, positions: np.ndarray) -> None:
+        self.clock += 1
+        self.rank[row, positions] = self.clock
+
+    def age(self) -> None: ...
+
+
+class LatestOnly(HitTable):
+    """The control `importance`: a layer keeps what is important right now and forgets what was."""
+
+    shared = False
+    dtype = np.uint8
+
+    def touch(self, row: int, positions: np.ndarray) -> None:
+        self.rank[row] = 0
+        self.rank[row, positions] = 1
+
+    def age(self) -> None: ...
+
+
+PLACEMENTS: dict[str, type[HitTable]] = {"hits": HitTable, "lru": LastUse, "importance": LatestOnly}

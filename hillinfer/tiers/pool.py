@@ -58,16 +58,16 @@ class HotPool:
         """
         if not len(tokens):
             return 0
-        counts = self.hits.counts[self.row]
-        order = np.argsort(-counts[tokens].astype(np.int64), kind="stable")
+        rank = self.hits.rank[self.row]
+        order = np.argsort(-rank[tokens].astype(np.int64), kind="stable")
         free = np.flatnonzero(self.token_of < 0)
         victims = self._victims()[: len(tokens)]
         slots = np.concatenate((free, victims))[: len(tokens)]
         # Both lists are sorted against each other, so the swaps worth making are a prefix.
-        resident = np.concatenate((np.full(len(free), -1), counts[self.token_of[victims]].astype(np.int64)))[
+        resident = np.concatenate((np.full(len(free), -1), rank[self.token_of[victims]].astype(np.int64)))[
             : len(tokens)
         ]
-        worth = int((counts[tokens[order[: len(slots)]]] > resident).sum())
+        worth = int((rank[tokens[order[: len(slots)]]] > resident).sum())
         chosen = order[:worth]
         self._place(tokens[chosen], records[torch.from_numpy(chosen)], slots[:worth])
         return worth
@@ -81,7 +81,7 @@ class HotPool:
         """Slots that may be taken over, least hit and then oldest first."""
         slots = np.flatnonzero((self.token_of >= 0) & (self.token_of < self.pinned_from))
         tokens = self.token_of[slots]
-        return slots[np.lexsort((tokens, self.hits.counts[self.row, tokens]))]
+        return slots[np.lexsort((tokens, self.hits.rank[self.row, tokens]))]
 
     def _place(self, tokens: np.ndarray, records: torch.Tensor, slots: np.ndarray) -> None:
         if len(tokens) == 0:

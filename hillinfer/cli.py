@@ -13,6 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -89,30 +90,24 @@ def show(results, records: list[dict], alpha: float, folder: Path) -> None:
     from hillinfer.workbench.report import write_report
 
     floor, last = job.floor(records), results[-1]
-    header = [
-        "system",
-        "answers right",
-        "tokens attended",
-        "hits device/host/drive",
-        "drive KiB/token",
-        "ms/token",
-        "KV KiB in memory",
-    ]
+    header = ["system", "answers right", "tokens attended", "hit rate device/host/drive", "drive KiB/token"]
+    header += ["ms/token", "KV KiB in memory"]
     rows = [
         [
             result.system,
             f"{sum(result.right)}/{len(records)} {result.accuracy:.0%}",
-            f"{result.mean('attended'):,.0f} of {result.mean('cached'):,.0f}",
-            " / ".join(f"{result.rate(tier):.0%}" for tier in ("device", "host", "drive")),
+            f"{result.mean('attended'):,.0f}/{result.mean('cached'):,.0f}",
+            "/".join(f"{100 * result.rate(tier):.0f}" for tier in ("device", "host", "drive")) + "%",
             f"{result.mean('drive_bytes_per_token') / 1024:,.0f}",
             f"{result.median('ms_per_token'):.1f}",
             f"{result.memory() / 1024:,.0f}",
         ]
         for result in results
     ]
-    table = Table(title=f"{len(records)} questions, documents of 1K to 4K tokens, alpha {alpha}")
+    table = Table(title=f"{len(records)} questions, documents of 2K to 4K tokens, alpha {alpha}", box=box.SIMPLE_HEAD)
     for name in header:
-        table.add_column(name, justify="left" if name == "system" else "right", overflow="fold")
+        left = name == "system"
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
     for row in rows:
         table.add_row(*row)
     out.print(table)

@@ -17,7 +17,7 @@ from hillinfer.longbench.synthetic import load_records, partial_key_floor
 from hillinfer.systems import find_system, make_cache
 
 SYSTEMS = ("full", "streaming", "hillinfer")
-LENGTHS = {"1k": 24, "2k": 12, "4k": 4}  # questions of each length in the demo
+QUESTIONS = {"lines_2k": 12, "needle_2k": 8, "lines_4k": 4}  # how many of which tasks the demo asks
 
 
 @dataclass
@@ -55,11 +55,10 @@ def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def demo_records(lengths: dict[str, int] | None = None) -> list[dict]:
-    """The first records of each length, short ones first."""
+def demo_records(wanted: dict[str, int] = QUESTIONS) -> list[dict]:
+    """The first records of each of these task files."""
     folder = data_folder("tasks")
-    wanted = LENGTHS if lengths is None else lengths
-    return [record for name, n in wanted.items() for record in load_records(folder / f"lines_{name}.jsonl")[:n]]
+    return [record for name, n in wanted.items() for record in load_records(folder / f"{name}.jsonl")[:n]]
 
 
 def compare(

@@ -19,7 +19,7 @@ def embedded():
 
 @pytest.fixture(scope="module")
 def record():
-    return demo_records({"1k": 1})[0]
+    return demo_records({"lines_2k": 1})[0]
 
 
 def test_a_split_prompt_is_the_prompt(embedded, record):

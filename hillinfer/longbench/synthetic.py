@@ -31,49 +31,45 @@ magpie mantle marsh mitten mosaic nectar nutmeg obelisk otter pebble pigeon plat
 satchel
 """.split()  # test only
 
-ONSETS = """
-b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl fr gl gr pl pr qu sc sh sk sl sm sn sp st str sw th
-tr wh
-""".split()
-VOWELS = ["a", "e", "i", "o", "u", "y", "a", "e", "i", "o", "u", "ai", "ea", "ee", "oa", "oo", "ou", "ie"]
-CODAS = """
-b c d f g k l m n p r s t x ck ct ll ld lt mp nd ng nk nt rd rk rl rm rn rt sh sk ss st th
-""".split()
-ADJECTIVE_ENDINGS = """
-able al ant ary ed en ent ern esque ful ian ible ic ing ish ive less ous some ular y
-""".split()
-NOUN_ENDINGS = """
-age ance ant ard dom ee el er ery et ette ence ing ion ism ist ity let ment ness or ship sion tion ture
-""".split()
+ONSETS = "b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl fr gl gr pl pr qu sc sh sk sl sm sn sp st str sw"
+ONSETS = [*ONSETS.split(), "th", "tr", "wh"]
+VOWELS = "a e i o u y a e i o u ai ea ee oa oo ou ie".split()
+CODAS = "b c d f g k l m n p r s t x ck ct ll ld lt mp nd ng nk nt rd rk rl rm rn rt sh sk ss st th".split()
+ADJECTIVE_ENDINGS = "able al ant ary ed en ent ern esque ful ian ible ic ing ish ive less ous some ular y".split()
+NOUN_ENDINGS = "age ance ant ard dom ee el er ery et ette ence ing ion ism ist ity let ment ness or ship".split()
+NOUN_ENDINGS += ["sion", "tion", "ture"]
 
-SUBJECTS = """
-river village garden market captain teacher winter window letter valley forest engine bridge painter
-""".split()
-VERBS = ["follows", "crosses", "remembers", "carries", "watches", "leaves", "finds", "reaches", "answers", "opens"]
-PLACES = (
-    "near the old mill|after the long rain|before the first light|behind the stone wall|along the quiet road|"
-    "with great care|for many years|without a word"
-)
-PLACES = PLACES.split("|")
+SUBJECTS = "river village garden market captain teacher winter window letter valley forest engine bridge".split()
+SUBJECTS += ["painter"]
+VERBS = "follows crosses remembers carries watches leaves finds reaches answers opens".split()
+PLACES = "near the old mill|after the long rain|before the first light|behind the stone wall|along the quiet road"
+PLACES = [*PLACES.split("|"), "with great care", "for many years", "without a word"]
 
 PROMPTS = {
-    "lines": "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains "
-    "a '<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
+    "lines": "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and "
+    "contains a '<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
     "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
     "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n{context}\nNow the record is over. {input} ",
     "needle": "Read the text and remember the numbers in it.\n\n{context}\nNow the text is over. {input} ",
-}
-MAX_NEW_TOKENS = {"lines": 8, "needle": 8}
-TOKENS_PER_UNIT = {"lines": 12.9, "needle": 13.0}  # of the shipped tokenizer, per line or filler sentence
-TOKENS_OF_FRAME = {"lines": 130, "needle": 235}  # the prompt around them, and the facts of `needle`
-FACT = {
-    "lines": re.compile(r"^line (\S+): REGISTER_CONTENT is <(\d+)>$", re.M),
-    "needle": re.compile(r"The number of (\S+) is (\d+)\."),
+    "two_hop": "Read the text and remember the guards and the numbers in it.\n\n{context}\n"
+    "Now the text is over. {input} ",
+    "passage": "Read the paragraphs and remember the names in them.\n\n{context}\nNow the text is over. {input} ",
+    "chain": "Each line has a number and leads to another line.\n\n{context}\nNow the record is over. {input} ",
+    "majority": "Each line is one vote of a group for a word.\n\n{context}\nNow the record is over. {input} ",
 }
 QUESTION = {
     "lines": "Tell me what is the <REGISTER_CONTENT> in line {}? I need the number.",
     "needle": "What is the number of {}? Its number is",
+    "two_hop": "What is the number of the guard of {}? Its guard is",
+    "passage": "Which paragraph names the {}? It is paragraph",
+    "chain": "Start at line {} and follow it to the end. It has number",
+    "majority": "Which word has the most votes of {}? The word is",
 }
+MAX_NEW_TOKENS = {"lines": 8, "needle": 8, "two_hop": 32, "passage": 4, "chain": 128, "majority": 4}
+# Of the shipped tokenizer: tokens for each line, vote or filler sentence, and of the prompt and facts around them.
+TOKENS_PER_UNIT = {"lines": 11.95, "needle": 9.7, "two_hop": 9.7, "passage": 12.0, "chain": 18.8, "majority": 5.7}
+TOKENS_OF_FRAME = {"lines": 125, "needle": 240, "two_hop": 520, "passage": 50, "chain": 60, "majority": 50}
+CHAIN = 7  # lines of one chain
 
 
 @dataclass
@@ -149,27 +145,92 @@ def sentence(rng: random.Random) -> str:
     return f"The {rng.choice(SUBJECTS)} {rng.choice(VERBS)} the {rng.choice(SUBJECTS)} {rng.choice(PLACES)}."
 
 
+def scatter(rng: random.Random, facts: list[str], size: int) -> str:
+    """The facts in a random order and at random places among `size` filler sentences, in paragraphs of eight."""
+    text = [sentence(rng) for _ in range(size)] + facts
+    rng.shuffle(text)
+    return "".join(" ".join(text[i : i + 8]) + "\n" for i in range(0, len(text), 8))
+
+
+def document(task: str, context: str, answers: dict[str, str]) -> Document:
+    return Document(context, [(QUESTION[task].format(key), answer) for key, answer in answers.items()])
+
+
 def lines(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
     """LongEval's line retrieval with `size` lines."""
-    keys = adversarial_keys(rng, split, size, group)
-    values = [number(rng, split) for _ in keys]
-    context = "".join(f"line {k}: REGISTER_CONTENT is <{v}>\n" for k, v in zip(keys, values, strict=True))
-    return Document(context, [(QUESTION["lines"].format(k), v) for k, v in zip(keys, values, strict=True)])
+    values = {key: number(rng, split) for key in adversarial_keys(rng, split, size, group)}
+    return document("lines", "".join(f"line {k}: REGISTER_CONTENT is <{v}>\n" for k, v in values.items()), values)
 
 
 def needle(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
     """Sixteen facts (four adjectives by four nouns) spread over `size` filler sentences."""
+    values = {key: number(rng, split) for key in adversarial_keys(rng, split, group * group, group)}
+    return document("needle", scatter(rng, [f"The number of {k} is {v}." for k, v in values.items()], size), values)
+
+
+def two_hop(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
+    """Sixteen facts name a guard, sixteen the guards' numbers; the answer names the guard, then the number."""
     keys = adversarial_keys(rng, split, group * group, group)
-    values = [number(rng, split) for _ in keys]
-    places = sorted(rng.sample(range(size + len(keys)), len(keys)))
-    text, facts = [], iter(zip(keys, values, strict=True))
-    for i in range(size + len(keys)):
-        text.append("The number of {} is {}.".format(*next(facts)) if i in places else sentence(rng))
-    paragraphs = [" ".join(text[i : i + 8]) + "\n" for i in range(0, len(text), 8)]
-    return Document("".join(paragraphs), [(QUESTION["needle"].format(k), v) for k, v in zip(keys, values, strict=True)])
+    guards = adversarial_keys(rng, split, group * group, group)
+    values = [number(rng, split) for _ in guards]
+    facts = [f"The guard of {k} is {g}." for k, g in zip(keys, guards, strict=True)]
+    facts += [f"The number of {g} is {v}." for g, v in zip(guards, values, strict=True)]
+    answers = {k: f"{g}, whose number is {v}" for k, g, v in zip(keys, guards, values, strict=True)}
+    return document("two_hop", scatter(rng, facts, size), answers)
 
 
-TASKS = {"lines": lines, "needle": needle}
+def passage(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
+    """Numbered paragraphs of five sentences, one of which names a key; the question asks for the paragraph's number."""
+    n = max(2, min(99, size // 5))
+    keys = adversarial_keys(rng, split, n, group)
+    ids = sorted(rng.sample(range(1, 100), n)) if split == "train" else list(range(1, n + 1))
+    if split == "train" and rng.random() < 0.5:
+        rng.shuffle(ids)
+    text = []
+    for i, key in zip(ids, keys, strict=True):
+        named = f"The {key} {rng.choice(VERBS)} the {rng.choice(SUBJECTS)} {rng.choice(PLACES)}."
+        sentences = [named, *(sentence(rng) for _ in range(rng.randint(3, 5)))]
+        rng.shuffle(sentences)
+        text.append(f"Paragraph {i}: {' '.join(sentences)}\n")
+    return document("passage", "".join(text), {key: str(i) for i, key in zip(ids, keys, strict=True)})
+
+
+def chain(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
+    """Lines that lead to each other in chains of seven, shuffled; the answer is a whole chain, over 64 tokens.
+
+    Training asks from any line on, tests from the chains' first lines.
+    """
+    keys = adversarial_keys(rng, split, max(1, size // CHAIN) * CHAIN, group)
+    answers, rows = {}, []
+    for i in reversed(range(len(keys))):
+        value, last = number(rng, split), i % CHAIN == CHAIN - 1
+        rows.append(f"line {keys[i]}: number {value} leads to {'the end' if last else keys[i + 1]}\n")
+        rest = "the end" if last else f"{keys[i + 1]}: number {answers[keys[i + 1]]}"
+        answers[keys[i]] = f"{value} leads to {rest}"
+    rng.shuffle(rows)
+    asked = {key: answers[key] for key in (keys if split == "train" else keys[::CHAIN])}
+    return document("chain", "".join(rows), asked)
+
+
+def majority(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
+    """`size` votes of several groups for eight words; the question asks for one group's most frequent word.
+
+    In each group about 40 % of the votes are for the first word and 25 % for the second.
+    """
+    groups = Words(rng, split).draw(max(2, min(12, size // 24)), "adjective")
+    votes, answers = [], {}
+    for name in groups:
+        n = max(4, size // len(groups))
+        words = rng.sample(SUBJECTS, 8)
+        first, second = max(2, round(0.4 * n)), max(1, round(0.25 * n))
+        answers[name] = words[0]
+        others = [words[2 + i % 6] for i in range(n - first - second)]
+        votes += [f"{name} votes for {word}.\n" for word in words[:1] * first + words[1:2] * second + others]
+    rng.shuffle(votes)
+    return document("majority", "".join(votes), answers)
+
+
+TASKS = {f.__name__: f for f in (lines, needle, two_hop, passage, chain, majority)}
 
 
 def size_for(task: str, tokens: int) -> int:
@@ -196,18 +257,47 @@ def prompt_of(record: dict) -> str:
     return PROMPTS[record["dataset"]].format(context=record["context"], input=record["input"])
 
 
+def facts_of(record: dict) -> list[tuple[str, str]]:
+    """Every (key, answer) that the context states for the record's kind of question."""
+    task, text = record["dataset"], record["context"]
+    if task == "lines":
+        return re.findall(r"^line (\S+): REGISTER_CONTENT is <(\d+)>$", text, re.M)
+    if task == "majority":
+        return re.findall(r"^(\S+) votes for (\w+)\.$", text, re.M)
+    if task == "passage":
+        return [(key, i) for i, rest in re.findall(r"^Paragraph (\d+): (.*)$", text, re.M)
+                for key in re.findall(r"\w+-[\w-]+", rest)]  # fmt: skip
+    if task == "chain":
+        rows = {k: (v, to) for k, v, to in re.findall(r"^line (\S+): number (\d+) leads to (.*)$", text, re.M)}
+        facts = []
+        for key in rows:
+            value, to = rows[key]
+            answer = f"{value} leads to {to}"
+            while to in rows:
+                value, to = rows[to]
+                answer += f": number {value} leads to {to}"
+            facts.append((key, answer))
+        return facts
+    numbers = re.findall(r"The number of (\S+) is (\d+)\.", text)
+    if task == "needle":
+        return numbers
+    number_of = dict(numbers)
+    return [(k, f"{g}, whose number is {number_of[g]}") for k, g in re.findall(r"The guard of (\S+) is (\S+)\.", text)]
+
+
 def partial_key_floor(record: dict) -> float:
     """Expected score of a solver that knows one part of the asked key and picks at random among the facts with it.
 
-    The best single part (adjective or noun) counts.
+    The best single part (adjective or noun) counts, and every later step of the solver is right. For `majority`, whose
+    keys have one part, the solver picks one vote of the asked group.
     """
-    facts = FACT[record["dataset"]].findall(record["context"])
-    asked = next(key for key, _ in facts if re.search(rf"(?<=\s){re.escape(key)}(?=\?)", record["input"]))
-    scores = []
-    for part in (0, 1):
-        values = [value for key, value in facts if key.partition("-")[2 * part] == asked.partition("-")[2 * part]]
-        scores.append(values.count(record["answers"][0]) / len(values))
-    return max(scores)
+    before, after = QUESTION[record["dataset"]].split("{}")
+    asked = record["input"].removeprefix(before).removesuffix(after)
+    facts, scores = facts_of(record), []
+    for part in (0, 2):
+        answers = [answer for key, answer in facts if key.partition("-")[part] == asked.partition("-")[part]]
+        scores.append(answers.count(record["answers"][0]) / len(answers))
+    return scores[0] if record["dataset"] == "majority" else max(scores)
 
 
 def load_records(path: str | Path) -> list[dict]:

@@ -90,24 +90,28 @@ def show(results, records: list[dict], alpha: float, folder: Path) -> None:
     from hillinfer.workbench.report import write_report
 
     floor, last = job.floor(records), results[-1]
-    header = ["system", "answers right", "tokens attended", "hit rate device/host/drive", "drive KiB/token"]
-    header += ["ms/token", "KV KiB in memory"]
+    header = ["system", "answers\nright", "tokens\nattended", "hits % on\ndev/host/drv", "drive\nKiB/token"]
+    header += ["ms/\ntoken", "KV KiB\nmemory"]
     rows = [
         [
             result.system,
             f"{sum(result.right)}/{len(records)} {result.accuracy:.0%}",
             f"{result.mean('attended'):,.0f}/{result.mean('cached'):,.0f}",
-            "/".join(f"{100 * result.rate(tier):.0f}" for tier in ("device", "host", "drive")) + "%",
+            "/".join(f"{100 * result.rate(tier):.0f}" for tier in ("device", "host", "drive")),
             f"{result.mean('drive_bytes_per_token') / 1024:,.0f}",
             f"{result.median('ms_per_token'):.1f}",
             f"{result.memory() / 1024:,.0f}",
         ]
         for result in results
     ]
-    table = Table(title=f"{len(records)} questions, documents of 2K to 4K tokens, alpha {alpha}", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{len(records)} questions, documents of 2K to 4K tokens, alpha {alpha}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for name in header:
-        left = name == "system"
-        table.add_column(name, justify="left" if left else "right", no_wrap=left)
+        table.add_column(name, justify="left" if name == "system" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     out.print(table)

@@ -37,7 +37,8 @@ class Settings:
     io_threads   threads that read the drive at once
     placement    what the hot pool keeps: `hits` (HillInfer's hit table), or as controls `lru` and `importance`
     precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
-    lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output
+    lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output.
+                 "auto" tries both for a few steps and keeps the faster
     """
 
     alpha: float = 0.2
@@ -48,7 +49,7 @@ class Settings:
     io_threads: int = 16
     placement: str = "hits"
     precision: str = "int8"
-    lookahead: bool = True
+    lookahead: bool | str = "auto"
 
     def __post_init__(self):
         if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= 1:
@@ -56,9 +57,13 @@ class Settings:
         for name, least in (("sinks", 0), ("recent", 1), ("io_threads", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number of at least {least}")
-        for name, known in (("placement", ("hits", "lru", "importance")), ("precision", ("int8", "int4"))):
+        for name, known in (
+            ("placement", ("hits", "lru", "importance")),
+            ("precision", ("int8", "int4")),
+            ("lookahead", (True, False, "auto")),
+        ):
             if getattr(self, name) not in known:
-                raise UsageError(f"no {name} '{getattr(self, name)}'; choose {' or '.join(known)}")
+                raise UsageError(f"no {name} '{getattr(self, name)}'; choose {', '.join(map(str, known))}")
         object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
         if self.drive is not None:
             object.__setattr__(self, "drive", check_folder(self.drive))

@@ -13,7 +13,6 @@ from hillinfer.pipeline.lookahead import Guess
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Hits
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import AGE_STEPS
 from hillinfer.tiers.store import DriveStore, Found, HostStore
 from hillinfer.tiers.window import Window
 
@@ -35,7 +34,7 @@ class Layer:
     @property
     def looks_ahead(self) -> bool:
         """Whether a guess would be of use: there is a drive to read from, and the policy can be asked twice."""
-        return isinstance(self.store, DriveStore) and self.policy.can_speculate and self.run.settings.lookahead
+        return isinstance(self.store, DriveStore) and self.policy.can_speculate and self.run.trial.on
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take in keys and values (B, Hkv, n, D)."""
@@ -43,9 +42,7 @@ class Layer:
         if self.store is None:
             self._start(keys, values)
         if self.index == 0:
-            run.step += 1
-            if run.hits and run.step % AGE_STEPS == AGE_STEPS - 1:
-                run.hits.age()
+            run.begin_step(keys.shape[2])
         run.check(self.n + keys.shape[2])
         if self.guess is not None:
             self.guess.chosen()  # the guess reads codes and pool; they may change from here on

@@ -8,6 +8,7 @@ import torch
 
 import hillinfer
 from hillinfer.cache import probe_query
+from hillinfer.pipeline.lookahead import TRIAL_STEPS, Trial
 from hillinfer.tiers import drive as drive_module
 from tests.conftest import FAMILIES
 
@@ -72,7 +73,7 @@ def test_a_probe_of_a_layers_own_input_is_its_query_to_the_bit(model, prompt):
 def test_hooks_and_threads_go_with_the_cache(models, prompt, tmp_path):
     model = models("llama")
     for end in ("close", "with", "forgotten", "error"):
-        cache = hillinfer.make_cache(model, "hillinfer", drive=tmp_path)
+        cache = hillinfer.make_cache(model, "hillinfer", drive=tmp_path, lookahead=True)
         assert hooks(model) == 2
         model.generate(prompt, past_key_values=cache, **NEW)
         assert threads()
@@ -93,7 +94,7 @@ def test_hooks_and_threads_go_with_the_cache(models, prompt, tmp_path):
 def test_a_cache_of_another_model_or_run_is_left_alone(models, prompt, tmp_path):
     """The hooks of one cache must not guess while another, or none, is in use."""
     model = models("llama")
-    with hillinfer.make_cache(model, "hillinfer", drive=tmp_path) as first:
+    with hillinfer.make_cache(model, "hillinfer", drive=tmp_path, lookahead=True) as first:
         want = model.generate(prompt, past_key_values=first, **NEW)
         before = len(first.timeline.spans)
         with hillinfer.make_cache(model, "topk", alpha=1.0) as second:
@@ -113,7 +114,7 @@ def test_an_error_of_the_prefetch_ends_generation_with_its_place(models, prompt,
     def broken(fd, buffers, at):
         raise OSError(5, "Input/output error")
 
-    with hillinfer.make_cache(model, "hillinfer", alpha=0.1, recent=4, drive=tmp_path) as cache:
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.1, recent=4, drive=tmp_path, lookahead=True) as cache:
         with torch.no_grad():
             model(prompt, past_key_values=cache)
         monkeypatch.setattr(drive_module.os, "preadv", broken)
@@ -124,3 +125,24 @@ def test_an_error_of_the_prefetch_ends_generation_with_its_place(models, prompt,
         model.generate(prompt, past_key_values=cache, **NEW)  # model and cache are usable again
     assert not threads() and not list(tmp_path.iterdir())
     hillinfer.disable(model)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_keeps_the_faster_way(faster):
+    trial, now = Trial("auto"), 0.0
+    for _ in range(2 * TRIAL_STEPS + 1):
+        trial.step(now)
+        now += 1.0 if trial.on == faster else 2.0
+    assert trial.times is None and trial.on == faster
+    trial.step(now + 99)
+    assert trial.on == faster
+
+
+def test_a_pause_is_no_step():
+    trial = Trial("auto")
+    trial.step(0)
+    trial.pause()
+    trial.step(1000)
+    trial.step(1001)
+    assert trial.times[True] == [1]
+    assert Trial(True).on and not Trial(False).on

@@ -1,11 +1,41 @@
 """Work for the next layer while this one computes (HillInfer APP, section 1.4)."""
 
+import statistics
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+TRIAL_STEPS = 5  # of each way; the first of each is not counted
+
+
+class Trial:
+    """Chooses the faster of two ways by trying both, in turn, at the start (as DUAL-BLADE does with its pipelines)."""
+
+    def __init__(self, setting: bool | str):
+        self.on = setting is True or setting == "auto"
+        self.times: dict[bool, list[float]] | None = {True: [], False: []} if setting == "auto" else None
+        self._began: float | None = None
+
+    def step(self, now: float) -> None:
+        """A decode step begins at `now` seconds."""
+        if self.times is None:
+            return
+        if self._began is not None:
+            self.times[self.on].append(now - self._began)
+        self._began = now
+        if len(self.times[self.on]) == TRIAL_STEPS:
+            if not self.on:
+                median = {way: statistics.median(times[1:]) for way, times in self.times.items()}
+                self.on, self.times = median[True] < median[False], None
+            else:
+                self.on = False
+
+    def pause(self) -> None:
+        """What comes next is no decode step: its time tells nothing."""
+        self._began = None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """What the layers of one cache share: settings, the record of the run, the drive and the hit table."""
 
 import math
+import time
 from dataclasses import dataclass, field
 
 from hillinfer.config import Settings, UsageError
-from hillinfer.pipeline.lookahead import Lookahead
+from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import PLACEMENTS, HitTable
+from hillinfer.tiers.hits import AGE_STEPS, PLACEMENTS, HitTable
 from hillinfer.tiers.stream import Writer
 
 
@@ -26,6 +27,7 @@ class Run:
     hits: HitTable | None = None
     writer: Writer | None = None
     lookahead: Lookahead | None = None
+    trial: Trial | None = None  # whether it pays to look ahead
 
     def start(self, geometry: Geometry) -> None:
         """Fix the shape at the first append, and open the drive if there is one."""
@@ -36,7 +38,7 @@ class Run:
                     self.hits = kind(geometry.batch)
                 streams = self.layers * geometry.batch
                 self.drive = DirectDrive(self.settings.drive, geometry, streams, self.settings.io_threads)
-                self.writer, self.lookahead = Writer(), Lookahead()
+                self.writer, self.lookahead, self.trial = Writer(), Lookahead(), Trial(self.settings.lookahead)
         elif self.geometry != geometry:
             raise UsageError(
                 f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"
@@ -77,9 +79,20 @@ class Run:
     def _bytes_per_token(self) -> int:
         return self.layers * self.geometry.batch * self.geometry.record_bytes
 
+    def begin_step(self, tokens: int) -> None:
+        """The first layer takes in `tokens` new tokens of each sequence."""
+        self.step += 1
+        if self.trial is not None:
+            if tokens == 1:
+                self.trial.step(time.perf_counter())
+            else:
+                self.trial.pause()
+        if self.hits is not None and self.step % AGE_STEPS == AGE_STEPS - 1:
+            self.hits.age()
+
     def stop(self) -> None:
         """Give back the drive's space and the threads; `start` may follow."""
         for part in (self.lookahead, self.writer, self.drive):  # what uses the drive, and then the drive
             if part is not None:
                 part.close()
-        self.geometry = self.drive = self.hits = self.writer = self.lookahead = None
+        self.geometry = self.drive = self.hits = self.writer = self.lookahead = self.trial = None

@@ -240,12 +240,13 @@ class TieredCache(Cache):
 
     def memory(self) -> dict[str, int]:
         """Bytes held now: `device` and `host` records, key `codes`, `hits` table; `drive` is what the file reserves."""
-        total = dict.fromkeys(("device", "host", "codes"), 0)
+        total = dict.fromkeys(("device", "host", "codes", "hits"), 0)
         for layer in self.layers:
             for kind, nbytes in layer.layer.memory().items() if isinstance(layer, TieredLayer) else ():
                 total[kind] += nbytes
         run = self.run
-        return total | {"hits": run.hits.nbytes if run.hits else 0, "drive": run.drive.size if run.drive else 0}
+        total["hits"] += run.hits.nbytes if run.hits else 0
+        return total | {"drive": run.drive.size if run.drive else 0}
 
     def reset(self) -> None:
         """Forget everything, and give the drive's space back."""

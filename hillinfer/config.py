@@ -35,7 +35,8 @@ class Settings:
     sinks        first tokens that stay on the model's device
     recent       last tokens that stay on the model's device
     io_threads   threads that read the drive at once
-    placement    what the hot pool keeps: `hits` (HillInfer's hit table), or as controls `lru` and `importance`
+    placement    what the hot pool keeps: `hits` (a counter for each token and layer), `shared-hits` (the paper's one
+                 table for all layers), or as controls `lru` and `importance`
     precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
     lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output.
                  "auto" tries both for a few steps and keeps the faster
@@ -58,7 +59,7 @@ class Settings:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number of at least {least}")
         for name, known in (
-            ("placement", ("hits", "lru", "importance")),
+            ("placement", ("hits", "shared-hits", "lru", "importance")),
             ("precision", ("int8", "int4")),
             ("lookahead", (True, False, "auto")),
         ):

@@ -158,6 +158,10 @@ def test_codes_beyond_the_memory_come_from_the_file_with_the_same_bits(open_driv
     spilled, kept = (drive.report()["evaluate"] for drive in drives)
     assert kept.nand_bytes == 0 and kept.dram_bytes == spilled.dram_bytes == 2000 * SMALL.code_bytes
     assert spilled.nand_bytes == 30 * 4096  # of 31 full pages one stays; each is read once, whatever the block
+    drives[0].truncate(0, 0)
+    model = filled(drives[0], 2000)
+    check_blocks(list(drives[0].evaluate(0, query, 300)), model, query, 300)
+    assert drives[0].report()["evaluate"].nand_bytes == 60 * 4096  # memory is given back by a truncation, and bounded
 
 
 def test_rescaled_codes_follow_key_codes(open_drive):

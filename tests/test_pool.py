@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import HitTable, LastUse, LatestOnly
+from hillinfer.tiers.hits import ONE, LastUse, LatestOnly, LayerHits, SharedHits
 from hillinfer.tiers.pool import ABSENT, DEMOTED, HotPool
 
 SHAPE = Geometry(1, 1, 2, torch.float32, torch.device("cpu"))
@@ -16,7 +16,7 @@ def records(tokens) -> torch.Tensor:
 
 
 def pool_with(capacity: int, tokens, n: int) -> HotPool:
-    hits = HitTable(1)
+    hits = SharedHits(1)
     hits.extend(n)
     pool = HotPool(SHAPE, 0, hits)
     pool.resize(capacity)
@@ -74,15 +74,28 @@ def test_truncation_forgets():
     assert pool.take(pool.slots(np.array([6]))).unique().item() == 66
 
 
-def test_counters_saturate_and_age():
-    hits = HitTable(2)
+def test_the_papers_table_saturates_ages_and_takes_two_bytes_a_token():
+    hits = SharedHits(2)
     hits.extend(5)
     hits.rank[1, 2] = 65_535
     hits.touch(1, np.array([2, 3]))
     assert hits.rank[1, :5].tolist() == [0, 0, 65_535, 1, 0]
-    hits.age()
+    for _ in range(64):
+        hits.age()
     assert hits.rank[1, :5].tolist() == [0, 0, 32_767, 0, 0]
-    assert hits.nbytes == 2 * 2 * 5  # two bytes a token: the paper's 2N for each sequence
+    assert hits.nbytes == 2 * 2 * 5
+
+
+def test_a_layers_counters_saturate_and_fade():
+    hits = LayerHits(1)
+    hits.extend(4)
+    for _ in range(300):
+        hits.touch(0, np.array([1]))
+    assert hits.rank[0, 1] == 65_535
+    hits.touch(0, np.array([2]))
+    hits.age()
+    assert hits.rank[0, :4].tolist() == [0, 65_535 - 65_535 // 8, ONE - ONE // 8, 0]
+    assert hits.nbytes == 2 * 4
 
 
 def test_the_controls_rank_by_last_use_and_by_the_latest_selection():

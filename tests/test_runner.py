@@ -62,3 +62,5 @@ def test_figures_add_up(embedded, record, tmp_path):
 def test_an_answer_is_its_first_number(text, right):
     assert is_right({"answers": ["40064"]}, text) == right
     assert not is_right({"answers": ["40064"]}, "no\n40064")
+    words = {"answers": ["12 leads to red-fox: number 7"]}
+    assert is_right(words, " 12 leads to red-fox: number 7\n") and not is_right(words, "12 leads to red-fox: number 8")

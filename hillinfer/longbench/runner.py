@@ -124,6 +124,8 @@ def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
 
 
 def is_right(record: dict, text: str) -> bool:
-    """Whether the first number of the answer's first line is an expected one, as LongEval judges."""
-    found = re.search(r"\d+", text.strip().split("\n")[0])
-    return found is not None and found[0] in record["answers"]
+    """Exact match of the first line; where the answer is a number, of its first number, as LongEval judges."""
+    line = text.strip().split("\n")[0].strip()
+    if all(answer.isdigit() for answer in record["answers"]):
+        line = (re.findall(r"\d+", line) or [""])[0]
+    return line in record["answers"]

@@ -9,7 +9,7 @@ from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import AGE_STEPS, PLACEMENTS, HitTable
+from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 from hillinfer.tiers.stream import Writer
 
 
@@ -24,7 +24,7 @@ class Run:
     step: int = -1
     geometry: Geometry | None = None
     drive: DirectDrive | None = None
-    hits: HitTable | None = None
+    hits: SharedHits | None = None
     writer: Writer | None = None
     lookahead: Lookahead | None = None
     trial: Trial | None = None  # whether it pays to look ahead
@@ -53,7 +53,7 @@ class Run:
             return min(n, int(2 * self.settings.alpha * n) + 1)
         return min(n, self.settings.host_budget // self._bytes_per_token())
 
-    def ranking(self) -> HitTable:
+    def ranking(self) -> SharedHits:
         """What one layer's pool ranks by: the table that all share, or one of its own."""
         return self.hits or PLACEMENTS[self.settings.placement](self.geometry.batch)
 
@@ -87,7 +87,7 @@ class Run:
                 self.trial.step(time.perf_counter())
             else:
                 self.trial.pause()
-        if self.hits is not None and self.step % AGE_STEPS == AGE_STEPS - 1:
+        if self.hits is not None:
             self.hits.age()
 
     def stop(self) -> None:

@@ -1,6 +1,6 @@
 """The drive tier of torch records: `RecordFile` with a layer's geometry."""
 
-import os
+import os  # noqa: F401  (tests make the system calls fail from here)
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.record_file import MAX_READ, DriveError, RecordFile
 
-__all__ = ["MAX_READ", "DirectDrive", "DriveError", "os"]
+__all__ = ["MAX_READ", "DirectDrive", "DriveError"]
 
 
 class DirectDrive(RecordFile):
@@ -21,14 +21,13 @@ class DirectDrive(RecordFile):
 
     def write(self, stream: int, start: int, records: torch.Tensor) -> None:
         """Write whole groups: records (n, 2, Hkv, D) of tokens start.. ; start and n are multiples of the group."""
-        super().write(stream, start, _bytes(records.contiguous()))
+        super().write(stream, start, self._bytes(records))
 
     def read(self, stream: int, positions: np.ndarray) -> tuple[torch.Tensor, int]:
         """Records of any set of sorted positions: (k, 2, Hkv, D), and the bytes read from the drive for them."""
         out = self.geometry.empty(len(positions))
-        return out, super().read(stream, positions, _bytes(out))
+        return out, super().read(stream, positions, self._bytes(out))
 
-
-def _bytes(records: torch.Tensor) -> np.ndarray:
-    """A view of records (n, 2, Hkv, D) as (n, record_bytes) uint8."""
-    return records.view(torch.uint8).reshape(len(records), -1).numpy() if len(records) else np.empty((0, 0), np.uint8)
+    def _bytes(self, records: torch.Tensor) -> np.ndarray:
+        """Records (n, 2, Hkv, D) as (n, record_bytes) uint8; a view where they are contiguous."""
+        return records.contiguous().view(torch.uint8).reshape(len(records), self.record_bytes).numpy()

@@ -9,15 +9,15 @@ import torch
 
 from hillinfer.growable import Growable
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import HitTable
+from hillinfer.tiers.hits import SharedHits
 
 ABSENT, DEMOTED = -1, -2
 
 
 class HotPool:
-    """Slots of records for one layer and batch row, ranked by the shared hit table."""
+    """Slots of records for one layer and batch row, ranked by the shared hit counters."""
 
-    def __init__(self, geometry: Geometry, row: int, hits: HitTable):
+    def __init__(self, geometry: Geometry, row: int, hits: SharedHits):
         self.row, self.hits = row, hits
         self.records = Growable((0, *geometry.record_shape), 0, geometry.dtype)
         self.token_of = np.zeros(0, np.int64)  # slot -> token, -1 where free

@@ -17,7 +17,7 @@ import torch
 from hillinfer.growable import Growable
 from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import HitTable
+from hillinfer.tiers.hits import SharedHits
 from hillinfer.tiers.pool import DEMOTED, HotPool
 from hillinfer.tiers.stream import Stream, Writer
 from hillinfer.tiers.window import Window
@@ -102,7 +102,7 @@ class DriveStore:
     """
 
     def __init__(
-        self, drive: DirectDrive, writer: Writer, layer: int, hits: HitTable, window: Window, pinned: float, capacity
+        self, drive: DirectDrive, writer: Writer, layer: int, hits: SharedHits, window: Window, pinned: float, capacity
     ):
         self.geometry = geometry = drive.geometry
         self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
@@ -180,6 +180,8 @@ class DriveStore:
         """Promote what was fetched where the hit table ranks it above a resident; as many are demoted (HKM rule 3)."""
         swapped = sum(self.pools[row].swap(tokens, records) for row, tokens, records in self.missed)
         self.missed = []
+        if not self.hits.shared:
+            self.hits.age()
         return swapped
 
     def truncate(self, n: int) -> None:
@@ -192,7 +194,7 @@ class DriveStore:
 
     def memory(self) -> dict[str, int]:
         host = sum(pool.nbytes for pool in self.pools) + sum(stream.nbytes for stream in self.streams)
-        return {"device": self.window.nbytes, "host": host}
+        return {"device": self.window.nbytes, "host": host} | ({} if self.hits.shared else {"hits": self.hits.nbytes})
 
 
 def _index(mask: np.ndarray, like: torch.Tensor) -> torch.Tensor:

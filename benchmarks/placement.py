@@ -1,0 +1,55 @@
+"""What the hot pool should keep: bytes from the drive, at equal memory, by placement and task.
+
+python -m benchmarks.placement --n 4
+"""
+
+import argparse
+import tempfile
+
+import pandas as pd
+from transformers.utils import logging
+
+from hillinfer import demo
+from hillinfer.tiers.hits import PLACEMENTS
+
+TASKS = ("lines_2k", "needle_2k", "chain_2k")
+
+
+def measure(tasks: list[str], n: int, alpha: float) -> pd.DataFrame:
+    """One row for each task and placement; the pool holds 2*alpha of the tokens in all of them."""
+    model, tokenizer = demo.load_embedded()
+    rows = []
+    with tempfile.TemporaryDirectory() as drive:
+        for task in tasks:
+            records = demo.demo_records({task: n})
+            for placement in PLACEMENTS:
+                options = {"alpha": alpha, "drive": drive, "placement": placement, "lookahead": False}
+                result = demo.compare(model, tokenizer, records, ["hillinfer"], options)[0]
+                last = result.cache.counters.frame()
+                rows.append(
+                    {
+                        "task": task,
+                        "placement": placement,
+                        "right": sum(result.right),
+                        "of": n,
+                        "served by the drive": result.rate("drive"),
+                        "KiB from the drive per token": result.mean("drive_bytes_per_token") / 1024,
+                        "swaps per layer and step": last.swapped.mean(),
+                    }
+                )
+                print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--n", type=int, default=4, help="questions of each task")
+    parser.add_argument("--alpha", type=float, default=0.1)
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    print(measure(args.tasks, args.n, args.alpha).to_string(index=False, float_format="%.3f"))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hillinfer.assets import data_folder
-from hillinfer.cache import check_supported, plan
+from hillinfer.cache import TieredCache, check_supported, plan
 from hillinfer.config import UsageError
 from hillinfer.longbench.runner import feed, measured
 from hillinfer.pipeline.timeline import Timeline
@@ -41,7 +41,7 @@ def run(
             f"the prompt's {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's window of {window}: "
             "shorten the prompt or lower --max-new-tokens"
         )
-    need = plan(config, settings, total, width)
+    plan(config, settings, total, width)
     model = _load(AutoModelForCausalLM, path, name, dtype=width).eval()
     if torch.cuda.is_available():
         model = model.cuda()
@@ -63,16 +63,31 @@ def run(
             do_sample=False,
         )
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
+    return Continuation(
+        tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), tell(system, figures, cache), cache.timeline
+    )
+
+
+def tell(system: str, figures: dict, cache: TieredCache) -> list[str]:
+    """What a run took, in a few lines. All measured."""
     rates = ", ".join(f"{tier} {share:.0%}" for tier, share in figures["rates"].items())
     held = sum(size for kind, size in figures["memory"].items() if kind != "drive")
-    facts = [
-        f"{system}: {ids.shape[1]} prompt tokens, {need:,} bytes of KV, {held:,} in memory at the end",
-        f"measured: prefill {figures['prefill_ms']:.0f} ms, then {figures['ms_per_token']:.1f} ms/token "
-        f"over {figures['steps']} steps",
-        f"attended {figures['attended']:.0f} of {figures['cached']:.0f} tokens; served by {rates}; "
+    busy = {lane: (ms, size) for lane, (ms, size) in figures["lanes"].items() if ms}
+    lines = [
+        f"{system}, measured: prefill {figures['prefill_ms']:.0f} ms, then {figures['ms_per_token']:.1f} ms/token "
+        f"over {figures['steps']} steps; {held:,} bytes of KV, codes and counters in memory at the end",
+        f"attended {figures['attended']:.0f} of {figures['cached']:.0f} tokens, served by {rates}; "
         f"{figures['drive_bytes_per_token']:,.0f} bytes/token from the drive",
+        "bounds, ms/token if a lane were alone: "
+        + ", ".join(f"{lane} {ms:.2f} ({size:,.0f} bytes)" for lane, (ms, size) in busy.items())
+        + f"; {figures['overlap']:.0%} of the shorter side hidden",
     ]
-    return Continuation(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), facts, cache.timeline)
+    if cache.counters.total("guessed"):
+        accuracy, cover = cache.counters.prefetch()
+        lines.append(
+            f"prefetch: {accuracy:.0%} of what was brought ahead was used, {cover:.0%} of what was needed came so"
+        )
+    return lines
 
 
 def _load(loader, path, name: str, **options):

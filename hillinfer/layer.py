@@ -41,6 +41,7 @@ class Layer:
         run = self.run
         if self.store is None:
             self._start(keys, values)
+        run.note_dense(self.index, keys.shape[2])
         if self.index == 0:
             run.begin_step(keys.shape[2])
         run.check(self.n + keys.shape[2])
@@ -84,6 +85,7 @@ class Layer:
                 scale=scaling,
             )
         self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
+        self.run.attended_ns = time.perf_counter_ns()
         return out.reshape(batch, 1, heads, dim)
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:

@@ -161,7 +161,10 @@ def test_codes_beyond_the_memory_come_from_the_file_with_the_same_bits(open_driv
     drives[0].truncate(0, 0)
     model = filled(drives[0], 2000)
     check_blocks(list(drives[0].evaluate(0, query, 300)), model, query, 300)
-    assert drives[0].report()["evaluate"].nand_bytes == 60 * 4096  # memory is given back by a truncation, and bounded
+    drives[0].rescale(0, np.zeros((2, 16), np.uint8))
+    report = drives[0].report()
+    assert report["evaluate"].nand_bytes == 60 * 4096  # a truncation gave its memory back, and no more than that
+    assert report["rescale"].nand_bytes == 2 * 30 * 4096
 
 
 def test_rescaled_codes_follow_key_codes(open_drive):

@@ -40,7 +40,7 @@ MAY = {
     "cache": {"config", "layer", "pipeline", "evaluator", "tiers"},
     "systems": {"config", "cache", "evaluator"},
     "assets": {"config"},
-    "longbench": {"config", "assets", "cache", "systems", "evaluator"},
+    "longbench": {"config", "assets", "cache", "systems", "evaluator", "pipeline"},
     "workbench": {"pipeline"},
 }
 

@@ -37,7 +37,12 @@ def test_frame_and_busy_time():
     frame = timeline.frame()
     assert list(frame.columns[:4]) == ["lane", "kind", "layer", "step"] and len(frame) == 4
     assert frame.ms.tolist() == [0.004, 0.001, 0.001, 0.001]
-    assert timeline.busy_ms() == {"gpu": 0, "cpu": 0.001, "drive": 0.005, "link": 0}
+    assert [timeline.busy_ms(lane) for lane in LANES] == [0, 0.001, 0.005, 0]
+    assert timeline.busy_ms() == timeline.busy_ms("drive")  # the cpu's span lies within the drive's
+    assert timeline.overlap() == 1
+    timeline.add("cpu", "attend", 0, 1, 5_000, 8_000)
+    timeline.add("cpu", "wait", 0, 1, 0, 100_000)
+    assert timeline.overlap() == pytest.approx(0.5)  # 2 of the 4 us of the cpu, the shorter side
     assert Timeline().frame().empty and Timeline().chrome_trace()["traceEvents"]
 
 

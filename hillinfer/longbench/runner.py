@@ -16,6 +16,7 @@ from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
 from hillinfer.evaluator.policy import Policy
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, PROMPTS
+from hillinfer.pipeline.timeline import LANES
 
 MARK = "\0"  # stands for the question while a template is split
 
@@ -35,6 +36,8 @@ class Answer:
     cached: float  # mean tokens that could have been
     rates: dict[str, float]  # tier -> share of the attended tokens
     drive_bytes_per_token: float
+    lanes: dict[str, tuple[float, float]]  # lane -> busy ms and bytes, each per token
+    overlap: float  # share of the shorter side, computing or moving, that was hidden behind the other
     memory: dict[str, int]  # bytes held at the end, by kind
 
 
@@ -119,6 +122,14 @@ def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
         "cached": cache.counters.total("cached") / max(1, len(rows)),
         "rates": cache.counters.rates(),
         "drive_bytes_per_token": read / steps,
+        "lanes": {
+            lane: (
+                cache.timeline.busy_ms(lane) / steps,
+                sum(span.bytes for span in cache.timeline.spans if span.lane == lane) / steps,
+            )
+            for lane in LANES
+        },
+        "overlap": cache.timeline.overlap(),
         "memory": cache.memory(),
     }
 

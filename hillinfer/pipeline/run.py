@@ -22,6 +22,7 @@ class Run:
     timeline: Timeline = field(default_factory=Timeline)
     counters: Counters = field(default_factory=Counters)
     step: int = -1
+    attended_ns: int | None = None  # when a layer's attention last ended in a decode step
     geometry: Geometry | None = None
     drive: DirectDrive | None = None
     hits: SharedHits | None = None
@@ -78,6 +79,13 @@ class Run:
 
     def _bytes_per_token(self) -> int:
         return self.layers * self.geometry.batch * self.geometry.record_bytes
+
+    def note_dense(self, layer: int, tokens: int) -> None:
+        """What lies between one layer's attention and the next one's keys is the model's own work: record it."""
+        if self.attended_ns is not None and tokens == 1:
+            lane = "cpu" if self.geometry.device.type == "cpu" else "gpu"
+            self.timeline.add(lane, "dense", layer, self.step, self.attended_ns, time.perf_counter_ns())
+        self.attended_ns = None
 
     def begin_step(self, tokens: int) -> None:
         """The first layer takes in `tokens` new tokens of each sequence."""

@@ -20,7 +20,7 @@ class Span:
     """One piece of work, measured with the monotonic clock."""
 
     lane: str
-    kind: str  # score, select, gather, read, write, transfer, attend, append, ...
+    kind: str  # score, select, gather, read, prefetch, write, transfer, attend, append, dense, wait, ...
     layer: int
     step: int
     start_ns: int
@@ -62,15 +62,20 @@ class Timeline:
         frame = pd.DataFrame([asdict(span) for span in self.spans], columns=columns)
         return frame.assign(ms=(frame.end_ns - frame.start_ns) / 1e6)
 
-    def busy_ms(self) -> dict[str, float]:
-        """Milliseconds in which each lane did at least one thing; overlapping spans count once."""
-        total = dict.fromkeys(LANES, 0)
-        until = dict.fromkeys(LANES, 0)
-        for span in sorted(self.spans, key=lambda s: s.start_ns):
-            start = max(span.start_ns, until[span.lane])
-            total[span.lane] += max(0, span.end_ns - start)
-            until[span.lane] = max(until[span.lane], span.end_ns)
-        return {lane: ns / 1e6 for lane, ns in total.items()}
+    def busy_ms(self, *lanes: str) -> float:
+        """Milliseconds in which at least one of these lanes (all, if none is named) did work; waiting is no work."""
+        total = until = 0
+        chosen = [s for s in self.spans if s.kind != "wait" and (not lanes or s.lane in lanes)]
+        for span in sorted(chosen, key=lambda s: s.start_ns):
+            total += max(0, span.end_ns - max(span.start_ns, until))
+            until = max(until, span.end_ns)
+        return total / 1e6
+
+    def overlap(self, one: tuple[str, ...] = ("cpu", "gpu"), other: tuple[str, ...] = ("drive", "link")) -> float:
+        """Share of the shorter side's work that ran while the other side worked too, 0 to 1."""
+        shorter = min(self.busy_ms(*one), self.busy_ms(*other))
+        both = self.busy_ms(*one) + self.busy_ms(*other) - self.busy_ms(*one, *other)
+        return both / shorter if shorter else 0.0
 
     def chrome_trace(self) -> dict:
         """Chrome trace events, which Perfetto opens: a process for each lane, a sub-track for each span that overlaps

@@ -47,8 +47,8 @@ class Rates:
     link: float
 
 
-# PAPERS.md 4, GB/s: NAND to FPGA 2.4 (one synchronous stream) to 3.3, FPGA to NAND 1.04 (synchronous) to 2.85
-# (overlapped), both in transfers of 1 MiB or many at once; FPGA DRAM 15.4 (measured); PCIe 3 x4 link 3.2 (1.4, 1.7).
+# Xilinx's SmartSSD samples and papers that measured the card, GB/s: NAND to FPGA 2.4 (one synchronous stream) to 3.3,
+# FPGA to NAND 1.04 (synchronous) to 2.85 (overlapped), both in transfers of 1 MiB or many at once; FPGA DRAM 15.4 (measured); PCIe 3 x4 link 3.2 (1.4, 1.7).
 SMARTSSD = Rates(nand_read=3.2e9, nand_write=2.85e9, dram_read=15.4e9, link=3.2e9)
 SMARTSSD_PESSIMISTIC = replace(SMARTSSD, nand_read=2.4e9, nand_write=1.04e9)
 
@@ -213,15 +213,15 @@ class CodeMemory:
         return spilled
 
     def rescale(self, stream: int, doublings: np.ndarray) -> int:
-        """See `ComputationalDrive.rescale`. Returns the bytes moved from and to the file."""
+        """See `ComputationalDrive.rescale`. Returns the bytes read from the file, and as many written."""
         factor, moved = np.float32(2) ** doublings[:, None], 0
         for index, page in enumerate(self.pages[stream]):
-            buffer, nbytes = self._load(stream, index)
+            buffer = self._load(stream, index)[0]
             codes = self._codes(buffer)
             codes[:] = np.rint(codes / factor)
             if isinstance(page, int):
                 self._store(stream, index, buffer)
-                moved += nbytes + self.slot
+                moved += self.slot
         return moved
 
     def scores(self, stream: int, query: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, int]:

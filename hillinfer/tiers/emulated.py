@@ -8,30 +8,26 @@ import contextlib
 import mmap
 import os
 import pickle
-import select
-import signal
+import queue
 import socket
 import subprocess
 import sys
 import threading
 import time
-import traceback
 import warnings
 import weakref
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hillinfer.tiers.computational import SMARTSSD, CodeMemory, Meter, Rates, ScoreBlock, Shape, Work
-from hillinfer.tiers.record_file import DriveError, RecordFile
+from hillinfer.tiers.computational import SMARTSSD, Rates, ScoreBlock, Shape, Work
+from hillinfer.tiers.record_file import DriveError
 
-HELD = 64  # records gathered in the worker's memory before a write: one large write beats many of one block
 CHUNK = 8 << 20  # bytes of records that one command moves, or a quarter of the shared memory if that is less
 MESSAGE = 1 << 16  # bytes; messages are small, arrays travel in the shared memory
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
-START = "import sys; from hillinfer.tiers.emulated import main; main(*map(int, sys.argv[1:]))"
+START = "import sys; from hillinfer.tiers.worker import main; main(*map(int, sys.argv[1:]))"
 
 
 @dataclass(frozen=True)
@@ -140,25 +136,32 @@ class _Call:
 
     def __init__(self, link: "_Link", region: int | None = None, out: np.ndarray | None = None, sink=None):
         self.link, self.region, self.out, self.sink = link, region, out, sink
-        self.blocks: deque = deque()
-        self.done, self.work, self.error = False, None, None
+        self.answers: queue.SimpleQueue = queue.SimpleQueue()
+        self.over, self.work, self.error = False, None, None
 
     def __iter__(self):
         return self
 
     def __next__(self) -> ScoreBlock:
-        self.link.wait(lambda: self.blocks or self.done)
-        if self.blocks:
-            return self.blocks.popleft()
+        if not self.over and (block := self._take()) is not None:
+            return block
         self.end()
         raise StopIteration
 
     def end(self):
         """Wait for the end. Returns the worker's last word, mostly the work done."""
-        self.link.wait(lambda: self.done)
+        while not self.over:
+            self._take()
         if self.error:
             raise DriveError(self.error)
         return self.work
+
+    def _take(self):
+        """Wait for the next answer, and return it if it is a block."""
+        kind, value = self.link.receive(self.answers)
+        if kind == "block":
+            return value
+        self.work, self.error, self.over = (value, None, True) if kind == "done" else (None, value, True)
 
 
 class _Fetch:
@@ -181,7 +184,8 @@ class _Link:
     def __init__(self, config: tuple, settings: Emulation):
         self.timeout, self.size = settings.timeout, settings.shared_bytes
         self.failure, self.heard, self.number = None, 0, 0
-        self.changed, self.sending = threading.Condition(), threading.Lock()
+        # No Condition: a Ctrl-C inside its Python code can leave it locked for good. These locks and queues are C.
+        self.lock, self.sending = threading.RLock(), threading.Lock()
         self.used: dict[int, int] = {}  # regions of the shared memory under way: offset -> bytes
         self.pending = {0: (ready := _Call(self))}
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -223,8 +227,8 @@ class _Link:
             at += size
         arrays.append((at, (take,), "|u1"))
         call = _Call(self, region, np.ndarray(take, np.uint8, self.memory, at), sink)
-        with self.sending:  # apart from `changed`, which the listener needs while the worker is too busy to receive
-            with self.changed:
+        with self.sending:  # apart from `lock`, which the listener needs while the worker is too busy to receive
+            with self.lock:
                 self._alive()
                 self.number += 1
                 self.pending[self.number] = call
@@ -236,18 +240,22 @@ class _Link:
                 self._alive()
         return call
 
-    def wait(self, until) -> None:
-        """Wait until the condition holds, for as long as the worker answers something within the timeout."""
-        with self.changed:
-            while not until():
-                heard = self.heard
-                if not self.changed.wait(self.timeout) and self.heard == heard:
-                    self._fail(f"the emulated drive (process {self.process.pid}) gave no answer for {self.timeout:g} s")
-                    self.process.kill()
+    def receive(self, answers: queue.SimpleQueue):
+        """The next of these answers, for as long as the worker answers anything within the timeout."""
+        while True:
+            heard = self.heard
+            with contextlib.suppress(queue.Empty):
+                return answers.get(timeout=self.timeout)
+            self._expect(heard)
+
+    def _expect(self, heard: int) -> None:
+        if self.heard == heard and not self.failure:
+            self._fail(f"the emulated drive (process {self.process.pid}) gave no answer for {self.timeout:g} s")
+            self.process.kill()
 
     def close(self) -> None:
-        self._fail("the emulated drive is closed")
         self.process.kill()  # it has nothing to save
+        self._fail("the emulated drive is closed")
         self.process.wait()
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -261,12 +269,19 @@ class _Link:
         nbytes = max(64, -(-nbytes // 64) * 64)
         if nbytes > self.size:
             raise ValueError(f"an operation needs {nbytes:,} bytes of shared memory: raise shared_bytes to that")
-        with self.changed:
-            self.wait(lambda: self.failure or self._gap(nbytes) is not None)
-            self._alive()
-            at = self._gap(nbytes)
-            self.used[at] = nbytes
-            return at
+        heard, since = self.heard, time.monotonic()
+        while True:
+            with self.lock:
+                self._alive()
+                at = self._gap(nbytes)
+                if at is not None:
+                    self.used[at] = nbytes
+                    return at
+            time.sleep(0.001)
+            if self.heard != heard:
+                heard, since = self.heard, time.monotonic()
+            elif time.monotonic() - since > self.timeout:
+                self._expect(heard)
 
     def _gap(self, nbytes: int) -> int | None:
         at = 0
@@ -281,12 +296,12 @@ class _Link:
             raise DriveError(self.failure)
 
     def _fail(self, text: str) -> None:
-        with self.changed:
+        with self.lock:
             self.failure = self.failure or text
             for call in self.pending.values():
-                call.done, call.error, call.out = True, self.failure, None
+                call.out = None
+                call.answers.put(("error", self.failure))
             self.pending.clear()
-            self.changed.notify_all()
 
     def _listen(self) -> None:
         while True:
@@ -306,149 +321,16 @@ class _Link:
         self._fail(f"the emulated drive (process {self.process.pid}) {how}")
 
     def _answer(self, number: int, kind: str, payload) -> None:
-        with self.changed:
+        with self.lock:
             self.heard += 1
             call = self.pending.get(number)
             if call is None:  # given up
                 return
             out = call.out
-        if kind == "block":
-            block = call.sink(out, *payload)  # copies, so without the lock
-            with self.changed:
-                call.blocks.append(block)
-                self.changed.notify_all()
-            return
-        with self.changed:
-            self.pending.pop(number, None)
-            self.used.pop(call.region, None)
-            call.out, call.done = None, True
-            if kind == "done":
-                call.work = payload
-            else:
-                call.error = payload
-                if call.sink is None:
+            if kind != "block":
+                del self.pending[number]
+                self.used.pop(call.region, None)
+                call.out = None
+                if kind == "error" and call.sink is None:
                     self._fail(payload)
-            self.changed.notify_all()
-
-
-class _Worker:
-    """The drive's side: one method for each command. `tell` sends the host a part of the answer."""
-
-    def __init__(self, connection: socket.socket, folder: Path, shape: Shape, settings: Emulation):
-        self.connection, self.shape, self.settings = connection, shape, settings
-        self.file = RecordFile(folder, shape.record_bytes, shape.streams, shape.batch, settings.threads)
-        self.codes = CodeMemory(self.file, shape, settings.dram_bytes, settings.page_bytes)
-        self.tails = [np.empty((0, shape.record_bytes), np.uint8) for _ in range(shape.streams)]
-        self.flushed = [0] * shape.streams  # records on the file; the rest are in the tail
-        self.hot = [np.empty(0, bool) for _ in range(shape.streams)]
-        self.totals = {kind: Work() for kind in ("write", "rescale", "evaluate", "fetch")}
-        self.hangup = select.poll()
-        self.hangup.register(connection, 0)
-
-    def write(self, tell, stream: int, total: int, records: np.ndarray, codes: np.ndarray, _) -> Work:
-        meter = self._meter()
-        spilled, tail = self.codes.append(stream, codes), np.concatenate((self.tails[stream], records))
-        self.hot[stream] = np.append(self.hot[stream], np.ones(len(records), bool))
-        whole = len(tail) // self.file.group * self.file.group if len(tail) >= HELD else 0
-        if whole:
-            self.file.reserve(total)
-            self.file.write(stream, self.flushed[stream], tail[:whole])
-        self.tails[stream], self.flushed[stream] = tail[whole:].copy(), self.flushed[stream] + whole
-        written = whole * self.shape.record_bytes + spilled
-        meter.move(link=records.nbytes + codes.nbytes, dram_read=codes.nbytes, nand_write=written)
-        return self._count("write", meter)
-
-    def rescale(self, tell, stream: int, doublings: np.ndarray, _) -> Work:
-        meter = self._meter()
-        moved, held = self.codes.rescale(stream, doublings), self.codes.lengths[stream] * self.shape.code_bytes
-        meter.move(link=doublings.nbytes, nand_read=moved, dram_read=2 * held, nand_write=moved)
-        return self._count("rescale", meter)
-
-    def hold(self, tell, stream: int, hot: bool, positions: np.ndarray, _) -> None:
-        self.hot[stream][positions] = hot
-
-    def evaluate(self, tell, stream: int, block: int, query: np.ndarray, out: np.ndarray) -> Work:
-        meter, out, width = self._meter(), out.view(np.int32), 1 + self.shape.kv_heads
-        meter.move(link=query.nbytes)
-        query, cold = query.astype(np.float32), np.flatnonzero(~self.hot[stream])
-        for at in range(0, len(cold), block):
-            positions = cold[at : at + block]
-            m = len(positions)
-            answer = out[at * width : (at + m) * width].reshape(width, m)
-            answer[0] = positions
-            answer[1:], read = self.codes.scores(stream, query, positions)
-            meter.move(nand_read=read, dram_read=m * self.shape.code_bytes, link=answer.nbytes)
-            tell("block", (at, m))
-        return self._count("evaluate", meter)
-
-    def fetch(self, tell, stream: int, positions: np.ndarray, out: np.ndarray) -> Work:
-        meter = self._meter()
-        read = self._read(stream, positions, out.reshape(len(positions), self.shape.record_bytes))
-        meter.move(nand_read=read, link=out.nbytes)
-        tell("block", ())
-        return self._count("fetch", meter)
-
-    def truncate(self, tell, stream: int, n: int, _) -> None:
-        if n >= len(self.hot[stream]):
-            return
-        kept = min(self.flushed[stream], n // self.file.group * self.file.group)
-        tail = np.empty((n - kept, self.shape.record_bytes), np.uint8)
-        self._read(stream, np.arange(kept, n), tail)
-        self.tails[stream], self.flushed[stream] = tail, kept
-        self.codes.truncate(stream, n)
-        self.hot[stream] = self.hot[stream][:n].copy()
-
-    def report(self, tell, _) -> dict[str, Work]:
-        return self.totals
-
-    def _read(self, stream: int, positions: np.ndarray, out: np.ndarray) -> int:
-        """Records of sorted positions (k,) from file and tail into out (k, record_bytes); the file's bytes read."""
-        flushed = self.flushed[stream]
-        split = int(np.searchsorted(positions, flushed))
-        out[split:] = self.tails[stream][positions[split:] - flushed]
-        return self.file.read(stream, positions[:split], out[:split])
-
-    def _count(self, kind: str, meter: Meter) -> Work:
-        work = meter.stop()
-        self.totals[kind] += work
-        return work
-
-    def _meter(self) -> Meter:
-        return Meter(self.settings.rates, self._sleep if self.settings.paced else None)
-
-    def _sleep(self, until: float) -> None:
-        """Sleep until this time.perf_counter, unless the host goes."""
-        while (left := until - time.perf_counter()) > 0:
-            if left < 0.002:
-                time.sleep(left)
-            elif self.hangup.poll(int(left * 1000) - 1):
-                raise EOFError
-
-
-def main(connection: int, memory: int) -> None:
-    """The worker: take commands from this socket, with arrays in this memory file, until the host closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    host, shared = socket.socket(fileno=connection), mmap.mmap(memory, os.fstat(memory).st_size)
-    number = 0
-
-    def tell(kind: str, payload=None) -> None:
-        host.send(pickle.dumps((number, kind, payload)))
-
-    with contextlib.suppress(EOFError, ConnectionError):  # the host is gone, and with it whoever could be told
-        try:
-            worker = _Worker(host, *pickle.loads(host.recv(MESSAGE)))
-            tell("done", worker.file.direct)
-        except (OSError, ValueError) as error:
-            tell("error", str(error))
-            return
-        while message := host.recv(MESSAGE):
-            number, op, args, arrays = pickle.loads(message)
-            try:
-                arrays = [np.ndarray(shape, dtype, shared, at) for at, shape, dtype in arrays]
-                tell("done", getattr(worker, op)(tell, *args, *arrays))
-            except (EOFError, ConnectionError):
-                raise
-            except DriveError as error:
-                tell("error", str(error))
-            except Exception:
-                tell("error", f"the emulated drive failed in {op}: {traceback.format_exc()[-4000:]}")
+        call.answers.put((kind, call.sink(out, *payload) if kind == "block" else payload))

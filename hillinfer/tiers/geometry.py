@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK = 4096  # bytes; O_DIRECT offsets, lengths and buffers are multiples of it
+from hillinfer.tiers.record_file import BLOCK
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""The emulated drive's own side: the process that keeps the file and the codes, and scores. numpy only."""
+
+import contextlib
+import mmap
+import os
+import pickle
+import select
+import signal
+import socket
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+from hillinfer.tiers.computational import CodeMemory, Meter, Shape, Work
+from hillinfer.tiers.emulated import MESSAGE, Emulation
+from hillinfer.tiers.record_file import DriveError, RecordFile
+
+HELD = 64  # records gathered in memory before a write: one large write beats many of one block
+
+
+class Worker:
+    """The drive's side: one method for each command. `tell` sends the host a part of the answer."""
+
+    def __init__(self, connection: socket.socket, folder: Path, shape: Shape, settings: Emulation):
+        self.connection, self.shape, self.settings = connection, shape, settings
+        self.file = RecordFile(folder, shape.record_bytes, shape.streams, shape.batch, settings.threads)
+        self.codes = CodeMemory(self.file, shape, settings.dram_bytes, settings.page_bytes)
+        self.tails = [np.empty((0, shape.record_bytes), np.uint8) for _ in range(shape.streams)]
+        self.flushed = [0] * shape.streams  # records on the file; the rest are in the tail
+        self.hot = [np.empty(0, bool) for _ in range(shape.streams)]
+        self.totals = {kind: Work() for kind in ("write", "rescale", "evaluate", "fetch")}
+        self.hangup = select.poll()
+        self.hangup.register(connection, 0)
+
+    def write(self, tell, stream: int, total: int, records: np.ndarray, codes: np.ndarray, _) -> Work:
+        meter = self._meter()
+        spilled, tail = self.codes.append(stream, codes), np.concatenate((self.tails[stream], records))
+        self.hot[stream] = np.append(self.hot[stream], np.ones(len(records), bool))
+        whole = len(tail) // self.file.group * self.file.group if len(tail) >= HELD else 0
+        if whole:
+            self.file.reserve(total)
+            self.file.write(stream, self.flushed[stream], tail[:whole])
+        self.tails[stream], self.flushed[stream] = tail[whole:].copy(), self.flushed[stream] + whole
+        written = whole * self.shape.record_bytes + spilled
+        meter.move(link=records.nbytes + codes.nbytes, dram_read=codes.nbytes, nand_write=written)
+        return self._count("write", meter)
+
+    def rescale(self, tell, stream: int, doublings: np.ndarray, _) -> Work:
+        meter = self._meter()
+        moved, held = self.codes.rescale(stream, doublings), self.codes.lengths[stream] * self.shape.code_bytes
+        meter.move(link=doublings.nbytes, nand_read=moved, dram_read=2 * held, nand_write=moved)
+        return self._count("rescale", meter)
+
+    def hold(self, tell, stream: int, hot: bool, positions: np.ndarray, _) -> None:
+        self.hot[stream][positions] = hot
+
+    def evaluate(self, tell, stream: int, block: int, query: np.ndarray, out: np.ndarray) -> Work:
+        meter, out, width = self._meter(), out.view(np.int32), 1 + self.shape.kv_heads
+        meter.move(link=query.nbytes)
+        query, cold = query.astype(np.float32), np.flatnonzero(~self.hot[stream])
+        for at in range(0, len(cold), block):
+            positions = cold[at : at + block]
+            m = len(positions)
+            answer = out[at * width : (at + m) * width].reshape(width, m)
+            answer[0] = positions
+            answer[1:], read = self.codes.scores(stream, query, positions)
+            meter.move(nand_read=read, dram_read=m * self.shape.code_bytes, link=answer.nbytes)
+            tell("block", (at, m))
+        return self._count("evaluate", meter)
+
+    def fetch(self, tell, stream: int, positions: np.ndarray, out: np.ndarray) -> Work:
+        meter = self._meter()
+        read = self._read(stream, positions, out.reshape(len(positions), self.shape.record_bytes))
+        meter.move(nand_read=read, link=out.nbytes)
+        tell("block", ())
+        return self._count("fetch", meter)
+
+    def truncate(self, tell, stream: int, n: int, _) -> None:
+        if n >= len(self.hot[stream]):
+            return
+        kept = min(self.flushed[stream], n // self.file.group * self.file.group)
+        tail = np.empty((n - kept, self.shape.record_bytes), np.uint8)
+        self._read(stream, np.arange(kept, n), tail)
+        self.tails[stream], self.flushed[stream] = tail, kept
+        self.codes.truncate(stream, n)
+        self.hot[stream] = self.hot[stream][:n].copy()
+
+    def report(self, tell, _) -> dict[str, Work]:
+        return self.totals
+
+    def _read(self, stream: int, positions: np.ndarray, out: np.ndarray) -> int:
+        """Records of sorted positions (k,) from file and tail into out (k, record_bytes); the file's bytes read."""
+        flushed = self.flushed[stream]
+        split = int(np.searchsorted(positions, flushed))
+        out[split:] = self.tails[stream][positions[split:] - flushed]
+        return self.file.read(stream, positions[:split], out[:split])
+
+    def _count(self, kind: str, meter: Meter) -> Work:
+        work = meter.stop()
+        self.totals[kind] += work
+        return work
+
+    def _meter(self) -> Meter:
+        return Meter(self.settings.rates, self._sleep if self.settings.paced else None)
+
+    def _sleep(self, until: float) -> None:
+        """Sleep until this time.perf_counter, unless the host goes."""
+        while (left := until - time.perf_counter()) > 0:
+            if left < 0.002:
+                time.sleep(left)
+            elif self.hangup.poll(int(left * 1000) - 1):
+                raise EOFError
+
+
+def main(connection: int, memory: int) -> None:
+    """The worker: take commands from this socket, with arrays in this memory file, until the host closes it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    host, shared = socket.socket(fileno=connection), mmap.mmap(memory, os.fstat(memory).st_size)
+    number = 0
+
+    def tell(kind: str, payload=None) -> None:
+        host.send(pickle.dumps((number, kind, payload)))
+
+    with contextlib.suppress(EOFError, ConnectionError):  # the host is gone, and with it whoever could be told
+        try:
+            worker = Worker(host, *pickle.loads(host.recv(MESSAGE)))
+            tell("done", worker.file.direct)
+        except (OSError, ValueError) as error:
+            tell("error", str(error))
+            return
+        while message := host.recv(MESSAGE):
+            number, op, args, arrays = pickle.loads(message)
+            try:
+                arrays = [np.ndarray(shape, dtype, shared, at) for at, shape, dtype in arrays]
+                tell("done", getattr(worker, op)(tell, *args, *arrays))
+            except (EOFError, ConnectionError):
+                raise
+            except DriveError as error:
+                tell("error", str(error))
+            except Exception:
+                tell("error", f"the emulated drive failed in {op}: {traceback.format_exc()[-4000:]}")

@@ -246,7 +246,7 @@ class TieredCache(Cache):
                 total[kind] += nbytes
         run = self.run
         total["hits"] += run.hits.nbytes if run.hits else 0
-        return total | {"drive": run.drive.size if run.drive else 0}
+        return total | {"drive": getattr(run.drive, "size", 0)}
 
     def reset(self) -> None:
         """Forget everything, and give the drive's space back."""

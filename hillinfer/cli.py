@@ -27,7 +27,8 @@ Alpha = Annotated[float, typer.Option(help="Share of the tokens that a step atte
 Budget = Annotated[
     str | None, typer.Option(help="Host memory for KV records, such as 64MiB; by default 2*alpha of them.")
 ]
-Out = Annotated[Path, typer.Option(help="Folder for results.")]
+Kind = Annotated[str, typer.Option(help="ssd, or emulated: a computational drive in a process of its own.")]
+Precision = Annotated[str, typer.Option(help="int8 or int4, of the key codes that are scored.")]
 
 
 @contextmanager
@@ -51,6 +52,8 @@ def demo(
     alpha: Alpha = 0.2,
     host_budget: Budget = None,
     drive: Annotated[Path | None, typer.Option(help="Folder on the drive; by default one under --out.")] = None,
+    drive_kind: Kind = "ssd",
+    precision: Precision = "int8",
     systems: Annotated[str, typer.Option(help="Systems to compare, separated by commas.")] = "full,streaming,hillinfer",
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("out/demo"),
 ):
@@ -59,7 +62,7 @@ def demo(
         if drive is None:
             drive = out_dir / "drive"
             drive.mkdir(parents=True, exist_ok=True)
-        settings = dict(alpha=alpha, host_budget=host_budget, drive=drive)
+        settings = dict(alpha=alpha, host_budget=host_budget, drive=drive, drive_kind=drive_kind, precision=precision)
         names = [name.strip() for name in systems.split(",")]
         Settings(**settings)  # refuse bad input before torch loads
         from hillinfer import demo as job
@@ -148,6 +151,8 @@ def run(
     alpha: Alpha = 0.2,
     host_budget: Budget = None,
     drive: Annotated[Path | None, typer.Option(help="Folder on the drive for the cold KV.")] = None,
+    drive_kind: Kind = "ssd",
+    precision: Precision = "int8",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     num_beams: Annotated[int, typer.Option(min=1, help="More than one needs all KV in memory.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -155,7 +160,7 @@ def run(
 ):
     """Continue a long text with a model whose KV is spread over the tiers."""
     with clear_errors():
-        options = dict(alpha=alpha, host_budget=host_budget, drive=drive)
+        options = dict(alpha=alpha, host_budget=host_budget, drive=drive, drive_kind=drive_kind, precision=precision)
         Settings(**options)  # refuse bad input before torch loads
         if num_beams > 1 and drive is not None:
             raise UsageError(

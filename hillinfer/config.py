@@ -32,6 +32,8 @@ class Settings:
     host_budget  bytes of host memory for KV records, all layers together; None takes what the system asks for.
                  Key codes are not part of it: `TieredCache.memory()` reports both
     drive        folder for the private KV file; None keeps all KV in memory
+    drive_kind   `ssd`, or `emulated`: a computational drive in a process of its own, which scores what it holds
+    paced        slow the emulated drive down to a SmartSSD's rates
     sinks        first tokens that stay on the model's device
     recent       last tokens that stay on the model's device
     io_threads   threads that read the drive at once
@@ -45,6 +47,8 @@ class Settings:
     alpha: float = 0.2
     host_budget: int | str | None = None
     drive: str | Path | None = None
+    drive_kind: str = "ssd"
+    paced: bool = False
     sinks: int = 4
     recent: int = 16
     io_threads: int = 16
@@ -59,6 +63,7 @@ class Settings:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number of at least {least}")
         for name, known in (
+            ("drive_kind", ("ssd", "emulated")),
             ("placement", ("hits", "shared-hits", "lru", "importance")),
             ("precision", ("int8", "int4")),
             ("lookahead", (True, False, "auto")),

@@ -13,6 +13,7 @@ from hillinfer.pipeline.lookahead import Guess
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Hits
 from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.scoring_store import ScoringStore
 from hillinfer.tiers.store import DriveStore, Found, HostStore
 from hillinfer.tiers.window import Window
 
@@ -49,12 +50,13 @@ class Layer:
             self.guess.chosen()  # the guess reads codes and pool; they may change from here on
         keys, values = keys.detach(), values.detach()  # what is cached is never trained through
         kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2)  # (B, n, 2, Hkv, D)
-        with run.timeline.span("cpu", "append", self.index, run.step, kv.nbytes):
-            work = self.store.append(kv)
-        self._record(work)
+        coded = None
         if self.codes is not None:
             with run.timeline.span("cpu", "encode", self.index, run.step, keys.nbytes):
-                self.codes.append(keys)
+                coded = self.codes.append(keys)
+        with run.timeline.span("cpu", "append", self.index, run.step, kv.nbytes):
+            work = self.store.append(kv, coded)
+        self._record(work)
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (B, Hkv, N, D): what a step of several query tokens attends to exactly."""
@@ -152,10 +154,10 @@ class Layer:
             self.store = HostStore(geometry, resident=settings.host_budget is None)
         else:
             window = Window(geometry, settings.sinks, settings.recent)
-            self.store = DriveStore(
-                run.drive, run.writer, self.index, run.ranking(), window, settings.alpha, run.pool_tokens
-            )
-        if self.policy.needs_codes:
+            streams = [run.stream(self.index * batch + row) for row in range(batch)]
+            kind = ScoringStore if settings.drive_kind == "emulated" else DriveStore
+            self.store = kind(geometry, streams, run.ranking(), window, settings.alpha, run.pool_tokens)
+        if self.policy.needs_codes or isinstance(self.store, ScoringStore):
             self.codes = KeyCodes(batch, kv_heads, dim, int(settings.precision.removeprefix("int")))
 
     def _valid(self, mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
@@ -177,10 +179,15 @@ class Layer:
         run, settings, n = self.run, self.run.settings, self.n
 
         def scores() -> np.ndarray:
-            with run.timeline.span("cpu", "score", self.index, run.step, self.codes.codes.view()[row].nbytes):
-                result = self.codes.scores(self.codes.query(query, row), row)
-                if valid is not None:
-                    result[:, ~valid.cpu().numpy()] = NEVER
+            coded = self.codes.query(query, row)
+            if isinstance(self.store, ScoringStore):
+                result, work = self.store.scores(row, coded, lambda hot: self.codes.scores(coded, row, hot))
+                self._record(work)
+            else:
+                with run.timeline.span("cpu", "score", self.index, run.step, self.codes.codes.view()[row].nbytes):
+                    result = self.codes.scores(coded, row)
+            if valid is not None:
+                result[:, ~valid.cpu().numpy()] = NEVER
             return result
 
         def weights() -> np.ndarray:

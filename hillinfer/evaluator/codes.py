@@ -30,8 +30,9 @@ class KeyCodes:
         self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8)
         self.scale = torch.zeros((batch, kv_heads, 1, head_dim))
 
-    def append(self, keys: torch.Tensor) -> None:
-        """Code new keys (B, Hkv, n, D).
+    def append(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Code new keys (B, Hkv, n, D). Returns their codes, int8 and of that shape, and how often each channel's scale
+        doubled, uint8 (B, Hkv, D), for whoever else keeps codes.
 
         A channel that outgrows its scale doubles it as often as needed and halves its old codes, so that codes never
         saturate and are never more than one step off the direct quantisation.
@@ -46,7 +47,9 @@ class KeyCodes:
             old.copy_(pack((unpack(old, self.bits).float() / 2**doublings).round_().to(torch.int8), self.bits))
         self.scale = torch.where(fresh, need, self.scale * 2**doublings)
         new = (keys / self.scale.clamp(min=TINY)).round_().clamp_(-top, top)
-        self.codes.append(pack(new.to(torch.int8), self.bits))
+        new = new.to(torch.int8)
+        self.codes.append(pack(new, self.bits))
+        return new, doublings.squeeze(2).to(torch.uint8)
 
     def query(self, query: torch.Tensor, row: int) -> torch.Tensor:
         """Fold the scales into a query (H, D) and quantise it to INT8: (Hkv, G, D).
@@ -58,9 +61,13 @@ class KeyCodes:
         step = (folded.abs().amax((1, 2), keepdim=True) / TOP[8]).clamp(min=TINY)
         return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8)
 
-    def scores(self, query: torch.Tensor, row: int) -> np.ndarray:
-        """Scores of a quantised query (Hkv, G, D) against all keys of a row, reduced over the group: (Hkv, n) int32."""
-        return group_scores(query, self.codes.view()[row], self.bits)
+    def scores(self, query: torch.Tensor, row: int, positions: np.ndarray | None = None) -> np.ndarray:
+        """Scores of a quantised query (Hkv, G, D) against a row's keys, all or those at positions (n,).
+
+        int32 (Hkv, n), the best of the query heads of each group.
+        """
+        stored = self.codes.view()[row]
+        return group_scores(query, stored if positions is None else stored[:, torch.from_numpy(positions)], self.bits)
 
     def truncate(self, n: int) -> None:
         self.codes.truncate(n)

@@ -239,12 +239,17 @@ def size_for(task: str, tokens: int) -> int:
 
 
 def make_records(task: str, tokens: int, n: int, seed: int, split: str = "test") -> list[dict]:
-    """`n` LongBench records of one task, each from a document of its own, prompts of about `tokens` tokens."""
-    records = []
+    """`n` LongBench records of one task, prompts of about `tokens` tokens.
+
+    Each has a document of its own; above 2,048 tokens up to four questions in a row share one.
+    """
+    records, shared = [], 1 if tokens <= 2048 else 4
     for i in range(n):
-        rng = random.Random(f"{task}-{tokens}-{seed}-{split}-{i}")
-        document = TASKS[task](rng, split, size_for(task, tokens))
-        question, answer = rng.choice(document.pairs)
+        if i % shared == 0:
+            rng = random.Random(f"{task}-{tokens}-{seed}-{split}-{i // shared}")
+            document = TASKS[task](rng, split, size_for(task, tokens))
+            pairs = rng.sample(document.pairs, min(shared, len(document.pairs)))
+        question, answer = pairs[i % shared % len(pairs)]
         records.append({
             "input": question, "context": document.context, "answers": [answer],
             "length": len(document.context.split()), "dataset": task, "language": "en", "all_classes": None,

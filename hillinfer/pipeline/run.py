@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from hillinfer.config import Settings, UsageError
 from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.timeline import Counters, Timeline
+from hillinfer.tiers.computational import Shape
 from hillinfer.tiers.drive import DirectDrive
+from hillinfer.tiers.emulated import EmulatedDrive, Emulation
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import PLACEMENTS, SharedHits
-from hillinfer.tiers.stream import Writer
+from hillinfer.tiers.scoring_store import RemoteStream
+from hillinfer.tiers.stream import Stream, Writer
 
 
 @dataclass
@@ -24,7 +27,7 @@ class Run:
     step: int = -1
     attended_ns: int | None = None  # when a layer's attention last ended in a decode step
     geometry: Geometry | None = None
-    drive: DirectDrive | None = None
+    drive: DirectDrive | EmulatedDrive | None = None
     hits: SharedHits | None = None
     writer: Writer | None = None
     lookahead: Lookahead | None = None
@@ -37,8 +40,7 @@ class Run:
             if self.settings.drive is not None:
                 if (kind := PLACEMENTS[self.settings.placement]).shared:
                     self.hits = kind(geometry.batch)
-                streams = self.layers * geometry.batch
-                self.drive = DirectDrive(self.settings.drive, geometry, streams, self.settings.io_threads)
+                self.drive = self._open_drive(geometry)
                 self.writer, self.lookahead, self.trial = Writer(), Lookahead(), Trial(self.settings.lookahead)
         elif self.geometry != geometry:
             raise UsageError(
@@ -53,6 +55,19 @@ class Run:
         if self.settings.host_budget is None:
             return min(n, int(2 * self.settings.alpha * n) + 1)
         return min(n, self.settings.host_budget // self._bytes_per_token())
+
+    def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive:
+        settings, streams = self.settings, self.layers * geometry.batch
+        if settings.drive_kind == "ssd":
+            return DirectDrive(settings.drive, geometry, streams, settings.io_threads)
+        shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, geometry.head_dim)
+        return EmulatedDrive(settings.drive, shape, Emulation(paced=settings.paced, threads=settings.io_threads))
+
+    def stream(self, index: int) -> Stream | RemoteStream:
+        """Stream layer * batch + row of the drive."""
+        if self.settings.drive_kind == "ssd":
+            return Stream(self.drive, index, self.writer)
+        return RemoteStream(self.drive, self.geometry, index)
 
     def ranking(self) -> SharedHits:
         """What one layer's pool ranks by: the table that all share, or one of its own."""

@@ -1,6 +1,6 @@
 """The KV of one layer over its tiers. Two stores with one contract:
 
-append(kv)             take in kv (B, n, 2, Hkv, D)
+append(kv, coded)      take in kv (B, n, 2, Hkv, D); `coded` is what `KeyCodes.append` returned, for drives that score
 fetch(row, positions)  records of sorted positions (k,), as (k, 2, Hkv, D) on the model's device, and where they were
 all()                  every record, (B, N, 2, Hkv, D) on the model's device, and where they were
 settle()               after a step: promote and demote; returns the tokens that changed places
@@ -9,17 +9,17 @@ truncate(n), memory(), n
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 
 from hillinfer.growable import Growable
-from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import SharedHits
 from hillinfer.tiers.pool import DEMOTED, HotPool
-from hillinfer.tiers.stream import Stream, Writer
+from hillinfer.tiers.stream import Stream
 from hillinfer.tiers.window import Window
 
 
@@ -56,7 +56,7 @@ class HostStore:
     def n(self) -> int:
         return self.buffer.n
 
-    def append(self, kv: torch.Tensor) -> list:
+    def append(self, kv: torch.Tensor, coded=None) -> list:
         self.buffer.append(kv)
         return []
 
@@ -97,16 +97,22 @@ class HostStore:
 class DriveStore:
     """Device window, hot pool in host memory, and every record on the drive.
 
+    streams   one for each sequence of the batch
     pinned    share of the tokens, the newest, that never leaves the pool (HKM rule 1: alpha)
     capacity  the pool's size in tokens for each sequence at n cached tokens
     """
 
     def __init__(
-        self, drive: DirectDrive, writer: Writer, layer: int, hits: SharedHits, window: Window, pinned: float, capacity
+        self,
+        geometry: Geometry,
+        streams: list[Stream],
+        hits: SharedHits,
+        window: Window,
+        pinned: float,
+        capacity: Callable[[int], int],
     ):
-        self.geometry = geometry = drive.geometry
+        self.geometry, self.streams = geometry, streams
         self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
-        self.streams = [Stream(drive, layer * geometry.batch + row, writer) for row in range(geometry.batch)]
         self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
         self.missed: list[tuple[int, np.ndarray, torch.Tensor]] = []  # what this step read from the drive
 
@@ -114,13 +120,15 @@ class DriveStore:
     def n(self) -> int:
         return self.window.n
 
-    def append(self, kv: torch.Tensor) -> list:
+    def append(self, kv: torch.Tensor, coded=None) -> list:
         """Write to the drive and admit the newest to the pool. Returns the work done, as in `Found.work`."""
         start, before = time.perf_counter_ns(), self.n
         self.window.append(kv)
         self.hits.extend(self.n)
         records = kv.to("cpu")
-        written = sum(stream.append(records[row]) for row, stream in enumerate(self.streams))
+        coded = zip(*coded, strict=True) if coded else [None] * len(records)
+        parts = zip(self.streams, records, coded, strict=True)
+        written = sum(stream.append(part, own) for stream, part, own in parts)
         end = time.perf_counter_ns()
         for row, pool in enumerate(self.pools):
             pool.resize(self.capacity(self.n))

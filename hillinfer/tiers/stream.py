@@ -58,8 +58,11 @@ class Stream:
         flushed, tail = self.state
         return flushed + len(tail)
 
-    def append(self, records: torch.Tensor) -> int:
-        """Add records (n, 2, Hkv, D); returns the bytes whose write began. Raises what an earlier write raised."""
+    def append(self, records: torch.Tensor, coded=None) -> int:
+        """Add records (n, 2, Hkv, D); returns the bytes whose write began. Raises what an earlier write raised.
+
+        `coded` is for drives that score; this one does not.
+        """
         if self._writing and self._writing.done():
             self.settle()
         with self._changing:

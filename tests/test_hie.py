@@ -1,0 +1,78 @@
+"""Host and computational drive score their own pools: the same tokens as when the host scores all, paced or not."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import hillinfer
+
+NEW = dict(max_new_tokens=24, do_sample=False, num_beams=1)
+
+
+def generate(model, ids, tmp_path, **options):
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.1, recent=4, drive=tmp_path, **options) as cache:
+        out = model.generate(ids, attention_mask=(ids != 0).long(), past_key_values=cache, **NEW)
+        frame = cache.counters.frame()
+        spans = cache.timeline.frame()
+    assert not list(tmp_path.iterdir())
+    return out, frame[["step", "layer", "device", "host", "drive", "swapped"]], spans
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-mixed", "opt"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_same_tokens_and_pool_as_a_plain_drive(models, prompt, tmp_path, family, batch):
+    model = models(family)
+    ids = torch.cat((prompt, prompt.flip(1)))[:batch]
+    ids[-1, : 40 * (batch - 1)] = 0
+    want, counted, _ = generate(model, ids, tmp_path, lookahead=False)
+    for options in (dict(lookahead=False), dict(lookahead=True), dict(lookahead=True, paced=True, precision="int8")):
+        out, own, spans = generate(model, ids, tmp_path, drive_kind="emulated", **options)
+        assert torch.equal(out, want) and own.equals(counted), options
+        scored = spans[spans.kind == "evaluate"]
+        assert len(scored) and (scored.lane == "drive").all() and (scored.bytes > 0).all()
+    hillinfer.disable(model)
+
+
+def test_int4_too(models, prompt, tmp_path):
+    model = models("llama")
+    want = generate(model, prompt, tmp_path, precision="int4")[0]
+    assert torch.equal(generate(model, prompt, tmp_path, precision="int4", drive_kind="emulated")[0], want)
+    hillinfer.disable(model)
+
+
+def test_chunks_turns_and_crops(models, prompt, tmp_path):
+    """Scales grow between chunks, so that the drive's older codes must follow; a crop takes tokens back."""
+    model, out = models("qwen3"), {}
+    for kind in ("ssd", "emulated"):
+        with hillinfer.make_cache(model, "hillinfer", alpha=0.1, drive=tmp_path, drive_kind=kind) as cache:
+            first = model.generate(prompt, past_key_values=cache, prefill_chunk_size=16, **NEW)
+            cache.crop(-30)
+            again = model.generate(prompt, past_key_values=cache, **NEW)
+            turn = torch.cat((again, prompt[:, :20]), 1)
+            out[kind] = first, again, model.generate(turn, past_key_values=cache, **NEW)
+    assert all(torch.equal(a, b) for a, b in zip(*out.values(), strict=True))
+    hillinfer.disable(model)
+
+
+def test_a_drive_that_dies_ends_generation_and_the_next_run_is_right(models, prompt, tmp_path):
+    model = models("llama")
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.1, drive=tmp_path, drive_kind="emulated") as cache:
+        want = model.generate(prompt, past_key_values=cache, **NEW)
+        os.kill(cache.run.drive.pid, signal.SIGKILL)
+        with pytest.raises(hillinfer.DriveError, match="killed by signal 9"):
+            model.generate(torch.cat((want, prompt[:, :1]), 1), past_key_values=cache, **NEW)
+        cache.reset()
+        assert torch.equal(model.generate(prompt, past_key_values=cache, **NEW), want)
+    hillinfer.disable(model)
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "random"])
+def test_systems_that_score_nothing_run_on_it(models, prompt, tmp_path, policy):
+    model, out = models("llama"), {}
+    for kind in ("ssd", "emulated"):
+        with hillinfer.make_cache(model, policy, alpha=0.3, drive=tmp_path, drive_kind=kind) as cache:
+            out[kind] = model.generate(prompt, past_key_values=cache, **NEW)
+    assert torch.equal(out["ssd"], out["emulated"])
+    hillinfer.disable(model)

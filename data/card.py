@@ -43,7 +43,7 @@ def table(rows: list[dict]) -> str:
     out = ["| task | n | exact match | 95 % interval | partial-key floor | tokens right | longest prompt | bar | |",
            "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
-        floor = "no shared parts" if row["floor"] is None else f"{row['floor']:.3f}"
+        floor = "1.000 (no part is shared)" if row["floor"] is None else f"{row['floor']:.3f}"
         out.append(
             f"| {row['name']} | {row['n']} | {row['exact']:.3f} | {row['low']:.3f} - {row['high']:.3f} | {floor} | "
             f"{row['tokens_right']:.3f} | {row['longest']:,} | {' | '.join(bar_of(row))} |"

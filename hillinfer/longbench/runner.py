@@ -113,7 +113,7 @@ def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
     """The figures of an `Answer` from what the cache recorded."""
     rows = cache.counters.rows
     steps = len({row.step for row in rows}) or 1
-    read = sum(span.bytes for span in cache.timeline.spans if span.lane == "drive" and span.kind != "write")
+    read = sum(span.bytes for span in cache.timeline.spans if span.kind in ("read", "prefetch"))
     return {
         "steps": steps,
         "prefill_ms": prefill_s * 1e3,

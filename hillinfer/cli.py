@@ -1,4 +1,4 @@
-"""The command line: hillinfer demo | run."""
+"""The command line: hillinfer demo | run | profile."""
 
 import os
 import sys
@@ -153,6 +153,9 @@ def run(
     drive: Annotated[Path | None, typer.Option(help="Folder on the drive for the cold KV.")] = None,
     drive_kind: Kind = "ssd",
     precision: Precision = "int8",
+    profile: Annotated[
+        Path | None, typer.Option(help="What `hillinfer profile` wrote, to balance host and drive.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     num_beams: Annotated[int, typer.Option(min=1, help="More than one needs all KV in memory.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -175,6 +178,30 @@ def run(
             err.print(line, soft_wrap=True)
         if trace is not None:
             err.print(f"timeline (open in ui.perfetto.dev): {result.timeline.save(trace)}", soft_wrap=True)
+
+
+@app.command()
+def profile(
+    drive: Annotated[Path, typer.Option(help="Folder on the drive to measure.")],
+    paced: Annotated[bool, typer.Option(help="Hold the emulated drive to a SmartSSD's rates.")] = False,
+    out_file: Annotated[Path, typer.Option("--out", help="Where to write the profile.")] = Path("out/profile.toml"),
+):
+    """Measure how fast host and drive score and move KV here; for --profile, and to see what would balance."""
+    with clear_errors():
+        folder = Settings(drive=drive).drive
+        from hillinfer.demo import machine
+        from hillinfer.profile import CHOSEN, DIM, HEADS, measure
+
+        speeds, facts = measure(folder, paced)
+        facts.append(f"measured on {machine()}" + (", the drive paced to a SmartSSD's rates" if paced else ""))
+        speeds.save(out_file, facts)
+        for fact in facts:
+            out.print(fact, soft_wrap=True, highlight=False)
+        code, record = HEADS * DIM, 4 * HEADS * DIM
+        for alpha in (0.1, 0.2):
+            share = speeds.host_share(alpha, code, record)
+            out.print(f"at alpha {alpha}, host and drive finish together when the host holds {share:.0%} of the tokens")
+        out.print(f"profile: {out_file} (records chosen at random: {CHOSEN:.0%})")
 
 
 def read_prompt(path: Path) -> str:

@@ -33,6 +33,8 @@ class Settings:
                  Key codes are not part of it: `TieredCache.memory()` reports both
     drive        folder for the private KV file; None keeps all KV in memory
     drive_kind   `ssd`, or `emulated`: a computational drive in a process of its own, which scores what it holds
+    profile      what `hillinfer profile` wrote: with a drive that scores, the host's pool is then as large as lets host
+                 and drive finish together, within the host budget
     paced        slow the emulated drive down to a SmartSSD's rates
     sinks        first tokens that stay on the model's device
     recent       last tokens that stay on the model's device
@@ -48,6 +50,7 @@ class Settings:
     host_budget: int | str | None = None
     drive: str | Path | None = None
     drive_kind: str = "ssd"
+    profile: str | Path | None = None
     paced: bool = False
     sinks: int = 4
     recent: int = 16

@@ -63,9 +63,9 @@ def run(
             do_sample=False,
         )
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
-    return Continuation(
-        tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), tell(system, figures, cache), cache.timeline
-    )
+        why = cache.run.why_split()
+    answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return Continuation(answer, [*tell(system, figures, cache), why], cache.timeline)
 
 
 def tell(system: str, figures: dict, cache: TieredCache) -> list[str]:

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from hillinfer.config import Settings, UsageError
+from hillinfer.pipeline.balance import Speeds
 from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.computational import Shape
@@ -31,6 +32,7 @@ class Run:
     hits: SharedHits | None = None
     writer: Writer | None = None
     lookahead: Lookahead | None = None
+    speeds: Speeds | None = None  # of the profile
     trial: Trial | None = None  # whether it pays to look ahead
 
     def start(self, geometry: Geometry) -> None:
@@ -40,6 +42,8 @@ class Run:
             if self.settings.drive is not None:
                 if (kind := PLACEMENTS[self.settings.placement]).shared:
                     self.hits = kind(geometry.batch)
+                if self.settings.profile is not None and self.settings.drive_kind == "emulated":
+                    self.speeds = Speeds.load(self.settings.profile)
                 self.drive = self._open_drive(geometry)
                 self.writer, self.lookahead, self.trial = Writer(), Lookahead(), Trial(self.settings.lookahead)
         elif self.geometry != geometry:
@@ -50,11 +54,33 @@ class Run:
     def pool_tokens(self, n: int) -> int:
         """Hot pool size in tokens, for each layer and sequence, at n cached tokens.
 
-        HKM keeps alpha*N by recency and alpha*N by frequency, unless the user gave a budget.
+        HKM keeps alpha*N by recency and alpha*N by frequency, unless a profile says where host and drive balance (APP),
+        or the user gave a budget. It is never below what is pinned.
         """
-        if self.settings.host_budget is None:
-            return min(n, int(2 * self.settings.alpha * n) + 1)
-        return min(n, self.settings.host_budget // self._bytes_per_token())
+        alpha, budget = self.settings.alpha, self.settings.host_budget
+        share = min(1.0, 2 * alpha) if budget is None else 1.0
+        if self.speeds is not None:
+            share = self.speeds.host_share(alpha, self._code_bytes(), self.geometry.record_bytes)
+        tokens = min(n, max(int(share * n), int(alpha * n)) + 1)
+        return tokens if budget is None else min(tokens, budget // self._bytes_per_token())
+
+    def why_split(self) -> str:
+        """The pool's size and its reason, in one line."""
+        alpha, budget = self.settings.alpha, self.settings.host_budget
+        if self.drive is None:
+            return "all KV in memory: no drive was named"
+        if self.speeds is not None:
+            share = self.speeds.host_share(alpha, self._code_bytes(), self.geometry.record_bytes)
+            text = f"host holds {share:.0%}: by the profile host and drive then take equally long"
+        elif budget is None:
+            text = f"host holds 2*alpha = {2 * alpha:.0%}: alpha pinned by age, alpha by hits; no profile was given"
+        else:
+            text = "host holds what the budget allows; no profile was given"
+        return text if budget is None else f"{text}, at most {budget:,} bytes"
+
+    def _code_bytes(self) -> int:
+        bits = int(self.settings.precision.removeprefix("int"))
+        return self.geometry.kv_heads * self.geometry.head_dim * bits // 8
 
     def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive:
         settings, streams = self.settings, self.layers * geometry.batch

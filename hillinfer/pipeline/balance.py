@@ -1,0 +1,54 @@
+"""How much of the KV the host should hold so that host and drive finish together (HillInfer APP, section 1.4)."""
+
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hillinfer.config import UsageError
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What host and drive do in a second, in bytes; measured by `hillinfer profile` on the machine at hand.
+
+    fc, fs  key codes scored by the host, by the drive
+    bc, bs  records of chosen tokens brought to the model's device from the host's pool, from the drive
+    """
+
+    fc: float
+    fs: float
+    bc: float
+    bs: float
+
+    def beta(self, alpha: float, code_bytes: int, record_bytes: int) -> float:
+        """Host's over drive's share of the tokens where both take equally long (the paper's second version):
+
+        Mc/fc + a*Mc/Bc = Ms/fs + a*Ms/Bs, here in tokens, each of `code_bytes` to score and `record_bytes` to move.
+        """
+        host = code_bytes / self.fc + alpha * record_bytes / self.bc
+        drive = code_bytes / self.fs + alpha * record_bytes / self.bs
+        return drive / host
+
+    def host_share(self, alpha: float, code_bytes: int, record_bytes: int) -> float:
+        """The host's share of all tokens, beta / (1 + beta)."""
+        beta = self.beta(alpha, code_bytes, record_bytes)
+        return beta / (1 + beta)
+
+    def save(self, path: Path, facts: list[str]) -> None:
+        """Write as TOML, with the setting of the measurement as comments."""
+        lines = [f"# {fact}" for fact in facts] + [f"{name} = {value:.4g}" for name, value in asdict(self).items()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Speeds":
+        try:
+            values = tomllib.loads(Path(path).read_text())
+            speeds = cls(**{name: float(values[name]) for name in cls.__dataclass_fields__})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{path} is no profile ({error!r}); make one with: hillinfer profile --out {path}"
+            ) from None
+        if min(asdict(speeds).values()) <= 0:
+            raise UsageError(f"{path} has a speed that is not above zero; measure again with: hillinfer profile")
+        return speeds

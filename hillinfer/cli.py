@@ -163,7 +163,8 @@ def run(
 ):
     """Continue a long text with a model whose KV is spread over the tiers."""
     with clear_errors():
-        options = dict(alpha=alpha, host_budget=host_budget, drive=drive, drive_kind=drive_kind, precision=precision)
+        options = dict(alpha=alpha, host_budget=host_budget, drive=drive)
+        options |= dict(drive_kind=drive_kind, precision=precision, profile=profile)
         Settings(**options)  # refuse bad input before torch loads
         if num_beams > 1 and drive is not None:
             raise UsageError(

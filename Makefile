@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice clean
+.PHONY: demo test lint format slow show-slice show-hillinfer show-model train clean
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -28,6 +28,15 @@ slow: $(VENV)/.ready ## the sweeps that `make test` leaves out
 
 show-slice: $(VENV)/.ready ## every claim about the package's core, measured again
 	$(BIN)/python -m benchmarks.show_slice
+
+show-model: $(VENV)/.ready ## every claim about the embedded model; LONGEVAL=FILE for LongEval's cases
+	$(BIN)/python -m benchmarks.show_model
+
+train: $(VENV)/.ready ## the embedded model from nothing: hours on two cores
+	$(BIN)/python data/train.py --workers 2
+
+show-hillinfer: $(VENV)/.ready ## every claim about the hillinfer system
+	$(BIN)/python -m benchmarks.show_hillinfer
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

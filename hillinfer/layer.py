@@ -116,7 +116,9 @@ class Layer:
 
     def crop(self, n: int) -> None:
         """Forget all tokens from n on."""
-        self.guess = None
+        if self.guess is not None:
+            self.guess.chosen()  # it reads what is about to change
+            self.guess = None
         if self.store is not None and n < self.n:
             self.store.truncate(n)
             if self.codes is not None:

@@ -21,6 +21,7 @@ from hillinfer.config import Settings, UsageError
 from hillinfer.evaluator.policies import TopK
 from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
+from hillinfer.pipeline.balance import Speeds
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.geometry import Geometry
@@ -117,6 +118,8 @@ def plan(config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch
     run = Run(settings, len(check_supported(config)))
     run.geometry = Geometry(1, heads, dim, dtype, torch.device("cpu"))
     run.check(tokens)
+    if settings.profile is not None:
+        Speeds.load(settings.profile)
     need = run.layers * tokens * run.geometry.record_bytes
     if settings.drive is not None and (free := shutil.disk_usage(settings.drive).free) < need:
         raise UsageError(

@@ -73,6 +73,9 @@ class Settings:
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"no {name} '{getattr(self, name)}'; choose {', '.join(map(str, known))}")
+        for name in ("profile", "paced"):
+            if getattr(self, name) and self.drive_kind == "ssd":
+                raise UsageError(f"{name} is for a drive that scores, which an ssd does not: add drive_kind emulated")
         object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
         if self.drive is not None:
             object.__setattr__(self, "drive", check_folder(self.drive))

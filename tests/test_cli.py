@@ -119,6 +119,25 @@ def test_a_file_system_that_is_really_full(prompt_file, tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def test_a_profile_that_cannot_be_used(prompt_file, drive, tmp_path):
+    path = tmp_path / "profile.toml"
+    words = ["--drive", drive, "--profile", path]
+    check(run(prompt_file, *words), "drive_kind emulated")
+    check(run(prompt_file, *words, "--drive-kind", "emulated"), "hillinfer profile")
+    check(run(prompt_file, "--drive", drive, "--drive-kind", "tape"), "ssd, emulated")
+    check(run(prompt_file, "--drive", drive, "--precision", "int2"), "int8, int4")
+
+
+def test_profile_measures_and_writes(drive, tmp_path):
+    out = tmp_path / "new" / "profile.toml"
+    result = hillinfer("profile", "--drive", drive, "--out", out)
+    assert result.exit_code == 0 and "finish together" in result.stdout
+    from hillinfer.pipeline.balance import Speeds
+
+    assert 0 < Speeds.load(out).host_share(0.1, 1024, 4096) < 1
+    check(hillinfer("profile", "--drive", tmp_path / "nowhere"), "does not exist")
+
+
 def test_beams_with_a_drive(prompt_file, drive):
     check(run(prompt_file, "--num-beams", 3, "--drive", drive), "--num-beams 1")
 

@@ -43,7 +43,7 @@ def test_random_runs(models, prompt, tmp_path):
             alpha=alpha,
             drive=tmp_path,
             drive_kind=kind,
-            paced=rng.random() < 0.3,
+            paced=kind == "emulated" and rng.random() < 0.3,
             lookahead=rng.choice([True, False, "auto"]),
             placement=rng.choice(["hits", "shared-hits", "lru", "importance"]),
             host_budget=rng.choice(

@@ -42,7 +42,7 @@ class Run:
             if self.settings.drive is not None:
                 if (kind := PLACEMENTS[self.settings.placement]).shared:
                     self.hits = kind(geometry.batch)
-                if self.settings.profile is not None and self.settings.drive_kind == "emulated":
+                if self.settings.profile is not None:
                     self.speeds = Speeds.load(self.settings.profile)
                 self.drive = self._open_drive(geometry)
                 self.writer, self.lookahead, self.trial = Writer(), Lookahead(), Trial(self.settings.lookahead)

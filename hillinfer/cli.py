@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -37,13 +38,13 @@ def clear_errors():
     try:
         yield
     except UsageError as error:
-        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         err.print("stopped; the drive's space is free again")
         raise typer.Exit(130) from None
     except OSError as error:
-        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -59,12 +60,12 @@ def demo(
 ):
     """Answer the same long-context questions with several systems, and show what each took."""
     with clear_errors():
-        if drive is None:
-            drive = out_dir / "drive"
-            drive.mkdir(parents=True, exist_ok=True)
         settings = dict(alpha=alpha, host_budget=host_budget, drive=drive, drive_kind=drive_kind, precision=precision)
-        names = [name.strip() for name in systems.split(",")]
         Settings(**settings)  # refuse bad input before torch loads
+        if drive is None:
+            settings["drive"] = out_dir / "drive"
+            settings["drive"].mkdir(parents=True, exist_ok=True)
+        names = [name.strip() for name in systems.split(",")]
         from hillinfer import demo as job
         from hillinfer.systems import find_system
 

@@ -4,7 +4,10 @@ N=50 asks 50 questions in each cell instead of 20.
 """
 
 import os
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from transformers.utils import logging
 
@@ -15,7 +18,7 @@ from hillinfer.cache import disable, enable
 from hillinfer.config import Settings
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask_each, is_right
-from hillinfer.longbench.synthetic import make_records
+from hillinfer.longbench.synthetic import make_records, prompt_of
 
 N = int(os.environ.get("N", "20"))
 CELLS = [("lines", 4096), ("needle", 4096), ("chain", 2048), ("lines", 8192)]
@@ -66,6 +69,36 @@ def hit_table() -> list[Claim]:
     return claims
 
 
+def memory() -> Claim:
+    """Peak resident memory at 8K tokens, with a tenth of the KV as host budget, against the full cache's."""
+    record = demo.demo_records({"lines_8k": 1})[0]
+    model, tokenizer = demo.load_embedded()
+    config, text = model.config, prompt_of(record)[:-200]
+    kv = (
+        len(tokenizer(text).input_ids) * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        prompt, drive = Path(folder) / "prompt.txt", Path(folder) / "drive"
+        prompt.write_text(text)
+        drive.mkdir()
+        common = ["--model", "embedded", "--prompt-file", str(prompt), "--dtype", "float32", "--prefill-chunk", "512"]
+        tiered = ["--alpha", "0.05", "--host-budget", str(kv // 10), "--drive", str(drive)]
+        full = peak_bytes(*common, "--system", "full", "--max-new-tokens", "8")
+        hill = peak_bytes(*common, *tiered, "--system", "hillinfer", "--max-new-tokens", "8")
+    bar = full - kv + 1.1 * (kv // 10)
+    text = f"peak memory at 8K, host budget a tenth of {kv / 1e6:.0f} MB of KV (full: {full / 1e6:.0f} MB)"
+    return Claim(text, f"{hill / 1e6:.0f} MB", f"{bar / 1e6:.0f} MB", hill <= bar).show()
+
+
+def peak_bytes(*words: str) -> int:
+    """Peak resident memory of `hillinfer run`, with an allocator that gives back what is freed."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+    eager = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", code, sys.executable, "-m", "hillinfer", "run", *words]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | eager).stdout)
+
+
 def main() -> int:
     logging.disable_progress_bar()
     claims = [
@@ -74,7 +107,7 @@ def main() -> int:
         tests("the computational drive keeps its contract", "tests/test_computational.py").show(),
         tests("200 random runs: right, never stuck, nothing left", "-m", "slow", "tests/test_stress.py").show(),
     ]
-    return verdict(claims + hit_table() + accuracy())
+    return verdict([*claims, memory(), *hit_table(), *accuracy()])
 
 
 if __name__ == "__main__":

@@ -158,6 +158,9 @@ def run(
         Path | None, typer.Option(help="What `hillinfer profile` wrote, to balance host and drive.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=2, help="Prefill so many tokens at once: less memory.")
+    ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="More than one needs all KV in memory.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trace: Annotated[Path | None, typer.Option(help="Write the timeline here, for ui.perfetto.dev.")] = None,
@@ -174,7 +177,7 @@ def run(
         text = read_prompt(prompt_file)
         from hillinfer import continuation
 
-        result = continuation.run(model, text, system, options, max_new_tokens, num_beams, dtype)
+        result = continuation.run(model, text, system, options, max_new_tokens, num_beams, dtype, prefill_chunk)
         out.print(result.text, markup=False, highlight=False, soft_wrap=True)
         for line in result.facts:
             err.print(line, soft_wrap=True)

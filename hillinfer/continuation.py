@@ -24,7 +24,7 @@ class Continuation:
 
 
 def run(
-    name: str, text: str, system: str, options: dict, max_new_tokens: int, num_beams: int, dtype: str
+    name: str, text: str, system: str, options: dict, max_new_tokens: int, num_beams: int, dtype: str, chunk: int | None
 ) -> Continuation:
     """Greedy continuation. Everything that can be refused is refused before the weights are loaded."""
     settings = find_system(system, options)[1]
@@ -49,7 +49,7 @@ def run(
     with make_cache(model, system, **options) as cache:
         start = time.perf_counter()
         if ids.shape[1] > 1 and num_beams == 1:  # the last prompt token is a decode step like those after it
-            feed(model, cache, ids[0, :-1].tolist())
+            feed(model, cache, ids[0, :-1].tolist(), chunk)
         prefilled = time.perf_counter()
         cache.timeline.clear()
         cache.counters.clear()

@@ -219,9 +219,8 @@ def test_a_failed_write_behind_is_raised_and_loses_nothing(folder, monkeypatch):
     drive.close()
 
 
-def test_writing_behind_is_bounded(folder, monkeypatch):
-    monkeypatch.setattr("hillinfer.tiers.stream.BEHIND", 100)
-    writer, go, order = Writer(), threading.Event(), []
+def test_writing_behind_is_bounded():
+    writer, go, order = Writer(behind=100), threading.Event(), []
     writer.submit(80, lambda: go.wait(10))
     late = threading.Thread(target=lambda: writer.submit(80, lambda: order.append("second")))
     late.start()

@@ -8,6 +8,7 @@ first token).
 import re
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,11 +53,16 @@ def split_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[list
 
 
 @torch.inference_mode()
-def feed(model: PreTrainedModel, cache: TieredCache, ids: list[int]) -> None:
-    """Put further tokens into the cache in one pass; several are attended to exactly, a single one as the system
-    selects.
+def feed(model: PreTrainedModel, cache: TieredCache, ids: list[int], chunk: int | None = None) -> None:
+    """Put further tokens into the cache: several are attended to exactly, a single one as the system selects.
+
+    In chunks of `chunk` tokens, if given: what prefill holds beside the cache then stays small, but the cache is read
+    anew for each chunk.
     """
-    model(torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=1)
+    ends = list(range(chunk, len(ids) - 1, chunk)) if chunk else []  # never a chunk of one: it would be a decode step
+    for start, end in pairwise([0, *ends, len(ids)]):
+        part = torch.tensor([ids[start:end]], device=model.device)
+        model(part, past_key_values=cache, logits_to_keep=1)
 
 
 def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache) -> Answer:

@@ -14,7 +14,7 @@ from hillinfer.tiers.emulated import EmulatedDrive, Emulation
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 from hillinfer.tiers.scoring_store import RemoteStream
-from hillinfer.tiers.stream import Stream, Writer
+from hillinfer.tiers.stream import BEHIND, Stream, Writer
 
 
 @dataclass
@@ -45,7 +45,9 @@ class Run:
                 if self.settings.profile is not None:
                     self.speeds = Speeds.load(self.settings.profile)
                 self.drive = self._open_drive(geometry)
-                self.writer, self.lookahead, self.trial = Writer(), Lookahead(), Trial(self.settings.lookahead)
+                self.lookahead, self.trial = Lookahead(), Trial(self.settings.lookahead)
+                budget = self.settings.host_budget
+                self.writer = Writer() if budget is None else Writer(min(BEHIND, budget // 4))
         elif self.geometry != geometry:
             raise UsageError(
                 f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"

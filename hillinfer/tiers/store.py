@@ -22,6 +22,8 @@ from hillinfer.tiers.pool import DEMOTED, HotPool
 from hillinfer.tiers.stream import Stream
 from hillinfer.tiers.window import Window
 
+PART = 1024  # tokens that are fetched at once where all are
+
 
 @dataclass
 class Found:
@@ -181,8 +183,15 @@ class DriveStore:
         return out, found
 
     def all(self) -> tuple[torch.Tensor, Found]:
-        rows = [self.fetch(row, np.arange(self.n), promote=False) for row in range(self.geometry.batch)]
-        return torch.stack([records for records, _ in rows]), sum((found for _, found in rows), Found())
+        """In parts, so that what a fetch needs beside its result stays small."""
+        batch, found = self.geometry.batch, Found()
+        out = self.geometry.empty(batch, self.n, device=self.geometry.device)
+        for row in range(batch):
+            for start in range(0, self.n, PART):
+                positions = np.arange(start, min(start + PART, self.n))
+                out[row, positions[0] : positions[-1] + 1], part = self.fetch(row, positions, promote=False)
+                found += part
+        return out, found
 
     def settle(self) -> int:
         """Promote what was fetched where the hit table ranks it above a resident; as many are demoted (HKM rule 3)."""

@@ -16,16 +16,17 @@ BEHIND = 64 << 20  # bytes that may wait to be written; more would defeat the me
 
 
 class Writer:
-    """One thread that writes. `submit` waits while too much is under way."""
+    """One thread that writes. `submit` waits while more than `behind` bytes would be under way."""
 
-    def __init__(self):
+    def __init__(self, behind: int = BEHIND):
+        self.behind = behind
         self._pool = ThreadPoolExecutor(1, "hillinfer-write")
         self._room = threading.Condition()
         self._behind = 0
 
     def submit(self, nbytes: int, job: Callable[[], None]) -> Future:
         with self._room:
-            self._room.wait_for(lambda: not self._behind or self._behind + nbytes <= BEHIND)
+            self._room.wait_for(lambda: not self._behind or self._behind + nbytes <= self.behind)
             self._behind += nbytes
         future = self._pool.submit(job)
         future.add_done_callback(lambda _: self._done(nbytes))

@@ -63,7 +63,7 @@ def answers() -> list[Claim]:
 
 def attention() -> list[Claim]:
     """Restricted attention, and what the heads do."""
-    found = json.loads(measured("attention.py", "--n", str(max(20, N // 2)))[0])
+    found = json.loads(measured("attention.py", "--n", str(max(4, N // 2)))[0])
     score = {(task, policy, share): value for task, policy, share, value in found["accuracy"]}
     tasks, claims = list(dict.fromkeys(task for task, *_ in score)), []
     for task in tasks:

@@ -1,11 +1,12 @@
 """The runner asks every system the same thing, and measures what it says it measures."""
 
 import pytest
+import torch
 
 from hillinfer import Settings, disable, enable, make_cache
 from hillinfer.demo import demo_records, load_embedded
 from hillinfer.evaluator.policies import POLICIES
-from hillinfer.longbench.runner import ask, ask_each, is_right, split_prompt
+from hillinfer.longbench.runner import ask, ask_each, feed, is_right, split_prompt
 from hillinfer.longbench.synthetic import prompt_of
 
 
@@ -64,3 +65,19 @@ def test_an_answer_is_its_first_number(text, right):
     assert not is_right({"answers": ["40064"]}, "no\n40064")
     words = {"answers": ["12 leads to red-fox: number 7"]}
     assert is_right(words, " 12 leads to red-fox: number 7\n") and not is_right(words, "12 leads to red-fox: number 8")
+
+
+@pytest.mark.parametrize("chunk", [2, 7, 64, 99, 100, 1000])
+def test_prefill_in_chunks_is_the_same_prefill(models, prompt, tmp_path, chunk):
+    """Also where the last chunk would be one token, which would be a decode step and not exact."""
+    model, logits = models("llama"), []
+    before = enable(model)
+    ids = prompt[0, :100].tolist()
+    for size in (None, chunk):
+        with make_cache(model, "hillinfer", alpha=0.1, drive=tmp_path) as cache:
+            feed(model, cache, ids, size)
+            assert cache.get_seq_length() == 100 and not cache.counters.rows  # nothing was selected
+            with torch.inference_mode():
+                logits.append(model(prompt[:, 100:110], past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    disable(model, before)

@@ -5,6 +5,9 @@ from plotly.colors import qualitative
 
 from hillinfer.pipeline.timeline import LANES, TIERS, Counters, Timeline
 
+# A kind has one colour in all figures. `select` comes first, so that the scores within it are drawn over it.
+KINDS = "select guess score merge encode append view gather swap attend dense wait".split()
+KINDS += "read prefetch evaluate write transfer".split()
 LAYOUT = dict(template="plotly_white", margin=dict(l=60, r=20, t=50, b=50), height=360)
 TIER_COLOURS = {"device": "#4c78a8", "host": "#54a24b", "drive": "#e45756"}
 
@@ -15,8 +18,7 @@ def timeline_figure(timeline: Timeline, title: str = "Timeline", steps: int = 4)
     spans = [span for span in timeline.spans if span.step > last - steps]
     origin = min((span.start_ns for span in spans), default=0)
     figure = go.Figure()
-    kinds = sorted({span.kind for span in spans}, key=lambda kind: kind != "select")  # a score lies within its select
-    for colour, kind in zip(qualitative.Safe * (1 + len(kinds) // len(qualitative.Safe)), kinds, strict=False):
+    for kind in sorted({span.kind for span in spans}, key=_order):
         own = [span for span in spans if span.kind == kind]
         figure.add_bar(
             name=kind,
@@ -27,7 +29,7 @@ def timeline_figure(timeline: Timeline, title: str = "Timeline", steps: int = 4)
             customdata=[(span.layer, span.step, span.bytes) for span in own],
             hovertemplate=f"{kind}<br>layer %{{customdata[0]}}, step %{{customdata[1]}}<br>%{{x:.3f}} ms"
             "<br>%{customdata[2]:,} bytes<extra></extra>",
-            marker=dict(color=colour, line_width=0),
+            marker=dict(color=qualitative.Dark24[_order(kind) % 24], line_width=0),
         )
     figure.update_layout(LAYOUT, title=title, barmode="overlay", xaxis_title="ms (measured)", dragmode="zoom")
     figure.update_yaxes(categoryorder="array", categoryarray=list(reversed(LANES)))
@@ -52,3 +54,7 @@ def systems_figure(names: list[str], accuracy: list[float], floor: float, title:
     )
     figure.update_layout(LAYOUT, title=title, yaxis=dict(tickformat=".0%", range=[0, 1.05]))
     return figure
+
+
+def _order(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)

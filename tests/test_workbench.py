@@ -1,0 +1,46 @@
+"""Figures and the report show what was recorded, and escape what they are given."""
+
+import pytest
+
+from hillinfer.pipeline.timeline import Counters, Hits, Timeline
+from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure
+from hillinfer.workbench.report import write_report
+
+
+@pytest.fixture
+def timeline():
+    timeline = Timeline()
+    for step in range(3):
+        timeline.add("cpu", "score", 0, step, 1000 * step, 1000 * step + 500, 64)
+        timeline.add("drive", "read", 0, step, 1000 * step + 200, 1000 * step + 900, 4096)
+    timeline.add("cpu", "something new", 0, 2, 2500, 2600)
+    return timeline
+
+
+def test_the_timeline_shows_the_last_steps_in_ms(timeline):
+    figure = timeline_figure(timeline, steps=2)
+    bars = {trace.name: trace for trace in figure.data}
+    assert set(bars) == {"score", "read", "something new"}
+    assert list(bars["read"].base) == pytest.approx([0.0002, 0.0012]) and list(bars["read"].y) == ["drive", "drive"]
+    assert list(bars["score"].x) == pytest.approx([0.0005, 0.0005])
+    other = timeline_figure(Timeline())
+    assert not other.data
+    alone = Timeline()
+    alone.add("drive", "read", 0, 0, 0, 1)
+    assert timeline_figure(alone).data[0].marker.color == bars["read"].marker.color  # one colour in all figures
+
+
+def test_hits_are_shares_of_each_layer():
+    counters = Counters()
+    for layer, drive in ((0, 1), (1, 3)):
+        counters.rows.append(Hits(0, layer, 10, 4, 4, 0, 4 - drive, drive, 0, 0, 0, 0))
+    shares = {trace.name: list(trace.y) for trace in hits_figure(counters).data}
+    assert shares == {"device": [0, 0], "host": [0.75, 0.25], "drive": [0.25, 0.75]}
+
+
+def test_the_report_stands_alone_and_escapes(tmp_path, timeline):
+    figures = [systems_figure(["full"], [0.5], 0.2, "right"), timeline_figure(timeline)]
+    rows = [["<script>alert(1)</script>", "1"]]
+    page = write_report(tmp_path / "new" / "r.html", "a < b", ["<i>"], ["system", "n"], rows, figures).read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "a &lt; b" in page and "&lt;i&gt;" in page
+    assert "cdn" not in page.split("plotly.js v")[0] and page.count("plotly-graph-div") == 2

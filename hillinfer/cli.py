@@ -1,4 +1,4 @@
-"""The command line: hillinfer demo | run | profile."""
+"""The command line: hillinfer demo | run | systems | profile."""
 
 import os
 import sys
@@ -207,6 +207,17 @@ def profile(
             share = speeds.host_share(alpha, code, record)
             out.print(f"at alpha {alpha}, host and drive finish together when the host holds {share:.0%} of the tokens")
         out.print(f"profile: {out_file} (records chosen at random: {CHOSEN:.0%})")
+
+
+@app.command()
+def systems():
+    """List the systems that demo and run know."""
+    from hillinfer.systems import list_systems
+
+    table = Table(box=None, show_header=False)
+    for name, system in list_systems().items():
+        table.add_row(name, escape(system.about) + (" [dim](needs --drive)[/]" if system.needs_drive else ""))
+    out.print(table)
 
 
 def read_prompt(path: Path) -> str:

@@ -25,7 +25,7 @@ class System:
 COMPOSED = {
     "lru": System(TopK, "hillinfer with a least-recently-used hot pool: the control", True, {"placement": "lru"}),
     "hillinfer": System(
-        TopK, "hot pool by hit table in host memory, cold pool on the drive (arXiv 2602.18750)", needs_drive=True
+        TopK, "hot pool by hit counters in host memory, cold pool on the drive (arXiv 2602.18750)", needs_drive=True
     ),
 }
 
@@ -34,7 +34,9 @@ def list_systems() -> dict[str, System]:
     """Every system by name: each policy, and the compositions. Read at the time of the call, so that new policies are
     in it.
     """
-    return {name: System(policy, (policy.__doc__ or "").strip()) for name, policy in POLICIES.items()} | COMPOSED
+    return {
+        name: System(policy, (policy.__doc__ or "").strip().split("\n")[0]) for name, policy in POLICIES.items()
+    } | COMPOSED
 
 
 def find_system(name: str, options: dict) -> tuple[System, Settings]:

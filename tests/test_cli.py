@@ -64,6 +64,14 @@ def test_unknown_system(prompt_file, drive):
     check(hillinfer("demo", "--systems", "full,magic", "--out", prompt_file.parent / "out"), "magic")
 
 
+def test_systems_are_listed_with_what_they_are():
+    result = hillinfer("systems")
+    assert result.exit_code == 0
+    lines = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert {"full", "streaming", "topk", "oracle", "random", "lru", "hillinfer"} <= set(lines)
+    assert all(len(lines[name].split()) > 3 for name in ("full", "topk", "lru", "hillinfer"))
+
+
 @pytest.mark.parametrize("alpha", ["0", "-1", "1.5", "nan"])
 def test_alpha_out_of_range(prompt_file, alpha):
     check(run(prompt_file, "--alpha", alpha), "alpha", "up to 1")

@@ -4,6 +4,8 @@ from hillinfer.evaluator.policy import Policy, Step
 
 
 class Full(Policy):
+    """Every token, every step."""
+
     needs_codes = False
 
     def select(self, step: Step) -> None:

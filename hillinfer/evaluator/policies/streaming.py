@@ -10,6 +10,8 @@ from hillinfer.evaluator.policy import Policy, Step
 
 
 class Streaming(Policy):
+    """Attention sinks and a recent window."""
+
     needs_codes = False
 
     def select(self, step: Step) -> np.ndarray:

@@ -7,6 +7,8 @@ from hillinfer.evaluator.topk import merge_heads
 
 
 class TopK(Policy):
+    """The device window and the tokens whose key codes score highest."""
+
     can_speculate = True
 
     def select(self, step: Step) -> np.ndarray | None:

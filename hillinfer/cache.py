@@ -198,11 +198,8 @@ class TieredCache(Cache):
         sliding_ok: bool = False,
     ):
         layers = DynamicCache(config=config).layers
-        tiered = (
-            []
-            if sliding_ok and all(getattr(layer, "is_sliding", False) for layer in layers)
-            else check_supported(config)
-        )
+        only_sliding = all(getattr(layer, "is_sliding", False) for layer in layers)
+        tiered = [] if sliding_ok and only_sliding else check_supported(config)
         self.config, self.run = config, Run(settings or Settings(), len(tiered))
         for order, index in enumerate(tiered):
             layers[index] = TieredLayer(Layer(order, policy(), self.run))
@@ -238,8 +235,11 @@ class TieredCache(Cache):
             if isinstance(layer, TieredLayer):
                 if policy.needs_codes and layer.layer.codes is None and layer.layer.n:
                     raise UsageError(f"{policy.__name__} needs key codes, which this cache was started without")
+                if policy.needs_codes and layer.layer.n and settings.precision != self.run.settings.precision:
+                    raise UsageError(f"keys are coded in {self.run.settings.precision} here, not {settings.precision}")
                 layer.layer.policy = policy()
-        self.run.settings = replace(settings, drive=self.run.settings.drive, host_budget=self.run.settings.host_budget)
+        changed = dict(alpha=settings.alpha, sinks=settings.sinks, recent=settings.recent)
+        self.run.settings = replace(self.run.settings, **changed)
 
     def memory(self) -> dict[str, int]:
         """Bytes held now: `device` and `host` records, key `codes`, `hits` table; `drive` is what the file reserves."""

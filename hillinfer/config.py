@@ -80,6 +80,11 @@ class Settings:
         if self.drive is not None:
             object.__setattr__(self, "drive", check_folder(self.drive))
 
+    @property
+    def bits(self) -> int:
+        """Of one key code."""
+        return int(self.precision.removeprefix("int"))
+
     def budget(self, n: int) -> int:
         """Tokens that a step over n cached tokens attends to: alpha*n, never less than the device window holds."""
         return min(n, max(math.ceil(self.alpha * n - 1e-9), self.sinks + self.recent))

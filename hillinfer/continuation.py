@@ -34,7 +34,8 @@ def run(
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"no dtype '{dtype}'; choose auto, {', '.join(DTYPES)}")
     width = DTYPES.get(dtype) or config.dtype or torch.float32
-    ids = _load(AutoTokenizer, path, name)(text, return_tensors="pt").input_ids
+    tokenizer = _load(AutoTokenizer, path, name)
+    ids = tokenizer(text, return_tensors="pt").input_ids
     total, window = ids.shape[1] + max_new_tokens, getattr(config, "max_position_embeddings", None)
     if window and total > window:
         raise UsageError(
@@ -45,7 +46,6 @@ def run(
     model = _load(AutoModelForCausalLM, path, name, dtype=width).eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    tokenizer = _load(AutoTokenizer, path, name)
     with make_cache(model, system, **options) as cache:
         start = time.perf_counter()
         if ids.shape[1] > 1 and num_beams == 1:  # the last prompt token is a decode step like those after it

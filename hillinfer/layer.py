@@ -160,7 +160,7 @@ class Layer:
             kind = ScoringStore if settings.drive_kind == "emulated" else DriveStore
             self.store = kind(geometry, streams, run.ranking(), window, settings.alpha, run.pool_tokens)
         if self.policy.needs_codes or isinstance(self.store, ScoringStore):
-            self.codes = KeyCodes(batch, kv_heads, dim, int(settings.precision.removeprefix("int")))
+            self.codes = KeyCodes(batch, kv_heads, dim, settings.bits)
 
     def _valid(self, mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         """Which cached tokens may be attended to, (B, n) bool, or None for all."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hillinfer import Settings, disable, enable, make_cache
+from hillinfer import Settings, UsageError, disable, enable, make_cache
 from hillinfer.demo import demo_records, load_embedded
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask, ask_each, feed, is_right, split_prompt
@@ -45,6 +45,19 @@ def test_one_prefill_serves_all_systems_exactly(embedded, record, tmp_path):
         assert (shared[name].text, shared[name].attended) == (own.text, own.attended), name
     assert is_right(record, shared["full"].text)
     assert not is_right(record, shared["random"].text)
+
+
+def test_a_shared_prefill_has_the_precision_that_was_asked_for(embedded, record):
+    """INT4 codes take half the bytes of INT8; ways of both cannot share a prefill."""
+    size = {}
+    for precision in ("int8", "int4"):
+        ways = {"full": (POLICIES["full"], Settings()), "topk": (POLICIES["topk"], Settings(precision=precision))}
+        answers = ask_each(*embedded, record, ways)
+        size[precision] = answers["topk"].memory["codes"]
+    assert size["int4"] == pytest.approx(size["int8"] / 2, rel=0.02)
+    with pytest.raises(UsageError, match="int8 here, not int4"):
+        both = {p: (POLICIES["topk"], Settings(precision=p)) for p in ("int8", "int4")}
+        ask_each(*embedded, record, both)
 
 
 def test_figures_add_up(embedded, record, tmp_path):

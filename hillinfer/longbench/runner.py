@@ -85,8 +85,9 @@ def ask_each(
     """
     context, question = split_prompt(tokenizer, record)
     answers = {}
-    coded = next((policy for policy, _ in ways.values() if policy.needs_codes), next(iter(ways.values()))[0])
-    with TieredCache(model.config, coded) as cache:
+    # The codes are made at prefill, for the first way that needs them; one of another precision is refused.
+    policy, settings = next((way for way in ways.values() if way[0].needs_codes), next(iter(ways.values())))
+    with TieredCache(model.config, policy, settings) as cache:
         start = time.perf_counter()
         feed(model, cache, context)
         prefill_s = time.perf_counter() - start

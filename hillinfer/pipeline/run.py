@@ -62,7 +62,7 @@ class Run:
         alpha, budget = self.settings.alpha, self.settings.host_budget
         share = min(1.0, 2 * alpha) if budget is None else 1.0
         if self.speeds is not None:
-            share = self.speeds.host_share(alpha, self._code_bytes(), self.geometry.record_bytes)
+            share = self._balanced_share()
         tokens = min(n, max(int(share * n), int(alpha * n)) + 1)
         return tokens if budget is None else min(tokens, budget // self._bytes_per_token())
 
@@ -72,17 +72,17 @@ class Run:
         if self.drive is None:
             return "all KV in memory: no drive was named"
         if self.speeds is not None:
-            share = self.speeds.host_share(alpha, self._code_bytes(), self.geometry.record_bytes)
-            text = f"host holds {share:.0%}: by the profile host and drive then take equally long"
+            text = f"host holds {self._balanced_share():.0%}: by the profile host and drive then take equally long"
         elif budget is None:
             text = f"host holds 2*alpha = {2 * alpha:.0%}: alpha pinned by age, alpha by hits; no profile was given"
         else:
             text = "host holds what the budget allows; no profile was given"
         return text if budget is None else f"{text}, at most {budget:,} bytes"
 
-    def _code_bytes(self) -> int:
-        bits = int(self.settings.precision.removeprefix("int"))
-        return self.geometry.kv_heads * self.geometry.head_dim * bits // 8
+    def _balanced_share(self) -> float:
+        """The host's share of the tokens by the profile."""
+        code_bytes = self.geometry.kv_heads * self.geometry.head_dim * self.settings.bits // 8
+        return self.speeds.host_share(self.settings.alpha, code_bytes, self.geometry.record_bytes)
 
     def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive:
         settings, streams = self.settings, self.layers * geometry.batch

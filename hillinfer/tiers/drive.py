@@ -21,13 +21,9 @@ class DirectDrive(RecordFile):
 
     def write(self, stream: int, start: int, records: torch.Tensor) -> None:
         """Write whole groups: records (n, 2, Hkv, D) of tokens start.. ; start and n are multiples of the group."""
-        super().write(stream, start, self._bytes(records))
+        super().write(stream, start, self.geometry.as_bytes(records))
 
     def read(self, stream: int, positions: np.ndarray) -> tuple[torch.Tensor, int]:
         """Records of any set of sorted positions: (k, 2, Hkv, D), and the bytes read from the drive for them."""
         out = self.geometry.empty(len(positions))
-        return out, super().read(stream, positions, self._bytes(out))
-
-    def _bytes(self, records: torch.Tensor) -> np.ndarray:
-        """Records (n, 2, Hkv, D) as (n, record_bytes) uint8; a view where they are contiguous."""
-        return records.contiguous().view(torch.uint8).reshape(len(records), self.record_bytes).numpy()
+        return out, super().read(stream, positions, self.geometry.as_bytes(out))

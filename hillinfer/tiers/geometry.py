@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hillinfer.tiers.record_file import BLOCK
@@ -33,6 +34,10 @@ class Geometry:
     def group(self) -> int:
         """Tokens in the smallest run of records that fills whole blocks."""
         return math.lcm(self.record_bytes, BLOCK) // self.record_bytes
+
+    def as_bytes(self, records: torch.Tensor) -> np.ndarray:
+        """Records (n, 2, Hkv, D) as (n, record_bytes) uint8; a view where they are contiguous."""
+        return records.contiguous().view(torch.uint8).reshape(len(records), self.record_bytes).numpy()
 
     def empty(self, *lead: int, device="cpu") -> torch.Tensor:
         """Uninitialised records, shape (*lead, 2, Hkv, D)."""

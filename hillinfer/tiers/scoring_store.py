@@ -24,7 +24,7 @@ class RemoteStream:
         codes, doublings = coded
         if self.n and doublings.any():
             self.drive.rescale(self.index, doublings.numpy())
-        data = records.contiguous().view(torch.uint8).reshape(len(records), -1).numpy()
+        data = self.geometry.as_bytes(records)
         self.drive.write(self.index, self.n, data, codes.contiguous().numpy())
         self.n += len(records)
         return data.nbytes
@@ -34,10 +34,8 @@ class RemoteStream:
         if not len(positions):
             return out, 0
         fetch = self.drive.begin_fetch(self.index, positions)
-        out.view(torch.uint8).reshape(len(positions), -1).numpy()[:] = fetch.result()
+        self.geometry.as_bytes(out)[:] = fetch.result()
         return out, fetch.work.nand_bytes
-
-    def settle(self) -> None: ...
 
     def truncate(self, n: int) -> None:
         self.drive.truncate(self.index, n)

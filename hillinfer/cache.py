@@ -2,7 +2,7 @@
 
 A decode step of one token gets the layer object itself in place of keys and values, and the registered attention
 function asks it to attend. Any other attention implementation then fails at once instead of reading wrong tensors. A
-step of several tokens (prefill, a new turn) gets tensors and is exact.
+step of several tokens (prefill, a new turn) is exact: it gets tensors where all are at hand, else the layer as well.
 """
 
 import shutil
@@ -56,7 +56,7 @@ def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict) -> Se
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The registered attention function: the layer's own for one query token, SDPA for tensors."""
+    """The registered attention function: the layer's own where it was handed over, SDPA for tensors."""
     if isinstance(key, Layer | QueryProbe) and scaling is None:
         scaling = query.shape[-1] ** -0.5
     if isinstance(key, QueryProbe):
@@ -148,7 +148,9 @@ class TieredLayer(CacheLayerMixin):
         self.layer.append(key_states, value_states)
         if key_states.shape[2] == 1:
             return self.layer, self.layer
-        return (key_states, value_states) if first else self.layer.everything()
+        if first:
+            return key_states, value_states
+        return self.layer.everything() if self.layer.in_memory else (self.layer, self.layer)
 
     def get_seq_length(self, *args) -> int:
         return self.layer.n

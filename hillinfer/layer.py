@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hillinfer.blockwise import blockwise_attention
 from hillinfer.config import UsageError
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
@@ -58,18 +59,24 @@ class Layer:
             work = self.store.append(kv, coded)
         self._record(work)
 
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.store, HostStore)
+
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, (B, Hkv, N, D): what a step of several query tokens attends to exactly."""
+        """All keys and values, (B, Hkv, N, D), of a layer that is in memory."""
         kv, found = self.store.all()
         self._record(found.work)
         return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        """Attention of one query token (B, H, 1, D) over the tokens that the policy selects; returns (B, 1, H, D).
+        """Attention of one query token (B, H, 1, D) over the tokens that the policy selects; of several, exact over all.
 
-        mask is None or broadcasts to (B, 1, 1, N); False (or a large negative number) hides padding.
+        Returns (B, q, H, D). mask is None or broadcasts to (B, 1, q, N); False (or a large negative number) hides.
         """
-        batch, heads, _, dim = query.shape
+        batch, heads, rows, dim = query.shape
+        if rows > 1:
+            return self._attend_all(query, mask, scaling)
         valid = self._valid(mask, batch)
         picks = self._select_rows(query, valid, scaling)
         if all(pick is None for pick in picks):
@@ -89,6 +96,21 @@ class Layer:
         self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
         self.run.attended_ns = time.perf_counter_ns()
         return out.reshape(batch, 1, heads, dim)
+
+    def _attend_all(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """A prefill chunk or a new turn, part by part, so that a layer's KV is never in memory as a whole."""
+        rows, n = query.shape[2], self.n
+        if mask is None:
+            visible = torch.ones((1, 1, rows, n), dtype=torch.bool, device=query.device).tril_(n - rows)
+        else:
+            visible = _visible(mask)
+
+        def parts():
+            for kv, found in self.store.parts():
+                self._record(found.work)
+                yield kv
+
+        return blockwise_attention(query, parts(), visible, scaling).transpose(1, 2)
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Score and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -166,8 +188,7 @@ class Layer:
         """Which cached tokens may be attended to, (B, n) bool, or None for all."""
         if mask is None:
             return None
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return visible[:, 0, 0, : self.n].expand(batch, self.n)
+        return _visible(mask)[:, 0, 0, : self.n].expand(batch, self.n)
 
     def _select_rows(self, query: torch.Tensor, valid, scaling: float, kind: str = "select") -> list[np.ndarray | None]:
         """Each row's selection; query (B, H, 1, D), valid (B, n) or None."""
@@ -245,6 +266,10 @@ class Layer:
             )
         shape = dict(step=run.step, layer=self.index, cached=self.n, attended=attended, swapped=swapped)
         run.counters.rows.append(Hits(queries=found.device + found.host + found.drive, **shape, **found.counts()))
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _is_selection(picked: np.ndarray, step: Step) -> bool:

@@ -2,6 +2,7 @@
 
 append(kv, coded)      take in kv (B, n, 2, Hkv, D); `coded` is what `KeyCodes.append` returned, for drives that score
 fetch(row, positions)  records of sorted positions (k,), as (k, 2, Hkv, D) on the model's device, and where they were
+parts()                (drive only) every record in order, (B, n, 2, Hkv, D) at a time, and where they were
 all()                  every record, (B, N, 2, Hkv, D) on the model's device, and where they were
 settle()               after a step: promote and demote; returns the tokens that changed places
 truncate(n), memory(), n
@@ -9,7 +10,7 @@ truncate(n), memory(), n
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -22,7 +23,7 @@ from hillinfer.tiers.pool import DEMOTED, HotPool
 from hillinfer.tiers.stream import Stream
 from hillinfer.tiers.window import Window
 
-PART = 1024  # tokens that are fetched at once where all are
+PART = 512  # tokens that are fetched at once where all are: what a prefill chunk needs beside its scores stays small
 
 
 @dataclass
@@ -182,15 +183,18 @@ class DriveStore:
             found.work.append(("link", "transfer", waited, time.perf_counter_ns(), records.nbytes))
         return out, found
 
+    def parts(self) -> Iterator[tuple[torch.Tensor, Found]]:
+        for start in range(0, self.n, PART):
+            positions = np.arange(start, min(start + PART, self.n))
+            rows = [self.fetch(row, positions, promote=False) for row in range(self.geometry.batch)]
+            yield torch.stack([records for records, _ in rows]), sum((part for _, part in rows), Found())
+
     def all(self) -> tuple[torch.Tensor, Found]:
-        """In parts, so that what a fetch needs beside its result stays small."""
-        batch, found = self.geometry.batch, Found()
-        out = self.geometry.empty(batch, self.n, device=self.geometry.device)
-        for row in range(batch):
-            for start in range(0, self.n, PART):
-                positions = np.arange(start, min(start + PART, self.n))
-                out[row, positions[0] : positions[-1] + 1], part = self.fetch(row, positions, promote=False)
-                found += part
+        found, start = Found(), 0
+        out = self.geometry.empty(self.geometry.batch, self.n, device=self.geometry.device)
+        for kv, part in self.parts():
+            out[:, start : start + kv.shape[1]] = kv
+            start, found = start + kv.shape[1], found + part
         return out, found
 
     def settle(self) -> int:

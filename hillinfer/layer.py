@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hillinfer.blockwise import blockwise_attention
+from hillinfer.pipeline.blockwise import blockwise_attention
 from hillinfer.config import UsageError
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
@@ -70,7 +70,7 @@ class Layer:
         return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        """Attention of one query token (B, H, 1, D) over the tokens that the policy selects; of several, exact over all.
+        """Attention of one query token (B, H, 1, D) over the selected tokens; of several tokens, exact over all.
 
         Returns (B, q, H, D). mask is None or broadcasts to (B, 1, q, N); False (or a large negative number) hides.
         """

@@ -1,6 +1,6 @@
 """Attention over KV that arrives in parts: the softmax is kept as running maximum, sum and weighted values.
 
-So a prefill chunk or a new turn never needs all of a layer's KV in memory at once (online softmax, as in FlashAttention).
+So a prefill chunk or a new turn never needs all of a layer's KV in memory at once (online softmax).
 """
 
 from collections.abc import Iterable

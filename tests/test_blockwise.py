@@ -1,0 +1,28 @@
+"""Attention in parts equals attention at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hillinfer.pipeline.blockwise import blockwise_attention
+
+
+@pytest.mark.parametrize("sizes", [[37], [1] * 37, [5, 20, 12], [36, 1]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_attention_at_once(sizes, dtype):
+    torch.manual_seed(len(sizes))
+    n, rows = sum(sizes), 6
+    query, kv = torch.randn(2, 8, rows, 16).to(dtype), torch.randn(2, n, 2, 2, 16).to(dtype)
+    visible = torch.ones(1, 1, rows, n, dtype=torch.bool).tril(n - rows).repeat(2, 1, 1, 1)
+    visible[1, :, :, :9] = False  # left padding, whole parts of it hidden
+    keys, values = kv.float().permute(2, 0, 3, 1, 4).repeat_interleave(4, 2)
+    want = F.scaled_dot_product_attention(query.float(), keys, values, attn_mask=visible, scale=0.3)
+    got = blockwise_attention(query, kv.split(sizes, 1), visible, 0.3)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+def test_a_row_that_sees_nothing_is_finite():
+    kv = torch.randn(1, 4, 2, 1, 8)
+    got = blockwise_attention(torch.randn(1, 1, 1, 8), [kv], torch.zeros(1, 1, 1, 4, dtype=torch.bool), 1.0)
+    assert got.isfinite().all()

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hillinfer.pipeline.blockwise import blockwise_attention
 from hillinfer.config import UsageError
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
+from hillinfer.pipeline.blockwise import blockwise_attention
 from hillinfer.pipeline.lookahead import Guess
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Hits

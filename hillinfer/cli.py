@@ -195,6 +195,7 @@ def profile(
     with clear_errors():
         folder = Settings(drive=drive).drive
         from hillinfer.demo import machine
+        from hillinfer.pipeline.balance import Chosen
         from hillinfer.profile import CHOSEN, DIM, HEADS, measure
 
         speeds, facts = measure(folder, paced)
@@ -204,8 +205,11 @@ def profile(
             out.print(fact, soft_wrap=True, highlight=False)
         code, record = HEADS * DIM, 4 * HEADS * DIM
         for alpha in (0.1, 0.2):
-            share = speeds.host_share(alpha, code, record)
-            out.print(f"at alpha {alpha}, host and drive finish together when the host holds {share:.0%} of the tokens")
+            beta, share = speeds.beta(alpha, code, record), speeds.host_share(Chosen(alpha, alpha), code, record)
+            out.print(
+                f"at alpha {alpha} a step is shortest when the host holds {share:.0%} of the tokens; "
+                f"by the paper's closed form {beta / (1 + beta):.0%}"
+            )
         out.print(f"profile: {out_file} (records chosen at random: {CHOSEN:.0%})")
 
 

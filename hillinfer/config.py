@@ -33,8 +33,9 @@ class Settings:
                  Key codes are not part of it: `TieredCache.memory()` reports both
     drive        folder for the private KV file; None keeps all KV in memory
     drive_kind   `ssd`, or `emulated`: a computational drive in a process of its own, which scores what it holds
-    profile      what `hillinfer profile` wrote: with a drive that scores, the host's pool is then as large as lets host
-                 and drive finish together, within the host budget
+    profile      what `hillinfer profile` wrote: with a drive that scores, the host's pool is then as large as makes
+                 a step shortest, within the host budget
+    split        how a profile is used: for the `shortest` step by what the steps select, or by the `paper`'s form
     paced        slow the emulated drive down to a SmartSSD's rates
     sinks        first tokens that stay on the model's device
     recent       last tokens that stay on the model's device
@@ -51,6 +52,7 @@ class Settings:
     drive: str | Path | None = None
     drive_kind: str = "ssd"
     profile: str | Path | None = None
+    split: str = "shortest"
     paced: bool = False
     sinks: int = 4
     recent: int = 16
@@ -69,6 +71,7 @@ class Settings:
             ("drive_kind", ("ssd", "emulated")),
             ("placement", ("hits", "shared-hits", "lru", "importance")),
             ("precision", ("int8", "int4")),
+            ("split", ("shortest", "paper")),
             ("lookahead", (True, False, "auto")),
         ):
             if getattr(self, name) not in known:

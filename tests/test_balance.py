@@ -5,33 +5,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hillinfer
-from hillinfer.pipeline.balance import Speeds
+from hillinfer.pipeline.balance import Chosen, Speeds
 
 positive = st.floats(1e6, 1e12)
 
 
 @given(fc=positive, fs=positive, bc=positive, bs=positive, alpha=st.floats(0.01, 1))
-def test_both_sides_take_equally_long(fc, fs, bc, bs, alpha):
+def test_the_papers_form_lets_both_sides_take_equally_long(fc, fs, bc, bs, alpha):
     speeds, code, record = Speeds(fc, fs, bc, bs), 1024, 4096
-    share = speeds.host_share(alpha, code, record)
-    host = share * (code / fc + alpha * record / bc)
-    drive = (1 - share) * (code / fs + alpha * record / bs)
-    assert 0 < share <= 1
-    if share < 1 - 1e-9:
-        assert host == pytest.approx(drive, rel=1e-4)
+    beta = speeds.beta(alpha, code, record)
+    host = beta * (code / fc + alpha * record / bc)
+    assert host == pytest.approx(code / fs + alpha * record / bs, rel=1e-6)
 
 
-def test_a_worked_example():
-    """Equal speeds on both sides are half and half; a drive that is half as fast holds a third."""
+@given(fc=positive, fs=positive, bc=positive, bs=positive, host=st.floats(0.01, 1), drive=st.floats(0.01, 1))
+def test_no_share_is_faster_than_the_chosen_one(fc, fs, bc, bs, host, drive):
+    speeds, chosen = Speeds(fc, fs, bc, bs), Chosen(host, drive)
+    best = speeds.step_seconds(speeds.host_share(chosen, 1024, 4096), chosen, 1024, 4096)
+    assert all(speeds.step_seconds(i / 50, chosen, 1024, 4096) >= best * (1 - 1e-9) for i in range(51))
+
+
+def test_worked_examples():
+    """Equal speeds on both sides are half and half by the paper; a drive that is half as fast holds a third.
+
+    Where both sides score before either sends: a side's share is its scoring speed's, unless transfers decide.
+    """
     assert Speeds(1e9, 1e9, 1e9, 1e9).beta(0.2, 1024, 4096) == 1
-    assert Speeds(1e9, 0.5e9, 1e9, 0.5e9).host_share(0.2, 1024, 4096) == pytest.approx(2 / 3)
+    assert Speeds(1e9, 0.5e9, 1e9, 0.5e9).beta(0.2, 1024, 4096) == pytest.approx(2)
+    assert Speeds(1e9, 3e9, 1e9, 1e9).host_share(Chosen(0.1, 0.1), 1024, 4096) == pytest.approx(0.25)
+    assert Speeds(1e9, 3e9, 1e9, 1e8).host_share(Chosen(0.1, 0.1), 1024, 4096) == 1  # sending costs more than scoring
+    assert Speeds(1e9, 3e9, 1e9, 1e8).host_share(Chosen(0.1, 0.01), 1024, 4096) == pytest.approx(0.25)
 
 
 def test_a_profile_is_read_back_and_sets_the_pool(models, prompt, tmp_path):
     path, drive = tmp_path / "new" / "profile.toml", tmp_path / "drive"
     drive.mkdir()
-    Speeds(3e9, 1e9, 3e9, 1e9).save(path, ["three to one"])
-    assert Speeds.load(path) == Speeds(3e9, 1e9, 3e9, 1e9)
+    Speeds(3e9, 1e9, 3e9, 3e9).save(path, ["three to one"])
+    assert Speeds.load(path) == Speeds(3e9, 1e9, 3e9, 3e9)
     model = models("llama")
     options = dict(alpha=0.1, drive=drive, drive_kind="emulated", profile=path)
     with hillinfer.make_cache(model, "hillinfer", **options) as cache:
@@ -50,3 +60,27 @@ def test_a_bad_profile_names_the_command(tmp_path, text):
     path.write_text(text)
     with pytest.raises(hillinfer.UsageError, match="hillinfer profile"):
         Speeds.load(path)
+
+
+def test_the_split_follows_what_is_selected(models, prompt, tmp_path):
+    """Cold tokens are hardly selected: the pool shrinks to its share of the scoring, and answers stay the same."""
+    path, drive = tmp_path / "profile.toml", tmp_path / "drive"
+    drive.mkdir()
+    Speeds(1e9, 3e9, 1e9, 1e8).save(path, [])  # with alpha from both sides all belongs in memory
+    model, answers = models("llama"), []
+    for split in ("shortest", "paper"):
+        options = dict(alpha=0.1, drive=drive, drive_kind="emulated", profile=path, split=split)
+        with hillinfer.make_cache(model, "hillinfer", **options) as cache:
+            cache.run.chosen = Chosen(0.1, 0.001)
+            out = model.generate(prompt, past_key_values=cache, max_new_tokens=24, do_sample=False)
+            answers.append(out.tolist())
+            sizes = [len(layer.layer.store.pools[0].token_of) for layer in cache.layers]
+            n = cache.get_seq_length()
+            if split == "paper":
+                share = (beta := cache.run.speeds.beta(0.1, 32, 256)) / (1 + beta)
+                assert sizes == [int(share * n) + 1] * 3
+            else:
+                assert cache.run.chosen != Chosen(0.1, 0.001)  # corrected on the way
+                assert "in the last steps" in cache.run.why_split()
+    hillinfer.disable(model)
+    assert answers[0] == answers[1]

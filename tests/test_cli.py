@@ -142,7 +142,7 @@ def test_profile_measures_and_writes(drive, tmp_path):
     assert result.exit_code == 0 and "finish together" in result.stdout
     from hillinfer.pipeline.balance import Speeds
 
-    assert 0 < Speeds.load(out).host_share(0.1, 1024, 4096) < 1
+    assert Speeds.load(out).beta(0.1, 1024, 4096) > 0
     check(hillinfer("profile", "--drive", tmp_path / "nowhere"), "does not exist")
 
 

@@ -66,6 +66,18 @@ def test_pinned_tokens_never_leave():
     assert resident(pool) == [7, 8, 9]
 
 
+def test_a_smaller_pool_keeps_the_most_hit_and_the_pinned():
+    pool = pool_with(6, [1, 2, 3, 7, 8, 9], 10)
+    pool.pinned_from = 8
+    pool.hits.rank[0, [1, 2, 3, 7]] = [5, 9, 1, 2]
+    pool.resize(4)
+    assert resident(pool) == [1, 2, 8, 9]
+    assert pool.take(pool.slots(np.array([1, 2, 8, 9])))[:, 0, 0, 0].tolist() == [1, 2, 8, 9]
+    assert (pool.slots(np.array([3, 7])) == DEMOTED).all()
+    pool.resize(1)
+    assert resident(pool) == [8, 9]  # what is pinned stays
+
+
 def test_truncation_forgets():
     pool = pool_with(4, [2, 5, 6, 7], 8)
     pool.truncate(6)

@@ -1,10 +1,18 @@
-"""How much of the KV the host should hold so that host and drive finish together (HillInfer APP, section 1.4)."""
+"""How much of the KV the host should hold for the shortest step (HillInfer APP, section 1.4)."""
 
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hillinfer.config import UsageError
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What share of the tokens that it holds a step selects from the host, from the drive."""
+
+    host: float
+    drive: float
 
 
 @dataclass(frozen=True)
@@ -21,18 +29,32 @@ class Speeds:
     bs: float
 
     def beta(self, alpha: float, code_bytes: int, record_bytes: int) -> float:
-        """Host's over drive's share of the tokens where both take equally long (the paper's second version):
+        """Host's over drive's share of the tokens where both take equally long, by the paper's second version:
 
-        Mc/fc + a*Mc/Bc = Ms/fs + a*Ms/Bs, here in tokens, each of `code_bytes` to score and `record_bytes` to move.
+        Mc/fc + a*Mc/Bc = Ms/fs + a*Ms/Bs, here in tokens, each of `code_bytes` to score and `record_bytes` to move. It
+        is where a step is shortest if each side sends as soon as it has scored; here it cannot (`step_seconds`).
         """
         host = code_bytes / self.fc + alpha * record_bytes / self.bc
         drive = code_bytes / self.fs + alpha * record_bytes / self.bs
         return drive / host
 
-    def host_share(self, alpha: float, code_bytes: int, record_bytes: int) -> float:
-        """The host's share of all tokens, beta / (1 + beta)."""
-        beta = self.beta(alpha, code_bytes, record_bytes)
-        return beta / (1 + beta)
+    def step_seconds(self, share: float, chosen: Chosen, code_bytes: int, record_bytes: int) -> float:
+        """Seconds that a step takes for each cached token, where the host holds `share` of them.
+
+        Both sides score at once; only then is anything chosen, and what was chosen is brought.
+        """
+        scoring = max(share * code_bytes / self.fc, (1 - share) * code_bytes / self.fs)
+        moving = share * chosen.host / self.bc + (1 - share) * chosen.drive / self.bs
+        return scoring + moving * record_bytes
+
+    def host_share(self, chosen: Chosen, code_bytes: int, record_bytes: int) -> float:
+        """The host's share of all tokens for which `step_seconds` is least.
+
+        The time is linear on both sides of fc / (fc + fs), so it is least there (the paper's first version, beta =
+        fc/fs), or at an end: all in memory where the drive's transfers cost more than the host's scoring.
+        """
+        shares = (1.0, self.fc / (self.fc + self.fs), 0.0)  # of equally good ones the largest
+        return min(shares, key=lambda share: self.step_seconds(share, chosen, code_bytes, record_bytes))
 
     def save(self, path: Path, facts: list[str]) -> None:
         """Write as TOML, with the setting of the measurement as comments."""

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from hillinfer.config import Settings, UsageError
-from hillinfer.pipeline.balance import Speeds
+from hillinfer.pipeline.balance import Chosen, Speeds
 from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.computational import Shape
@@ -15,6 +15,8 @@ from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 from hillinfer.tiers.scoring_store import RemoteStream
 from hillinfer.tiers.stream import BEHIND, Stream, Writer
+
+CORRECT = 16  # decode steps after which the split is corrected by what they selected
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Run:
     writer: Writer | None = None
     lookahead: Lookahead | None = None
     speeds: Speeds | None = None  # of the profile
+    chosen: Chosen | None = None  # what the last steps selected from either side
     trial: Trial | None = None  # whether it pays to look ahead
 
     def start(self, geometry: Geometry) -> None:
@@ -72,7 +75,13 @@ class Run:
         if self.drive is None:
             return "all KV in memory: no drive was named"
         if self.speeds is not None:
-            text = f"host holds {self._balanced_share():.0%}: by the profile host and drive then take equally long"
+            text = f"host holds {self._balanced_share():.0%}: "
+            if self.settings.split == "paper":
+                text += "by the profile host and drive then take equally long"
+            else:
+                chosen, source = self._chosen(), "as in the last steps" if self.chosen else "alpha, for lack of steps"
+                text += "by the profile a step is then shortest, where "
+                text += f"{chosen.host:.0%} of the pool and {chosen.drive:.0%} of the rest are selected ({source})"
         elif budget is None:
             text = f"host holds 2*alpha = {2 * alpha:.0%}: alpha pinned by age, alpha by hits; no profile was given"
         else:
@@ -80,9 +89,24 @@ class Run:
         return text if budget is None else f"{text}, at most {budget:,} bytes"
 
     def _balanced_share(self) -> float:
-        """The host's share of the tokens by the profile."""
+        """The host's share of the tokens by the profile, for the shortest step or by the paper's closed form."""
         code_bytes = self.geometry.kv_heads * self.geometry.head_dim * self.settings.bits // 8
-        return self.speeds.host_share(self.settings.alpha, code_bytes, self.geometry.record_bytes)
+        if self.settings.split == "paper":
+            beta = self.speeds.beta(self.settings.alpha, code_bytes, self.geometry.record_bytes)
+            return beta / (1 + beta)
+        return self.speeds.host_share(self._chosen(), code_bytes, self.geometry.record_bytes)
+
+    def _chosen(self) -> Chosen:
+        return self.chosen or Chosen(self.settings.alpha, self.settings.alpha)
+
+    def _correct(self) -> None:
+        """Hot tokens are selected more often than alpha, cold ones less: balance by what the last steps selected."""
+        rows = self.counters.rows[-CORRECT * self.layers :]
+        pool = sum(min(self.pool_tokens(row.cached), row.cached) for row in rows) * self.geometry.batch
+        rest = sum(row.cached for row in rows) * self.geometry.batch - pool
+        if min(pool, rest) > 0:  # of a side that holds nothing nothing is known
+            host, drive = sum(row.host for row in rows), sum(row.drive for row in rows)
+            self.chosen = Chosen(host / pool, drive / rest)
 
     def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive:
         settings, streams = self.settings, self.layers * geometry.batch
@@ -133,6 +157,8 @@ class Run:
     def begin_step(self, tokens: int) -> None:
         """The first layer takes in `tokens` new tokens of each sequence."""
         self.step += 1
+        if self.speeds is not None and tokens == 1 and self.step % CORRECT == 0:
+            self._correct()
         if self.trial is not None:
             if tokens == 1:
                 self.trial.step(time.perf_counter())
@@ -146,4 +172,4 @@ class Run:
         for part in (self.lookahead, self.writer, self.drive):  # what uses the drive, and then the drive
             if part is not None:
                 part.close()
-        self.geometry = self.drive = self.hits = self.writer = self.lookahead = self.trial = None
+        self.geometry = self.drive = self.hits = self.writer = self.lookahead = self.trial = self.chosen = None

@@ -36,12 +36,27 @@ class HotPool:
         return self.records.view().index_select(0, torch.from_numpy(slots.astype(np.int64)))
 
     def resize(self, capacity: int) -> None:
-        """Let the pool hold up to `capacity` tokens. It only ever grows: N, and with it alpha*N, does."""
+        """Let the pool hold up to `capacity` tokens; where it holds more, the least-hit unpinned ones go."""
         more = capacity - len(self.token_of)
-        if more > 0:
+        if more < 0:
+            self._shrink(capacity)
+        elif more > 0:
             self.records.reserve(capacity)
             self.records.n = capacity
             self.token_of = np.append(self.token_of, np.full(more, -1, np.int64))
+
+    def _shrink(self, capacity: int) -> None:
+        """Never below what is pinned."""
+        leaving = np.concatenate((np.flatnonzero(self.token_of < 0), self._victims()))
+        leaving = leaving[: len(self.token_of) - capacity]
+        gone = self.token_of[leaving]
+        self.slot_of[gone[gone >= 0]] = DEMOTED
+        kept = np.setdiff1d(np.arange(len(self.token_of)), leaving)
+        smaller = Growable((len(kept), *self.records.data.shape[1:]), 0, self.records.data.dtype)
+        smaller.append(self.records.view()[torch.from_numpy(kept)])
+        self.records, self.token_of = smaller, self.token_of[kept]
+        held = np.flatnonzero(self.token_of >= 0)
+        self.slot_of[self.token_of[held]] = held
 
     def admit(self, tokens: np.ndarray, records: torch.Tensor) -> None:
         """Take in new tokens (ascending), the newest first, over free slots and then over the least-hit unpinned

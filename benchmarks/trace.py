@@ -1,0 +1,87 @@
+"""Which tokens decode steps select: recorded on the embedded model, laid out over longer contexts.
+
+A context of 32,768 tokens is four documents of 8,192 side by side, each answering a question of its own: where one
+document's step selects token p, the long one's selects document * 8,192 + p. So runs of neighbours, the overlap from
+step to step and the difference between layers are the recorded ones; what attention over one text of that length
+would do is not known here. Deeper models repeat the recorded layers in order.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from hillinfer import demo
+from hillinfer.cache import TieredCache, disable, enable
+from hillinfer.config import Settings
+from hillinfer.evaluator.policies import TopK
+from hillinfer.longbench.runner import feed
+from hillinfer.longbench.synthetic import make_records, prompt_of
+
+TOKENS, SEED = 8192, 5
+
+
+def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) -> "Trace":
+    """Record, or read what was recorded before. Prefills `documents` texts of 8K tokens."""
+    if not path.exists():
+        logging.disable_progress_bar()
+        model, tokenizer = demo.load_embedded()
+        before, picks = enable(model), {}
+        for number in range(documents):
+            text = make_records("chain", TOKENS, 1, SEED + number)[0]
+            ids = tokenizer(prompt_of(text)).input_ids
+            with TieredCache(model.config, TopK, Settings(alpha=alpha)) as cache:
+                kept = []
+                for layer in cache.layers:
+                    layer.layer.policy = _Noted(kept)
+                feed(model, cache, ids[:-1])
+                logits = model(_column(ids[-1]), past_key_values=cache).logits
+                for _ in range(steps):
+                    logits = model(_column(int(logits[0, -1].argmax())), past_key_values=cache).logits
+            layers = len(cache.layers)
+            for index, positions in enumerate(kept):
+                picks[f"{number}-{index // layers}-{index % layers}"] = positions.astype(np.int32)
+            picks[f"n-{number}"] = np.array([len(ids), layers, len(kept) // layers])
+        disable(model, before)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **picks)
+    return Trace(path)
+
+
+class _Noted(TopK):
+    """Top-k that writes down what it selects."""
+
+    def __init__(self, kept: list):
+        self.kept = kept
+
+    def select(self, step):
+        picked = super().select(step)
+        self.kept.append(picked)
+        return picked
+
+
+def _column(token: int):
+    return torch.tensor([[token]])
+
+
+class Trace:
+    """Recorded selections."""
+
+    def __init__(self, path: Path):
+        with np.load(path) as data:
+            self.picks = {name: data[name] for name in data.files}
+        shapes = [self.picks[name] for name in self.picks if name.startswith("n-")]
+        self.documents = len(shapes)
+        self.tokens, self.layers, self.steps = np.array(shapes).min(0).tolist()
+
+    def positions(self, n: int, layer: int, step: int, k: int) -> np.ndarray:
+        """Sorted positions, k of them at most, that a step selects of n cached tokens."""
+        parts, start, document = [], 0, 0
+        while start < n:
+            name = f"{document % self.documents}-{step % self.steps}-{layer % self.layers}"
+            own = self.picks[name]
+            parts.append(start + own[own < min(self.tokens, n - start)])
+            start, document = start + self.tokens, document + 1
+        chosen = np.concatenate(parts)
+        return chosen if len(chosen) <= k else np.sort(np.random.default_rng(step).choice(chosen, k, replace=False))

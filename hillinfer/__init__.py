@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from hillinfer.config import Settings, UsageError
     from hillinfer.evaluator.policies import POLICIES
     from hillinfer.evaluator.policy import Policy, Step
+    from hillinfer.session import open_session, save_session
     from hillinfer.systems import list_systems, make_cache
     from hillinfer.tiers.drive import DriveError
 
@@ -22,6 +23,8 @@ _HOME = {
     "POLICIES": "evaluator.policies",
     "Policy": "evaluator.policy",
     "Step": "evaluator.policy",
+    "open_session": "session",
+    "save_session": "session",
     "make_cache": "systems",
     "list_systems": "systems",
     "DriveError": "tiers.drive",
@@ -38,6 +41,8 @@ __all__ = [
     "enable",
     "list_systems",
     "make_cache",
+    "open_session",
+    "save_session",
 ]
 
 

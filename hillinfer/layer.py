@@ -1,6 +1,7 @@
 """One decoder layer's cache: append, attend, crop, reset. Plain torch; knows no model."""
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class Layer:
         self.index, self.policy, self.run = index, policy, run
         self.store = self.codes = None
         self.guess: Guess | None = None  # what was prefetched for the coming step
+        self.pieces: list[int] = []  # tokens of each append: codes depend on them a little
 
     @property
     def n(self) -> int:
@@ -58,6 +60,13 @@ class Layer:
         with run.timeline.span("cpu", "append", self.index, run.step, kv.nbytes):
             work = self.store.append(kv, coded)
         self._record(work)
+        self.pieces.append(keys.shape[2])
+
+    def records(self) -> Iterator[torch.Tensor]:
+        """All records in order, (B, n, 2, Hkv, D) at a time."""
+        for kv, found in [self.store.all()] if self.in_memory else self.store.parts():
+            self._record(found.work)
+            yield kv
 
     @property
     def in_memory(self) -> bool:
@@ -105,12 +114,7 @@ class Layer:
         else:
             visible = _visible(mask)
 
-        def parts():
-            for kv, found in self.store.parts():
-                self._record(found.work)
-                yield kv
-
-        return blockwise_attention(query, parts(), visible, scaling).transpose(1, 2)
+        return blockwise_attention(query, self.records(), visible, scaling).transpose(1, 2)
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Score and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -143,6 +147,10 @@ class Layer:
             self.guess = None
         if self.store is not None and n < self.n:
             self.store.truncate(n)
+            while sum(self.pieces) > n:
+                self.pieces[-1] = max(0, self.pieces[-1] - sum(self.pieces) + n)
+                if not self.pieces[-1]:
+                    self.pieces.pop()
             if self.codes is not None:
                 self.codes.truncate(n)
 
@@ -159,6 +167,7 @@ class Layer:
 
     def reset(self) -> None:
         self.store = self.codes = self.guess = None
+        self.pieces = []
 
     def memory(self) -> dict[str, int]:
         """Bytes held by kind: device and host KV records, key codes."""

@@ -39,6 +39,7 @@ MAY = {
     "layer": {"config", "pipeline", "evaluator", "tiers"},
     "cache": {"config", "layer", "pipeline", "evaluator", "tiers"},
     "systems": {"config", "cache", "evaluator"},
+    "session": {"config", "cache", "systems", "tiers"},
     "assets": {"config"},
     "longbench": {"config", "assets", "cache", "systems", "evaluator", "pipeline"},
     "workbench": {"pipeline"},

@@ -1,0 +1,102 @@
+"""Prefill once, ask many times: a document's KV saved to a file and opened again, in any process, under any system.
+
+Opening gives the layers their records in the very pieces in which they first came, so codes, pools and windows are as
+after the prefill, and so are the answers. The file is only read; every opened cache is private.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from hillinfer.cache import TieredCache, TieredLayer
+from hillinfer.config import UsageError
+from hillinfer.systems import find_system, make_cache
+from hillinfer.tiers import saved
+from hillinfer.tiers.saved import Saved, SavedError
+
+SAMPLE = 16  # values of each parameter that tell one model from another
+
+
+def save_session(cache: TieredCache, path: str | Path, model: PreTrainedModel, ids: Sequence[int]) -> Path:
+    """Save what the cache holds, the KV of the tokens `ids` of one sequence, atomically.
+
+    Raises UsageError for a cache that cannot be saved and for a place that holds something else.
+    """
+    layers = [layer.layer for layer in cache.layers if isinstance(layer, TieredLayer)]
+    if len(layers) < len(cache.layers):
+        raise UsageError("layers with a sliding window cannot be saved; keep the prompt and prefill again")
+    if not layers or cache.run.geometry is None or cache.run.geometry.batch != 1:
+        raise UsageError("a session is one sequence: prefill one document, without padding, and save that")
+    if len(ids) != cache.get_seq_length():
+        raise UsageError(f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: give those of the document")
+    geometry, n = cache.run.geometry, len(ids)
+    facts = {"model": fingerprint(model), "ids": [int(i) for i in ids], "pieces": layers[0].pieces}
+    shape = (len(layers), 1, n, *geometry.record_shape)
+    try:
+        saved.save(Path(path), (layer.records() for layer in layers), shape, geometry.dtype, facts)
+    except SavedError as error:
+        raise UsageError(str(error)) from None
+    return Path(path)
+
+
+def open_session(
+    path: str | Path, model: PreTrainedModel, system: str = "hillinfer", **options
+) -> tuple[TieredCache, list[int]]:
+    """A cache that holds a saved document's KV, and the document's token ids, for `generate(ids + question, ...)`.
+
+    options  the fields of `Settings`. Raises UsageError for a file that is no session, or another model's, and for
+    damage as soon as it is read.
+    """
+    find_system(system, options)
+    try:
+        file = Saved(Path(path))
+        ids, pieces = _checked(file, model)
+        cache = make_cache(model, system, **options)
+        try:
+            start = 0
+            for piece in pieces:
+                for index, layer in enumerate(cache.layers):
+                    keys, values = file.read(index, start, start + piece).permute(2, 0, 3, 1, 4).to(model.device)
+                    layer.update(keys, values)
+                start += piece
+            cache.timeline.clear()
+            cache.counters.clear()
+        except BaseException:
+            cache.close()
+            raise
+    except SavedError as error:
+        raise UsageError(str(error)) from None
+    return cache, ids
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Tells models apart by their shape and a sample of every parameter."""
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if not name.startswith("_") and name not in ("transformers_version", "dtype", "torch_dtype")
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLE)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checked(file: Saved, model: PreTrainedModel) -> tuple[list[int], list[int]]:
+    """The document's ids and the pieces it came in, if the file is this model's."""
+    if file.facts.get("model") != fingerprint(model):
+        raise SavedError(f"{file.path} was saved from another model; open it with that one, or prefill with this")
+    if file.dtype != model.dtype:
+        raise SavedError(f"{file.path} holds {file.dtype} and the model computes in {model.dtype}; load it in that")
+    ids, pieces = file.facts.get("ids"), file.facts.get("pieces")
+    whole = all(isinstance(x, list) and all(type(i) is int and i >= 0 for i in x) for x in (ids, pieces))
+    if not whole or len(ids) != file.n or sum(pieces) != file.n or 0 in pieces:
+        raise SavedError(f"{file.path} does not say which tokens it holds; save it anew")
+    if file.layers != model.config.get_text_config().num_hidden_layers or file.shape[0] != 1:
+        raise SavedError(f"{file.path} holds {file.layers} layers of {file.shape[0]} sequences; save it anew")
+    return ids, pieces

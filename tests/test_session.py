@@ -1,0 +1,156 @@
+"""A saved document answers as a fresh prefill does, whatever the system; what is no whole session is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import hillinfer
+from hillinfer import UsageError, open_session, save_session
+from hillinfer.longbench.runner import feed
+from hillinfer.tiers.saved import PART, Saved
+
+SYSTEMS = {name: {"needs": found.needs_drive} for name, found in hillinfer.list_systems().items()}
+
+
+@pytest.fixture
+def model(models):
+    model = models("llama")
+    before = hillinfer.enable(model)
+    yield model
+    hillinfer.disable(model, before)
+
+
+def answer(model, cache, ids: list[int], question: list[int]) -> list[int]:
+    feed(model, cache, question[:-1])
+    whole = torch.tensor([[*ids, *question]])
+    mask = torch.ones_like(whole)
+    out = model.generate(whole, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    return out[0, whole.shape[1] :].tolist()
+
+
+def saved(model, prompt, path, chunk=None, **options):
+    """A session of the prompt, and its ids."""
+    ids = prompt[0].tolist()
+    with hillinfer.make_cache(model, "full", **options) as cache:
+        feed(model, cache, ids, chunk)
+        save_session(cache, path, model, ids)
+    return ids
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("chunk", [None, 50])
+def test_answers_are_those_of_a_fresh_prefill(model, prompt, tmp_path, system, chunk):
+    ids, question = saved(model, prompt, tmp_path / "doc.kv", chunk), [5, 6, 7]
+    options = {"alpha": 0.3} | ({"drive": tmp_path} if SYSTEMS[system]["needs"] else {})
+    with hillinfer.make_cache(model, system, **options) as cache:
+        feed(model, cache, ids, chunk)
+        want = answer(model, cache, ids, question)
+    for _ in range(2):  # opening changes nothing
+        cache, back = open_session(tmp_path / "doc.kv", model, system, **options)
+        with cache:
+            assert back == ids
+            assert answer(model, cache, back, question) == want
+    assert [path.name for path in tmp_path.iterdir()] == ["doc.kv"]
+    assert (tmp_path / "doc.kv").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_drive_holds_is_saved_too_and_a_crop_with_it(model, prompt, tmp_path):
+    ids = prompt[0].tolist()
+    with hillinfer.make_cache(model, "hillinfer", drive=tmp_path, alpha=0.2) as cache:
+        feed(model, cache, ids, 40)
+        cache.crop(-25)
+        save_session(cache, tmp_path / "doc.kv", model, ids[:-25])
+        want = [(layer.layer.store.all()[0].clone(), layer.layer.pieces) for layer in cache.layers]
+    cache, back = open_session(tmp_path / "doc.kv", model, "full")
+    with cache:
+        assert back == ids[:-25]
+        for layer, (records, pieces) in zip(cache.layers, want, strict=True):
+            assert torch.equal(layer.layer.store.all()[0], records)
+            assert layer.layer.pieces == pieces
+
+
+def test_a_session_opens_in_another_process(model, prompt, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    ids = saved(model, prompt, tmp_path / "doc.kv")
+    with hillinfer.make_cache(model, "topk", alpha=0.3) as cache:
+        feed(model, cache, ids)
+        want = answer(model, cache, ids, [5, 6, 7])
+    code = (
+        "import sys, json, torch, hillinfer; from transformers import AutoModelForCausalLM as M; "
+        "from tests.test_session import answer; m = M.from_pretrained(sys.argv[1], dtype=torch.float32).eval(); "
+        "c, ids = hillinfer.open_session(sys.argv[2], m, 'topk', alpha=0.3); print(answer(m, c, ids, [5, 6, 7]))"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "model", tmp_path / "doc.kv"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout.splitlines()[-1]) == want
+
+
+class TestRefused:
+    def test_another_models(self, model, models, prompt, tmp_path):
+        saved(model, prompt, tmp_path / "doc.kv")
+        with pytest.raises(UsageError, match="another model"):
+            open_session(tmp_path / "doc.kv", models("qwen2"), "full")
+
+    def test_any_flipped_bit_of_the_records(self, model, prompt, tmp_path):
+        path = tmp_path / "doc.kv"
+        saved(model, prompt, path)
+        whole = path.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        for at in torch.randint(start, len(whole), (40,), generator=torch.Generator().manual_seed(0)).tolist():
+            bad = bytearray(whole)
+            bad[at] ^= 1 << at % 8
+            path.write_bytes(bad)
+            with pytest.raises(UsageError, match=r"damaged: layer \d+, tokens"):
+                open_session(path, model, "full")
+
+    @pytest.mark.parametrize("cut", [0, 7, 100, -1, -5000])
+    def test_a_truncated_file(self, model, prompt, tmp_path, cut):
+        path = tmp_path / "doc.kv"
+        saved(model, prompt, path)
+        path.write_bytes(path.read_bytes()[:cut])
+        with pytest.raises(UsageError, match="no whole session"):
+            open_session(path, model, "full")
+
+    def test_files_of_others(self, model, prompt, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(UsageError, match="no whole session"):
+            saved(model, prompt, tmp_path / "notes.txt")
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UsageError, match="link"):
+            saved(model, prompt, tmp_path / "link")
+        for special in (tmp_path, "/dev/null"):
+            with pytest.raises(UsageError):
+                open_session(special, model, "full")
+        with pytest.raises(UsageError, match="no folder"):
+            saved(model, prompt, tmp_path / "none" / "doc.kv")
+
+    def test_a_batch_and_a_wrong_count(self, model, prompt, tmp_path):
+        with hillinfer.make_cache(model, "full") as cache:
+            feed(model, cache, prompt[0].tolist())
+            with pytest.raises(UsageError, match="token ids"):
+                save_session(cache, tmp_path / "doc.kv", model, [1, 2])
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_save_leaves_the_old_session_and_is_cleared_away(model, prompt, tmp_path):
+    path = tmp_path / "doc.kv"
+    ids = saved(model, prompt, path)
+    (tmp_path / ".doc.kv-abcdefgh.part").write_bytes(b"half")
+    (tmp_path / ".other.kv-abcdefgh.part").write_bytes(b"not ours")
+    assert open_session(path, model, "full")[1] == ids
+    saved(model, prompt, path)
+    assert {p.name for p in tmp_path.iterdir()} == {"doc.kv", ".other.kv-abcdefgh.part"}
+
+
+def test_parts_are_checked_one_by_one(tmp_path):
+    from hillinfer.tiers.saved import save
+
+    records = torch.randn(2, 1, 2 * PART + 5, 2, 1, 4)
+    save(tmp_path / "x.kv", [[r[:, :7], r[:, 7:]] for r in records], tuple(records.shape), records.dtype, {})
+    file = Saved(tmp_path / "x.kv")
+    for start, end in ((0, 5), (PART - 3, PART + 3), (0, 2 * PART + 5), (2 * PART + 4, 2 * PART + 5)):
+        assert torch.equal(file.read(1, start, end), records[1][:, start:end])

@@ -147,7 +147,12 @@ def run(
     model: Annotated[
         str, typer.Option(help="Folder or hub id of a decoder-only model; 'embedded' for the one that ships.")
     ],
-    prompt_file: Annotated[Path, typer.Option(help="Text to continue.")],
+    prompt_file: Annotated[Path | None, typer.Option(help="Text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The same, in place of a file.")] = None,
+    document: Annotated[Path | None, typer.Option(help="A text that comes before the prompt.")] = None,
+    session: Annotated[
+        Path | None, typer.Option(help="Keeps the document's KV: made if it does not exist, else opened.")
+    ] = None,
     system: Annotated[str, typer.Option(help="full, streaming, topk, hillinfer, ...")] = "hillinfer",
     alpha: Alpha = 0.2,
     host_budget: Budget = None,
@@ -174,10 +179,18 @@ def run(
             raise UsageError(
                 "beam search would copy whole caches on the drive: use --num-beams 1, or leave out --drive"
             )
-        text = read_prompt(prompt_file)
+        if (prompt is None) == (prompt_file is None):
+            raise UsageError("give the text to continue, either with --prompt-file FILE or with --prompt TEXT")
+        if num_beams > 1 and (document or session):
+            raise UsageError("a document is prefilled for one sequence: use --num-beams 1 with --document or --session")
+        text = prompt if prompt_file is None else read_prompt(prompt_file)
+        if not text.strip():
+            raise UsageError("the prompt is empty; give the text to continue")
+        before = None if document is None else read_prompt(document)
         from hillinfer import continuation
 
-        result = continuation.run(model, text, system, options, max_new_tokens, num_beams, dtype, prefill_chunk)
+        job = continuation.Job(text, before, session, max_new_tokens, num_beams, dtype, prefill_chunk)
+        result = continuation.run(model, job, system, options)
         out.print(result.text, markup=False, highlight=False, soft_wrap=True)
         for line in result.facts:
             err.print(line, soft_wrap=True)
@@ -228,9 +241,9 @@ def read_prompt(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path} ({error}); give a UTF-8 text file with --prompt-file") from None
+        raise UsageError(f"cannot read {path} ({error}); give a UTF-8 text file") from None
     if not text.strip():
-        raise UsageError(f"{path} is empty; put the text to continue in it")
+        raise UsageError(f"{path} is empty; put the text in it")
     return text
 
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -11,6 +12,7 @@ from hillinfer.cache import TieredCache, check_supported, plan
 from hillinfer.config import UsageError
 from hillinfer.longbench.runner import feed, measured
 from hillinfer.pipeline.timeline import Timeline
+from hillinfer.session import check_session, open_session, save_session, session_ids
 from hillinfer.systems import find_system, make_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,10 +25,30 @@ class Continuation:
     timeline: Timeline
 
 
-def run(
-    name: str, text: str, system: str, options: dict, max_new_tokens: int, num_beams: int, dtype: str, chunk: int | None
-) -> Continuation:
+@dataclass(frozen=True)
+class Job:
+    """What to continue: a text, or a document and a question, whose KV a session may keep.
+
+    session  file of the document's KV: opened if it exists, else made from `document`
+    """
+
+    text: str
+    document: str | None = None
+    session: Path | None = None
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    dtype: str = "auto"
+    chunk: int | None = None  # tokens prefilled at once
+
+
+def run(name: str, job: Job, system: str, options: dict) -> Continuation:
     """Greedy continuation. Everything that can be refused is refused before the weights are loaded."""
+    dtype, max_new_tokens = job.dtype, job.max_new_tokens
+    kept = job.session is not None and job.session.exists()
+    if job.session is not None and not kept:
+        if job.document is None:
+            raise UsageError(f"there is no session {job.session} yet: name the text to keep in it (--document FILE)")
+        check_session(job.session)
     settings = find_system(system, options)[1]
     path = data_folder("model") if name == "embedded" else name
     config = _load(AutoConfig, path, name)
@@ -35,37 +57,56 @@ def run(
         raise UsageError(f"no dtype '{dtype}'; choose auto, {', '.join(DTYPES)}")
     width = DTYPES.get(dtype) or config.dtype or torch.float32
     tokenizer = _load(AutoTokenizer, path, name)
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    total, window = ids.shape[1] + max_new_tokens, getattr(config, "max_position_embeddings", None)
+    document = tokenizer(job.document).input_ids if job.document is not None else []
+    if kept:
+        document = session_ids(job.session, document)
+    ids = document + tokenizer(job.text, add_special_tokens=not document).input_ids
+    total, window = len(ids) + max_new_tokens, getattr(config, "max_position_embeddings", None)
     if window and total > window:
         raise UsageError(
-            f"the prompt's {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's window of {window}: "
+            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones exceed the model's window of {window}: "
             "shorten the prompt or lower --max-new-tokens"
         )
     plan(config, settings, total, width)
     model = _load(AutoModelForCausalLM, path, name, dtype=width).eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    with make_cache(model, system, **options) as cache:
-        start = time.perf_counter()
-        if ids.shape[1] > 1 and num_beams == 1:  # the last prompt token is a decode step like those after it
-            feed(model, cache, ids[0, :-1].tolist(), chunk)
+    start = time.perf_counter()
+    with _filled_cache(model, job, system, options, document, kept) as cache:
+        if (rest := ids[cache.get_seq_length() : -1]) and job.num_beams == 1:
+            feed(model, cache, rest, job.chunk)  # the last prompt token is a decode step like those after it
         prefilled = time.perf_counter()
         cache.timeline.clear()
         cache.counters.clear()
-        ids = ids.to(model.device)
+        prompt = torch.tensor([ids], device=model.device)
         out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
+            num_beams=job.num_beams,
             do_sample=False,
         )
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         why = cache.run.why_split()
-    answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    answer = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     return Continuation(answer, [*tell(system, figures, cache), why], cache.timeline)
+
+
+def _filled_cache(model, job: Job, system: str, options: dict, document: list[int], kept: bool) -> TieredCache:
+    """A cache that holds the document, from its session or by prefill; a new session is saved."""
+    if kept:
+        return open_session(job.session, model, system, **options)[0]
+    cache = make_cache(model, system, **options)
+    try:
+        if document:
+            feed(model, cache, document, job.chunk)
+        if job.session is not None:
+            save_session(cache, job.session, model, document)
+    except BaseException:
+        cache.close()
+        raise
+    return cache
 
 
 def tell(system: str, figures: dict, cache: TieredCache) -> list[str]:

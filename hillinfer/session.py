@@ -72,6 +72,25 @@ def open_session(
     return cache, ids
 
 
+def check_session(path: str | Path) -> None:
+    """UsageError where a session could not be saved."""
+    try:
+        saved.check_target(Path(path))
+    except SavedError as error:
+        raise UsageError(str(error)) from None
+
+
+def session_ids(path: str | Path, document: list[int]) -> list[int]:
+    """The token ids of a session's document, without its KV. UsageError where `document` is given and another one."""
+    try:
+        ids = Saved(Path(path)).facts.get("ids")
+    except SavedError as error:
+        raise UsageError(str(error)) from None
+    if not isinstance(ids, list) or (document and document != ids):
+        raise UsageError(f"{path} keeps another document; leave out --document, or name another session")
+    return ids
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """Tells models apart by their shape and a sample of every parameter."""
     config = {

@@ -112,7 +112,9 @@ def test_a_file_system_that_is_really_full(prompt_file, tmp_path):
     """256 KiB, really: refused by arithmetic before loading; with that blinded, in mid-run and without a trace."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True).exit_code:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("mount is not allowed here")
     try:
         check(run(prompt_file, "--drive", folder), "do not fit")
@@ -189,7 +191,7 @@ def test_bad_options_are_refused_without_torch(prompt_file, tmp_path):
     code += "try: main()\nfinally: print('torch' in sys.modules)"
     words = ["hillinfer", "demo", "--alpha", "7", "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert done.exit_code == 2 and done.stdout.strip() == "False"
+    assert done.returncode == 2 and done.stdout.strip() == "False"
 
 
 @pytest.mark.skipif(not (data_folder("model") / "model.safetensors").exists(), reason="no embedded model")

@@ -248,8 +248,8 @@ class TieredCache(Cache):
         self.run.settings = replace(self.run.settings, **changed)
 
     def fill(self, source: DynamicCache, device: torch.device, chunk: int | None = None) -> None:
-        """Take in what an ordinary cache of this model holds, as a prefill on `device` (in chunks) would: a copy, to the
-        bit. Only for policies that do not look at the prefill itself.
+        """Take in what an ordinary cache of this model holds, as a prefill on `device` (in chunks) would: a copy,
+        to the bit. Only for policies that do not look at the prefill itself.
         """
         n = source.get_seq_length()
         for start, end in pairwise(chunk_ends(n, chunk)):

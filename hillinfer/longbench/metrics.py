@@ -12,8 +12,9 @@ from functools import cache
 from hillinfer.config import UsageError
 from hillinfer.longbench.tasks import Task
 
+# ruff: noqa: RUF001
 CHINESE = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃"
-CHINESE += "》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."  # noqa: RUF001
+CHINESE += "》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 EXTRA = "pip install 'hillinfer[longbench]'"
 
 

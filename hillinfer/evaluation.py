@@ -35,7 +35,10 @@ def evaluate(
     ] = None,
     chat: Annotated[bool | None, typer.Option(help="Chat template; by default where the tokenizer has one.")] = None,
     question: Annotated[str, typer.Option(help="stepwise, or prefilled with the document.")] = "stepwise",
-    drive: Annotated[Path | None, typer.Option(help="Folder on the drive; by default a temporary one.")] = None,
+    drive: Annotated[
+        Path | None,
+        typer.Option(help="Folder on the drive; by default --out; on a cluster the one for temporary files."),
+    ] = None,
     drive_kind: Annotated[str | None, typer.Option(help="ssd or emulated.")] = None,
     host_budget: Annotated[str | None, typer.Option(help="Host memory for KV records, such as 64MiB.")] = None,
     precision: Annotated[str | None, typer.Option(help="int8 or int4, of the key codes.")] = None,
@@ -68,9 +71,9 @@ def evaluate(
     )
     models = {name: sweep.describe(name, asking) for name in words(model)}
     drawn = [(task, sweep.sample(records, samples, seed)) for task, records, _ in loaded]
-    place = None if drive is None else str(drive.resolve())
+    place = drive or (None if cluster else folder)  # a cluster's machines need not have our folders
     jobs = [  # each task's first sample, and so on: the time left can be told early, and half a run is a balanced half
-        sweep.Job(name, task, records[i], tuple(ways), asking, place)
+        sweep.Job(name, sweep.model_path(name), task, records[i], tuple(ways), asking, place and str(place.resolve()))
         for name in models
         for i in range(max(len(records) for _, records in drawn))
         for task, records in drawn

@@ -66,7 +66,7 @@ def _of_model(model: str, table: pd.DataFrame, chat: bool, long: bool) -> list[s
         lines.append(f"{model} with full, and published for {name} ({source}) in brackets: {told}.")
     if low := [task for task, (own, score) in pairs.items() if own < score - FAR]:
         lines.append(
-            f"WARNING: {', '.join(low)} far below the published score: the set-up looks wrong. Check the chat template, "
-            "the prompt limit, dtype and the number of samples."
+            f"WARNING: {', '.join(low)} far below the published score: the set-up looks wrong. Check the chat "
+            "template, the prompt limit, dtype and the number of samples."
         )
     return lines

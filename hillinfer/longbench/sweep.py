@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +58,13 @@ class Asking:
 
 @dataclass(frozen=True)
 class Job:
-    model: str
+    model: str  # its name in results
+    path: str  # what it is loaded from
     task: Task
     record: dict
     ways: tuple[Way, ...]
     asking: Asking
-    drive: str | None = None  # a folder on the machine that works; None is a temporary one
+    drive: str | None = None  # a folder on the machine that works; None is its folder for temporary files
 
 
 def ways_of(systems: Iterable[str], alphas: Iterable[float], options: dict) -> list[Way]:
@@ -91,7 +92,7 @@ def plan(jobs: Iterable[Job], done: set[tuple]) -> list[Job]:
     for job in jobs:
         missing = tuple(way for way in job.ways if key(job, way) not in done)
         if missing:
-            left.append(Job(job.model, job.task, job.record, missing, job.asking, job.drive))
+            left.append(replace(job, ways=missing))
     return left
 
 
@@ -110,7 +111,7 @@ def run_all(jobs: list[Job], workers: int = 1, cluster: str | None = None) -> It
     except ImportError:
         raise UsageError("several processes need joblib: pip install 'hillinfer[longbench]'") from None
     with backend(joblib, workers, cluster) as parallel:
-        yield from parallel(joblib.delayed(run_job)(job, os.getpid()) for job in jobs)
+        yield from parallel(joblib.delayed(run_job)(job) for job in jobs)
 
 
 @contextmanager
@@ -136,21 +137,20 @@ def backend(joblib, workers: int, cluster: str | None):
             raise UsageError(f"a {kind} cluster needs {kind}: pip install 'hillinfer[cluster]'") from None
         except (OSError, ConnectionError) as error:
             raise UsageError(f"no {kind} cluster at {address} ({error}); start one, or leave out --cluster") from None
-        stack.enter_context(joblib.parallel_config(backend=kind or "loky"))
+        watched = {} if kind else {"initializer": _end_with, "initargs": (os.getpid(),)}
+        stack.enter_context(joblib.parallel_config(backend=kind or "loky", **watched))
         returns = "list" if kind == "ray" else "generator_unordered"  # ray's backend has no generators
         yield joblib.Parallel(n_jobs=-1 if kind else workers, batch_size=1, return_as=returns)
 
 
-def run_job(job: Job, parent: int | None = None) -> list[dict]:
+def run_job(job: Job) -> list[dict]:
     """One sample's rows, a row for each way."""
     import torch
 
     from hillinfer.longbench import runner
     from hillinfer.longbench.metrics import score
 
-    if parent is not None:
-        _end_with(parent)
-    model, tokenizer = load_model(job.model, job.asking.dtype, job.asking.threads, job.asking.seed)
+    model, tokenizer = load_model(job.path, job.asking.dtype, job.asking.threads, job.asking.seed)
     prompt = prompt_of(job, model.config, tokenizer)
     source, rows, layers = None, [], model.config.get_text_config(decoder=True).num_hidden_layers
     common = dict(model=job.model, task=job.task.name, id=job.record["_id"], suite=job.task.suite)
@@ -158,7 +158,7 @@ def run_job(job: Job, parent: int | None = None) -> list[dict]:
     common |= dict(buckets=job.task.buckets(job.record), original_tokens=prompt.original, truncated=prompt.truncated)
     common |= dict(question_tokens=len(prompt.ids) - prompt.document)
     for way in job.ways:
-        with torch.inference_mode(), a_cache(model, job, way) as cache:
+        with torch.inference_mode(), cache_for(model, job, way) as cache:
             shared = job.asking.share_prefill and len(job.ways) > 1 and shares_prefill(way.system)
             began = time.perf_counter()
             if shared:
@@ -192,19 +192,16 @@ def shares_prefill(system: str) -> bool:
     return not getattr(list_systems()[system].policy, "watches_prefill", False)
 
 
-@contextmanager
-def a_cache(model, job: Job, way: Way):
+def cache_for(model, job: Job, way: Way):
     """The cache of one way; only systems that need a drive get one."""
     from hillinfer.systems import list_systems, make_cache
 
     options = dict(job.asking.options) | ({} if way.alpha is None else {"alpha": way.alpha})
-    with ExitStack() as stack:
-        if list_systems()[way.system].needs_drive:
-            options["drive"] = job.drive or stack.enter_context(tempfile.TemporaryDirectory(prefix="hillinfer-"))
-            Path(options["drive"]).mkdir(parents=True, exist_ok=True)
-        else:
-            options = {name: value for name, value in options.items() if name in ("alpha", "precision")}
-        yield stack.enter_context(make_cache(model, way.system, **options))
+    if list_systems()[way.system].needs_drive:
+        options["drive"] = job.drive or tempfile.gettempdir()
+    else:
+        options = {name: value for name, value in options.items() if name in ("alpha", "precision")}
+    return make_cache(model, way.system, **options)
 
 
 def prompt_of(job: Job, config, tokenizer):
@@ -252,11 +249,13 @@ def describe(name: str, asking: Asking) -> dict:
 
 
 def model_path(name: str) -> str:
-    return str(data_folder("model")) if name == "embedded" else name
+    """A folder as an absolute path, so that workers find it; a hub id as it is."""
+    folder = data_folder("model") if name == "embedded" else Path(name)
+    return str(folder.resolve()) if folder.is_dir() else name
 
 
 @lru_cache(maxsize=1)
-def load_model(name: str, dtype: str, threads: int, seed: int):
+def load_model(path: str, dtype: str, threads: int, seed: int):
     """Model, switched to tiered attention, and tokenizer; kept for the process's next job."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -268,9 +267,8 @@ def load_model(name: str, dtype: str, threads: int, seed: int):
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    path = model_path(name)
     width = dtype if dtype == "auto" else getattr(torch, dtype)
-    if name == "embedded" and dtype == "auto":
+    if path == model_path("embedded") and dtype == "auto":
         width = torch.float32  # as it was evaluated
     model = AutoModelForCausalLM.from_pretrained(path, dtype=width).eval()
     model = model.cuda() if torch.cuda.is_available() else model
@@ -278,11 +276,8 @@ def load_model(name: str, dtype: str, threads: int, seed: int):
     return model, AutoTokenizer.from_pretrained(path)
 
 
-@cache
 def _end_with(parent: int) -> None:
     """End this process soon after its parent's end. joblib's own workers would stay for minutes after a SIGKILL."""
-    if os.getppid() != parent:  # not a child: a cluster's worker
-        return
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -5,6 +5,7 @@ function asks it to attend. Any other attention implementation then fails at onc
 step of several tokens (prefill, a new turn) is exact: it gets tensors where all are at hand, else the layer as well.
 """
 
+import copy
 import shutil
 import weakref
 from dataclasses import replace
@@ -27,6 +28,11 @@ from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.geometry import Geometry
 
 ATTENTION = "hillinfer"
+
+
+def chunk_ends(n: int, chunk: int | None) -> list[int]:
+    """Where a prefill of n tokens in chunks begins, pauses and ends; never a chunk of one: a decode step."""
+    return [0, *(range(chunk, n - 1, chunk) if chunk else ()), n]
 
 
 class Seen(Exception):
@@ -242,6 +248,21 @@ class TieredCache(Cache):
                 layer.layer.policy = policy()
         changed = dict(alpha=settings.alpha, sinks=settings.sinks, recent=settings.recent)
         self.run.settings = replace(self.run.settings, **changed)
+
+    def fill(self, source: DynamicCache, device: torch.device, chunk: int | None = None) -> None:
+        """Take in what an ordinary cache of this model holds, as a prefill on `device` (in chunks) would: a copy,
+        to the bit. Only for policies that do not look at the prefill itself.
+        """
+        n = source.get_seq_length()
+        for start, end in pairwise(chunk_ends(n, chunk)):
+            for index, (own, other) in enumerate(zip(self.layers, source.layers, strict=True)):
+                if isinstance(own, TieredLayer):
+                    own.update(*(part[:, :, start:end].to(device) for part in (other.keys, other.values)), index)
+        for index, own in enumerate(self.layers):
+            if not isinstance(
+                own, TieredLayer
+            ):  # a sliding window has forgotten its past: only its state can be copied
+                self.layers[index] = copy.deepcopy(source.layers[index])
 
     def memory(self) -> dict[str, int]:
         """Bytes held now: `device` and `host` records, key `codes`, `hits` table; `drive` is what the file reserves."""

@@ -1,4 +1,4 @@
-"""The command line: hillinfer demo | run | systems | profile."""
+"""The command line: hillinfer demo | run | eval | systems | profile."""
 
 import os
 import sys
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hillinfer.config import Settings, UsageError
+from hillinfer.evaluation import evaluate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(), Console(stderr=True)
@@ -235,6 +236,9 @@ def systems():
     for name, system in list_systems().items():
         table.add_row(name, escape(system.about) + (" [dim](needs --drive)[/]" if system.needs_drive else ""))
     out.print(table)
+
+
+app.command("eval")(clear_errors()(evaluate))
 
 
 def read_prompt(path: Path) -> str:

@@ -5,21 +5,21 @@ tokens has to find the answer with its own selection (a prefill that saw the que
 first token).
 """
 
-import re
 import time
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hillinfer.cache import TieredCache
+from hillinfer.cache import TieredCache, check_supported, chunk_ends
 from hillinfer.config import Settings
 from hillinfer.evaluator.policy import Policy
+from hillinfer.longbench.metrics import exact
+from hillinfer.longbench.prompts import Prompt, build
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, PROMPTS
+from hillinfer.longbench.tasks import OWN, Task
 from hillinfer.pipeline.timeline import LANES
-
-MARK = "\0"  # stands for the question while a template is split
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Answer:
 
     text: str
     prompt_tokens: int
+    new_tokens: int
     steps: int
     prefill_ms: float
     ms_per_token: float
@@ -42,35 +43,31 @@ class Answer:
     memory: dict[str, int]  # bytes held at the end, by kind
 
 
-def split_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[list[int], list[int]]:
-    """Token ids of a record's prompt up to the end of its context, and from there on."""
-    head, _, tail = PROMPTS[record["dataset"]].partition("{context}")
-    context = head.format(input=MARK) + record["context"]
-    question = tail.format(input=record["input"])
-    if MARK in context:
-        raise ValueError(f"the template of {record['dataset']} puts the question before the context")
-    return tokenizer(context).input_ids, tokenizer(question, add_special_tokens=False).input_ids
+def own_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[Task, Prompt]:
+    """One of the project's own records, whole."""
+    name = record["dataset"]
+    task = Task(name, OWN, PROMPTS[name], MAX_NEW_TOKENS[name], "exact", chat=False)
+    return task, build(task, record, tokenizer, max_length=1 << 40, chat=False)
 
 
 @torch.inference_mode()
-def feed(model: PreTrainedModel, cache: TieredCache, ids: list[int], chunk: int | None = None) -> None:
+def feed(model: PreTrainedModel, cache: TieredCache | DynamicCache, ids: list[int], chunk: int | None = None) -> None:
     """Put further tokens into the cache: several are attended to exactly, a single one as the system selects.
 
     In chunks of `chunk` tokens, if given: what prefill holds beside the cache then stays small, but the cache is read
     anew for each chunk.
     """
-    ends = list(range(chunk, len(ids) - 1, chunk)) if chunk else []  # never a chunk of one: it would be a decode step
-    for start, end in pairwise([0, *ends, len(ids)]):
+    for start, end in pairwise(chunk_ends(len(ids), chunk)):
         part = torch.tensor([ids[start:end]], device=model.device)
         model(part, past_key_values=cache, logits_to_keep=1)
 
 
 def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache) -> Answer:
-    """The greedy answer to a record's question. `model` must be enabled; `cache` must be empty."""
-    context, question = split_prompt(tokenizer, record)
+    """The greedy answer to one of the project's own records. `model` must be enabled; `cache` must be empty."""
+    task, prompt = own_prompt(tokenizer, record)
     start = time.perf_counter()
-    feed(model, cache, context)
-    return _answer(model, tokenizer, record, cache, context, question, time.perf_counter() - start)
+    feed(model, cache, prompt.ids[: prompt.document])
+    return answer(model, tokenizer, task, prompt, cache, time.perf_counter() - start)
 
 
 def ask_each(
@@ -79,41 +76,69 @@ def ask_each(
     record: dict,
     ways: dict[str, tuple[type[Policy], Settings]],
 ) -> dict[str, Answer]:
-    """The same question answered in several ways over one prefill, all KV in memory.
-
-    Exact: a prefill does not depend on the policy, and the cache is cropped back to the document after each answer.
-    """
-    context, question = split_prompt(tokenizer, record)
+    """The same question answered in several ways over one prefill, all KV in memory."""
+    task, prompt = own_prompt(tokenizer, record)
+    start = time.perf_counter()
+    source = prefill(model, prompt)
+    prefill_s = time.perf_counter() - start
     answers = {}
-    # The codes are made at prefill, for the first way that needs them; one of another precision is refused.
-    policy, settings = next((way for way in ways.values() if way[0].needs_codes), next(iter(ways.values())))
-    with TieredCache(model.config, policy, settings) as cache:
-        start = time.perf_counter()
-        feed(model, cache, context)
-        prefill_s = time.perf_counter() - start
-        for name, (policy, settings) in ways.items():
-            cache.use(policy, settings)
-            answers[name] = _answer(model, tokenizer, record, cache, context, question, prefill_s)
-            cache.crop(len(context) - cache.get_seq_length())
+    for name, (policy, settings) in ways.items():
+        with TieredCache(model.config, policy, settings) as cache:
+            cache.fill(source, model.device)
+            answers[name] = answer(model, tokenizer, task, prompt, cache, prefill_s)
     return answers
 
 
-def _answer(model, tokenizer, record, cache, context: list[int], question: list[int], prefill_s: float) -> Answer:
+def prefill(model: PreTrainedModel, prompt: Prompt, chunk: int | None = None) -> DynamicCache:
+    """The document's KV, to be copied into a cache for each way of answering; held in host memory.
+
+    Exact: a prefill does not depend on how decode steps select.
+    """
+    source = DynamicCache(config=model.config)
+    feed(model, source, prompt.ids[: prompt.document], chunk)
+    for index in check_supported(model.config):
+        layer = source.layers[index]
+        layer.keys, layer.values = (
+            layer.keys.cpu(),
+            layer.values.cpu(),
+        )  # layers that stay ordinary are copied as they are
+    return source
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    prompt: Prompt,
+    cache: TieredCache,
+    prefill_s: float,
+) -> Answer:
+    """Feed the question to a cache that holds the document, and decode greedily."""
     cache.timeline.clear()  # the figures are of decode steps
     cache.counters.clear()
     start = time.perf_counter()
-    for token in question[:-1]:
+    for token in prompt.ids[prompt.document : -1]:
         feed(model, cache, [token])
-    ids = torch.tensor([context + question], device=model.device)
+    ids = torch.tensor([prompt.ids], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
-        max_new_tokens=MAX_NEW_TOKENS[record["dataset"]],
+        max_new_tokens=task.max_new_tokens,
+        num_beams=1,
         do_sample=False,
-    )
-    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    return Answer(text, ids.shape[1], **measured(cache, prefill_s, time.perf_counter() - start))
+        **stop_rules(task, tokenizer, ids.shape[1]),
+    )[0, ids.shape[1] :]
+    text = tokenizer.decode(out, skip_special_tokens=True)
+    return Answer(text, ids.shape[1], len(out), **measured(cache, prefill_s, time.perf_counter() - start))
+
+
+def stop_rules(task: Task, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> dict:
+    """What pred.py gives `generate` for samsum: an end at a line break, but not before the first token."""
+    if task.stop is None:
+        return {}
+    ends = [tokenizer.eos_token_id, tokenizer.encode(task.stop, add_special_tokens=False)[-1]]
+    return {"min_length": prompt_tokens + 1, "eos_token_id": [end for end in ends if end is not None]}
 
 
 def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
@@ -142,8 +167,5 @@ def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
 
 
 def is_right(record: dict, text: str) -> bool:
-    """Exact match of the first line; where the answer is a number, of its first number, as LongEval judges."""
-    line = text.strip().split("\n")[0].strip()
-    if all(answer.isdigit() for answer in record["answers"]):
-        line = (re.findall(r"\d+", line) or [""])[0]
-    return line in record["answers"]
+    """Whether an answer to one of the project's own records is right."""
+    return any(exact(text, wanted) for wanted in record["answers"])

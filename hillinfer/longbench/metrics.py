@@ -1,0 +1,176 @@
+"""LongBench's metrics, equal to the official code, and those of the other suites.
+
+The official code is THUDM/LongBench at 2e00731f, LongBench/{metrics,eval}.py. Its quirks are kept, and tested; each is
+said where it is. A metric takes prediction, answer and the row's classes, and gives a score in [0, 1].
+"""
+
+import re
+import string
+from collections import Counter
+from functools import cache
+
+from hillinfer.config import UsageError
+from hillinfer.longbench.tasks import Task
+
+# ruff: noqa: RUF001
+CHINESE = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃"
+CHINESE += "》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+EXTRA = "pip install 'hillinfer[longbench]'"
+
+
+def score(task: Task, prediction: str, answers: list[str], classes: list[str] | None = None) -> float:
+    """The best score over the answers, after the task's post-processing."""
+    if task.first_line:
+        prediction = prediction.lstrip("\n").split("\n")[0]
+    metric = METRICS[task.metric]
+    if task.metric in OF_ALL:
+        return metric(prediction, answers)
+    return max((float(metric(prediction, answer, classes or [])) for answer in answers), default=0.0)
+
+
+def qa_f1(prediction: str, answer: str, classes=()) -> float:
+    """F1 of the two bags of words. Punctuation goes before articles: "a.m." is the word "am"."""
+    return _f1(_words(prediction), _words(answer))
+
+
+def qa_f1_zh(prediction: str, answer: str, classes=()) -> float:
+    return _f1(_words_zh(prediction), _words_zh(answer))
+
+
+def rouge(prediction: str, answer: str, classes=()) -> float:
+    """ROUGE-L of the `rouge` package, which counts a repeated word once; 0 where it fails (an empty text, or ".")."""
+    try:
+        return _rouge().get_scores([prediction], [answer], avg=True)["rouge-l"]["f"]
+    except Exception:  # the official code takes any failure for a score of 0
+        return 0.0
+
+
+def rouge_zh(prediction: str, answer: str, classes=()) -> float:
+    return rouge(" ".join(_cut(prediction)), " ".join(_cut(answer)))
+
+
+def classification(prediction: str, answer: str, classes: list[str]) -> float:
+    """1/n where the answer is among the n classes that occur in the prediction.
+
+    Parts of the answer ("Sport" of "Sport event") are taken out of the list while it is walked, so that the one after a
+    removed one is never looked at: the official code's slip, which decides scores.
+    """
+    found = [name for name in classes if name in prediction]
+    for name in found:
+        if name in answer and name != answer:
+            found.remove(name)
+    return 1.0 / len(found) if answer in found else 0.0
+
+
+def retrieval(prediction: str, answer: str, classes=(), pattern: str = r"Paragraph (\d+)") -> float:
+    return count(prediction, re.findall(pattern, answer)[0])
+
+
+def retrieval_zh(prediction: str, answer: str, classes=()) -> float:
+    return retrieval(prediction, answer, pattern=r"段落(\d+)")
+
+
+def count(prediction: str, answer: str, classes=()) -> float:
+    """The share of the prediction's numbers that are the answer."""
+    numbers = re.findall(r"\d+", prediction)
+    return numbers.count(str(answer)) / len(numbers) if numbers else 0.0
+
+
+def code_sim(prediction: str, answer: str, classes=()) -> float:
+    """Similarity of the first line that is neither comment nor fence, rounded to whole per cents.
+
+    rapidfuzz gives what fuzzywuzzy gives with python-Levenshtein installed; without it fuzzywuzzy gives other values.
+    """
+    fuzz = _need("rapidfuzz.fuzz")
+    lines = prediction.lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    return round(fuzz.ratio(line, answer)) / 100
+
+
+def choice(prediction: str, answer: str, classes=()) -> float:
+    """LongBench v2: the letter after "The correct answer is"."""
+    text = prediction.replace("*", "")
+    found = re.search(r"The correct answer is \(([A-D])\)", text) or re.search(r"The correct answer is ([A-D])", text)
+    return float(found is not None and found[1] == answer)
+
+
+def exact(prediction: str, answer: str, classes=()) -> float:
+    """Exact match of the first line; where the answer is a number, of the line's first number."""
+    line = prediction.strip().split("\n")[0].strip()
+    if answer.isdigit():
+        line = (re.findall(r"\d+", line) or [""])[0]
+    return float(line == answer)
+
+
+def last_number(prediction: str, answer: str, classes=()) -> float:
+    """LongEval: the last number is the answer."""
+    numbers = re.findall(r"\d+", prediction)
+    return float(bool(numbers) and int(numbers[-1]) == int(answer))
+
+
+def share_of(prediction: str, answers: list[str]) -> float:
+    """RULER's string_match_all: the share of the answers that occur, in any case."""
+    text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
+    return sum(answer.lower() in text for answer in answers) / len(answers)
+
+
+def any_of(prediction: str, answers: list[str]) -> float:
+    """RULER's string_match_part."""
+    return float(share_of(prediction, answers) > 0)
+
+
+METRICS = {
+    metric.__name__: metric
+    for metric in (
+        qa_f1, qa_f1_zh, rouge, rouge_zh, classification, retrieval, retrieval_zh, count, code_sim,
+        choice, exact, last_number, share_of, any_of,
+    )
+}  # fmt: skip
+OF_ALL = ("share_of", "any_of")  # metrics of all answers at once
+NEEDS = {"rouge": ["rouge"], "rouge_zh": ["rouge", "jieba"], "qa_f1_zh": ["jieba"], "code_sim": ["rapidfuzz.fuzz"]}
+
+
+def check_libraries(tasks: list[Task]) -> None:
+    """UsageError where a task's metric needs what is not installed: before hours of work, not after."""
+    for task in tasks:
+        for name in NEEDS.get(task.metric, ()):
+            _need(name)
+
+
+def _need(name: str):
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UsageError(f"the metrics of LongBench need {name.split('.')[0]}: {EXTRA}") from None
+
+
+@cache
+def _rouge():
+    return _need("rouge").Rouge()
+
+
+def _cut(text: str) -> list[str]:
+    jieba = _need("jieba")
+    jieba.setLogLevel("ERROR")  # it reports its dictionary's loading on stderr
+    return list(jieba.cut(text, cut_all=False))
+
+
+def _words(text: str) -> list[str]:
+    text = "".join(ch for ch in text.lower() if ch not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _words_zh(text: str) -> list[str]:
+    drop = set(string.punctuation + CHINESE)
+    words = ("".join("".join(ch for ch in word.lower() if ch not in drop).split()) for word in _cut(text))
+    return [word for word in words if word]
+
+
+def _f1(predicted: list[str], wanted: list[str]) -> float:
+    same = sum((Counter(predicted) & Counter(wanted)).values())
+    if not same:
+        return 0.0
+    precision, recall = same / len(predicted), same / len(wanted)
+    return 2 * precision * recall / (precision + recall)

@@ -1,0 +1,194 @@
+"""Results as tables: scores by task and on average with intervals, the difference to `full`, and what they cost.
+
+`scores` depends on answers alone: it is the same to the last digit however the run was cut up. `costs` holds what was
+measured. Scores are per cents.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from hillinfer.config import UsageError
+from hillinfer.longbench.reference import warnings_of
+from hillinfer.longbench.results import read, read_manifest
+from hillinfer.longbench.statistics import interval, paired
+from hillinfer.longbench.tasks import find_task
+
+WAY = ["model", "system", "alpha"]
+AVERAGE, CATEGORIES = "average", "average of categories"
+INTRO = (
+    "Scores are per cents with 95 % bootstrap intervals over samples; the average is the mean of the tasks. "
+    "The difference to full is paired by sample, p from a sign-flip permutation test, not corrected for many rows."
+)
+
+
+def frame_of(rows: list[dict]) -> pd.DataFrame:
+    """One row for each result, sorted, with `alpha` 1 where a system attends to everything."""
+    if not rows:
+        raise UsageError("there are no results yet")
+    frame = pd.DataFrame(rows)
+    frame["alpha"] = frame["alpha"].astype(float).fillna(1.0)
+    return frame.sort_values([*WAY, "task", "id"], ignore_index=True)
+
+
+def scores(frame: pd.DataFrame) -> pd.DataFrame:
+    """Long form: model, system, alpha, task, bucket, n, score, low, high, diff, diff_low, diff_high, p.
+
+    Tasks are followed by their buckets, if they have any, and by the averages. `diff` is to `full` over the same
+    samples; NaN where full has not answered them.
+    """
+    out = []
+    for model, of_model in frame.groupby("model"):
+        full = of_model[of_model.system == "full"].set_index(["task", "id"]).score
+        for (system, alpha), part in of_model.groupby(["system", "alpha"]):
+            base = full.reindex(pd.MultiIndex.from_frame(part[["task", "id"]])).to_numpy()
+            part = part.assign(diff=part.score.to_numpy() - base)
+            for task, bucket, groups, weights in _cuts(part):
+                row = dict(model=model, system=system, alpha=alpha, task=task, bucket=bucket)
+                out.append(row | _measures(groups, weights))
+    return pd.DataFrame(out)
+
+
+def _cuts(part: pd.DataFrame):
+    """(task, bucket, groups, weights): a way's results by task, by bucket and for the averages."""
+    tasks = dict(iter(part.groupby("task")))
+    for name, group in tasks.items():
+        yield name, "", [group], None
+        for bucket in sorted({b for buckets in group.buckets for b in buckets}):
+            yield name, bucket, [group[group.buckets.map(lambda own, b=bucket: b in own)]], None
+    yield AVERAGE, "", list(tasks.values()), None
+    kinds = [find_task(name).category for name, group in tasks.items() if group.suite.iloc[0] == "longbench"]
+    if len(set(kinds)) == 6 and len(kinds) == len(tasks):  # LongBench's own average, of all six kinds of task
+        yield CATEGORIES, "", list(tasks.values()), [1 / 6 / kinds.count(kind) for kind in kinds]
+
+
+def _measures(groups: list[pd.DataFrame], weights: list[float] | None) -> dict:
+    diffs = [100 * group["diff"].to_numpy() for group in groups]
+    compared = (np.nan,) * 4 if any(np.isnan(d).any() for d in diffs) else paired(diffs, weights)
+    values = (*interval([100 * group.score.to_numpy() for group in groups], weights), *compared)
+    names = ("score", "low", "high", "diff", "diff_low", "diff_high", "p")
+    rounded = (round(float(value), 4) for value in values)
+    return {"n": sum(map(len, groups))} | dict(zip(names, rounded, strict=True))
+
+
+def costs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Measured, for each way: medians over samples, and sums of prefill time."""
+    grouped = frame.groupby(WAY)
+    table = grouped.agg(
+        samples=("score", "size"),
+        ms_per_token=("ms_per_token", "median"),
+        drive_KiB_per_token=("drive_bytes_per_token", lambda v: v.median() / 1024),
+        KV_read_KiB_per_token=("kv_bytes_per_token", lambda v: v.median() / 1024),
+        memory_KiB=("memory_bytes", lambda v: v.max() / 1024),
+        prompt_tokens=("prompt_tokens", "median"),
+        truncated=("truncated", "sum"),
+    )
+    table["attended_%"] = 100 * grouped.attended.sum() / grouped.cached.sum()
+    return table.round(2).reset_index()
+
+
+def prefill_saving(frame: pd.DataFrame) -> str:
+    """What sharing prefills saved, measured: each sample's prefill was done once and copied."""
+    shared = frame[frame.shared]
+    if shared.empty:
+        return "no prefill was shared"
+    once = shared.groupby(["model", "task", "id"]).prefill_ms.first().sum()
+    each, copied = shared.prefill_ms.sum(), shared.fill_ms.sum()
+    return (
+        f"{len(shared)} answers shared {len(shared.groupby(['model', 'task', 'id']))} prefills: "
+        f"{(once + copied) / 1e3:.0f} s measured (prefill {once / 1e3:.0f}, copies {copied / 1e3:.0f}) instead of "
+        f"{each / 1e3:.0f} s, {each / (once + copied):.1f} times less"
+    )
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each way, a column for each task: for reading."""
+    tasks = [name for name in dict.fromkeys(table.task) if name not in (AVERAGE, CATEGORIES)]
+    whole = table[table.bucket == ""]
+    pivot = whole.pivot_table(index=WAY, columns="task", values="score", sort=False)
+    return pivot[[*tasks, *[n for n in (AVERAGE, CATEGORIES) if n in pivot]]].round(2).reset_index()
+
+
+def summary(table: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
+    """The averages with intervals beside their costs, as text."""
+    rows = table[table.task == AVERAGE].merge(cost, on=WAY, how="left")
+    out = rows[WAY].copy()
+    out["n"] = rows.n
+    out["score"] = [f"{r.score:.1f} [{r.low:.1f}, {r.high:.1f}]" for r in rows.itertuples()]
+    out["to full"] = [_to_full(row) for row in rows.itertuples()]
+    for name in ("attended_%", "ms_per_token", "drive_KiB_per_token", "KV_read_KiB_per_token", "memory_KiB"):
+        out[name.replace("_", " ")] = rows[name].map("{:,.1f}".format)
+    return out
+
+
+def _to_full(row) -> str:
+    if np.isnan(row.p) or row.system == "full":
+        return ""
+    return f"{row.diff:+.1f} [{row.diff_low:+.1f}, {row.diff_high:+.1f}] p={row.p:.3f}"
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """GitHub's table. Written here: pandas' own needs one more package."""
+    header = [str(name) for name in frame.columns]
+    cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *cells])
+
+
+def _cell(value) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
+
+
+def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Write scores.csv, costs.csv and report.md from a folder's results; returns the tables and the facts above."""
+    manifest, frame = read_manifest(folder), frame_of(read(folder))
+    table, cost = scores(frame), costs(frame)
+    last = manifest["runs"][-1]
+    facts = [
+        INTRO,
+        f"Costs are measured on {last['cores']} cores, {last['gpu'] or 'no GPU'}, {last['platform']}; "
+        "times are medians over samples.",
+        f"Settings: {', '.join(f'{k} {v}' for k, v in manifest['settings'].items())}.",
+        f"Prefill: {prefill_saving(frame)}.",
+        *(f"Source: {source}" for source in manifest["sources"]),
+        *warnings_of(frame, table, manifest),
+    ]
+    table.to_csv(folder / "scores.csv", index=False)
+    cost.to_csv(folder / "costs.csv", index=False)
+    tables = [summary(table, cost), wide(table)]
+    if (buckets := table[table.bucket != ""]).size:
+        tables.append(buckets[[*WAY, "task", "bucket", "n", "score", "low", "high"]])
+    text = ["# hillinfer eval", *facts, *map(markdown, tables)]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    return table, cost, facts
+
+
+def compare(one: Path, other: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Two folders over the samples, tasks and ways that both have: scores of each, and the paired difference."""
+    parts, facts = [], []
+    settings = [read_manifest(folder)["settings"] for folder in (one, other)]
+    for name in settings[0] | settings[1]:
+        if settings[0].get(name) != settings[1].get(name):
+            facts.append(f"{name} differs: {settings[0].get(name)} and {settings[1].get(name)}")
+    for folder in (one, other):
+        parts.append(frame_of(read(folder)))
+    keys = [*WAY, "task", "id"]
+    if all(part.model.nunique() == 1 for part in parts) and parts[0].model[0] != parts[1].model[0]:
+        facts.append(f"the models differ: {parts[0].model[0]} and {parts[1].model[0]}")
+        keys = keys[1:]
+    both = parts[0].merge(parts[1], on=keys, suffixes=("_a", "_b"))
+    if both.empty:
+        raise UsageError(f"{one} and {other} have no sample, task, system and alpha in common")
+    left = [f"{len(part) - len(both)} only in {folder}" for part, folder in zip(parts, (one, other), strict=True)]
+    facts.append(f"{len(both)} results in both, {' and '.join(left)}; the difference is B - A, paired by sample")
+    out = []
+    for way, part in both.groupby([name for name in WAY if name in keys]):
+        tasks = dict(iter(part.groupby("task")))
+        for name, groups in [*((name, [group]) for name, group in tasks.items()), (AVERAGE, list(tasks.values()))]:
+            a, b = (interval([100 * g[f"score_{x}"].to_numpy() for g in groups])[0] for x in "ab")
+            diff = paired([100 * (g.score_b - g.score_a).to_numpy() for g in groups])
+            row = dict(zip([name for name in WAY if name in keys], way, strict=True), task=name)
+            row |= dict(n=sum(map(len, groups)), A=a, B=b, diff=diff[0], low=diff[1], high=diff[2], p=diff[3])
+            out.append(row)
+    return pd.DataFrame(out).round(4), facts

@@ -1,0 +1,141 @@
+"""The folder of a run: results as JSON lines, and a manifest of what made them. Killed at any moment, it can go on."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from hillinfer.config import UsageError
+
+KEY = ("model", "task", "id", "system", "alpha")  # what a result is known by
+LIBRARIES = "hillinfer torch transformers tokenizers numpy datasets rapidfuzz rouge jieba joblib dask ray".split()
+
+
+class Results:
+    """`results.jsonl` and `manifest.json` of one folder, held by one process at a time. Use it in a `with` block."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rows: list[dict] = []
+
+    def __enter__(self) -> "Results":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = (self.folder / "results.jsonl").open("a+b")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write in {self.folder} ({error.strerror}); name another folder with --out"
+            ) from None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise UsageError(f"another eval writes in {self.folder}; wait for it, or name another --out") from None
+        self.file.seek(0)
+        content = self.file.read()
+        whole = content.rfind(b"\n") + 1  # a run that was killed while it wrote leaves part of a line
+        if whole < len(content):
+            self.file.truncate(whole)
+        self.rows = parse(content[:whole], self.folder)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.file.close()
+
+    def done(self) -> set[tuple]:
+        return {tuple(row[name] for name in KEY) for row in self.rows}
+
+    def append(self, rows: list[dict]) -> None:
+        """Write one sample's rows at once, and on the disk before anything else is done."""
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.rows += rows
+
+    def begin(self, settings: dict, models: dict[str, dict], sources: Iterable, command: list[str]) -> None:
+        """Write the manifest; UsageError where the folder's results were made with other settings, models or files.
+
+        settings  whatever changes a result; must be the same in every run of a folder
+        models    model -> what `sweep.describe` says; further ones may come later
+        sources   `Source` of each task; further ones may come later
+        """
+        path, files = self.folder / "manifest.json", {source.task: source.sha256 for source in sources}
+        old = read_manifest(self.folder) if path.exists() else {}
+        for name, value in settings.items():
+            if old and old["settings"].get(name) != value:
+                was = old["settings"].get(name)
+                raise UsageError(f"{self.folder} was made with {name} {was}, not {value}: set that, or another --out")
+        for kind, new in (("models", models), ("tasks", files)):
+            changed = [name for name, value in new.items() if old.get(kind, {}).get(name, value) != value]
+            if changed:
+                raise UsageError(f"{', '.join(changed)} changed since {self.folder} was made: name another --out")
+        manifest = {
+            "settings": settings,
+            "models": old.get("models", {}) | models,
+            "tasks": old.get("tasks", {}) | files,
+            "sources": sorted({*old.get("sources", []), *map(str, sources)}),
+            "runs": [*old.get("runs", []), {"started": time.strftime("%FT%TZ", time.gmtime())} | environment(command)],
+        }
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+        draft.replace(path)
+
+
+def parse(content: bytes, folder: Path) -> list[dict]:
+    """Rows of a results file."""
+    rows = []
+    for number, line in enumerate(content.decode("utf-8").split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            raise UsageError(
+                f"line {number} of {folder}/results.jsonl is no result; remove it, and run again"
+            ) from None
+    return rows
+
+
+def read(folder: Path) -> list[dict]:
+    """The complete rows of a folder, which may still be written to."""
+    path = folder / "results.jsonl"
+    if not path.is_file():
+        raise UsageError(f"{folder} has no results.jsonl; name the --out folder of an eval")
+    content = path.read_bytes()
+    return parse(content[: content.rfind(b"\n") + 1], folder)
+
+
+def read_manifest(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        raise UsageError(f"{folder} has no readable manifest.json; name the --out folder of an eval") from None
+
+
+def environment(command: list[str]) -> dict:
+    """Versions and hardware: told, but not compared."""
+    import torch
+
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {
+        "command": command,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "versions": {name: installed[name] for name in LIBRARIES if name in installed},
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of a model's folder: its configuration in full, of larger files the size and the first MiB."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".model", ".jinja") and path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
+    return digest.hexdigest()[:16]

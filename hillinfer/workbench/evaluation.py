@@ -1,0 +1,74 @@
+"""The page of an eval: the budget-accuracy curve, scores against bytes, scores by task."""
+
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.colors import qualitative
+
+from hillinfer.workbench.figures import LAYOUT
+from hillinfer.workbench.report import write_report
+
+
+def write_page(folder: Path, table: pd.DataFrame, cost: pd.DataFrame, summary: pd.DataFrame, facts: list[str]) -> Path:
+    """`report.html` in the folder; `table` and `cost` as in longbench/report.py."""
+    figures = []
+    for model, own in table.groupby("model"):
+        figures += [budget_figure(own, f"{model}: accuracy by budget"), tasks_figure(own, f"{model}: scores by task")]
+        figures.append(bytes_figure(own.merge(cost), f"{model}: accuracy by KV read"))
+    header, rows = list(summary.columns), [[str(cell) for cell in row] for row in summary.itertuples(index=False)]
+    return write_report(folder / "report.html", "hillinfer eval", facts, header, rows, figures)
+
+
+def budget_figure(table: pd.DataFrame, title: str) -> go.Figure:
+    """Average score against alpha, a line for each system, with 95 % intervals; what attends to everything is level."""
+    rows, figure = table[table.task == "average"], go.Figure()
+    for i, (system, own) in enumerate(rows.groupby("system")):
+        own = own.sort_values("alpha")
+        level = len(own) == 1 and own.alpha.iloc[0] == 1
+        bars = dict(type="data", array=own.high - own.score, arrayminus=own.score - own.low, thickness=1)
+        figure.add_scatter(
+            name=system,
+            x=[rows.alpha.min(), 1] if level else own.alpha,
+            y=[*own.score] * (2 if level else 1),
+            mode="lines" if level else "lines+markers",
+            line=dict(dash="dot" if level else "solid", color=_colour(i)),
+            error_y=None if level else bars,
+        )
+    figure.update_layout(LAYOUT, title=title, yaxis_title="score (95 % interval)", height=460)
+    figure.update_xaxes(title="alpha: share of the tokens attended to", type="log")
+    return figure
+
+
+def bytes_figure(table: pd.DataFrame, title: str) -> go.Figure:
+    """Average score against the bytes of KV that a decode step attends to: what budgets are about."""
+    rows, figure = table[table.task == "average"], go.Figure()
+    for i, (system, own) in enumerate(rows.groupby("system")):
+        own = own.sort_values("alpha")
+        figure.add_scatter(
+            name=system,
+            x=own.KV_read_KiB_per_token,
+            y=own.score,
+            mode="lines+markers",
+            line_color=_colour(i),
+            customdata=own[["alpha", "ms_per_token", "drive_KiB_per_token"]],
+            hovertemplate="alpha %{customdata[0]}<br>score %{y:.1f}<br>%{x:,.0f} KiB of KV, %{customdata[1]:.1f} ms "
+            "and %{customdata[2]:,.0f} KiB from the drive per token",
+        )
+    figure.update_layout(LAYOUT, title=title, yaxis_title="score", height=460)
+    figure.update_xaxes(title="KiB of KV attended to per token (median)", type="log")
+    return figure
+
+
+def tasks_figure(table: pd.DataFrame, title: str) -> go.Figure:
+    """A heat map: tasks by ways."""
+    rows = table[table.bucket == ""]
+    grid = rows.assign(way=rows.system + rows.alpha.map(" {:g}".format))
+    grid = grid.pivot_table(index="way", columns="task", values="score", sort=False)
+    figure = go.Figure(go.Heatmap(z=grid, x=list(grid.columns), y=list(grid.index), colorscale="Viridis", zmin=0))
+    figure.update_layout(LAYOUT, title=title, height=200 + 18 * len(grid), yaxis_autorange="reversed")
+    return figure
+
+
+def _colour(i: int) -> str:
+    return qualitative.Dark24[i % 24]

@@ -59,7 +59,7 @@ class Worker:
     def evaluate(self, tell, stream: int, block: int, query: np.ndarray, out: np.ndarray) -> Work:
         meter, out, width = self._meter(), out.view(np.int32), 1 + self.shape.kv_heads
         meter.move(link=query.nbytes)
-        query, cold = query.astype(np.float32), np.flatnonzero(~self.hot[stream])
+        cold = np.flatnonzero(~self.hot[stream])
         for at in range(0, len(cold), block):
             positions = cold[at : at + block]
             m = len(positions)

@@ -27,22 +27,23 @@ class Rings:
         self.close = weakref.finalize(self, _close, self._free)
 
     def transfer(self, write: bool, fd: int, offsets: np.ndarray, addresses: np.ndarray, lengths: np.ndarray):
-        """Move pieces between file and memory; all int64 (m,). Raises OSError whose `piece` says which one failed, and
-        whose `done` how far that came.
-        """
+        """Move pieces between file and memory; all int64 (m,). Raises OSError whose `offset` says which one failed."""
         pieces = [np.ascontiguousarray(part, np.int64) for part in (offsets, addresses, lengths)]
-        done, failed = np.empty(len(offsets), np.int64), ctypes.c_int64()
+        done, failed = np.empty(len(offsets), np.int64), ctypes.c_int64(0)
         ring = self._take()
         try:
             where = *map(native.pointer, (*pieces, done)), ctypes.byref(failed)
             error = native.call("hi_ring_run", ring, fd, int(write), len(done), *where)
         finally:
-            self._free.append(ring)
+            if failed.value >= 0:
+                self._free.append(ring)
+            else:
+                native.call("hi_ring_close", ring)
         if error:
             piece = max(0, failed.value)
             where = f"{done[piece]} of {pieces[2][piece]} bytes at offset {pieces[0][piece]}"
             raised = Short(f"only {where}") if error < 0 else OSError(error, f"{os.strerror(error)}, after {where}")
-            raised.piece = piece
+            raised.offset = int(pieces[0][piece])
             raise raised
 
     def _take(self) -> int:

@@ -25,7 +25,9 @@ class Worker:
 
     def __init__(self, connection: socket.socket, folder: Path, shape: Shape, settings: Emulation):
         self.connection, self.shape, self.settings = connection, shape, settings
-        self.file = RecordFile(folder, shape.record_bytes, shape.streams, shape.batch, settings.threads)
+        self.file = RecordFile(
+            folder, shape.record_bytes, shape.streams, shape.batch, settings.threads, settings.engine
+        )
         self.codes = CodeMemory(self.file, shape, settings.dram_bytes, settings.page_bytes)
         self.tails = [np.empty((0, shape.record_bytes), np.uint8) for _ in range(shape.streams)]
         self.flushed = [0] * shape.streams  # records on the file; the rest are in the tail

@@ -46,7 +46,8 @@ def step_ms(folder: Path, n: int, share: float, alpha: float) -> float:
         )
         codes = KeyCodes(1, HEADS, DIM)
         keys = torch.randn(1, n, HEADS, DIM, dtype=torch.bfloat16)
-        store.append(torch.stack((keys, keys), 2), codes.append(keys.transpose(1, 2)))
+        doublings = codes.append(keys.transpose(1, 2))
+        store.append(torch.stack((keys, keys), 2), (codes.newest(keys.shape[1]), doublings))
         drive.report()  # waits for the writes
         times = []
         for _ in range(REPEATS + 1):

@@ -39,7 +39,8 @@ class Settings:
     paced        slow the emulated drive down to a SmartSSD's rates
     sinks        first tokens that stay on the model's device
     recent       last tokens that stay on the model's device
-    io_threads   threads that read the drive at once
+    engine       how the drive is read: `io_uring`, `threads`, or `auto`, which takes io_uring where it can be had
+    io_threads   threads that read the drive at once, where they do
     placement    what the hot pool keeps: `hits` (a counter for each token and layer), `shared-hits` (the paper's one
                  table for all layers), or as controls `lru` and `importance`
     precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
@@ -56,6 +57,7 @@ class Settings:
     paced: bool = False
     sinks: int = 4
     recent: int = 16
+    engine: str = "auto"
     io_threads: int = 16
     placement: str = "hits"
     precision: str = "int8"
@@ -72,6 +74,7 @@ class Settings:
             ("placement", ("hits", "shared-hits", "lru", "importance")),
             ("precision", ("int8", "int4")),
             ("split", ("shortest", "paper")),
+            ("engine", ("auto", "io_uring", "threads")),
             ("lookahead", (True, False, "auto")),
         ):
             if getattr(self, name) not in known:

@@ -25,12 +25,18 @@ class Growable:
             grown.narrow(self.dim, 0, self.n).copy_(self.view())
             self.data = grown
 
+    def extend(self, more: int) -> int:
+        """Have `more` further places in the view, to be filled by the caller; returns where they start."""
+        start, self.n = self.n, self.n + more
+        if self.n > self.data.shape[self.dim]:
+            self.n = start
+            self.reserve(start + more + max(256, (start + more) // 8))
+            self.n += more
+        return start
+
     def append(self, new: torch.Tensor) -> None:
-        end = self.n + new.shape[self.dim]
-        if end > self.data.shape[self.dim]:
-            self.reserve(end + max(256, end // 8))
-        self.data.narrow(self.dim, self.n, new.shape[self.dim]).copy_(new)
-        self.n = end
+        start = self.extend(new.shape[self.dim])
+        self.data.narrow(self.dim, start, new.shape[self.dim]).copy_(new)
 
     def truncate(self, n: int) -> None:
         self.n = min(self.n, n)

@@ -56,7 +56,9 @@ class Layer:
         coded = None
         if self.codes is not None:
             with run.timeline.span("cpu", "encode", self.index, run.step, keys.nbytes):
-                coded = self.codes.append(keys)
+                doublings = self.codes.append(keys)
+                if isinstance(self.store, ScoringStore):
+                    coded = self.codes.newest(keys.shape[2]), doublings
         with run.timeline.span("cpu", "append", self.index, run.step, kv.nbytes):
             work = self.store.append(kv, coded)
         self._record(work)

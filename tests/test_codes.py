@@ -6,7 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hillinfer.evaluator.codes import EXACT_FP32_DIM, TOP, KeyCodes, group_scores, group_scores_reference, pack, unpack
+from hillinfer.evaluator.codes import (
+    EXACT_FP32_DIM,
+    TOP,
+    KeyCodes,
+    group_scores,
+    group_scores_reference,
+    group_scores_torch,
+    pack,
+    unpack,
+)
 from hillinfer.evaluator.topk import merge_heads, topk
 
 
@@ -30,7 +39,7 @@ def test_scores_equal_the_numpy_reference(bits, heads, group, dim, n, extreme, s
     query, codes = draw(TOP[8], heads, group, dim), draw(TOP[bits], heads, n, dim)
     stored = pack(torch.from_numpy(codes), bits)
     assert stored.shape[2] == dim * bits // 8 and np.array_equal(unpack(stored, bits).numpy(), codes)
-    got = group_scores(torch.from_numpy(query), stored, bits, block=128)
+    got = group_scores_torch(torch.from_numpy(query), stored, bits, block=128)
     assert got.dtype == np.int32
     assert np.array_equal(got, group_scores_reference(query, codes))
 
@@ -38,8 +47,9 @@ def test_scores_equal_the_numpy_reference(bits, heads, group, dim, n, extreme, s
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_largest_scores_are_exact(sign):
     query = np.full((1, 1, EXACT_FP32_DIM), TOP[8], np.int8)
-    got = group_scores(torch.from_numpy(query), torch.from_numpy(sign * query))
-    assert got.item() == sign * TOP[8] ** 2 * EXACT_FP32_DIM
+    for scores in (group_scores_torch, group_scores):
+        got = scores(torch.from_numpy(query), torch.from_numpy(sign * query))
+        assert got.item() == sign * TOP[8] ** 2 * EXACT_FP32_DIM
 
 
 def test_a_head_dim_beyond_exactness_is_refused():

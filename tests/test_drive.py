@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hillinfer.native import ring
 from hillinfer.tiers import drive as module
 from hillinfer.tiers.drive import DirectDrive, DriveError
 from hillinfer.tiers.geometry import BLOCK, Geometry
@@ -36,6 +37,17 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
+ENGINES = [
+    "threads",
+    pytest.param("io_uring", marks=pytest.mark.skipif(bool(ring.why_not()), reason=str(ring.why_not()))),
+]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    return request.param
+
+
 @pytest.fixture
 def folder(tmp_path):
     yield tmp_path
@@ -44,10 +56,11 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_streams_read_back_to_the_bit(shape, dtype, folder):
+def test_streams_read_back_to_the_bit(shape, dtype, folder, engine):
     torch.manual_seed(0)
     size = geometry(*shape, dtype, batch=2)
-    drive = DirectDrive(folder, size, streams=4)
+    drive = DirectDrive(folder, size, streams=4, engine=engine)
+    assert drive.engine == engine
     streams = [Stream(drive, i) for i in range(4)]
     wanted = [size.empty(0) for _ in streams]
     for n in (300, 1, 1, 63, 1700, 5):  # the fifth outgrows the first segment
@@ -67,9 +80,9 @@ def test_streams_read_back_to_the_bit(shape, dtype, folder):
 
 @given(data=st.data(), behind=st.booleans())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_order_of_appends_reads_and_truncations(data, behind, tmp_path_factory):
+def test_any_order_of_appends_reads_and_truncations(data, behind, tmp_path_factory, engine):
     size = geometry(*data.draw(st.sampled_from(list(SHAPES.values()))))
-    drive = DirectDrive(tmp_path_factory.mktemp("drive"), size, streams=1)
+    drive = DirectDrive(tmp_path_factory.mktemp("drive"), size, streams=1, engine=engine)
     writer = Writer() if behind else None
     stream, want = Stream(drive, 0, writer), size.empty(0)
     for _ in range(data.draw(st.integers(1, 6))):
@@ -101,7 +114,7 @@ def test_the_file_is_private_unlinked_and_direct(folder):
     drive.close()  # twice is fine
 
 
-def test_without_o_direct_it_is_buffered_with_a_warning(folder, monkeypatch):
+def test_without_o_direct_it_is_buffered_with_a_warning(folder, monkeypatch, engine):
     real = os.open
 
     def refuse(name, flags, *rest):
@@ -111,7 +124,7 @@ def test_without_o_direct_it_is_buffered_with_a_warning(folder, monkeypatch):
 
     monkeypatch.setattr(module.os, "open", refuse)
     with pytest.warns(UserWarning, match="O_DIRECT"):
-        drive = DirectDrive(folder, geometry(), streams=1)
+        drive = DirectDrive(folder, geometry(), streams=1, engine=engine)
     assert not drive.direct
     records = random_records(drive.geometry, 64)
     drive.write(0, 0, records)
@@ -121,7 +134,7 @@ def test_without_o_direct_it_is_buffered_with_a_warning(folder, monkeypatch):
 
 def test_neighbours_are_joined_and_reads_stay_below_a_mebibyte(folder, monkeypatch):
     size = geometry(8, 64)  # 4 KiB records
-    drive = DirectDrive(folder, size, streams=1)
+    drive = DirectDrive(folder, size, streams=1, engine="threads")
     records = random_records(size, 1024)
     drive.write(0, 0, records)
     calls = []
@@ -141,7 +154,7 @@ def test_neighbours_are_joined_and_reads_stay_below_a_mebibyte(folder, monkeypat
 
 def test_short_transfers_are_continued(folder, monkeypatch):
     size = geometry(8, 64)
-    drive = DirectDrive(folder, size, streams=1)
+    drive = DirectDrive(folder, size, streams=1, engine="threads")
     real_read, real_write = os.preadv, os.pwritev
     monkeypatch.setattr(module.os, "preadv", lambda fd, b, at: real_read(fd, [b[0][:BLOCK]], at))
     monkeypatch.setattr(module.os, "pwritev", lambda fd, b, at: real_write(fd, [b[0][:BLOCK]], at))
@@ -151,6 +164,80 @@ def test_short_transfers_are_continued(folder, monkeypatch):
     drive.close()
 
 
+@pytest.mark.parametrize(
+    ("stream", "there", "place"), [(0, 100, "layer 0, sequence 0, position 300"), (3, 300, "layer 1")]
+)
+def test_a_file_that_ends_early_says_where(folder, engine, stream, there, place):
+    """A real short read: the pieces before the end come, one comes in part, and then there is no more."""
+    size = geometry(8, 64, batch=2)
+    drive = DirectDrive(folder, size, streams=4, engine=engine)
+    drive.write(stream, 0, random_records(size, 1024))
+    assert len(drive.read(stream, np.arange(0, 1024, 4))[0]) == 256
+    os.ftruncate(drive.fd, int(drive.offsets(stream, np.array([there]))[0]) + BLOCK)
+    with pytest.raises(DriveError, match=f"read failed at {place}.*only 0 of 4096 bytes"):
+        drive.read(stream, np.array([0, 50, 300, 600]) + there - 100 * (stream == 0))
+    with pytest.raises(DriveError, match="only 4096 of 8192 bytes"):
+        drive.read(stream, np.array([there, there + 1]))
+    drive.close()
+
+
+def test_a_refused_write_says_where(folder, engine):
+    drive = DirectDrive(folder, geometry(8, 64), streams=1, engine=engine)
+    fd, drive.fd = drive.fd, os.open(folder, os.O_RDONLY)
+    with pytest.raises(DriveError, match="write failed at layer 0, sequence 0, position 0"):
+        drive.transfer("write", [(0, np.zeros(BLOCK, np.uint8))], 0, 0)
+    os.close(drive.fd)
+    drive.fd = fd
+    drive.close()
+
+
+def test_engines_move_the_same_bits_and_bytes(folder):
+    size = geometry(3, 32)
+    records, read = random_records(size, 4000), []
+    for engine in ("threads", "auto"):
+        drive = DirectDrive(folder, size, streams=1, engine=engine)
+        drive.write(0, 0, records[: 4000 // size.group * size.group])
+        positions = np.flatnonzero(np.random.default_rng(1).random(3900) < 0.2)
+        read.append((*drive.read(0, positions), drive.reads, drive.bytes_read))
+        assert same(read[-1][0], records[torch.from_numpy(positions)])
+        drive.close()
+    assert read[0][1:] == read[1][1:]
+
+
+def test_many_threads_read_at_once(folder, engine):
+    size = geometry(8, 64)
+    drive, records = DirectDrive(folder, size, streams=1, engine=engine), random_records(size, 2048)
+    drive.write(0, 0, records)
+    wrong = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(20):
+            positions = np.flatnonzero(rng.random(2048) < 0.2)
+            if not same(drive.read(0, positions)[0], records[torch.from_numpy(positions)]):
+                wrong.append(seed)
+
+    readers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    drive.close()
+    assert not wrong
+
+
+def test_without_io_uring_threads_take_over(folder, monkeypatch):
+    def refuse(self, *args):
+        raise OSError(errno.ENOSYS, "no io_uring here")
+
+    monkeypatch.setattr(ring.Rings, "__init__", refuse)
+    drive = DirectDrive(folder, geometry(), streams=1)
+    assert drive.engine == "threads"
+    drive.close()
+    with pytest.raises(DriveError, match="no io_uring here"):
+        DirectDrive(folder, geometry(), streams=1, engine="io_uring")
+
+
 @pytest.mark.parametrize("answer", [0, errno.EIO])
 def test_a_failed_read_says_where(folder, monkeypatch, answer):
     def broken(fd, buffers, at):
@@ -158,7 +245,7 @@ def test_a_failed_read_says_where(folder, monkeypatch, answer):
             raise OSError(answer, os.strerror(answer))
         return 0
 
-    drive = DirectDrive(folder, geometry(8, 64, batch=2), streams=6)
+    drive = DirectDrive(folder, geometry(8, 64, batch=2), streams=6, engine="threads")
     drive.write(5, 0, random_records(drive.geometry, 8))
     monkeypatch.setattr(module.os, "preadv", broken)
     with pytest.raises(DriveError, match="layer 2, sequence 1, position 3"):
@@ -189,7 +276,7 @@ def test_a_read_during_a_write_is_served_from_memory(folder, monkeypatch):
 
     monkeypatch.setattr(module.os, "pwritev", slow)
     size = geometry(8, 64)
-    drive, writer = DirectDrive(folder, size, streams=1), Writer()
+    drive, writer = DirectDrive(folder, size, streams=1, engine="threads"), Writer()
     stream, records = Stream(drive, 0, writer), random_records(size, 300)
     assert stream.append(records[:200]) == 200 * size.record_bytes
     assert reached.wait(10)
@@ -208,7 +295,7 @@ def test_a_failed_write_behind_is_raised_and_loses_nothing(folder, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     size = geometry(8, 64)
-    drive, writer = DirectDrive(folder, size, streams=1), Writer()
+    drive, writer = DirectDrive(folder, size, streams=1, engine="threads"), Writer()
     stream, records = Stream(drive, 0, writer), random_records(size, 300)
     monkeypatch.setattr(module.os, "pwritev", broken)
     stream.append(records)

@@ -114,7 +114,8 @@ def test_an_error_of_the_prefetch_ends_generation_with_its_place(models, prompt,
     def broken(fd, buffers, at):
         raise OSError(5, "Input/output error")
 
-    with hillinfer.make_cache(model, "hillinfer", alpha=0.1, recent=4, drive=tmp_path, lookahead=True) as cache:
+    options = dict(alpha=0.1, recent=4, drive=tmp_path, lookahead=True, engine="threads")
+    with hillinfer.make_cache(model, "hillinfer", **options) as cache:
         with torch.no_grad():
             model(prompt, past_key_values=cache)
         monkeypatch.setattr(drive_module.os, "preadv", broken)

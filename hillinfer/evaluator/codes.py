@@ -8,6 +8,7 @@ keys are scored.
 import numpy as np
 import torch
 
+from hillinfer import native
 from hillinfer.growable import Growable
 
 TOP = {8: 127, 4: 7}  # largest code by bits; symmetric, so that no code lacks its negative
@@ -30,26 +31,40 @@ class KeyCodes:
         self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8)
         self.scale = torch.zeros((batch, kv_heads, 1, head_dim))
 
-    def append(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Code new keys (B, Hkv, n, D). Returns their codes, int8 and of that shape, and how often each channel's scale
-        doubled, uint8 (B, Hkv, D), for whoever else keeps codes.
+    def append(self, keys: torch.Tensor) -> torch.Tensor:
+        """Code new keys (B, Hkv, n, D). Returns how often each channel's scale doubled, uint8 (B, Hkv, D).
 
         A channel that outgrows its scale doubles it as often as needed and halves its old codes, so that codes never
         saturate and are never more than one step off the direct quantisation.
         """
+        keys = keys.to("cpu")
+        dtype = str(keys.dtype).removeprefix("torch.")
+        if keys.stride(3) != 1 or dtype not in ("float32", "bfloat16"):
+            keys, dtype = keys.float().contiguous(), "float32"
+        if not native.available():
+            return self.append_reference(keys.float())
+        at = self.codes.extend(keys.shape[2])
+        return torch.from_numpy(native.encode(keys, dtype, self.bits, self.scale, self.codes.data, at))
+
+    def append_reference(self, keys: torch.Tensor) -> torch.Tensor:
+        """`append` in torch; keys fp32 in host memory."""
         top = TOP[self.bits]
-        keys = keys.to("cpu", torch.float32)
         need = keys.abs().amax(2, keepdim=True) / top
         fresh = self.scale == 0
-        doublings = torch.where((need > self.scale) & ~fresh, torch.log2(need / self.scale).ceil(), 0).clamp_(min=0)
+        mantissa, exponent = torch.frexp(need / self.scale)  # the ceiling of log2, exactly
+        exponent -= (mantissa == 0.5).int()
+        doublings = torch.where((need > self.scale) & ~fresh, exponent, 0).clamp_(min=0)
         if doublings.any():
             old = self.codes.view()
             old.copy_(pack((unpack(old, self.bits).float() / 2**doublings).round_().to(torch.int8), self.bits))
         self.scale = torch.where(fresh, need, self.scale * 2**doublings)
         new = (keys / self.scale.clamp(min=TINY)).round_().clamp_(-top, top)
-        new = new.to(torch.int8)
-        self.codes.append(pack(new, self.bits))
-        return new, doublings.squeeze(2).to(torch.uint8)
+        self.codes.append(pack(new.to(torch.int8), self.bits))
+        return doublings.squeeze(2).to(torch.uint8)
+
+    def newest(self, n: int) -> torch.Tensor:
+        """Codes of the last n keys, int8 (B, Hkv, n, D), for whoever else keeps codes."""
+        return unpack(self.codes.view()[:, :, self.codes.n - n :], self.bits)
 
     def query(self, query: torch.Tensor, row: int) -> torch.Tensor:
         """Fold the scales into a query (H, D) and quantise it to INT8: (Hkv, G, D).
@@ -67,7 +82,7 @@ class KeyCodes:
         int32 (Hkv, n), the best of the query heads of each group.
         """
         stored = self.codes.view()[row]
-        return group_scores(query, stored if positions is None else stored[:, torch.from_numpy(positions)], self.bits)
+        return group_scores(query, stored, self.bits, positions)
 
     def truncate(self, n: int) -> None:
         self.codes.truncate(n)
@@ -93,8 +108,19 @@ def unpack(stored: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack(((stored << 4) >> 4, stored >> 4), -1).flatten(-2)  # arithmetic shifts carry the sign
 
 
-def group_scores(query: torch.Tensor, stored: torch.Tensor, bits: int = 8, block: int = 4096) -> np.ndarray:
-    """query int8 (Hkv, G, D), stored codes (Hkv, n, D or D/2) -> (Hkv, n) int32, max over the group.
+def group_scores(
+    query: torch.Tensor, stored: torch.Tensor, bits: int = 8, positions: np.ndarray | None = None
+) -> np.ndarray:
+    """query int8 (Hkv, G, D), stored codes (Hkv, n, D or D/2), all or those at positions (m,) -> (Hkv, n or m) int32,
+    max over the group.
+    """
+    if native.available():
+        return native.score(query, stored, bits, positions, torch.get_num_threads())
+    return group_scores_torch(query, stored if positions is None else stored[:, torch.from_numpy(positions)], bits)
+
+
+def group_scores_torch(query: torch.Tensor, stored: torch.Tensor, bits: int = 8, block: int = 4096) -> np.ndarray:
+    """`group_scores` of all keys in torch.
 
     fp32 is exact here: every partial sum is an integer below 2**24. A block's converted codes stay in the cache.
     """

@@ -2,9 +2,26 @@
 
 import numpy as np
 
+from hillinfer import native
+
 
 def topk(scores: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k highest integer scores of (n,), best first; ties go to the lowest position.
+    """Positions of the k highest int32 scores of (n,), best first; ties go to the lowest position."""
+    return native.topk(scores, k) if native.available() else topk_reference(scores, k)
+
+
+def merge_heads(scores: np.ndarray, k: int) -> np.ndarray:
+    """One selection for all KV heads of a layer: int32 scores (Hkv, n) -> k positions, ascending.
+
+    Heads take turns: every head's best, then every head's second best, and so on, until k different positions are
+    in. Integer scores of different heads have different scales, so ranks are compared and not scores; a record holds
+    all heads, so what one head wants is there for the others too.
+    """
+    return native.merge_heads(scores, k) if native.available() else merge_heads_reference(scores, k)
+
+
+def topk_reference(scores: np.ndarray, k: int) -> np.ndarray:
+    """`topk` in numpy.
 
     Score and position are packed into one sortable integer, which makes the order total and argpartition's choice
     unique.
@@ -18,13 +35,8 @@ def topk(scores: np.ndarray, k: int) -> np.ndarray:
     return best[np.argsort(-rank[best])]
 
 
-def merge_heads(scores: np.ndarray, k: int) -> np.ndarray:
-    """One selection for all KV heads of a layer: scores (Hkv, n) -> k positions, ascending.
-
-    Heads take turns: every head's best, then every head's second best, and so on, until k different positions are
-    in. Integer scores of different heads have different scales, so ranks are compared and not scores; a record holds
-    all heads, so what one head wants is there for the others too.
-    """
-    turns = np.stack([topk(head, k) for head in scores], 1).reshape(-1)  # rank-major
+def merge_heads_reference(scores: np.ndarray, k: int) -> np.ndarray:
+    """`merge_heads` in numpy."""
+    turns = np.stack([topk_reference(head, k) for head in scores], 1).reshape(-1)  # rank-major
     _, first = np.unique(turns, return_index=True)
     return np.sort(turns[np.sort(first)[:k]])

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from hillinfer.config import Settings, UsageError
+from hillinfer.native import ring
 from hillinfer.pipeline.balance import Chosen, Speeds
 from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.timeline import Counters, Timeline
@@ -37,6 +38,10 @@ class Run:
     speeds: Speeds | None = None  # of the profile
     chosen: Chosen | None = None  # what the last steps selected from either side
     trial: Trial | None = None  # whether it pays to look ahead
+
+    def __post_init__(self):
+        if self.settings.engine == "io_uring" and (reason := ring.why_not()):
+            raise UsageError(f"{reason} (engine io_uring was asked for; auto takes what there is)")
 
     def start(self, geometry: Geometry) -> None:
         """Fix the shape at the first append, and open the drive if there is one."""
@@ -111,9 +116,11 @@ class Run:
     def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive:
         settings, streams = self.settings, self.layers * geometry.batch
         if settings.drive_kind == "ssd":
-            return DirectDrive(settings.drive, geometry, streams, settings.io_threads)
+            return DirectDrive(settings.drive, geometry, streams, settings.io_threads, settings.engine)
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, geometry.head_dim)
-        return EmulatedDrive(settings.drive, shape, Emulation(paced=settings.paced, threads=settings.io_threads))
+        return EmulatedDrive(
+            settings.drive, shape, Emulation(paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
+        )
 
     def stream(self, index: int) -> Stream | RemoteStream:
         """Stream layer * batch + row of the drive."""

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from hillinfer import native
 from hillinfer.tiers.record_file import BLOCK, DriveError, RecordFile, aligned
 
 EXACT_DIM = 2**24 // 127**2  # 1,040: up to this head_dim an fp32 sum of code products is an exact integer in any order
@@ -226,7 +227,7 @@ class CodeMemory:
         return moved
 
     def scores(self, stream: int, query: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, int]:
-        """query (Hkv, G, D) float32, sorted positions (m,) -> scores (Hkv, m) int32, max over G, and the bytes read
+        """query (Hkv, G, D) int8, sorted positions (m,) -> scores (Hkv, m) int32, max over G, and the bytes read
         from the file.
         """
         out, nbytes = np.empty((self.shape.kv_heads, len(positions)), np.int32), 0
@@ -238,9 +239,12 @@ class CodeMemory:
             buffer, read = self._load(stream, index)
             nbytes += read
             codes = self._codes(buffer)
+            if native.available():
+                out[:, first:last] = native.score(query, codes, 8, rows)
+                continue
             dense = rows[-1] - rows[0] + 1 == len(rows)
             codes = codes[:, rows[0] : rows[-1] + 1] if dense else codes.take(rows, 1)
-            out[:, first:last] = np.matmul(query, codes.astype(np.float32).transpose(0, 2, 1)).max(1)
+            out[:, first:last] = np.matmul(query.astype(np.float32), codes.astype(np.float32).transpose(0, 2, 1)).max(1)
         return out, nbytes
 
     def truncate(self, stream: int, n: int) -> None:

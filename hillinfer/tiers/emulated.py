@@ -38,7 +38,8 @@ class Emulation:
     page_bytes: int = 1 << 20  # of codes, read from the file at once
     rates: Rates = SMARTSSD
     paced: bool = False
-    threads: int = 16  # that read and write the file
+    threads: int = 16  # that read and write the file, where io_uring does not
+    engine: str = "auto"  # of `RecordFile`
     shared_bytes: int = 64 << 20  # for what is under way between host and worker; used only as far as needed
     timeout: float = 60.0  # seconds without an answer after which the worker counts as dead
 

@@ -25,7 +25,9 @@ class Worker:
 
     def __init__(self, connection: socket.socket, folder: Path, shape: Shape, settings: Emulation):
         self.connection, self.shape, self.settings = connection, shape, settings
-        self.file = RecordFile(folder, shape.record_bytes, shape.streams, shape.batch, settings.threads)
+        self.file = RecordFile(
+            folder, shape.record_bytes, shape.streams, shape.batch, settings.threads, settings.engine
+        )
         self.codes = CodeMemory(self.file, shape, settings.dram_bytes, settings.page_bytes)
         self.tails = [np.empty((0, shape.record_bytes), np.uint8) for _ in range(shape.streams)]
         self.flushed = [0] * shape.streams  # records on the file; the rest are in the tail
@@ -59,7 +61,7 @@ class Worker:
     def evaluate(self, tell, stream: int, block: int, query: np.ndarray, out: np.ndarray) -> Work:
         meter, out, width = self._meter(), out.view(np.int32), 1 + self.shape.kv_heads
         meter.move(link=query.nbytes)
-        query, cold = query.astype(np.float32), np.flatnonzero(~self.hot[stream])
+        cold = np.flatnonzero(~self.hot[stream])
         for at in range(0, len(cold), block):
             positions = cold[at : at + block]
             m = len(positions)

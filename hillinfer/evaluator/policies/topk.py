@@ -14,10 +14,8 @@ class TopK(Policy):
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:
             return None
-        near = step.near()[-step.budget :]
-        scores = step.scores()
-        far = np.ones(step.n, bool)
-        far[near] = False
-        candidates = np.flatnonzero(far)
-        chosen = candidates[merge_heads(scores[:, candidates], step.budget - len(near))]
-        return np.sort(np.concatenate((near, chosen)))
+        first = min(step.sinks, step.n)
+        last = max(first, step.n - step.recent)  # between them lies what can be chosen
+        near = np.concatenate((np.arange(first), np.arange(last, step.n)))[-step.budget :]
+        chosen = first + merge_heads(step.scores()[:, first:last], step.budget - len(near))
+        return np.concatenate((near[near < first], chosen, near[near >= last]))

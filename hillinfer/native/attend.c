@@ -1,0 +1,221 @@
+/* Attention of one query token over records that lie anywhere: softmax(q.k * scale).v without a gather buffer.
+ * A record is K (heads, dim) and then V (heads, dim). Softmax is online over tiles of tokens (Milakov and Gimelshein,
+ * arXiv 1805.02867), so that each record is met once. Sums are fp32 whatever the records are. */
+#include "common.h"
+
+#define TILE 32
+#define MAX_DIM 1024
+
+struct attend {
+    int isa, dtype, heads, group, dim, threads;
+    const int64_t *records;  /* addresses (n,), or NULL: base + i * stride */
+    const char *base;
+    int64_t stride, n;
+    const float *query;  /* (heads * group, dim), scaled */
+    float *state;  /* for each thread: most (heads * group), sum (heads * group), weighted values (heads * group, dim) */
+};
+
+INLINE const char *record_of(const struct attend *a, int64_t i) {
+    return a->records ? (const char *)a->records[i] : a->base + i * a->stride;
+}
+
+INLINE float half_to_float(uint16_t bits) {
+    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7fff;
+    union { uint32_t u; float f; } x, magic = {113u << 23};
+    x.u = rest << 13;
+    if (rest >= 0x7c00) x.u += (255 - 31 + 0u) << 23;
+    else if (rest >= 0x400) x.u += (127 - 15) << 23;
+    else { x.u += 113u << 23; x.f -= magic.f; }  /* subnormal */
+    x.u |= sign;
+    return x.f;
+}
+
+/* One head's row as fp32: where it lies, or converted into `room`. */
+INLINE const float *row_generic(const char *from, float *room, int dim, int dtype) {
+    if (dtype == FP32) return (const float *)from;
+    const uint16_t *bits = (const uint16_t *)from;
+    if (dtype == BF16) {
+        for (int d = 0; d < dim; d++) {
+            union { uint32_t u; float f; } x = {(uint32_t)bits[d] << 16};
+            room[d] = x.f;
+        }
+        return room;
+    }
+    int d = 0;
+#if defined(__aarch64__)
+    for (; d + 4 <= dim; d += 4) vst1q_f32(room + d, vcvt_f32_f16(vld1_f16((const __fp16 *)bits + d)));
+#endif
+    for (; d < dim; d++) room[d] = half_to_float(bits[d]);
+    return room;
+}
+
+/* e to the x for x <= 0, to a few units in the last place; a form that compilers vectorise. */
+INLINE float exp_below(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } scale = {((int32_t)n + 127) << 23};
+    return p * scale.f;
+}
+
+INLINE void prefetch(const char *at, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
+}
+
+typedef const float *convert(const char *from, float *room, int dim, int dtype);
+
+INLINE void tiles(const struct attend *a, int share, const int dtype, convert *row_fp32) {
+    const int dim = a->dim, heads = a->heads, group = a->group, all = heads * group;
+    const int64_t row = (int64_t)dim * (dtype == FP32 ? 4 : 2), side = row * heads;
+    const int64_t end = a->n * (share + 1) / a->threads;
+    float *most = a->state + (int64_t)share * all * (dim + 2 + TILE), *sum = most + all, *out = sum + all;
+    float *logits = out + (int64_t)all * dim;  /* (all, TILE) */
+    float room[4][MAX_DIM];
+    for (int j = 0; j < all; j++) most[j] = -__builtin_inff();
+    memset(sum, 0, sizeof(float) * all * (dim + 1));
+    for (int64_t at = a->n * share / a->threads; at < end; at += TILE) {
+        const int m = end - at < TILE ? (int)(end - at) : TILE;
+        const char *records[TILE];
+        for (int t = 0; t < m; t++) records[t] = record_of(a, at + t);
+        for (int t = 0; t < m; t++) {
+            if (t + 4 < m) prefetch(records[t + 4], side);
+            prefetch(records[t] + side, side);
+            for (int h = 0; h < heads; h++) {
+                const float *k = row_fp32(records[t] + h * row, room[0], dim, dtype);
+                const float *q = a->query + (int64_t)h * group * dim;
+                float *to = logits + (int64_t)h * group * TILE + t;
+                int g = 0;
+                for (; g + 4 <= group; g += 4, q += 4 * dim, to += 4 * TILE) {
+                    float w = 0, x = 0, y = 0, z = 0;
+#pragma omp simd reduction(+ : w, x, y, z)
+                    for (int d = 0; d < dim; d++) {
+                        w += k[d] * q[d];
+                        x += k[d] * q[dim + d];
+                        y += k[d] * q[2 * dim + d];
+                        z += k[d] * q[3 * dim + d];
+                    }
+                    to[0] = w, to[TILE] = x, to[2 * TILE] = y, to[3 * TILE] = z;
+                }
+                for (; g < group; g++, q += dim, to += TILE) {
+                    float w = 0;
+#pragma omp simd reduction(+ : w)
+                    for (int d = 0; d < dim; d++) w += k[d] * q[d];
+                    to[0] = w;
+                }
+            }
+        }
+        for (int j = 0; j < all; j++) {
+            float *own = logits + (int64_t)j * TILE, high = most[j], part = 0;
+            for (int t = m; t < TILE; t++) own[t] = -__builtin_inff();  /* weighs nothing */
+            for (int t = 0; t < TILE; t++) high = own[t] > high ? own[t] : high;
+            if (high > most[j]) {
+                float keep = exp_below(most[j] - high);
+                if (sum[j] > 0)
+                    for (int d = 0; d < dim; d++) out[(int64_t)j * dim + d] *= keep;
+                sum[j] *= keep;
+                most[j] = high;
+            }
+#pragma omp simd reduction(+ : part)
+            for (int t = 0; t < TILE; t++) {
+                own[t] = exp_below(own[t] - high);
+                part += own[t];
+            }
+            sum[j] += part;
+        }
+        for (int t = 0; t < m; t += 4)
+            for (int h = 0; h < heads; h++) {
+                const float *v[4];
+                for (int i = 0; i < 4; i++)  /* past the tile's end the last one again: its weight there is nothing */
+                    v[i] = row_fp32(records[t + i < m ? t + i : m - 1] + side + h * row, room[i], dim, dtype);
+                for (int g = 0; g < group; g++) {
+                    const float *p = logits + (int64_t)(h * group + g) * TILE + t;
+                    float *o = out + (int64_t)(h * group + g) * dim;
+#pragma omp simd
+                    for (int d = 0; d < dim; d++)
+                        o[d] += p[0] * v[0][d] + p[1] * v[1][d] + p[2] * v[2][d] + p[3] * v[3][d];
+                }
+            }
+    }
+}
+
+INLINE void tiles_of(const struct attend *a, int share, convert *row_fp32) {
+    if (a->dtype == FP32) tiles(a, share, FP32, row_fp32);
+    else tiles(a, share, a->dtype, row_fp32);
+}
+
+static void tiles_generic(const struct attend *a, int share) { tiles_of(a, share, row_generic); }
+
+#if defined(__x86_64__)
+AVX2 static const float *row_avx2(const char *from, float *room, int dim, int dtype) {
+    if (dtype != FP16) return row_generic(from, room, dim, dtype);
+    int d = 0;
+    for (; d + 8 <= dim; d += 8)
+        _mm256_storeu_ps(room + d, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 2 * d))));
+    for (; d < dim; d++) room[d] = half_to_float(((const uint16_t *)from)[d]);
+    return room;
+}
+
+AVX512 static const float *row_avx512(const char *from, float *room, int dim, int dtype) {
+    if (dtype == FP32) return (const float *)from;
+    int d = 0;
+    for (; d + 16 <= dim; d += 16) {
+        __m256i half = _mm256_loadu_si256((const __m256i *)(from + 2 * d));
+        __m512 full = dtype == FP16 ? _mm512_cvtph_ps(half)
+                                    : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+        _mm512_storeu_ps(room + d, full);
+    }
+    if (d < dim) row_avx2(from + 2 * d, room + d, dim - d, dtype);
+    return room;
+}
+
+AVX2 static void tiles_avx2(const struct attend *a, int share) { tiles_of(a, share, row_avx2); }
+AVX512 static void tiles_avx512(const struct attend *a, int share) { tiles_of(a, share, row_avx512); }
+#endif
+
+static void attend_share(void *job, int share) {
+    const struct attend *a = job;
+#if defined(__x86_64__)
+    if (a->isa == ISA_AVX512) { tiles_avx512(a, share); return; }
+    if (a->isa == ISA_AVX2) { tiles_avx2(a, share); return; }
+#endif
+    tiles_generic(a, share);
+}
+
+/* query (heads * group, dim) fp32 -> out the same. Returns 0, or -1 where memory is out or dim above MAX_DIM. */
+int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int64_t stride, int64_t n,
+              const float *query, int heads, int group, int dim, float scale, float *out, int threads) {
+    int all = heads * group;
+    float *own = malloc(sizeof(float) * all * ((int64_t)dim + (int64_t)threads * (dim + 2 + TILE)));
+    if (!own || dim > MAX_DIM) {
+        free(own);
+        return -1;
+    }
+    for (int64_t i = 0; i < (int64_t)all * dim; i++) own[i] = query[i] * scale;
+    struct attend a = {isa, dtype, heads, group, dim, threads, records, base, stride, n, own, own + (int64_t)all * dim};
+    split(attend_share, &a, threads);
+    for (int j = 0; j < all; j++) {
+        float most = -__builtin_inff(), sum = 0;
+        for (int t = 0; t < threads; t++) {
+            float m = a.state[(int64_t)t * all * (dim + 2 + TILE) + j];
+            most = m > most ? m : most;
+        }
+        memset(out + (int64_t)j * dim, 0, sizeof(float) * dim);
+        for (int t = 0; t < threads; t++) {
+            float *part = a.state + (int64_t)t * all * (dim + 2 + TILE);
+            if (part[all + j] == 0) continue;
+            float weight = exp_below(part[j] - most);
+            sum += weight * part[all + j];
+            for (int d = 0; d < dim; d++) out[(int64_t)j * dim + d] += weight * part[2 * all + (int64_t)j * dim + d];
+        }
+        for (int d = 0; d < dim; d++) out[(int64_t)j * dim + d] /= sum;
+    }
+    free(own);
+    return 0;
+}

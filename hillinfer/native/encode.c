@@ -1,0 +1,78 @@
+/* Key codes at append, the same to the bit as `KeyCodes` builds them in torch: every step is one IEEE operation. */
+#include <math.h>
+#include "common.h"
+
+INLINE float key_at(const void *keys, int64_t i, int dtype) {
+    if (dtype == FP32) return ((const float *)keys)[i];
+    union { uint32_t u; float f; } x = {(uint32_t)((const uint16_t *)keys)[i] << 16};
+    return x.f;
+}
+
+INLINE int8_t code_of(const uint8_t *row, int d, int bits) {
+    return bits == 8 ? (int8_t)row[d] : d % 2 ? (int8_t)row[d / 2] >> 4 : (int8_t)(uint8_t)(row[d / 2] << 4) >> 4;
+}
+
+INLINE void set_code(uint8_t *row, int d, int bits, int8_t code) {
+    if (bits == 8) row[d] = (uint8_t)code;
+    else if (d % 2) row[d / 2] = (uint8_t)((row[d / 2] & 15) | (uint8_t)code << 4);
+    else row[d / 2] = (uint8_t)((row[d / 2] & 0xf0) | ((uint8_t)code & 15));
+}
+
+/* One head: keys (n, dim) fp32 or bf16, `row` elements apart; codes hold `at` tokens already. Returns whether any
+ * channel's scale doubled; its older codes are halved as often. */
+static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int dim, int bits, float *scale,
+                       uint8_t *codes, int64_t at, uint8_t *doublings, float *need) {
+    const float top = bits == 8 ? 127 : 7, tiny = 1.17549435e-38f;
+    const int width = dim * bits / 8;
+    int any = 0;
+    memset(need, 0, sizeof(float) * dim);
+    for (int64_t i = 0; i < n; i++)
+        for (int d = 0; d < dim; d++) {
+            float size = fabsf(key_at(keys, i * row + d, dtype));
+            need[d] = size > need[d] ? size : need[d];
+        }
+    for (int d = 0; d < dim; d++) {
+        need[d] /= top;
+        doublings[d] = 0;
+        if (scale[d] == 0) {
+            scale[d] = need[d];
+        } else if (need[d] > scale[d]) {
+            int exponent;
+            float mantissa = frexpf(need[d] / scale[d], &exponent);
+            int times = mantissa > 0.5f ? exponent : exponent - 1;  /* the ceiling of log2, exactly */
+            doublings[d] = (uint8_t)(times < 0 ? 0 : times);
+            scale[d] = ldexpf(scale[d], doublings[d]);
+            any |= doublings[d];
+        }
+        need[d] = scale[d] < tiny ? tiny : scale[d];
+    }
+    for (int d = 0; any && d < dim; d++)
+        for (int64_t i = 0; doublings[d] && i < at; i++) {
+            uint8_t *old = codes + i * width;
+            set_code(old, d, bits, (int8_t)rintf(ldexpf(code_of(old, d, bits), -doublings[d])));
+        }
+    for (int64_t i = 0; i < n; i++) {
+        uint8_t *to = codes + (at + i) * width;
+        for (int d = 0; d < dim; d++) {
+            float code = rintf(key_at(keys, i * row + d, dtype) / need[d]);
+            code = code > top ? top : code < -top ? -top : code;
+            set_code(to, d, bits, (int8_t)code);
+        }
+    }
+    return any != 0;
+}
+
+/* keys (batch, heads, n, dim), strides in elements; scale and doublings (batch, heads, dim); codes' strides in bytes. */
+int hi_encode(int dtype, const char *keys, int64_t by_row, int64_t by_head, int64_t by_token, int batch, int heads,
+              int64_t n, int dim, int bits, float *scale, uint8_t *codes, int64_t codes_by_row,
+              int64_t codes_by_head, int64_t at, uint8_t *doublings) {
+    float need[1040];
+    int any = 0, size = dtype == FP32 ? 4 : 2;
+    for (int b = 0; b < batch; b++)
+        for (int h = 0; h < heads; h++) {
+            int64_t which = (int64_t)(b * heads + h) * dim;
+            any |= encode_head(keys + (b * by_row + h * by_head) * size, dtype, by_token, n, dim, bits, scale + which,
+                               codes + b * codes_by_row + h * codes_by_head, at, doublings + which, need);
+        }
+    return any;
+}

@@ -1,0 +1,210 @@
+"""Each kernel against its plain reference, on every instruction set of this machine: integers exact, floats bounded."""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hillinfer import native
+from hillinfer.evaluator.codes import TOP, KeyCodes, group_scores_reference, pack
+from hillinfer.evaluator.topk import merge_heads_reference, topk_reference
+from hillinfer.native import build as builder
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_not()}")
+EACH = dict(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=native.isas() or ["none"])
+def isa(request):
+    before = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
+
+
+@given(
+    bits=st.sampled_from([8, 4]),
+    group=st.integers(1, 9),
+    dim=st.sampled_from([2, 16, 30, 64, 96, 128, 200, 256, 1040]),
+    n=st.integers(0, 70),
+    extreme=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+)
+@settings(**EACH)
+def test_scores(isa, bits, group, dim, n, extreme, threads, seed):
+    rng, top = np.random.default_rng(seed), TOP[bits]
+
+    def draw(top, *shape):
+        return rng.choice(np.array([-top, top]) if extreme else np.arange(-top, top + 1), shape).astype(np.int8)
+
+    query, codes = draw(TOP[8], 3, group, dim), draw(top, 3, n + 5, dim)
+    stored = pack(torch.from_numpy(codes), bits)[:, :n]  # heads are further apart than n rows
+    native_threads, native.SPLIT = native.SPLIT, 64
+    try:
+        got = native.score(query, stored, bits, threads=threads)
+        rows = np.flatnonzero(rng.random(n) < 0.4)
+        some = native.score(torch.from_numpy(query), stored, bits, rows, threads)
+    finally:
+        native.SPLIT = native_threads
+    want = group_scores_reference(query, codes[:, :n])
+    assert got.dtype == np.int32 and np.array_equal(got, want) and np.array_equal(some, want[:, rows])
+
+
+def test_scores_refuse_what_they_cannot_read():
+    codes = np.zeros((2, 10, 16), np.int8)
+    query = np.zeros((2, 1, 16), np.int8)
+    with pytest.raises(ValueError, match="row by row"):
+        native.score(query, codes[:, ::2], 8)
+    for bad in ([-1], [10]):
+        with pytest.raises(IndexError):
+            native.score(query, codes, 8, np.array(bad))
+
+
+@given(
+    heads=st.integers(1, 5),
+    n=st.integers(1, 400),
+    share=st.floats(0, 1),
+    spread=st.sampled_from([1, 5, 3000, 10**6, 2**31 - 1]),
+    padded=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+)
+@settings(**EACH)
+def test_selection(heads, n, share, spread, padded, threads, seed):
+    rng, k = np.random.default_rng(seed), int(share * n)
+    scores = rng.integers(-spread, spread, (heads, n), endpoint=True).astype(np.int32)
+    if padded:
+        scores[:, rng.random(n) < 0.2] = np.iinfo(np.int32).min + 1
+    assert np.array_equal(native.topk(scores[0], k), topk_reference(scores[0], k))
+    assert np.array_equal(native.merge_heads(scores, k, threads), merge_heads_reference(scores, k))
+    inner = scores[:, n // 4 : n - n // 5]
+    k = min(k, inner.shape[1])
+    assert np.array_equal(native.merge_heads(inner, k, threads), merge_heads_reference(inner, k))
+
+
+def test_selection_from_many_tokens():
+    """Long enough that bins are narrowed more than once, with an outlier that spoils the first ones."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 1000, (4, 20_000)).astype(np.int32)
+    scores[0, 5], scores[1, 7] = 2**31 - 1, 1 - 2**31
+    for k in (1, 100, 2000, 19_999, 20_000):
+        assert np.array_equal(native.merge_heads(scores, k), merge_heads_reference(scores, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kv_heads", "group", "dim"), [(2, 4, 64), (1, 1, 80), (3, 7, 128), (2, 2, 20)])
+def test_attention_over_scattered_records(isa, dtype, kv_heads, group, dim):
+    torch.manual_seed(0)
+    records = torch.randn(500, 2, kv_heads, dim).to(dtype)
+    query = torch.randn(kv_heads * group, dim)
+    for n in (1, 3, 32, 77, 500):
+        positions = torch.randperm(500)[:n]
+        kv = records[positions].double()
+        for scale in (dim**-0.5, 3.0):  # the second makes a sharp softmax
+            logits = torch.einsum("hgd,nhd->hgn", query.double().view(kv_heads, group, dim), kv[:, 0]) * scale
+            want = torch.einsum("hgn,nhd->hgd", logits.softmax(-1), kv[:, 1]).reshape(kv_heads * group, dim)
+            width = records[0].nbytes
+            ways = [
+                (records.data_ptr() + positions.numpy() * width, 1),
+                (records.data_ptr() + positions.numpy() * width, 3),
+            ]
+            if n == 500:
+                ways.append(((records.data_ptr(), width, 500), 2))
+                want_in_order = want
+            native_split, native.SPLIT = native.SPLIT, 1
+            for where, threads in ways:
+                out = torch.empty_like(query)
+                native.attend(query, where, str(dtype)[6:], kv_heads, scale, out, threads)
+                assert (out - want).abs().max() < 2e-5 * max(1, scale * dim**0.5 / 4)
+            native.SPLIT = native_split
+    assert want_in_order is want
+
+
+def test_attention_stays_finite_over_huge_logits(isa):
+    records = torch.zeros(40, 2, 1, 16)
+    records[:, 0] = torch.linspace(-1e4, 1e4, 40).view(40, 1, 1)
+    records[:, 1] = torch.arange(40.0).view(40, 1, 1)
+    out = torch.empty(1, 16)
+    native.attend(torch.ones(1, 16), (records.data_ptr(), records[0].nbytes, 40), "float32", 1, 1.0, out)
+    assert torch.equal(out, torch.full((1, 16), 39.0))  # the last key's weight is one
+
+
+@given(
+    bits=st.sampled_from([8, 4]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    grow=st.floats(0.05, 30),
+    dim=st.sampled_from([2, 18, 64]),
+    seed=st.integers(0, 10**6),
+)
+@settings(**EACH)
+def test_codes_at_append(bits, dtype, sizes, grow, dim, seed):
+    """Keys as models give them, transposed, with zeros, exact powers of two and growing scales."""
+    torch.manual_seed(seed)
+    one, other = KeyCodes(2, 3, dim, bits), KeyCodes(2, 3, dim, bits)
+    for i, n in enumerate(sizes):
+        keys = torch.randn(2, n, 3, dim).transpose(1, 2) * grow**i
+        keys[:, :, :, 0] = 2.0**i * TOP[bits]
+        keys[:, 1] *= float(i > 0)
+        keys = keys.to(dtype)
+        doubled, want = one.append(keys), other.append_reference(keys.float())
+        assert torch.equal(doubled, want) and torch.equal(one.scale, other.scale)
+        assert torch.equal(one.codes.view(), other.codes.view())
+
+
+def test_the_library_is_private_and_built_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = builder.private_folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    paths = []
+    racers = [
+        threading.Thread(target=lambda: paths.append(builder.build(builder.compiler(), folder))) for _ in range(2)
+    ]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert paths[0] == paths[1] and [path.name for path in folder.iterdir()] == [paths[0].name]
+    before = paths[0].stat().st_mtime_ns
+    assert builder.build(builder.compiler(), folder).stat().st_mtime_ns == before
+    folder.chmod(0o770)  # others could change what runs
+    assert builder.private_folder() != folder
+
+
+def run_python(code: str, **changes) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | changes
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_without_a_compiler_it_says_so_once_and_works():
+    code = (
+        "import numpy as np; from hillinfer.evaluator.topk import topk; from hillinfer import native\n"
+        "print(topk(np.array([3, 9, 9], np.int32), 2), topk(np.array([3], np.int32), 1), native.available())"
+    )
+    done = run_python(code, CC="no-such-compiler")
+    assert done.stdout.split() == ["[1", "2]", "[0]", "False"]
+    assert done.stderr.count("no C compiler was found: install gcc or clang") == 1
+    done = run_python(code, HILLINFER_NATIVE="0")
+    assert done.stdout.split()[-1] == "False" and not done.stderr
+
+
+def test_a_compiler_that_fails_is_named(tmp_path):
+    with pytest.raises(builder.Unavailable, match="false cannot compile"):
+        builder.build(["/bin/false"], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_warning_where_it_works():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.available() and native.isa() in native.isas()

@@ -242,14 +242,16 @@ class TieredCache(Cache):
         self.run.settings = replace(self.run.settings, **changed)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held now: `device` and `host` records, key `codes`, `hits` table; `drive` is what the file reserves."""
-        total = dict.fromkeys(("device", "host", "codes", "hits"), 0)
+        """Bytes held now: `device` and `host` records, key `codes`, `hits` table, what is meant to stay in the
+        `page_cache`; `drive` is what the file reserves.
+        """
+        total = dict.fromkeys(("device", "host", "codes", "hits", "page_cache"), 0)
         for layer in self.layers:
             for kind, nbytes in layer.layer.memory().items() if isinstance(layer, TieredLayer) else ():
                 total[kind] += nbytes
         run = self.run
         total["hits"] += run.hits.nbytes if run.hits else 0
-        return total | {"drive": getattr(run.drive, "size", 0)}
+        return total | {"drive": getattr(run.drive or run.tensors, "size", 0)}
 
     def reset(self) -> None:
         """Forget everything, and give the drive's space back."""

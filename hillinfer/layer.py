@@ -15,6 +15,7 @@ from hillinfer.pipeline.timeline import Hits
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.scoring_store import ScoringStore
 from hillinfer.tiers.store import DriveStore, Found, HostStore
+from hillinfer.tiers.tensor_store import TensorStore
 from hillinfer.tiers.window import Window
 
 NEVER = np.iinfo(np.int32).min + 1  # the score of padding: below every real one
@@ -126,7 +127,7 @@ class Layer:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Take these sequences of the batch, in this order."""
-        if isinstance(self.store, DriveStore):
+        if isinstance(self.store, DriveStore | TensorStore):
             raise UsageError(
                 "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
             )
@@ -152,7 +153,9 @@ class Layer:
         run, settings = self.run, self.run.settings
         geometry = Geometry(batch, kv_heads, dim, keys.dtype, keys.device)
         run.start(geometry)
-        if run.drive is None:
+        if run.tensors is not None:
+            self.store = TensorStore(run.tensors, self.index)
+        elif run.drive is None:
             self.store = HostStore(geometry, resident=settings.host_budget is None)
         else:
             window = Window(geometry, settings.sinks, settings.recent)

@@ -5,9 +5,11 @@ follow measurement: token-major records with neighbours joined across gaps of up
 per-head layouts or whole chunks; a fixed share of the reads for each thread beats one future per read by 2 to 3 times.
 """
 
+import ctypes
 import math
 import mmap
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -27,8 +29,8 @@ class DriveError(OSError):
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """A page-aligned uint8 buffer, as O_DIRECT needs."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, BLOCK)), np.uint8)[:nbytes]
+    """A page-aligned uint8 buffer, as O_DIRECT needs. Private: it counts as anonymous memory, not as shmem."""
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, BLOCK), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:nbytes]
 
 
 class RecordFile:
@@ -39,12 +41,14 @@ class RecordFile:
     A segment holds a range of tokens of every stream; the first is one contiguous allocation, growth adds more.
     """
 
-    def __init__(self, folder: Path, record_bytes: int, streams: int, batch: int = 1, threads: int = 16):
+    def __init__(
+        self, folder: Path, record_bytes: int, streams: int, batch: int = 1, threads: int = 16, direct: bool = True
+    ):
         self.folder, self.record_bytes, self.streams, self.batch = folder, record_bytes, streams, batch
         self.group = (
             math.lcm(record_bytes, BLOCK) // record_bytes
         )  # records in the smallest run that fills whole blocks
-        self.fd, self.direct = _open_private(folder)
+        self.fd, self.direct = self._open(direct)
         self.starts = np.zeros(0, np.int64)  # first token of each segment
         self.bases = np.zeros(0, np.int64)  # byte offset of each segment
         self.lengths = np.zeros(0, np.int64)  # tokens per stream in each segment
@@ -53,6 +57,13 @@ class RecordFile:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hillinfer-drive")
         self._threads = threads
+
+    def _open(self, direct: bool) -> tuple[int, bool]:
+        return _open_private(self.folder, direct)
+
+    @property
+    def about(self) -> str:
+        return "O_DIRECT on a preallocated file" if self.direct else "page cache of a preallocated file"
 
     @property
     def capacity(self) -> int:
@@ -133,14 +144,16 @@ class RecordFile:
         self.reads += len(jobs)
         return len(buffer)
 
-    def transfer(self, verb: str, jobs: list[tuple[int, np.ndarray]], stream: int, position: int) -> None:
+    def transfer(
+        self, verb: str, jobs: list[tuple[int, np.ndarray]], stream: int, position: int, share: float = 1
+    ) -> None:
         """Read or write (offset, buffer) jobs with a static share for each thread; any short or failed one is a
-        DriveError that names the place.
+        DriveError that names the place. `share` of the threads take part, so that others can go on beside this one.
         """
         call = {"read": os.preadv, "write": os.pwritev}[verb]
 
-        def work(share):
-            for offset, buffer in share:
+        def work(jobs):
+            for offset, buffer in jobs:
                 done = 0
                 while done < len(buffer):  # short transfers are legal: go on where one ended
                     n = call(self.fd, [buffer[done:]], offset + done)
@@ -148,17 +161,26 @@ class RecordFile:
                         raise OSError(f"only {done} of {len(buffer)} bytes at offset {offset}")
                     done += n
 
-        shares = [jobs[i :: self._threads] for i in range(min(self._threads, len(jobs)))]
+        threads = min(max(1, int(self._threads * share)), len(jobs))
+        shares = [jobs[i::threads] for i in range(threads)]
         try:
             if len(shares) <= 2:
-                for share in shares:
-                    work(share)
+                for part in shares:
+                    work(part)
             else:
-                for future in [self._pool.submit(work, share) for share in shares]:
+                for future in [self._pool.submit(work, part) for part in shares]:
                     future.result()
         except OSError as error:
             layer, row = divmod(stream, self.batch)
             raise DriveError(f"{verb} failed at layer {layer}, sequence {row}, position {position}: {error}") from error
+
+    def trim(self) -> None:
+        """Give all space back at once: a hole where the data was."""
+        if self.size and sys.platform == "linux":
+            keep_size_and_punch_hole = 0x03
+            ctypes.CDLL(None).fallocate64(
+                self.fd, keep_size_and_punch_hole, ctypes.c_int64(0), ctypes.c_int64(self.size)
+            )
 
     def close(self) -> None:
         if self.fd is not None:
@@ -174,15 +196,17 @@ def _join(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return starts[new], ends[last]
 
 
-def _open_private(folder: Path) -> tuple[int, bool]:
-    """An open 0600 file without a name in `folder`, and whether it bypasses the page cache."""
+def _open_private(folder: Path, direct: bool = True) -> tuple[int, bool]:
+    """An open 0600 file without a name in `folder`, and whether it bypasses the page cache, as `direct` asks."""
     if hasattr(os, "O_TMPFILE") and hasattr(os, "O_DIRECT"):
         try:
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600), True
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | (os.O_DIRECT if direct else 0), 0o600), direct
         except OSError:
             pass  # not every file system has nameless files
     fd, name = tempfile.mkstemp(prefix=".hillinfer-", dir=folder)
     try:
+        if not direct:
+            return fd, False
         try:
             direct = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
         except OSError:

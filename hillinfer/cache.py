@@ -156,7 +156,7 @@ class TieredLayer(CacheLayerMixin):
             return self.layer, self.layer
         if first:
             return key_states, value_states
-        return self.layer.everything() if self.layer.in_memory else (self.layer, self.layer)
+        return (self.layer, self.layer) if self.layer.in_parts else self.layer.everything()
 
     def get_seq_length(self, *args) -> int:
         return self.layer.n
@@ -265,14 +265,16 @@ class TieredCache(Cache):
                 self.layers[index] = copy.deepcopy(source.layers[index])
 
     def memory(self) -> dict[str, int]:
-        """Bytes held now: `device` and `host` records, key `codes`, `hits` table; `drive` is what the file reserves."""
-        total = dict.fromkeys(("device", "host", "codes", "hits"), 0)
+        """Bytes held now: `device` and `host` records, key `codes`, `hits` table, what is meant to stay in the
+        `page_cache`; `drive` is what the file reserves.
+        """
+        total = dict.fromkeys(("device", "host", "codes", "hits", "page_cache"), 0)
         for layer in self.layers:
             for kind, nbytes in layer.layer.memory().items() if isinstance(layer, TieredLayer) else ():
                 total[kind] += nbytes
         run = self.run
         total["hits"] += run.hits.nbytes if run.hits else 0
-        return total | {"drive": getattr(run.drive, "size", 0)}
+        return total | {"drive": getattr(run.drive or run.tensors, "size", 0)}
 
     def reset(self) -> None:
         """Forget everything, and give the drive's space back."""

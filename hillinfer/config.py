@@ -46,6 +46,14 @@ class Settings:
     precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
     lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output.
                  "auto" tries both for a few steps and keeps the faster
+    stream       set by the lossless systems, which stream whole K and V tensors at each step and take host_budget as
+                 what may stay: `host` (in host memory; FlexGen), `dual` (in the page cache, by default what the memory
+                 limit leaves; DUAL-BLADE), and its two halves alone, `page-cache` and `direct`
+    max_tokens   the longest context to come, for systems that stream; without it their room doubles when it is full
+    device       raw block device (stamped with `hillinfer stamp`), or NVMe character device, for the direct path of a
+                 system that streams; None makes it a file in `drive`
+    pipelining   of the two threads that copy K and V: `intra` (both read at once), `cross` (one reads while the other
+                 copies to the device), or "auto", which tries both for a few steps and keeps the faster
     """
 
     alpha: float = 0.2
@@ -62,6 +70,10 @@ class Settings:
     placement: str = "hits"
     precision: str = "int8"
     lookahead: bool | str = "auto"
+    stream: str | None = None
+    max_tokens: int | None = None
+    device: str | Path | None = None
+    pipelining: str = "auto"
 
     def __post_init__(self):
         if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= 1:
@@ -76,12 +88,20 @@ class Settings:
             ("split", ("shortest", "paper")),
             ("engine", ("auto", "io_uring", "threads")),
             ("lookahead", (True, False, "auto")),
+            ("stream", (None, "host", "dual", "page-cache", "direct")),
+            ("pipelining", ("auto", "intra", "cross")),
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"no {name} '{getattr(self, name)}'; choose {', '.join(map(str, known))}")
         for name in ("profile", "paced"):
             if getattr(self, name) and self.drive_kind == "ssd":
                 raise UsageError(f"{name} is for a drive that scores, which an ssd does not: add drive_kind emulated")
+        if self.max_tokens is not None and (not isinstance(self.max_tokens, int) or self.max_tokens < 1):
+            raise UsageError(f"max_tokens is {self.max_tokens!r}; give a whole number of at least 1")
+        if self.device is not None and self.stream is None:
+            raise UsageError("only systems that stream whole tensors use a raw device: choose dualblade or flexgen")
+        if self.stream is not None and self.drive_kind != "ssd":
+            raise UsageError("a system that streams whole tensors scores nothing on the drive: leave out drive_kind")
         object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
         if self.drive is not None:
             object.__setattr__(self, "drive", check_folder(self.drive))

@@ -17,6 +17,7 @@ from hillinfer.pipeline.timeline import Hits
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.scoring_store import ScoringStore
 from hillinfer.tiers.store import DriveStore, Found, HostStore
+from hillinfer.tiers.tensor_store import TensorStore
 from hillinfer.tiers.window import Window
 
 NEVER = np.iinfo(np.int32).min + 1  # the score of padding: below every real one
@@ -66,16 +67,17 @@ class Layer:
 
     def records(self) -> Iterator[torch.Tensor]:
         """All records in order, (B, n, 2, Hkv, D) at a time."""
-        for kv, found in [self.store.all()] if self.in_memory else self.store.parts():
+        for kv, found in self.store.parts() if self.in_parts else [self.store.all()]:
             self._record(found.work)
             yield kv
 
     @property
-    def in_memory(self) -> bool:
-        return isinstance(self.store, HostStore)
+    def in_parts(self) -> bool:
+        """Whether a step of several query tokens gets the KV part by part."""
+        return isinstance(self.store, DriveStore)
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, (B, Hkv, N, D), of a layer that is in memory."""
+        """All keys and values, (B, Hkv, N, D)."""
         kv, found = self.store.all()
         self._record(found.work)
         return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
@@ -158,7 +160,7 @@ class Layer:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Take these sequences of the batch, in this order."""
-        if isinstance(self.store, DriveStore):
+        if isinstance(self.store, DriveStore | TensorStore):
             raise UsageError(
                 "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
             )
@@ -185,7 +187,9 @@ class Layer:
         run, settings = self.run, self.run.settings
         geometry = Geometry(batch, kv_heads, dim, keys.dtype, keys.device)
         run.start(geometry)
-        if run.drive is None:
+        if run.tensors is not None:
+            self.store = TensorStore(run.tensors, self.index)
+        elif run.drive is None:
             self.store = HostStore(geometry, resident=settings.host_budget is None)
         else:
             window = Window(geometry, settings.sinks, settings.recent)

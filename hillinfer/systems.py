@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hillinfer.cache import TieredCache, enable
 from hillinfer.config import Settings, UsageError
-from hillinfer.evaluator.policies import POLICIES, TopK
+from hillinfer.evaluator.policies import POLICIES, Full, TopK
 from hillinfer.evaluator.policy import Policy
 
 
@@ -26,6 +26,20 @@ COMPOSED = {
     "lru": System(TopK, "hillinfer with a least-recently-used hot pool: the control", True, {"placement": "lru"}),
     "hillinfer": System(
         TopK, "hot pool by hit counters in host memory, cold pool on the drive (arXiv 2602.18750)", needs_drive=True
+    ),
+    "flexgen": System(
+        Full,
+        "lossless: all KV streamed from the drive at each step, the next layer prefetched; host_budget of it stays in "
+        "memory (arXiv 2303.06865)",
+        True,
+        {"stream": "host"},
+    ),
+    "dualblade": System(
+        Full,
+        "lossless: the first K and V tensors in the page cache as far as memory allows, the rest on a direct path "
+        "(arXiv 2604.26557)",
+        True,
+        {"stream": "dual"},
     ),
 }
 
@@ -47,7 +61,7 @@ def find_system(name: str, options: dict) -> tuple[System, Settings]:
     system = known[name]
     settings = Settings(**(system.own | options))
     if system.needs_drive and settings.drive is None:
-        raise UsageError(f"{name} keeps its cold pool on a drive: name a folder for it (--drive PATH, drive=...)")
+        raise UsageError(f"{name} keeps KV on a drive: name a folder for it (--drive PATH, drive=...)")
     return system, settings
 
 
@@ -62,6 +76,6 @@ def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinf
         return TieredCache(model, found.policy, settings)
     enable(model)
     cache = TieredCache(model.config, found.policy, settings)
-    if settings.lookahead and settings.drive is not None:
+    if settings.lookahead and settings.drive is not None and settings.stream is None:
         cache.attach(model)
     return cache

@@ -17,6 +17,7 @@ class Trial:
     def __init__(self, setting: bool | str):
         self.on = setting is True or setting == "auto"
         self.times: dict[bool, list[float]] | None = {True: [], False: []} if setting == "auto" else None
+        self.medians: dict[bool, float] = {}  # seconds of a step each way, once both were tried
         self._began: float | None = None
 
     def step(self, now: float) -> None:
@@ -28,8 +29,8 @@ class Trial:
         self._began = now
         if len(self.times[self.on]) == TRIAL_STEPS:
             if not self.on:
-                median = {way: statistics.median(times[1:]) for way, times in self.times.items()}
-                self.on, self.times = median[True] < median[False], None
+                self.medians = {way: statistics.median(times[1:]) for way, times in self.times.items()}
+                self.on, self.times = self.medians[True] < self.medians[False], None
             else:
                 self.on = False
 

@@ -8,6 +8,7 @@ from hillinfer.config import Settings, UsageError
 from hillinfer.native import ring
 from hillinfer.pipeline.balance import Chosen, Speeds
 from hillinfer.pipeline.lookahead import Lookahead, Trial
+from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.computational import Shape
 from hillinfer.tiers.drive import DirectDrive
@@ -16,6 +17,7 @@ from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 from hillinfer.tiers.scoring_store import RemoteStream
 from hillinfer.tiers.stream import BEHIND, Stream, Writer
+from hillinfer.tiers.tensors import Tensors
 
 CORRECT = 16  # decode steps after which the split is corrected by what they selected
 
@@ -37,7 +39,8 @@ class Run:
     lookahead: Lookahead | None = None
     speeds: Speeds | None = None  # of the profile
     chosen: Chosen | None = None  # what the last steps selected from either side
-    trial: Trial | None = None  # whether it pays to look ahead
+    trial: Trial | None = None  # whether it pays to look ahead; of a system that streams, to stagger its two threads
+    tensors: Tensors | None = None  # of a system that streams
 
     def __post_init__(self):
         if self.settings.engine == "io_uring" and (reason := ring.why_not()):
@@ -47,7 +50,10 @@ class Run:
         """Fix the shape at the first append, and open the drive if there is one."""
         if self.geometry is None:
             self.geometry = geometry
-            if self.settings.drive is not None:
+            if self.settings.stream is not None:
+                self.trial = staggering(self.settings)
+                self.tensors = open_tensors(self.settings, geometry, self.layers, lambda: self.trial.on)
+            elif self.settings.drive is not None:
                 if (kind := PLACEMENTS[self.settings.placement]).shared:
                     self.hits = kind(geometry.batch)
                 if self.settings.profile is not None:
@@ -77,6 +83,8 @@ class Run:
     def why_split(self) -> str:
         """The pool's size and its reason, in one line."""
         alpha, budget = self.settings.alpha, self.settings.host_budget
+        if self.tensors is not None:
+            return tell_tensors(self.tensors, self.trial)
         if self.drive is None:
             return "all KV in memory: no drive was named"
         if self.speeds is not None:
@@ -135,7 +143,7 @@ class Run:
     def check(self, n: int) -> None:
         """UsageError where n tokens cannot be held within the budget."""
         budget, alpha = self.settings.host_budget, self.settings.alpha
-        if budget is None:
+        if budget is None or self.settings.stream is not None:
             return
         held = n if self.settings.drive is None else math.ceil(alpha * n)
         need = held * self._bytes_per_token()
@@ -176,7 +184,8 @@ class Run:
 
     def stop(self) -> None:
         """Give back the drive's space and the threads; `start` may follow."""
-        for part in (self.lookahead, self.writer, self.drive):  # what uses the drive, and then the drive
+        for part in (self.lookahead, self.writer, self.drive, self.tensors):  # what uses the drive, and then the drive
             if part is not None:
                 part.close()
-        self.geometry = self.drive = self.hits = self.writer = self.lookahead = self.trial = self.chosen = None
+        self.geometry = self.drive = self.hits = self.writer = self.lookahead = self.trial = None
+        self.tensors = self.chosen = None

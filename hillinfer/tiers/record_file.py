@@ -6,9 +6,11 @@ per-head layouts or whole chunks; a fixed share of the reads for each thread bea
 and io_uring, where there is one, that by 1.1 to 1.6 times with half the CPU.
 """
 
+import ctypes
 import math
 import mmap
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -31,8 +33,8 @@ class DriveError(OSError):
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """A page-aligned uint8 buffer, as O_DIRECT needs."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, BLOCK)), np.uint8)[:nbytes]
+    """A page-aligned uint8 buffer, as O_DIRECT needs. Private: it counts as anonymous memory, not as shmem."""
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, BLOCK), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:nbytes]
 
 
 class RecordFile:
@@ -53,6 +55,7 @@ class RecordFile:
         batch: int = 1,
         threads: int = 16,
         engine: str = "auto",
+        direct: bool = True,
     ):
         self._rings = _rings(engine)
         self.engine = "io_uring" if self._rings else "threads"
@@ -61,7 +64,7 @@ class RecordFile:
         self.group = (
             math.lcm(record_bytes, BLOCK) // record_bytes
         )  # records in the smallest run that fills whole blocks
-        self.fd, self.direct = _open_private(folder)
+        self.fd, self.direct = self._open(direct)
         self.starts = np.zeros(0, np.int64)  # first token of each segment
         self.bases = np.zeros(0, np.int64)  # byte offset of each segment
         self.lengths = np.zeros(0, np.int64)  # tokens per stream in each segment
@@ -70,6 +73,13 @@ class RecordFile:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hillinfer-drive")
         self._threads = threads
+
+    def _open(self, direct: bool) -> tuple[int, bool]:
+        return _open_private(self.folder, direct)
+
+    @property
+    def about(self) -> str:
+        return "O_DIRECT on a preallocated file" if self.direct else "page cache of a preallocated file"
 
     @property
     def capacity(self) -> int:
@@ -163,18 +173,19 @@ class RecordFile:
         self.reads += len(of)
         return nbytes
 
-    def transfer(self, verb: str, jobs: list[tuple[int, np.ndarray]], stream: int, position) -> None:
+    def transfer(self, verb: str, jobs: list[tuple[int, np.ndarray]], stream: int, position, share: float = 1) -> None:
         """Read or write (offset, buffer) jobs; any short or failed one is a DriveError that names the place.
 
         position   what to name: a token's, or a function that finds it by the offset that failed
+        share      of the threads take part, so that others can go on beside this one
         """
         if self._rings:
             parts = [(offset, native.pointer(buffer), len(buffer)) for offset, buffer in jobs]
             return self._by_ring(verb, *np.array(parts, np.int64).T, stream, position)
         call = {"read": os.preadv, "write": os.pwritev}[verb]
 
-        def work(share):
-            for offset, buffer in share:
+        def work(jobs):
+            for offset, buffer in jobs:
                 try:
                     done = 0
                     while done < len(buffer):  # short transfers are legal: go on where one ended
@@ -186,13 +197,14 @@ class RecordFile:
                     error.offset = offset
                     raise
 
-        shares = [jobs[i :: self._threads] for i in range(min(self._threads, len(jobs)))]
+        threads = min(max(1, int(self._threads * share)), len(jobs))
+        shares = [jobs[i::threads] for i in range(threads)]
         try:
             if len(shares) <= 2:
-                for share in shares:
-                    work(share)
+                for part in shares:
+                    work(part)
             else:
-                futures = [self._pool.submit(work, share) for share in shares]
+                futures = [self._pool.submit(work, part) for part in shares]
                 wait(futures)  # none may still fill a buffer that is given back
                 for future in futures:
                     future.result()
@@ -219,6 +231,14 @@ class RecordFile:
         except IndexError:
             buffer = aligned(0)
         return buffer if len(buffer) >= nbytes else aligned(-(-nbytes * 5 // 4 // MAX_READ) * MAX_READ)
+
+    def trim(self) -> None:
+        """Give all space back at once: a hole where the data was."""
+        if self.size and sys.platform == "linux":
+            keep_size_and_punch_hole = 0x03
+            ctypes.CDLL(None).fallocate64(
+                self.fd, keep_size_and_punch_hole, ctypes.c_int64(0), ctypes.c_int64(self.size)
+            )
 
     def close(self) -> None:
         if self.fd is not None:
@@ -254,15 +274,17 @@ def _rings(engine: str) -> Rings | None:
         return None
 
 
-def _open_private(folder: Path) -> tuple[int, bool]:
-    """An open 0600 file without a name in `folder`, and whether it bypasses the page cache."""
+def _open_private(folder: Path, direct: bool = True) -> tuple[int, bool]:
+    """An open 0600 file without a name in `folder`, and whether it bypasses the page cache, as `direct` asks."""
     if hasattr(os, "O_TMPFILE") and hasattr(os, "O_DIRECT"):
         try:
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600), True
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | (os.O_DIRECT if direct else 0), 0o600), direct
         except OSError:
             pass  # not every file system has nameless files
     fd, name = tempfile.mkstemp(prefix=".hillinfer-", dir=folder)
     try:
+        if not direct:
+            return fd, False
         try:
             direct = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
         except OSError:

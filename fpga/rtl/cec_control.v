@@ -82,9 +82,8 @@ module cec_control (
     wire do_read = s_arvalid && !s_rvalid;
     assign s_arready = do_read;
     wire [3:0] windex = index(s_awaddr), rindex = index(s_araddr);
-    wire [31:0] strobe = {{8{s_wstrb[3]}}, {8{s_wstrb[2]}}, {8{s_wstrb[1]}}, {8{s_wstrb[0]}}};
     wire low = s_wstrb[0];
-    integer i;
+    integer i, b;
     always @(posedge clk) begin
         if (do_write) s_bvalid <= 1;
         else if (s_bready) s_bvalid <= 0;
@@ -107,7 +106,8 @@ module cec_control (
             pending <= pending | enable;
         end
         for (i = 0; i < ARGS; i = i + 1)
-            if (do_write && windex == i) arg[i] <= (arg[i] & ~strobe) | (s_wdata & strobe);
+            for (b = 0; b < 4; b = b + 1)
+                if (do_write && windex == i && s_wstrb[b]) arg[i][b*8 +: 8] <= s_wdata[b*8 +: 8];
         if (do_write && low) case (s_awaddr & 8'hfc)
             8'h00: begin
                 if (s_wdata[0]) ap_start <= 1;

@@ -3,14 +3,14 @@
 // One call scores tokens first .. first + n_tokens - 1 of `heads` KV heads.
 //   keys    codes [head][token][HEAD_DIM], heads `key_stride` bytes apart; INT4: the even element in the low half of a
 //           byte; two's complement
-//   query   int8 [head][G][HEAD_DIM], no -128
+//   query   int8 [head][G][HEAD_DIM], with INT8 no -128
 //   out     for each head, `out_stride` bytes apart: header and data (cec_write.v). Needs 64 + 4*k bytes, or 8 bytes
 //           for each entry with modes 1 and 2, rounded up to 64
 //   mode    0 the k best positions; 1 the k best <position, score>; 2 every token's <position, score>
 // A score is the greatest dot product of the G query heads. k above n_tokens counts as n_tokens. Pointers and strides
 // are multiples of LANES bytes, those of out of 64; first * bytes of a token too. Status, in every header and at 0x6c:
 //   1 n_tokens above NMAX   2 not aligned   4 no heads, or unknown mode   8 a read failed   16 a write failed
-//   32 a query code of -128
+//   32 a query code of -128 (INT8)
 // With 1, 2 or 4 nothing is scored and only the first header is written; with a misaligned out not even that.
 module cec_kernel #(
     parameter LANES = 64,      // bytes of the memory port
@@ -152,7 +152,7 @@ module cec_kernel #(
     wire room, claim, q_valid, k_valid, s_valid;
     wire [LANES*8-1:0] data;
     wire [TPB*SW-1:0] scores;
-    cec_read #(.LANES(LANES), .QBEATS(QBEATS), .BEATB(BEATB)) reader (
+    cec_read #(.LANES(LANES), .KW(KW), .QBEATS(QBEATS), .BEATB(BEATB)) reader (
         .clk(clk), .rst(rst), .start(start && !empty), .heads(heads_run), .keys(keys_run), .query(query),
         .key_stride(key_stride), .key_beats((n_run * TOKB + LANES - 1) >> LL), .room(room), .claim(claim),
         .q_valid(q_valid), .k_valid(k_valid), .data(data), .bad_response(bad_read), .bad_query(bad_query),

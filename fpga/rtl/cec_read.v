@@ -3,6 +3,7 @@
 // not stop the run.
 module cec_read #(
     parameter LANES = 64,
+    parameter KW = 8,
     parameter QBEATS = 8,       // beats of a head's query
     parameter BEATB = 20,       // bits of a head's number of key beats
     parameter DRAIN = 64        // cycles until the dot engine and the score memory are done with a head
@@ -21,7 +22,7 @@ module cec_read #(
     output reg                k_valid,
     output reg  [LANES*8-1:0] data,
     output reg                bad_response,
-    output reg                bad_query,  // a code of -128, which would spill into the other head's product
+    output reg                bad_query,  // INT8: a code of -128, whose products could spill into the other head's
 
     output reg                arvalid,
     input  wire               arready,
@@ -38,50 +39,47 @@ module cec_read #(
     // ---- addresses
     reg [63-LB:0] at, head_at, query_at;  // in beats
     reg [BEATB-1:0] togo;                 // beats of this query or these keys without an address yet
-    reg [15:0] asks;                      // heads without all addresses
+    reg [15:0] asks;                      // heads whose query has no address yet
     reg asking_keys, sized;
     reg [7:0] len;
     wire [PAGE:0] to_page = (1 << PAGE) - {1'b0, at[PAGE-1:0]};
-    wire [PAGE:0] longest = to_page > 64 ? 64 : to_page;
+    wire [PAGE:0] longest = PAGE > 6 && to_page > 64 ? 64 : to_page;
     assign araddr = {at, {LB{1'b0}}};
     assign arlen = len;
+    wire busy = asks != 0 || !asking_keys || togo != 0;
     always @(posedge clk) begin
-        if (start) begin
-            at <= query[63:LB];
-            query_at <= query[63:LB] + QBEATS;
-            head_at <= keys[63:LB];
-            asks <= heads;
-            togo <= QBEATS;
-            asking_keys <= 0;
-            sized <= 0;
-        end else if (arvalid) begin
+        if (arvalid) begin
             if (arready) begin
                 arvalid <= 0;
                 sized <= 0;
                 at <= at + len + 1'b1;
                 togo <= togo - len - 1'b1;
             end
-        end else if (asks != 0) begin
+        end else if (busy) begin
             if (togo == 0) begin
                 asking_keys <= ~asking_keys;
-                if (!asking_keys) begin
-                    at <= head_at;
-                    head_at <= head_at + key_stride[31:LB];
-                    togo <= key_beats;
-                end else begin
-                    at <= query_at;
+                at <= asking_keys ? query_at : head_at;
+                togo <= asking_keys ? QBEATS : key_beats;
+                if (asking_keys) begin
                     query_at <= query_at + QBEATS;
-                    togo <= QBEATS;
                     asks <= asks - 1'b1;
-                end
+                end else head_at <= head_at + key_stride[31:LB];
             end else if (!sized) begin
                 len <= (togo < longest ? togo : longest) - 1'b1;
                 sized <= 1;
             end else arvalid <= 1;
         end
+        if (start) begin
+            query_at <= query[63:LB];
+            head_at <= keys[63:LB];
+            asks <= heads;
+            sized <= 0;
+        end
         if (rst) begin
             arvalid <= 0;
             asks <= 0;
+            asking_keys <= 1;
+            togo <= 0;
         end
     end
 
@@ -104,7 +102,7 @@ module cec_read #(
         k_valid <= rvalid && state == KEYS;
         data <= rdata;
         bad_response <= rvalid && rready && rresp[1];
-        bad_query <= q_valid && low_code;
+        bad_query <= KW == 8 && q_valid && low_code;
         if (rvalid && rready) beats <= beats - 1'b1;
         case (state)
             IDLE: if (start) begin

@@ -1,6 +1,6 @@
 // Packs a head's answer into beats and writes it: data from byte 64 of the head's region on, in bursts of up to 16
 // beats that end at 4 KiB; then, after all responses, the header. So a header in memory vouches for what follows it.
-//   header  u32 entries, i32 threshold, u32 status, u32 cycles
+//   header  u32 entries, i32 threshold, u32 status, u32 cycles; the rest of its beat means nothing
 //   data    u32 positions, or with `pairs` u32 position and i32 score
 module cec_write #(
     parameter LANES = 64
@@ -76,7 +76,7 @@ module cec_write #(
         .clk(clk), .rst(rst), .push(push), .din(beat), .pop(pop), .dout(fifo_data), .count(count));
 
     // ---- writing
-    localparam IDLE = 0, SIZE = 1, ADDRESS = 2, DATA = 3, HEADER = 4, HEADER_DATA = 5, RESPONSE = 6;
+    localparam IDLE = 0, SIZE = 1, ADDRESS = 2, DATA = 3, HEADER = 4, HEADER_DATA = 5, RESPONSE = 6, NEXT = 7;
     reg [2:0] state /*verilator public_flat_rd*/;
     reg [63-LB:0] at, head_at;            // in beats
     reg [4:0] left;
@@ -88,7 +88,8 @@ module cec_write #(
     assign wvalid = state == DATA || state == HEADER_DATA;
     assign wlast = state == HEADER_DATA || left == 0;
     reg [127:0] header;                   // kept: data must not change while it waits
-    assign wdata = state == HEADER_DATA ? header : fifo_data;
+    assign wdata[127:0] = state == HEADER_DATA ? header : fifo_data[127:0];
+    generate if (LANES > 16) assign wdata[LANES*8-1:128] = fifo_data[LANES*8-1:128]; endgenerate
     assign pop = state == DATA && wready;
     wire addressed = awvalid && awready;
     always @(posedge clk) begin
@@ -126,14 +127,16 @@ module cec_write #(
             RESPONSE: if (awaited == 0) begin
                 finished <= 1;
                 head_at <= head_at + out_stride[31:LB];
-                at <= head_at + out_stride[31:LB] + 64/LANES;
+                state <= NEXT;
+            end
+            NEXT: begin
+                at <= head_at + 64/LANES;
                 state <= IDLE;
             end
-            default: state <= IDLE;
         endcase
         if (start) begin
             head_at <= out[63:LB];
-            at <= out[63:LB] + 64/LANES;
+            state <= NEXT;
         end
         if (rst) begin
             state <= IDLE;

@@ -22,7 +22,7 @@ MACHINES = {  # the state machines and their states, as the RTL numbers them
     "kernel": "IDLE CHECK START RUN DONE".split(),
     "reader": "IDLE QUERY WAIT KEYS DRAINING".split(),
     "topk": "CLEAR IDLE WALK1 REFINE WALK2 EMIT FINISH".split(),
-    "writer": "IDLE SIZE ADDRESS DATA HEADER HEADER_DATA RESPONSE".split(),
+    "writer": "IDLE SIZE ADDRESS DATA HEADER HEADER_DATA RESPONSE NEXT".split(),
 }
 
 

@@ -10,14 +10,15 @@ import torch
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.growable import Growable
 
-LEAF, PAGE = 8, 256  # tokens of the smallest and of the largest chunk; the paper leaves both open
-LEAVES = PAGE // LEAF  # nodes are numbered as in a heap: 1 is the page, 2i and 2i+1 halve i, from LEAVES on are leaves
-NODES = 2 * LEAVES
-DEPTH = np.log2(np.maximum(np.arange(NODES), 1)).astype(np.int64)
-SIZE = PAGE >> DEPTH  # tokens of each node
-START = (np.arange(NODES) - (1 << DEPTH)) * SIZE  # its first token in the page
+SIZES = (256, 64, 16, 4)  # tokens of the largest chunk, a page, to those of the smallest; the paper leaves them open
+FAN, PAGE, LEAF = 4, SIZES[0], SIZES[-1]  # a page's nodes are numbered as in a heap: 4i+1 to 4i+4 are the parts of i
+LEVEL = [slice((FAN**i - 1) // (FAN - 1), (FAN ** (i + 1) - 1) // (FAN - 1)) for i in range(len(SIZES))]
+LEAVES, NODES = LEVEL[-1].start, LEVEL[-1].stop
+SIZE = np.repeat(SIZES, [level.stop - level.start for level in LEVEL])  # tokens of each node
+START = np.concatenate([np.arange(0, PAGE, size) for size in SIZES])  # its first token in the page
 EMPTY = torch.tensor([-1e30, 1e30])[:, None]  # the box of no keys; finite, as 0 * inf would be NaN
-PATIENCE = 2  # steps that two halves must go unchosen before they are merged
+UPWARDS = list(zip(LEVEL[-2::-1], LEVEL[:0:-1], strict=True))  # (whole, parts), from the leaves' parents to the page
+PATIENCE = 2  # steps that all parts of a chunk must go unchosen before they are merged
 REGRET = 16  # steps that a merge is put off after one that was undone for nothing
 
 
@@ -33,8 +34,9 @@ def bounds(boxes: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 def widen(boxes: torch.Tensor, index: torch.Tensor, keys: torch.Tensor) -> None:
     """Make boxes (m, Hkv, 2, D) hold keys (Hkv, n, D) too, each key in box index (n,)."""
     tokens = keys.transpose(0, 1)
-    boxes[:, :, 0].index_reduce_(0, index, tokens, "amax")
-    boxes[:, :, 1].index_reduce_(0, index, tokens, "amin")
+    index = index[:, None, None].expand_as(tokens)
+    boxes[:, :, 0] = boxes[:, :, 0].scatter_reduce(0, index, tokens, "amax")
+    boxes[:, :, 1] = boxes[:, :, 1].scatter_reduce(0, index, tokens, "amin")
 
 
 def sortable(values: torch.Tensor) -> np.ndarray:
@@ -45,7 +47,7 @@ def sortable(values: torch.Tensor) -> np.ndarray:
 
 def encode(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Full pages (p, NODES, Hkv, 2, D) as int8 of the same shape, rounded outwards, and their scales (p, Hkv, 1, D)."""
-    scale = boxes[:, 1].abs().amax(2, keepdim=True).clamp(min=1e-30) / 126  # the page's own box is the widest
+    scale = boxes[:, 0].abs().amax(2, keepdim=True).clamp(min=1e-30) / 126  # the page's own box is the widest
     codes = boxes / scale[:, None]
     codes[..., 0, :] = torch.ceil(codes[..., 0, :] + 1e-3)  # the margin covers the rounding of the division
     codes[..., 1, :] = torch.floor(codes[..., 1, :] - 1e-3)
@@ -57,7 +59,7 @@ class ChunkTree:
 
     The cut is where a search begins: merged chunks over attention deserts, split ones where members were chosen. It
     decides only what a search costs, never what it finds. Full pages are int8 in `pages`; the page that still grows is
-    float32 and here, as are the pages' own boxes.
+    float32 and here, as are the boxes of whole pages.
     """
 
     def __init__(self, kv_heads: int, head_dim: int, pages):
@@ -76,15 +78,15 @@ class ChunkTree:
             if at == 0 and pages:  # whole pages at once: leaves, then parents
                 leaves = keys[:, : pages * PAGE].unflatten(1, (-1, LEAF))
                 boxes = self.tail.new_empty(pages, *self.tail.shape)
-                boxes[:, LEAVES:, :, 0] = leaves.amax(2).transpose(0, 1).unflatten(0, (pages, LEAVES))
-                boxes[:, LEAVES:, :, 1] = leaves.amin(2).transpose(0, 1).unflatten(0, (pages, LEAVES))
+                boxes[:, LEAVES:, :, 0] = leaves.amax(2).transpose(0, 1).unflatten(0, (pages, -1))
+                boxes[:, LEAVES:, :, 1] = leaves.amin(2).transpose(0, 1).unflatten(0, (pages, -1))
                 self._store(_raise(boxes))
                 took = pages * PAGE
             else:
                 took = min(PAGE - at, keys.shape[1])
-                nodes = LEAVES + torch.arange(at, at + took) // LEAF
-                path = nodes >> torch.arange(LEAVES.bit_length())[:, None]  # of each token, from leaf to page
-                widen(self.tail, path.flatten(), keys[:, :took].repeat(1, len(path), 1))
+                places = torch.arange(at, at + took)
+                path = torch.cat([level.start + places // size for level, size in zip(LEVEL, SIZES, strict=True)])
+                widen(self.tail, path, keys[:, :took].repeat(1, len(SIZES), 1))
             self.n, keys = self.n + took, keys[:, took:]
             if self.n - self.full * PAGE == PAGE:
                 self._store(self.tail[None])
@@ -93,7 +95,7 @@ class ChunkTree:
         if grown > 0:
             self.cut = np.concatenate((self.cut, np.zeros((grown, NODES), bool)))
             self.cold = np.concatenate((self.cold, np.zeros((grown, NODES), np.int8)))
-            self.cut[-grown:, 1] = True
+            self.cut[-grown:, 0] = True
 
     def search(self, query: torch.Tensor, k: int, first: int, last: int, learn: bool = True) -> tuple[np.ndarray, int]:
         """The k leaves of highest bound that hold one of the tokens first..last-1, heads taking turns (`merge_heads`).
@@ -113,7 +115,7 @@ class ChunkTree:
             if not len(inner):
                 break
             opened.append((page[inner], node[inner]))
-            below = _overlapping(page[inner].repeat(2), np.stack((2 * node[inner], 2 * node[inner] + 1), 1).ravel(), first, last)
+            below = _overlapping(page[inner].repeat(FAN), _parts(node[inner]).ravel(), first, last)
             evaluated += len(below[0])
             rest = np.ones(len(page), bool)
             rest[inner] = False
@@ -127,29 +129,27 @@ class ChunkTree:
         """Move the cut: split what was opened, merge halves that go unchosen. (page, node) are the chosen leaves."""
         chosen = np.zeros_like(self.cut)
         chosen[page, node] = True
-        for i in range(LEAVES.bit_length() - 2, -1, -1):  # levels, from the leaves' parents up
-            chosen[:, 1 << i : 2 << i] = chosen[:, 2 << i : 4 << i].reshape(-1, 1 << i, 2).any(2)
+        for whole, parts in UPWARDS:
+            chosen[:, whole] = chosen[:, parts].reshape(len(chosen), -1, FAN).any(2)
         for where in opened:
             self.cut[where] = False
-            for half in (0, 1):
-                below = where[0], 2 * where[1] + half
-                self.cut[below] = True
-                self.cold[below] = np.where(chosen[where], 0, -REGRET)  # opened in vain: leave it split for a while
+            below = where[0][:, None], _parts(where[1])
+            self.cut[below] = True
+            self.cold[below] = np.where(chosen[where], 0, -REGRET)[:, None]  # opened in vain: leave it split for a while
         self.cold += self.cut & (self.cold < 100)
         self.cold[chosen] = 0
-        for i in range(LEAVES.bit_length() - 2, -1, -1):
-            ready = (self.cut & (self.cold > PATIENCE))[:, 2 << i : 4 << i].reshape(-1, 1 << i, 2).all(2)
-            both = ready.repeat(2, 1)
-            self.cut[:, 2 << i : 4 << i] &= ~both
-            self.cut[:, 1 << i : 2 << i] |= ready
-            self.cold[:, 1 << i : 2 << i][ready] = 0
+        for whole, parts in UPWARDS:
+            ready = (self.cut & (self.cold > PATIENCE))[:, parts].reshape(len(chosen), -1, FAN).all(2)
+            self.cut[:, parts] &= ~ready.repeat(FAN, 1)
+            self.cut[:, whole] |= ready
+            self.cold[:, whole][ready] = 0
 
     def _score(self, page: np.ndarray, node: np.ndarray, query: torch.Tensor) -> np.ndarray:
         """Bounds of these nodes, in sortable form, (Hkv, m)."""
         boxes = self.tail.new_empty(len(page), *self.tail.shape[1:])
         grows = page == self.full
         boxes[torch.from_numpy(grows)] = self.tail[torch.from_numpy(node[grows])]
-        for mask, source in ((~grows & (node == 1), None), (~grows & (node > 1), self.pages)):
+        for mask, source in ((~grows & (node == 0), None), (~grows & (node > 0), self.pages)):
             if mask.any():
                 at = torch.from_numpy(page[mask])
                 codes = self.tops.view()[at] if source is None else source.take(page[mask], node[mask])
@@ -163,9 +163,8 @@ class ChunkTree:
     def _store(self, boxes: torch.Tensor) -> None:
         """Full pages (p, NODES, Hkv, 2, D) float32."""
         codes, scales = encode(boxes)
-        codes[:, 0] = 0  # no node
         self.pages.append(codes)
-        self.tops.append(codes[:, 1])
+        self.tops.append(codes[:, 0])
         self.scales.append(scales)
         self.full += len(codes)
 
@@ -173,9 +172,8 @@ class ChunkTree:
         """Forget all tokens from n on. Boxes of a chunk that n cuts through stay as wide as they were: still bounds."""
         full = n // PAGE
         if full < self.full:
-            nodes = np.arange(1, NODES)
-            codes = self.pages.take(np.full(len(nodes), full), nodes)
-            self.tail[1:] = codes * self.scales.view()[full]
+            codes = self.pages.take(np.full(NODES, full), np.arange(NODES))
+            self.tail[:] = codes * self.scales.view()[full]
             self.pages.truncate(full)
             self.tops.truncate(full)
             self.scales.truncate(full)
@@ -185,7 +183,7 @@ class ChunkTree:
         pages = -(-n // PAGE)
         self.cut, self.cold = self.cut[:pages].copy(), self.cold[:pages].copy()
         if n % PAGE:
-            self.cut[-1], self.cold[-1] = np.arange(NODES) == 1, 0
+            self.cut[-1], self.cold[-1] = np.arange(NODES) == 0, 0
 
     @property
     def nbytes(self) -> int:
@@ -196,11 +194,16 @@ class ChunkTree:
 
 def _raise(boxes: torch.Tensor) -> torch.Tensor:
     """Fill in the parents' boxes of pages (p, NODES, Hkv, 2, D) from the leaves', in place."""
-    for i in range(LEAVES.bit_length() - 2, -1, -1):
-        pairs = boxes[:, 2 << i : 4 << i].unflatten(1, (-1, 2))
-        boxes[:, 1 << i : 2 << i, :, 0] = pairs[..., 0, :].amax(2)
-        boxes[:, 1 << i : 2 << i, :, 1] = pairs[..., 1, :].amin(2)
+    for whole, parts in UPWARDS:
+        groups = boxes[:, parts].unflatten(1, (-1, FAN))
+        boxes[:, whole, :, 0] = groups[..., 0, :].amax(2)
+        boxes[:, whole, :, 1] = groups[..., 1, :].amin(2)
     return boxes
+
+
+def _parts(node: np.ndarray) -> np.ndarray:
+    """(m,) -> (m, FAN)."""
+    return FAN * node[:, None] + np.arange(1, FAN + 1)
 
 
 def _overlapping(page: np.ndarray, node: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:

@@ -67,6 +67,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
         scaling = query.shape[-1] ** -0.5
     if isinstance(key, QueryProbe):
         raise Seen(query, attention_mask, scaling)
+    if hasattr(key, "watcher"):
+        key.watcher.observe(query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
     if not isinstance(key, Layer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     odd = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
@@ -154,9 +156,12 @@ class TieredLayer(CacheLayerMixin):
         self.layer.append(key_states, value_states)
         if key_states.shape[2] == 1:
             return self.layer, self.layer
-        if first:
-            return key_states, value_states
-        return (self.layer, self.layer) if self.layer.in_parts else self.layer.everything()
+        if not first and self.layer.in_parts:
+            return self.layer, self.layer
+        keys, values = (key_states, value_states) if first else self.layer.everything()
+        if self.layer.policy.watches:
+            keys.watcher = self.layer  # the attention function shows it the queries
+        return keys, values
 
     def get_seq_length(self, *args) -> int:
         return self.layer.n
@@ -209,6 +214,7 @@ class TieredCache(Cache):
         only_sliding = all(getattr(layer, "is_sliding", False) for layer in layers)
         tiered = [] if sliding_ok and only_sliding else check_supported(config)
         self.config, self.run = config, Run(settings or Settings(), len(tiered))
+        self.run.index_share = 0.25 if policy.paged and self.run.settings.drive is not None else 0.0
         for order, index in enumerate(tiered):
             layers[index] = TieredLayer(Layer(order, policy(), self.run))
         super().__init__(layers=layers)
@@ -245,7 +251,9 @@ class TieredCache(Cache):
                     raise UsageError(f"{policy.__name__} needs key codes, which this cache was started without")
                 if policy.needs_codes and layer.layer.n and settings.precision != self.run.settings.precision:
                     raise UsageError(f"keys are coded in {self.run.settings.precision} here, not {settings.precision}")
-                layer.layer.policy = policy()
+                if not policy.late and layer.layer.n:
+                    raise UsageError(f"{policy.__name__} must see the prefill: give it a cache of its own")
+                layer.layer.take_over(policy())
         changed = dict(alpha=settings.alpha, sinks=settings.sinks, recent=settings.recent)
         self.run.settings = replace(self.run.settings, **changed)
 

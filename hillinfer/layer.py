@@ -14,6 +14,7 @@ from hillinfer.pipeline.blockwise import blockwise_attention
 from hillinfer.pipeline.lookahead import Guess
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Hits
+from hillinfer.tiers.abstracts import Pages
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.scoring_store import ScoringStore
 from hillinfer.tiers.store import DriveStore, Found, HostStore
@@ -60,6 +61,8 @@ class Layer:
                 doublings = self.codes.append(keys)
                 if isinstance(self.store, ScoringStore):
                     coded = self.codes.newest(keys.shape[2]), doublings
+        with run.timeline.span("cpu", "index", self.index, run.step, keys.nbytes):
+            self.policy.append(keys)
         with run.timeline.span("cpu", "append", self.index, run.step, kv.nbytes):
             work = self.store.append(kv, coded)
         self._record(work)
@@ -67,14 +70,14 @@ class Layer:
 
     def records(self) -> Iterator[torch.Tensor]:
         """All records in order, (B, n, 2, Hkv, D) at a time."""
-        for kv, found in self.store.parts() if self.in_parts else [self.store.all()]:
+        for kv, found in self.store.parts() if isinstance(self.store, DriveStore) else [self.store.all()]:
             self._record(found.work)
             yield kv
 
     @property
     def in_parts(self) -> bool:
         """Whether a step of several query tokens gets the KV part by part."""
-        return isinstance(self.store, DriveStore)
+        return isinstance(self.store, DriveStore) and not self.policy.watches  # that one is shown all keys at once
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (B, Hkv, N, D)."""
@@ -107,6 +110,8 @@ class Layer:
                 scale=scaling,
             )
         self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
+        if self.policy.watches:
+            self._tell_weights(query, picks, kv, valid, scaling)
         self.run.attended_ns = time.perf_counter_ns()
         return out.reshape(batch, 1, heads, dim)
 
@@ -117,8 +122,20 @@ class Layer:
             visible = torch.ones((1, 1, rows, n), dtype=torch.bool, device=query.device).tril_(n - rows)
         else:
             visible = _visible(mask)
-
         return blockwise_attention(query, self.records(), visible, scaling).transpose(1, 2)
+
+    def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
+        """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""
+        visible = None if mask is None else mask[:, :, -1:]  # what the newest query sees: all but padding
+        with self.run.timeline.span("cpu", "observe", self.index, self.run.step, queries.nbytes):
+            self.policy.observe(queries.detach(), keys.detach(), self._valid(visible, len(queries)), scaling)
+
+    def take_over(self, policy: Policy) -> None:
+        """Go on with another policy, which is given all keys there are."""
+        self.policy = policy
+        if self.store is not None:
+            self._start_policy(self.run.geometry)
+            policy.append(self.everything()[0])
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Score and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -155,6 +172,7 @@ class Layer:
                 self.pieces[-1] = max(0, self.pieces[-1] - sum(self.pieces) + n)
                 if not self.pieces[-1]:
                     self.pieces.pop()
+            self.policy.truncate(n)
             if self.codes is not None:
                 self.codes.truncate(n)
 
@@ -166,6 +184,7 @@ class Layer:
             )
         if self.store is not None:
             self.store.reorder(rows)
+            self.policy.reorder(rows)
             if self.codes is not None:
                 self.codes.reorder(rows)
 
@@ -174,9 +193,11 @@ class Layer:
         self.pieces = []
 
     def memory(self) -> dict[str, int]:
-        """Bytes held by kind: device and host KV records, key codes."""
-        held = {} if self.store is None else self.store.memory()
-        return held | ({} if self.codes is None else {"codes": self.codes.nbytes})
+        """Bytes held by kind: device and host KV records; key codes and the policy's index."""
+        if self.store is None:
+            return {}
+        codes = 0 if self.codes is None else self.codes.nbytes
+        return self.store.memory() | {"codes": codes + self.policy.nbytes}
 
     def _start(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         batch, kv_heads, _, dim = keys.shape
@@ -198,6 +219,13 @@ class Layer:
             self.store = kind(geometry, streams, run.ranking(), window, settings.alpha, run.pool_tokens)
         if self.policy.needs_codes or isinstance(self.store, ScoringStore):
             self.codes = KeyCodes(batch, kv_heads, dim, settings.bits)
+        self._start_policy(geometry)
+
+    def _start_policy(self, geometry: Geometry) -> None:
+        def pages(row: int, shape: tuple) -> Pages:
+            return self.run.pages(shape, self.index * geometry.batch + row)
+
+        self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim, pages)
 
     def _valid(self, mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         """Which cached tokens may be attended to, (B, n) bool, or None for all."""
@@ -207,6 +235,7 @@ class Layer:
 
     def _select_rows(self, query: torch.Tensor, valid, scaling: float, kind: str = "select") -> list[np.ndarray | None]:
         """Each row's selection; query (B, H, 1, D), valid (B, n) or None."""
+        valid = None if valid is None else valid.cpu().numpy()
         return [
             self._select(query[row, :, 0], scaling, row, None if valid is None else valid[row], kind)
             for row in range(len(query))
@@ -225,7 +254,7 @@ class Layer:
                 with run.timeline.span("cpu", "score", self.index, run.step, self.codes.codes.view()[row].nbytes):
                     result = self.codes.scores(coded, row)
             if valid is not None:
-                result[:, ~valid.cpu().numpy()] = NEVER
+                result[:, ~valid] = NEVER
             return result
 
         def weights() -> np.ndarray:
@@ -234,17 +263,31 @@ class Layer:
             keys = kv[row, :, 0].transpose(0, 1).float()  # (Hkv, n, D)
             logits = (query.float().view(len(keys), -1, query.shape[1]) * scaling @ keys.transpose(1, 2)).flatten(0, 1)
             if valid is not None:
-                logits[:, ~valid] = -torch.inf
+                logits[:, torch.from_numpy(~valid)] = -torch.inf
             return logits.softmax(1).cpu().numpy()
 
-        step = Step(n, settings.budget(n), settings.sinks, settings.recent, self.index, run.step, scores, weights)
-        with run.timeline.span("cpu", kind, self.index, run.step):
+        sizes = n, settings.budget(n), settings.sinks, settings.recent, self.index, run.step
+        step = Step(*sizes, scores, weights, query, scaling, row, valid, guess=kind == "guess")
+        with run.timeline.span("cpu", kind, self.index, run.step) as detail:
             picked = self.policy.select(step)
+            detail |= step.notes
+        self._record(step.work)
         if picked is not None and not _is_selection(picked, step):
             raise UsageError(
                 f"{type(self.policy).__name__}.select must return at most {step.budget} sorted, distinct positions <{n}"
             )
         return picked
+
+    def _tell_weights(self, query, picks: list, kv: torch.Tensor, valid, scaling: float) -> None:
+        """Tell the policy what the attention to kv (B, k, 2, Hkv, D) weighed, for each row its own."""
+        keys = kv[:, :, 0].permute(0, 2, 3, 1).float()  # (B, Hkv, D, k)
+        logits = query.float().view(len(kv), keys.shape[1], -1, keys.shape[2]) * scaling @ keys
+        if valid is not None:
+            logits.masked_fill_(~valid[:, None, None].to(logits.device), -torch.inf)
+        weights = logits.softmax(-1).flatten(1, 2).numpy(force=True)
+        for row, pick in enumerate(picks):
+            pick = np.arange(self.n) if pick is None else pick
+            self.policy.attended(row, pick, weights[row, :, : len(pick)])
 
     def _gather(self, picks: list, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, Found]:
         """Fetch each row's selection; rows of different length are padded and masked. kv (B, k, 2, Hkv, D), valid (B,

@@ -10,6 +10,7 @@ from hillinfer.pipeline.balance import Chosen, Speeds
 from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
 from hillinfer.pipeline.timeline import Counters, Timeline
+from hillinfer.tiers.abstracts import Pages
 from hillinfer.tiers.computational import Shape
 from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.emulated import EmulatedDrive, Emulation
@@ -39,6 +40,7 @@ class Run:
     lookahead: Lookahead | None = None
     speeds: Speeds | None = None  # of the profile
     chosen: Chosen | None = None  # what the last steps selected from either side
+    index_share: float = 0.0  # of the host budget, for a policy's index that lives in pages
     trial: Trial | None = None  # whether it pays to look ahead; of a system that streams, to stagger its two threads
     tensors: Tensors | None = None  # of a system that streams
 
@@ -67,13 +69,19 @@ class Run:
                 f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"
             )
 
+    @property
+    def records_budget(self) -> int | None:
+        """Bytes of the host budget that are for KV records."""
+        budget = self.settings.host_budget
+        return None if budget is None else budget - int(budget * self.index_share)
+
     def pool_tokens(self, n: int) -> int:
         """Hot pool size in tokens, for each layer and sequence, at n cached tokens.
 
         HKM keeps alpha*N by recency and alpha*N by frequency, unless a profile says where host and drive balance (APP),
         or the user gave a budget. It is never below what is pinned.
         """
-        alpha, budget = self.settings.alpha, self.settings.host_budget
+        alpha, budget = self.settings.alpha, self.records_budget
         share = min(1.0, 2 * alpha) if budget is None else 1.0
         if self.speeds is not None:
             share = self._balanced_share()
@@ -136,13 +144,21 @@ class Run:
             return Stream(self.drive, index, self.writer)
         return RemoteStream(self.drive, self.geometry, index)
 
+    def pages(self, shape: tuple, stream: int) -> Pages:
+        """Where a policy keeps its index: on an ssd's file, and in memory what `index_share` of the budget holds."""
+        budget, streams = self.settings.host_budget, self.layers * self.geometry.batch
+        if not isinstance(self.drive, DirectDrive):
+            return Pages(shape)
+        held = None if budget is None else int(budget * self.index_share) // (streams * math.prod(shape))
+        return Pages(shape, self.drive, stream, held)
+
     def ranking(self) -> SharedHits:
         """What one layer's pool ranks by: the table that all share, or one of its own."""
         return self.hits or PLACEMENTS[self.settings.placement](self.geometry.batch)
 
     def check(self, n: int) -> None:
         """UsageError where n tokens cannot be held within the budget."""
-        budget, alpha = self.settings.host_budget, self.settings.alpha
+        budget, alpha = self.records_budget, self.settings.alpha
         if budget is None or self.settings.stream is not None:
             return
         held = n if self.settings.drive is None else math.ceil(alpha * n)
@@ -151,12 +167,12 @@ class Run:
             return
         if self.settings.drive is None:
             raise UsageError(
-                f"{n} tokens of KV take {need:,} bytes but the host budget is {budget:,}: "
+                f"{n} tokens of KV take {need:,} bytes but the host budget for them is {budget:,}: "
                 "name a drive folder for the rest, or raise the budget"
             )
         raise UsageError(
             f"the newest alpha*N = {held} of {n} tokens are pinned in host memory and take {need:,} bytes, "
-            f"but the host budget is {budget:,}: raise it to that, or lower alpha"
+            f"but the host budget for them is {budget:,}: raise it to that, or lower alpha"
         )
 
     def _bytes_per_token(self) -> int:

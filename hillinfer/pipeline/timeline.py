@@ -44,10 +44,10 @@ class Timeline:
 
     @contextmanager
     def span(self, lane: str, kind: str, layer: int, step: int, nbytes: int = 0, **detail):
-        """Record the body as a span; an exception in it is recorded too and goes on."""
+        """Record the body as a span; an exception in it is recorded too and goes on. The body may add to the detail."""
         start = time.perf_counter_ns()
         try:
-            yield
+            yield detail
         finally:
             self.add(lane, kind, layer, step, start, time.perf_counter_ns(), nbytes, **detail)
 

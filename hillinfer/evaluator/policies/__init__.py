@@ -1,8 +1,13 @@
 """The policies by name. A new one is a file here and a line below; every table, test and notebook then has it."""
 
 from hillinfer.evaluator.policies.full import Full
+from hillinfer.evaluator.policies.h2o import H2O
+from hillinfer.evaluator.policies.infinigen import InfiniGen
+from hillinfer.evaluator.policies.leoam import LeoAM
 from hillinfer.evaluator.policies.oracle import Oracle
+from hillinfer.evaluator.policies.quest import Quest
 from hillinfer.evaluator.policies.random import Random
+from hillinfer.evaluator.policies.snapkv import SnapKV
 from hillinfer.evaluator.policies.streaming import Streaming
 from hillinfer.evaluator.policies.topk import TopK
 from hillinfer.evaluator.policy import Policy
@@ -13,4 +18,9 @@ POLICIES: dict[str, type[Policy]] = {
     "topk": TopK,
     "oracle": Oracle,
     "random": Random,
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "quest": Quest,
+    "infinigen": InfiniGen,
+    "leoam": LeoAM,
 }

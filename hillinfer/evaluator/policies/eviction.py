@@ -1,0 +1,78 @@
+"""What policies share that evict for good: a mark for each token still alive, and weights seen at prefill."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from hillinfer.evaluator.policy import Policy, Step
+
+BLOCK = 128  # queries whose weights are computed at once
+
+
+class Eviction(Policy):
+    """A token that was once left out is never chosen again. The store still holds it: only the choice is evicted, so
+    that later turns prefill exactly.
+    """
+
+    needs_codes = False
+    watches = True
+    late = False
+
+    def start(self, batch: int, kv_heads: int, head_dim: int, pages) -> None:
+        self.n = 0
+        self.alive = np.zeros((batch, 0), bool)
+        self.worth = np.zeros((batch, 0), np.float32)
+
+    def append(self, keys: torch.Tensor) -> None:
+        new = keys.shape[2]
+        self.n += new
+        short = self.n - self.alive.shape[1]
+        if short > 0:
+            room = ((0, 0), (0, max(256, short)))
+            self.alive, self.worth = np.pad(self.alive, room), np.pad(self.worth, room)
+        self.alive[:, self.n - new : self.n], self.worth[:, self.n - new : self.n] = True, 0
+
+    def attended(self, row: int, picked: np.ndarray, weights: np.ndarray) -> None: ...
+
+    def keep(self, step: Step, newest: int) -> np.ndarray | None:
+        """The newest tokens and those of most worth, as many as the budget; what is left out is gone."""
+        if step.budget >= step.n:
+            return None
+        alive = self.alive[step.row, : step.n]
+        alive[: step.first] = False
+        candidates = np.flatnonzero(alive)
+        if len(candidates) > step.budget:
+            worth = self.worth[step.row, candidates].copy()
+            worth[len(candidates) - newest :] = np.inf
+            order = np.lexsort((candidates, worth))
+            alive[candidates[order[: -step.budget]]] = False
+        return np.flatnonzero(alive)
+
+    def truncate(self, n: int) -> None:
+        self.n = n
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.alive, self.worth = self.alive[rows.numpy(force=True)], self.worth[rows.numpy(force=True)]
+
+    @property
+    def nbytes(self) -> int:
+        return self.alive.nbytes + self.worth.nbytes
+
+
+def causal_weights(queries, keys, valid, scaling: float, last: int | None = None) -> Iterator[torch.Tensor]:
+    """Attention weights (B, Hkv, G, m, n) of the `last` (all, if None) of queries (B, H, q, D), newest of keys
+    (B, Hkv, n, D), a block of queries at a time. valid (B, n) bool, False for padding, or None.
+    """
+    n, new = keys.shape[2], queries.shape[2]
+    keys = keys.float().transpose(2, 3)[:, :, None]
+    queries = queries.float().unflatten(1, (keys.shape[1], -1)) * scaling
+    for at in range(0 if last is None else max(0, new - last), new, BLOCK):
+        part = queries[:, :, :, at : at + BLOCK]
+        logits = part @ keys
+        place = torch.arange(n - new + at, n - new + at + part.shape[3], device=keys.device)
+        hidden = torch.arange(n, device=keys.device) > place[:, None]  # (m, n)
+        if valid is not None:
+            hidden = hidden | ~valid[:, None, None, None]
+            hidden = hidden & (torch.arange(n, device=keys.device) != place[:, None])  # a padded query sees itself
+        yield logits.masked_fill_(hidden, -torch.inf).softmax(-1)

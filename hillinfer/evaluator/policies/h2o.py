@@ -1,0 +1,24 @@
+"""H2O (arXiv 2306.14048): heavy hitters by accumulated attention, and recent tokens; the rest is evicted for good.
+
+The paper keeps a set of its own for each head; here a layer's heads share one, by the sum of their weights.
+"""
+
+import numpy as np
+import torch
+
+from hillinfer.evaluator.policies.eviction import Eviction, causal_weights
+from hillinfer.evaluator.policy import Step
+
+
+class H2O(Eviction):
+    """Half the budget for the newest tokens, half for those with most attention so far; the rest is evicted for good."""
+
+    def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
+        for weights in causal_weights(queries, keys, valid, scaling):
+            self.worth[:, : self.n] += weights.sum((1, 2, 3)).numpy(force=True)
+
+    def attended(self, row: int, picked: np.ndarray, weights: np.ndarray) -> None:
+        self.worth[row, picked] += weights.sum(0)
+
+    def select(self, step: Step) -> np.ndarray | None:
+        return self.keep(step, step.budget // 2)

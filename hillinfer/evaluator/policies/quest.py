@@ -1,0 +1,59 @@
+"""Quest (arXiv 2406.10774): fixed pages of 16 tokens, each judged by the min/max box of its keys.
+
+The paper chooses pages per head and attends densely in the first two layers. Here a layer's KV heads choose together,
+because a record holds them all, and every layer keeps to the budget.
+"""
+
+import numpy as np
+import torch
+
+from hillinfer.evaluator.chunks import EMPTY, bounds, sortable, widen
+from hillinfer.evaluator.policy import Policy, Step
+from hillinfer.evaluator.topk import merge_heads
+from hillinfer.growable import Growable
+
+
+class Quest(Policy):
+    """The device window and the pages of 16 tokens whose min/max bound is highest."""
+
+    needs_codes = False
+    can_speculate = True
+    page = 16
+
+    def start(self, batch: int, kv_heads: int, head_dim: int, pages) -> None:
+        self.n, self.kv_heads = 0, kv_heads
+        self.boxes = Growable((batch, 0, kv_heads, 2, head_dim), 1, torch.float32)
+
+    def append(self, keys: torch.Tensor) -> None:
+        keys = keys.to("cpu", torch.float32)
+        batch, _, new, dim = keys.shape
+        index = torch.arange(self.n, self.n + new) // self.page
+        self.n += new
+        more = -(-self.n // self.page) - self.boxes.n
+        if more > 0:
+            self.boxes.append(EMPTY.expand(batch, more, self.kv_heads, 2, dim))
+        for boxes, own in zip(self.boxes.view(), keys, strict=True):
+            widen(boxes, index, own)
+
+    def select(self, step: Step) -> np.ndarray | None:
+        if step.budget >= step.n:
+            return None
+        near = step.near()[-step.budget :]
+        first, last = step.first // self.page, -(-(step.n - step.recent) // self.page)
+        score = sortable(bounds(self.boxes.view()[step.row, first:last], step.grouped(self.kv_heads)))
+        step.notes |= {"bounds": last - first, "chunks": last - first}
+        best = first + merge_heads(score, (step.budget - len(near)) // self.page)
+        chosen = (best[:, None] * self.page + np.arange(self.page)).ravel()
+        return np.union1d(near, chosen[(chosen >= step.first) & (chosen < step.n)])
+
+    def truncate(self, n: int) -> None:
+        """The box of a page that n cuts through stays as wide as it was: still a bound."""
+        self.n = n
+        self.boxes.truncate(-(-n // self.page))
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.boxes.reorder(rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self.boxes.view().nbytes

@@ -1,0 +1,107 @@
+"""Pages of a chunk index: on the drive beside the records, the last used of them in memory (LeoAM's KV abstracts)."""
+
+import time
+
+import numpy as np
+import torch
+
+from hillinfer.growable import Growable
+from hillinfer.tiers.record_file import BLOCK, RecordFile, aligned
+
+
+class Pages:
+    """int8 pages of one shape of one stream. Without a drive all are in memory; with one, at most `capacity` are."""
+
+    def __init__(self, shape: tuple, drive: RecordFile | None = None, stream: int = 0, capacity: int | None = None):
+        self.shape, self.drive, self.stream = shape, drive, stream
+        self.capacity = None if drive is None or capacity is None else max(1, capacity)
+        self.n = self.uses = 0
+        self.kept = Growable((0, *shape), 0, torch.int8)
+        self.page_of = np.zeros(0, np.int64)  # slot -> page
+        self.slot_of = np.zeros(0, np.int64)  # page -> slot, or -1
+        self.used = np.zeros(0, np.int64)  # slot -> when last
+        self.offsets = np.zeros(0, np.int64)  # page -> byte offset in the drive's file
+        self.free: list[int] = []  # offsets of pages that were forgotten
+        self.work: list[tuple] = []  # (lane, kind, start_ns, end_ns, bytes), taken away by whoever records it
+        self.bytes_read = 0
+
+    @property
+    def page_bytes(self) -> int:
+        return int(np.prod(self.shape))
+
+    def append(self, pages: torch.Tensor) -> None:
+        """Further pages (p, *shape)."""
+        new = np.arange(self.n, self.n + len(pages))
+        self.n += len(pages)
+        self.slot_of = np.append(self.slot_of, np.full(len(new), -1))
+        if self.drive is not None:
+            self._write(pages, int(new[0]))
+        room = len(new) if self.capacity is None else min(len(new), self.capacity)
+        self._keep(new[-room:], pages[-room:])
+
+    def take(self, page: np.ndarray, part: np.ndarray) -> torch.Tensor:
+        """Parts [page, part] of pages, (m, *shape[1:]); what is not in memory is read, as many pages as fit at a time."""
+        wanted = np.unique(page)
+        self.uses += 1
+        step = self.capacity or max(1, len(wanted))
+        out = torch.empty((len(page), *self.shape[1:]), dtype=torch.int8)
+        for at in range(0, len(wanted), step):
+            some = wanted[at : at + step]
+            self.used[self.slot_of[some][self.slot_of[some] >= 0]] = self.uses
+            self._load(some[self.slot_of[some] < 0])
+            mine = np.flatnonzero(np.isin(page, some)) if step < len(wanted) else np.arange(len(page))
+            slots = torch.from_numpy(self.slot_of[page[mine]])
+            out[torch.from_numpy(mine)] = self.kept.view()[slots, torch.from_numpy(part[mine])]
+        return out
+
+    def truncate(self, n: int) -> None:
+        """Forget all pages from n on."""
+        slots = np.flatnonzero(self.page_of >= n)
+        self.page_of[slots], self.used[slots] = -1, -1
+        self.free += self.offsets[n:].tolist()
+        self.n, self.slot_of, self.offsets = n, self.slot_of[:n], self.offsets[:n]
+
+    def _load(self, pages: np.ndarray) -> None:
+        if not len(pages):
+            return
+        start, width = time.perf_counter_ns(), -(-self.page_bytes // BLOCK) * BLOCK
+        buffer = aligned(width * len(pages)).reshape(len(pages), width)
+        jobs = [(int(at), part) for at, part in zip(self.offsets[pages], buffer, strict=True)]
+        self.drive.transfer("read", jobs, self.stream, int(pages[0]))
+        self.bytes_read += buffer.nbytes
+        found = torch.from_numpy(buffer[:, : self.page_bytes].view(np.int8)).view(-1, *self.shape)
+        self._keep(pages, found)
+        self.work.append(("drive", "abstract", start, time.perf_counter_ns(), buffer.nbytes))
+
+    def _write(self, pages: torch.Tensor, first: int) -> None:
+        width = -(-self.page_bytes // BLOCK) * BLOCK
+        reused = [self.free.pop() for _ in range(min(len(self.free), len(pages)))]
+        fresh = len(pages) - len(reused)
+        base = self.drive.allocate(width * fresh) if fresh else 0
+        offsets = reused + [base + i * width for i in range(fresh)]
+        self.offsets = np.append(self.offsets, np.array(offsets, np.int64))
+        buffer = aligned(width * len(pages)).reshape(len(pages), width)
+        buffer[:, : self.page_bytes] = pages.contiguous().view(torch.uint8).reshape(len(pages), -1).numpy()
+        self.drive.transfer("write", list(zip(offsets, buffer, strict=True)), self.stream, first)
+
+    def _keep(self, pages: np.ndarray, data: torch.Tensor) -> None:
+        """Have these pages in memory, in place of the least recently used where there is no room."""
+        more = len(pages) if self.capacity is None else min(len(pages), self.capacity - len(self.page_of))
+        more -= int((self.page_of < 0).sum()) if self.capacity is None else 0
+        if more > 0:
+            self.kept.reserve(self.kept.n + more)
+            self.kept.n += more
+            self.page_of, self.used = (
+                np.append(self.page_of, np.full(more, -1)),
+                np.append(self.used, np.full(more, -1)),
+            )
+        slots = np.argsort(self.used, kind="stable")[: len(pages)]
+        old = self.page_of[slots]
+        self.slot_of[old[old >= 0]] = -1
+        self.kept.view()[torch.from_numpy(slots)] = data
+        self.page_of[slots], self.slot_of[pages], self.used[slots] = pages, slots, self.uses
+
+    @property
+    def nbytes(self) -> int:
+        """In memory."""
+        return self.kept.data.nbytes

@@ -10,6 +10,7 @@ from hillinfer.config import UsageError
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.pipeline.lookahead import Guess
+from hillinfer.pipeline.observe import attention_weights
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Hits
 from hillinfer.tiers.geometry import Geometry
@@ -86,9 +87,20 @@ class Layer:
                 attn_mask=None if valid is None else valid[:, None, None].to(query.device),
                 scale=scaling,
             )
+        self._show(query, kv, picks[0], self._valid(mask, batch), scaling)
         self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
         self.run.attended_ns = time.perf_counter_ns()
         return out.reshape(batch, 1, heads, dim)
+
+    def _show(self, query: torch.Tensor, kv: torch.Tensor, pick, visible, scaling: float) -> None:
+        """Let whoever watches the run see the first sequence's attention. What that costs is a span of its own."""
+        run, watcher = self.run, self.run.observer
+        if watcher is None or not watcher.wants(self.index, run.step):
+            return
+        with run.timeline.span("cpu", "observe", self.index, run.step):
+            shown = None if visible is None else visible[0]
+            all_keys = lambda: self.store.all()[0][0, :, 0]  # noqa: E731
+            watcher.take(self.index, run.step, query[0, :, 0], kv[0, :, 0], pick, self.n, scaling, shown, all_keys)
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Score and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -195,11 +207,7 @@ class Layer:
         def weights() -> np.ndarray:
             kv, found = self.store.all()
             self._record(found.work)
-            keys = kv[row, :, 0].transpose(0, 1).float()  # (Hkv, n, D)
-            logits = (query.float().view(len(keys), -1, query.shape[1]) * scaling @ keys.transpose(1, 2)).flatten(0, 1)
-            if valid is not None:
-                logits[:, ~valid] = -torch.inf
-            return logits.softmax(1).cpu().numpy()
+            return attention_weights(query, kv[row, :, 0], scaling, valid, np.arange(n))
 
         step = Step(n, settings.budget(n), settings.sinks, settings.recent, self.index, run.step, scores, weights)
         with run.timeline.span("cpu", kind, self.index, run.step):

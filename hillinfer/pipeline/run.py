@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hillinfer.config import Settings, UsageError
 from hillinfer.pipeline.balance import Speeds
 from hillinfer.pipeline.lookahead import Lookahead, Trial
+from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.computational import Shape
 from hillinfer.tiers.drive import DirectDrive
@@ -34,6 +35,7 @@ class Run:
     lookahead: Lookahead | None = None
     speeds: Speeds | None = None  # of the profile
     trial: Trial | None = None  # whether it pays to look ahead
+    observer: AttentionRecord | None = None  # who watches what is attended to
 
     def start(self, geometry: Geometry) -> None:
         """Fix the shape at the first append, and open the drive if there is one."""

@@ -12,6 +12,7 @@ from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.pipeline.blockwise import blockwise_attention
 from hillinfer.pipeline.lookahead import Guess
+from hillinfer.pipeline.observe import attention_weights
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Hits
 from hillinfer.tiers.abstracts import Pages
@@ -109,6 +110,7 @@ class Layer:
                 attn_mask=None if valid is None else valid[:, None, None].to(query.device),
                 scale=scaling,
             )
+        self._show(query, kv, picks[0], self._valid(mask, batch), scaling)
         self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
         if self.policy.watches:
             self._tell_weights(query, picks, kv, valid, scaling)
@@ -136,6 +138,16 @@ class Layer:
         if self.store is not None:
             self._start_policy(self.run.geometry)
             policy.append(self.everything()[0])
+
+    def _show(self, query: torch.Tensor, kv: torch.Tensor, pick, visible, scaling: float) -> None:
+        """Let whoever watches the run see the first sequence's attention. What that costs is a span of its own."""
+        run, watcher = self.run, self.run.observer
+        if watcher is None or not watcher.wants(self.index, run.step):
+            return
+        with run.timeline.span("cpu", "observe", self.index, run.step):
+            shown = None if visible is None else visible[0]
+            all_keys = lambda: self.store.all()[0][0, :, 0]  # noqa: E731
+            watcher.take(self.index, run.step, query[0, :, 0], kv[0, :, 0], pick, self.n, scaling, shown, all_keys)
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Score and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -260,11 +272,7 @@ class Layer:
         def weights() -> np.ndarray:
             kv, found = self.store.all()
             self._record(found.work)
-            keys = kv[row, :, 0].transpose(0, 1).float()  # (Hkv, n, D)
-            logits = (query.float().view(len(keys), -1, query.shape[1]) * scaling @ keys.transpose(1, 2)).flatten(0, 1)
-            if valid is not None:
-                logits[:, torch.from_numpy(~valid)] = -torch.inf
-            return logits.softmax(1).cpu().numpy()
+            return attention_weights(query, kv[row, :, 0], scaling, valid, np.arange(n))
 
         sizes = n, settings.budget(n), settings.sinks, settings.recent, self.index, run.step
         step = Step(*sizes, scores, weights, query, scaling, row, valid, guess=kind == "guess")

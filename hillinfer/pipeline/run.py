@@ -8,6 +8,7 @@ from hillinfer.config import Settings, UsageError
 from hillinfer.native import ring
 from hillinfer.pipeline.balance import Chosen, Speeds
 from hillinfer.pipeline.lookahead import Lookahead, Trial
+from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.abstracts import Pages
@@ -43,6 +44,7 @@ class Run:
     index_share: float = 0.0  # of the host budget, for a policy's index that lives in pages
     trial: Trial | None = None  # whether it pays to look ahead; of a system that streams, to stagger its two threads
     tensors: Tensors | None = None  # of a system that streams
+    observer: AttentionRecord | None = None  # who watches what is attended to
 
     def __post_init__(self):
         if self.settings.engine == "io_uring" and (reason := ring.why_not()):

@@ -1,1 +1,27 @@
-"""What a person looks at: figures and reports. The only place that imports plotly."""
+"""What a person looks at: figures, the timeline canvas, the dashboard. The only place that imports plotly and
+ipywidgets.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "Workbench": "dashboard",
+    "Board": "board",
+    "show_timeline": "board",
+    "show_record": "board",
+    "Case": "live",
+    "LiveRun": "live",
+}
+__all__ = ["Board", "Case", "LiveRun", "Workbench", "show_record", "show_timeline"]
+
+
+def __getattr__(name: str):
+    """On first use: the figures of `hillinfer demo` need no ipywidgets."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'hillinfer.workbench' has no attribute '{name}'")
+    try:
+        return getattr(import_module(f"hillinfer.workbench.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("anywidget", "ipywidgets", "traitlets"):
+            raise
+        raise ImportError(f"{name} needs {error.name}: pip install 'hillinfer[lab]'", name=error.name) from None

@@ -1,0 +1,227 @@
+"""One run in a thread of its own, that can be watched while it goes on and stopped within a token. Knows no widget."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from hillinfer.cache import TieredCache, disable, enable, plan
+from hillinfer.config import UsageError
+from hillinfer.longbench.runner import feed, is_right, measured, split_prompt
+from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
+from hillinfer.pipeline.observe import AttentionRecord
+from hillinfer.pipeline.timeline import Counters, Timeline
+from hillinfer.systems import find_system, make_cache
+
+CHUNK = 1024  # tokens that are prefilled between two looks at the stop event
+TAIL = 8  # tokens that are decoded together to find what the last one adds
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a run is asked: token ids of a document and of what is asked about it, and how long the answer may be."""
+
+    title: str
+    context: list[int]
+    question: list[int]
+    max_new_tokens: int
+    record: dict | None = None  # of a task, which knows the right answer
+
+    @classmethod
+    def task(cls, tokenizer: PreTrainedTokenizerBase, task: str, tokens: int, seed: int) -> "Case":
+        """A new question of a synthetic task about a document of about `tokens` tokens; the seed makes both."""
+        record = make_records(task, tokens, 1, seed)[0]
+        context, question = split_prompt(tokenizer, record)
+        return cls(f"{task}, {len(context):,} tokens, seed {seed}", context, question, MAX_NEW_TOKENS[task], record)
+
+    @classmethod
+    def text(cls, tokenizer: PreTrainedTokenizerBase, text: str, question: str, max_new_tokens: int) -> "Case":
+        """A text of the user's own, and a question about it; without one, the text is continued."""
+        if not text.strip():
+            raise UsageError("there is no text to work on: paste one, or choose a task")
+        context = tokenizer(text).input_ids
+        if question.strip():
+            asked = tokenizer("\n" + question, add_special_tokens=False).input_ids
+        else:
+            context, asked = context[:-1], context[-1:]
+        if not context or not asked:
+            raise UsageError("the text is one token long: give some more")
+        return cls(f"own text, {len(context):,} tokens", context, asked, max_new_tokens)
+
+
+class Token(NamedTuple):
+    """A token that a decode step took in (of the question) or gave out."""
+
+    text: str
+    step: int  # the decode step that gave it out; of a question's token, the one that took it in
+    ms: float  # since the first decode step began
+    asked: bool  # of the question
+
+
+@dataclass
+class LiveRun:
+    """`start`, watch, `stop` or not, `join`. `result` raises what the run raised.
+
+    What may be read from other threads while it goes on: phase, tokens, timeline, counters, record, status().
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    case: Case
+    system: str
+    options: dict
+    record: AttentionRecord | None = None
+    phase: str = "waiting"  # prefill, decode, done, stopped, failed
+    tokens: list[Token] = field(default_factory=list)
+    timeline: Timeline = field(default_factory=Timeline)
+    counters: Counters = field(default_factory=Counters)
+    memory: dict[str, int] = field(default_factory=dict)
+    figures: dict | None = None  # of the runner, once the run has ended
+    right: bool | None = None
+    prefilled: int = 0
+    error: BaseException | None = None
+    why: str = ""
+
+    def __post_init__(self):
+        self._stop, self._finished, self._thread = threading.Event(), threading.Event(), None
+        self._decoding = self._ended = 0.0
+
+    def check(self) -> None:
+        """Everything that can be refused is refused before the run starts."""
+        settings = find_system(self.system, self.options)[1]
+        total = len(self.case.context) + len(self.case.question) + self.case.max_new_tokens
+        window = getattr(self.model.config, "max_position_embeddings", None)
+        if window and total > window:
+            raise UsageError(f"{total:,} tokens exceed the model's window of {window:,}: take a shorter document")
+        plan(self.model.config, settings, total, self.model.dtype)
+
+    def start(self) -> "LiveRun":
+        self.check()
+        self._thread = threading.Thread(target=self._work, name="hillinfer-run", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Ask it to end after the token (in prefill: the chunk) under way."""
+        self._stop.set()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end; Ctrl-C and a kernel's interrupt stop the run. False where the time ran out."""
+        try:
+            ended = self._finished.wait(timeout)
+        except KeyboardInterrupt:  # not from Thread.join, which takes an interrupted thread for dead (Python 3.11)
+            self.stop()
+            self._finished.wait()
+            raise
+        finally:
+            if self._finished.is_set():
+                self._thread.join()
+        return ended
+
+    @property
+    def alive(self) -> bool:
+        return self._thread is not None and not self._finished.is_set()
+
+    def result(self) -> str:
+        """The answer, once the run has ended."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+        return self.answer
+
+    @property
+    def answer(self) -> str:
+        return "".join(token.text for token in self.tokens[:] if not token.asked).strip()
+
+    def status(self) -> dict:
+        """Progress in numbers: decode steps done and foreseen, tokens per second and seconds left, all measured."""
+        done, foreseen = len(self.tokens), len(self.case.question) + self.case.max_new_tokens - 1
+        elapsed = (self._ended or time.perf_counter()) - self._decoding if self._decoding else 0.0
+        speed = done / elapsed if elapsed else 0.0
+        return dict(
+            phase=self.phase,
+            prefilled=self.prefilled,
+            context=len(self.case.context),
+            done=done,
+            foreseen=foreseen,
+            speed=speed,
+            left_s=(foreseen - done) / speed if speed and self.phase == "decode" else 0.0,
+            error=str(self.error or ""),
+        )
+
+    def _work(self) -> None:
+        before = enable(self.model)
+        try:
+            with torch.inference_mode(), make_cache(self.model, self.system, **self.options) as cache:
+                self._run(cache)
+            self.phase = "stopped" if self._stop.is_set() else "done"
+        except BaseException as error:
+            self.error, self.phase = error, "failed"
+        finally:
+            self._ended = self._ended or time.perf_counter()
+            disable(self.model, before)
+            self._finished.set()
+
+    def _run(self, cache: TieredCache) -> None:
+        self.phase, context, start = "prefill", self.case.context, time.perf_counter()
+        ends = [0, *range(CHUNK, len(context) - 1, CHUNK), len(context)]  # never a chunk of one: a decode step
+        for first, last in pairwise(ends):
+            if self._stop.is_set():
+                return
+            feed(self.model, cache, context[first:last])
+            self.prefilled = last
+        prefill_s = time.perf_counter() - start
+        cache.timeline.clear()  # the figures are of decode steps
+        cache.counters.clear()
+        self.timeline, self.counters = cache.timeline, cache.counters
+        cache.run.observer, self.why = self.record, cache.run.why_split()
+        self._decoding, self.phase = time.perf_counter(), "decode"
+        self._decode(cache)
+        self._ended = time.perf_counter()
+        self.figures = measured(cache, prefill_s, self._ended - self._decoding)
+        self.memory = self.figures["memory"]
+        if self.case.record is not None and not self._stop.is_set():
+            self.right = is_right(self.case.record, self.answer)
+
+    def _decode(self, cache: TieredCache) -> None:
+        context, question = self.case.context, self.case.question
+        for token in question[:-1]:
+            if self._stop.is_set():
+                return
+            feed(self.model, cache, [token])
+            self._note(cache, self.tokenizer.decode([token]), True)
+        if self._stop.is_set():
+            return
+        ids = torch.tensor([context + question], device=self.model.device)
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=self.case.max_new_tokens,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([_EachToken(self, cache, ids.shape[1])]),
+        )
+
+    def _note(self, cache: TieredCache, text: str, asked: bool) -> None:
+        now = time.perf_counter()
+        self.tokens.append(Token(text, cache.run.step, (now - self._decoding) * 1e3, asked))
+        if len(self.tokens) % 8 == 1:
+            self.memory = cache.memory()
+
+
+class _EachToken(StoppingCriteria):
+    """Takes note of a token that came out, and ends the generation when the run was told to stop."""
+
+    def __init__(self, run: LiveRun, cache: TieredCache, prompt: int):
+        self.run, self.cache, self.prompt = run, cache, prompt
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        tail = input_ids[0, max(self.prompt, input_ids.shape[1] - TAIL) :].tolist()
+        decode = self.run.tokenizer.decode
+        before, text = decode(tail[:-1], skip_special_tokens=True), decode(tail, skip_special_tokens=True)
+        self.run._note(self.cache, text[len(before) :], False)
+        return torch.full((len(input_ids),), self.run._stop.is_set(), device=input_ids.device)

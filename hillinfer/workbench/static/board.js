@@ -1,0 +1,477 @@
+// The board: linked views of one run. All drawing is here; Python sends new rows as they come and answers for a cursor.
+
+const DPR = () => Math.max(1, window.devicePixelRatio || 1);
+const make = (tag, cls, parent, text) => {
+  const el = document.createElement(tag);
+  if (cls) el.className = cls;
+  if (text !== undefined) el.textContent = text;
+  if (parent) parent.append(el);
+  return el;
+};
+const themeOf = (el) => {
+  const css = getComputedStyle(el), get = (name) => css.getPropertyValue(name).trim();
+  return { back: get("--hi-back"), text: get("--hi-text"), faint: get("--hi-faint"), grid: get("--hi-grid"), mark: get("--hi-mark"), link: get("--hi-link") };
+};
+const number = (x, digits = 0) => Number(x).toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
+const bytes = (x) => { const u = ["B", "KiB", "MiB", "GiB", "TiB"]; let i = 0; while (x >= 1024 && i < 4) { x /= 1024; i++; } return number(x, i ? 1 : 0) + " " + u[i]; };
+const percent = (x, digits = 0) => number(100 * x, digits) + " %";
+const save = (name, blob) => { const a = make("a", "", null); a.href = URL.createObjectURL(blob); a.download = name; a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 5000); };
+// Cividis in eight steps: dark for little, light for much.
+const CIVIDIS = [[0, 32, 77], [33, 61, 107], [77, 83, 110], [104, 103, 113], [130, 124, 118], [159, 147, 115], [203, 186, 105], [255, 234, 70]];
+function cividis(x) {
+  const p = Math.min(0.9999, Math.max(0, x)) * 7, i = Math.floor(p), f = p - i;
+  return `rgb(${CIVIDIS[i].map((c, k) => Math.round(c + f * (CIVIDIS[i + 1][k] - c))).join(",")})`;
+}
+
+// Rows that only grow: what Python sends once, and again from where we ask.
+class Store {
+  constructor() { this.spans = new Spans(); this.clear(); }
+  clear() { this.spans.clear(); this.tokens = []; this.hits = new Hits(); this.asked = false; }
+  have() { return { spans: this.spans.n, hits: this.hits.n, tokens: this.tokens.length }; }
+  take(message, buffers) { // false where something before it is missing
+    if (message.run !== this.run) { this.clear(); this.run = message.run; }
+    const have = this.have();
+    if (["spans", "hits", "tokens"].some((k) => message.from[k] > have[k])) return false;
+    if (["spans", "hits", "tokens"].some((k) => message.from[k] < have[k])) return true; // seen
+    const column = (i, Type) => { const b = buffers[i]; return new Type(b.buffer.slice(b.byteOffset, b.byteOffset + b.byteLength)); };
+    this.spans.kinds = message.kinds;
+    const names = [["start", Float64Array], ["dur", Float64Array], ["bytes", Float64Array], ["lane", Uint8Array], ["kind", Uint8Array], ["layer", Int16Array], ["step", Int32Array], ["modelled", Uint8Array]];
+    const c = Object.fromEntries(names.map(([name, Type], i) => [name, column(i, Type)]));
+    if (c.start.length) this.spans.add(c);
+    this.hits.add(column(8, Int32Array));
+    this.tokens.push(...message.tokens);
+    return true;
+  }
+}
+
+const PART = { step: 0, layer: 1, queries: 2, device: 3, host: 4, drive: 5, demoted: 6, prefetched: 7 };
+class Hits { // who served which step and layer: sums for each step over all layers, and for each layer over all steps
+  constructor() { this.n = 0; this.steps = new Map(); this.layers = []; this.first = null; this.last = null; }
+  add(rows) {
+    for (let i = 0; i < rows.length; i += 8) {
+      const step = rows[i], layer = rows[i + 1];
+      this.first ??= step; this.last = step;
+      if (!this.steps.has(step)) this.steps.set(step, []);
+      const r = rows.subarray(i + 2, i + 8), mine = this.steps.get(step);
+      mine[layer] = r;
+      const sum = (this.layers[layer] ??= new Float64Array(6));
+      for (let k = 0; k < 6; k++) sum[k] += r[k];
+      this.n++;
+    }
+  }
+  at(step, layer) {
+    const rows = this.steps.get(step);
+    if (!rows) return null;
+    if (layer != null) return rows[layer] ?? null;
+    const sum = new Float64Array(6);
+    for (const r of rows) if (r) for (let k = 0; k < 6; k++) sum[k] += r[k];
+    return sum;
+  }
+}
+const shares = (r) => { const q = Math.max(1, r[0]); return [r[1] / q, r[2] / q, (r[3] - r[4]) / q, r[4] / q]; }; // parallel to palette.tiers
+
+function canvasPanel(parent, height, label, draw) {
+  const canvas = make("canvas", "hi-canvas", parent);
+  canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", label);
+  let queued = false;
+  const panel = {
+    canvas, height, frame: 0,
+    now() {
+      queued = false;
+      const width = canvas.clientWidth;
+      if (!width) return;
+      const ratio = DPR(), h = panel.height;
+      if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(h * ratio)) {
+        canvas.width = Math.round(width * ratio); canvas.height = Math.round(h * ratio); canvas.style.height = h + "px";
+      }
+      const ctx = canvas.getContext("2d"), began = performance.now();
+      ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
+      const theme = themeOf(parent);
+      ctx.fillStyle = theme.back; ctx.fillRect(0, 0, width, h);
+      ctx.font = "11px system-ui, sans-serif"; ctx.textBaseline = "middle";
+      draw(ctx, width, h, theme);
+      panel.drawMs = performance.now() - began; panel.frame++;
+    },
+    redraw() { if (!queued) { queued = true; requestAnimationFrame(panel.now); } },
+  };
+  panel.watch = new ResizeObserver(panel.redraw);
+  panel.watch.observe(canvas);
+  return panel;
+}
+
+function axisText(ctx, theme, x, y, text, align = "left") { ctx.fillStyle = theme.faint; ctx.textAlign = align; ctx.fillText(text, x, y); ctx.textAlign = "left"; }
+
+class Board {
+  constructor(model, store, root) {
+    this.model = model; this.store = store; this.root = root; this.panels = []; this.view = null; this.following = true;
+    this.palette = model.get("palette");
+    root.classList.add("hi-board");
+    const parts = model.get("parts");
+    if (parts.includes("head")) this.buildHead();
+    const grid = make("div", "hi-grid", root);
+    if (parts.includes("text")) this.buildText(this.section(grid, "Text", "wide"));
+    if (parts.includes("sparsity")) this.buildSparsity(this.section(grid, "Attention sparsity"));
+    if (parts.includes("hits")) this.buildHits(this.section(grid, "Who served the attended tokens"));
+    if (parts.includes("timeline")) this.buildTimeline(this.section(grid, "Timeline", "wide"));
+    if (parts.includes("memory")) this.buildMemory(this.section(grid, "Memory and bytes", "wide"));
+    root.hillinfer = this; // for tests: what is drawn, not what is said
+  }
+  section(parent, title, wide) {
+    const s = make("section", "hi-section" + (wide ? " hi-wide" : ""), parent);
+    s.setAttribute("aria-label", title);
+    s.bar = make("div", "hi-bar", s);
+    make("h4", "", s.bar, title);
+    s.note = make("span", "hi-note", s.bar);
+    return s;
+  }
+  panel(parent, height, label, draw) { const p = canvasPanel(parent, height, label, draw); this.panels.push(p); return p; }
+  get cursor() { return this.model.get("cursor"); }
+  point(change) { this.model.set("cursor", { ...this.cursor, ...change }); this.model.save_changes(); }
+  refresh() { this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.follow(); this.reachStep(); for (const p of this.panels) p.redraw(); this.measure(); }
+
+  buildHead() {
+    const head = make("div", "hi-head", this.root);
+    this.title = make("strong", "", head);
+    this.progress = make("progress", "", head); this.progress.max = 1; this.progress.setAttribute("aria-label", "progress");
+    this.status = make("span", "hi-status", head); this.status.setAttribute("role", "status"); this.status.setAttribute("aria-live", "polite");
+    this.setting = make("div", "hi-note hi-setting", this.root);
+  }
+  drawHead() {
+    const s = this.model.get("state");
+    if (!this.title || !s.phase) return;
+    this.title.textContent = s.title;
+    this.setting.textContent = s.setting;
+    this.progress.value = s.phase === "prefill" ? s.prefilled / Math.max(1, s.context) : s.foreseen ? s.done / s.foreseen : 0;
+    if (s.phase === "done") this.progress.value = 1;
+    const speed = s.speed ? `, ${number(s.speed, 1)} tokens/s (measured)` : "";
+    const said = {
+      waiting: "waiting", prefill: `reading the document: ${number(s.prefilled)} of ${number(s.context)} tokens`,
+      decode: `token ${s.done} of at most ${s.foreseen}${speed}, at most ${number(s.left_s, 0)} s left`,
+      done: `done: ${s.done} tokens${speed}`, stopped: `stopped after ${s.done} tokens${speed}`, failed: s.error,
+    }[s.phase];
+    const judged = s.right == null ? "" : s.right ? " - right" : " - wrong";
+    if (this.status.textContent !== said + judged) this.status.textContent = said + judged;
+    this.status.classList.toggle("hi-error", s.phase === "failed");
+    this.root.dataset.phase = s.phase;
+  }
+
+  buildText(section) {
+    this.text = make("div", "hi-text", section);
+    this.text.tabIndex = 0; this.text.setAttribute("role", "listbox"); this.text.setAttribute("aria-label", "tokens; left and right choose one");
+    section.note.textContent = "question in grey, answer in black; click a token to mark its step everywhere";
+    this.text.addEventListener("click", (e) => { const i = e.target.dataset?.i; if (i) this.pick(+i); });
+    this.text.addEventListener("keydown", (e) => {
+      const go = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
+      if (go) { e.preventDefault(); const at = this.store.tokens.findIndex((t) => t[1] === this.cursor.step); this.pick(Math.min(this.store.tokens.length - 1, Math.max(0, at + go))); }
+      if (e.key === "Escape") this.point({ step: null });
+    });
+    this.shown = 0;
+  }
+  pick(i) { const t = this.store.tokens[i]; if (t) this.point({ step: t[1] === this.cursor.step ? null : t[1] }); }
+  drawText() {
+    if (!this.text) return;
+    if (this.shown > this.store.tokens.length || this.shownRun !== this.store.run) { this.text.replaceChildren(); this.shown = 0; this.shownRun = this.store.run; }
+    const grew = this.shown < this.store.tokens.length;
+    for (; this.shown < this.store.tokens.length; this.shown++) {
+      const [text, step, ms, asked] = this.store.tokens[this.shown];
+      const el = make("span", asked ? "hi-asked" : "hi-answer", this.text, text || "·");
+      el.dataset.i = this.shown; el.dataset.step = step; el.title = `step ${step}, at ${number(ms, 1)} ms`; el.setAttribute("role", "option");
+    }
+    for (const el of this.text.querySelectorAll(".hi-on")) if (+el.dataset.step !== this.cursor.step) el.classList.remove("hi-on");
+    if (this.cursor.step != null) for (const el of this.text.querySelectorAll(`[data-step="${this.cursor.step}"]`)) el.classList.add("hi-on");
+    if (grew) this.text.scrollTop = this.text.scrollHeight;
+  }
+
+  buildSparsity(section) {
+    this.sparsity = section;
+    this.heat = this.panel(section, 190, "heat map: layers by heads, tokens that hold 90 % of the attention", (c, w, h, t) => this.drawHeat(c, w, h, t));
+    const canvas = this.heat.canvas;
+    canvas.tabIndex = 0;
+    const cell = (e) => { const b = this.cells; if (!b) return null; const head = Math.floor((e.offsetX - b.x) / b.w), layer = Math.floor((e.offsetY - b.y) / b.h); return head >= 0 && head < b.heads && layer >= 0 && layer < b.layers ? { layer, head } : null; };
+    canvas.addEventListener("click", (e) => { const at = cell(e); if (at) this.point(at.layer === this.cursor.layer && at.head === this.cursor.head ? { layer: null, head: null } : at); });
+    canvas.addEventListener("mousemove", (e) => { const at = cell(e), d = this.model.get("detail").heat; canvas.title = at && d ? `layer ${at.layer}, head ${at.head}: ${percent(d.needed[at.layer][at.head], 1)} of the tokens hold 90 % of the attention` + (d.caught ? `; the chosen ones hold ${percent(d.caught[at.layer][at.head], 1)}` : "") : ""; });
+    canvas.addEventListener("keydown", (e) => {
+      const go = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[e.key], b = this.cells;
+      if (!go || !b) return;
+      e.preventDefault();
+      this.point({ layer: Math.min(b.layers - 1, Math.max(0, (this.cursor.layer ?? 0) + go[0])), head: Math.min(b.heads - 1, Math.max(0, (this.cursor.head ?? 0) + go[1])) });
+    });
+    this.dist = this.panel(section, 150, "attention over positions, and which were chosen", (c, w, h, t) => this.drawDistribution(c, w, h, t));
+  }
+  drawSparsityNote() {
+    if (!this.sparsity) return;
+    const d = this.model.get("detail").heat;
+    this.sparsity.note.textContent = d ? `step ${d.step}; share of tokens that holds 90 % of ${d.exact ? "all" : "the chosen tokens'"} attention` : this.model.get("state").looks === false ? "off" : "nothing seen yet";
+  }
+  drawHeat(ctx, width, height, theme) {
+    const d = this.model.get("detail").heat;
+    if (!d) { axisText(ctx, theme, width / 2, height / 2, "fills while tokens come", "center"); this.cells = null; return; }
+    const layers = d.needed.length, heads = d.needed[0].length, x = 46, y = 8, w = (width - x - 76) / heads, h = (height - y - 30) / layers;
+    this.cells = { x, y, w, h, layers, heads };
+    for (let l = 0; l < layers; l++) for (let k = 0; k < heads; k++) {
+      ctx.fillStyle = cividis(1 + Math.log10(Math.max(1e-3, d.needed[l][k])) / 3); // 0.1 % to 100 %, logarithmic
+      ctx.fillRect(x + k * w, y + l * h, Math.max(1, w - 1), Math.max(1, h - 1));
+    }
+    const every = (n, room) => Math.max(1, Math.ceil(n / Math.max(1, room)));
+    for (let l = 0; l < layers; l += every(layers, (height - y - 30) / 13)) axisText(ctx, theme, x - 6, y + (l + 0.5) * h, l, "right");
+    for (let k = 0; k < heads; k += every(heads, (width - x - 76) / 22)) axisText(ctx, theme, x + (k + 0.5) * w, height - 22, k, "center");
+    axisText(ctx, theme, x + heads * w / 2, height - 8, "head", "center");
+    ctx.save(); ctx.translate(9, y + layers * h / 2); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, "layer", "center"); ctx.restore();
+    const bx = width - 62, bh = height - y - 30;
+    for (let i = 0; i < bh; i++) { ctx.fillStyle = cividis(1 - i / bh); ctx.fillRect(bx, y + i, 10, 1.5); }
+    [["100 %", 0], ["10 %", 1 / 3], ["1 %", 2 / 3], ["0.1 %", 1]].forEach(([label, f]) => axisText(ctx, theme, bx + 14, y + 5 + f * (bh - 10), label));
+    const { layer, head } = this.cursor;
+    if (layer != null && layer < layers) { ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(x + (head ?? 0) * w, y + layer * h, (head == null ? heads : 1) * w - 1, h - 1); ctx.lineWidth = 1; }
+  }
+  drawDistribution(ctx, width, height, theme) {
+    const d = this.model.get("detail").distribution;
+    if (!d) return;
+    const x = 46, y = 20, w = width - x - 12, h = height - y - 42, most = Math.max(...d.mass, 1e-9), n = d.mass.length, bw = w / n;
+    axisText(ctx, theme, x, 9, `layer ${d.layer}, ${d.head == null ? "mean of the heads" : "head " + d.head}, step ${d.step}: attention in blocks of ${d.block} tokens`);
+    const floor = -4; // of the logarithm: attention below 0.01 % is not drawn
+    for (let i = 0; i < n; i++) {
+      const top = d.mass[i] > 0 ? Math.max(0, 1 - Math.log10(d.mass[i]) / floor) : 0;
+      ctx.fillStyle = d.chosen[i] ? this.palette.colours.choose : theme.grid;
+      ctx.fillRect(x + i * bw, y + h - top * h, Math.max(1, bw - (bw > 3 ? 1 : 0)), top * h);
+      if (d.chosen[i]) { ctx.globalAlpha = 0.25 + 0.75 * Math.min(1, d.chosen[i] / d.block); ctx.fillStyle = theme.link; ctx.fillRect(x + i * bw, y + h + 3, Math.max(1, bw), 6); ctx.globalAlpha = 1; }
+    }
+    for (const [label, f] of [["100 %", 0], ["1 %", 0.5], ["0.01 %", 1]]) { axisText(ctx, theme, x - 4, y + 4 + f * (h - 6), label, "right"); ctx.fillStyle = theme.grid; ctx.fillRect(x, y + f * h, w, 0.5); }
+    axisText(ctx, theme, x - 4, y + h + 7, "chosen", "right");
+    for (const f of [0, 0.5, 1]) axisText(ctx, theme, x + f * w, y + h + 18, number(f * d.n), f === 0 ? "left" : f === 1 ? "right" : "center");
+    axisText(ctx, theme, x + w / 2, y + h + 32, `position in the context, tokens; ${number(d.chosen.reduce((a, b) => a + b, 0))} of ${number(d.n)} attended to`, "center");
+  }
+
+  buildHits(section) {
+    this.hitsSection = section;
+    const legend = make("div", "hi-legend", section);
+    for (const [name, colour] of Object.entries(this.palette.tiers)) { const item = make("span", "", legend, name); make("i", "", null).style.background = colour; const i = make("i", ""); i.style.background = colour; item.prepend(i); }
+    this.hitsOverSteps = this.panel(section, 165, "share of the attended tokens by the tier that served them, over steps", (c, w, h, t) => this.drawHits(c, w, h, t));
+    this.hitsOverSteps.canvas.addEventListener("click", (e) => { const f = this.hitsFrame; if (!f) return; const step = Math.floor(f.first + (e.offsetX - f.x) / f.w * f.n); if (this.store.hits.steps.has(step)) this.point({ step: step === this.cursor.step ? null : step }); });
+    this.hitsByLayer = this.panel(section, 150, "the same for each layer", (c, w, h, t) => this.drawLayers(c, w, h, t));
+    this.hitsByLayer.canvas.addEventListener("click", (e) => { const f = this.layersFrame; if (!f) return; const layer = Math.floor((e.offsetY - f.y) / f.h); if (layer >= 0 && layer < f.n) this.point({ layer: layer === this.cursor.layer ? null : layer, head: null }); });
+  }
+  drawHits(ctx, width, height, theme) {
+    const hits = this.store.hits, x = 46, y = 8, w = width - x - 12, h = height - y - 34;
+    if (!hits.n) { axisText(ctx, theme, width / 2, height / 2, "fills while tokens come", "center"); this.hitsFrame = null; return; }
+    const n = hits.last - hits.first + 1, columns = Math.min(n, Math.floor(w)), colours = Object.values(this.palette.tiers);
+    this.hitsFrame = { x, w, first: hits.first, n };
+    for (let c = 0; c < columns; c++) {
+      const sum = new Float64Array(6);
+      for (let s = Math.floor(c * n / columns); s < Math.max(Math.floor((c + 1) * n / columns), Math.floor(c * n / columns) + 1); s++) { const r = hits.at(hits.first + s, this.cursor.layer); if (r) for (let k = 0; k < 6; k++) sum[k] += r[k]; }
+      let top = y + h;
+      shares(sum).forEach((share, k) => { const part = share * h; top -= part; ctx.fillStyle = colours[k]; ctx.fillRect(x + c * w / columns, top, Math.max(1, w / columns - (w / columns > 4 ? 1 : 0)), part); });
+    }
+    for (const f of [0, 0.5, 1]) axisText(ctx, theme, x - 4, y + 2 + f * (h - 4), percent(1 - f), "right");
+    axisText(ctx, theme, x, height - 20, hits.first); axisText(ctx, theme, x + w, height - 20, hits.last, "right");
+    axisText(ctx, theme, x + w / 2, height - 8, `decode step; ${this.cursor.layer == null ? "all layers" : "layer " + this.cursor.layer}, share of the attended tokens`, "center");
+    if (this.cursor.step != null && this.cursor.step >= hits.first && this.cursor.step <= hits.last) { const at = x + (this.cursor.step - hits.first) / n * w; ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(at, y, Math.max(2, w / n), h); ctx.lineWidth = 1; }
+    const sum = new Float64Array(6); for (const r of hits.layers) if (r) for (let k = 0; k < 6; k++) sum[k] += r[k];
+    const s = shares(sum);
+    this.hitsSection.note.textContent = `mean: device ${percent(s[0])}, pool ${percent(s[1])}, drive ${percent(s[2] + s[3])}` + (sum[5] ? `; ${percent(sum[5] / Math.max(1, sum[3]))} of the drive's came ahead of time` : "");
+  }
+  drawLayers(ctx, width, height, theme) {
+    const hits = this.store.hits, n = hits.layers.length, x = 46, y = 4, w = width - x - 12;
+    if (!n) { this.layersFrame = null; return; }
+    this.height = Math.max(90, Math.min(420, n * 14 + 34));
+    if (this.hitsByLayer.height !== this.height) { this.hitsByLayer.height = this.height; this.hitsByLayer.redraw(); return; }
+    const h = (height - y - 30) / n, colours = Object.values(this.palette.tiers), step = this.cursor.step;
+    this.layersFrame = { y, h, n };
+    for (let l = 0; l < n; l++) {
+      const r = step == null ? hits.layers[l] : hits.at(step, l);
+      if (!r) continue;
+      let at = x;
+      shares(r).forEach((share, k) => { ctx.fillStyle = colours[k]; ctx.fillRect(at, y + l * h, share * w, Math.max(1, h - 1)); at += share * w; });
+      if (h > 9 || l % 4 === 0) axisText(ctx, theme, x - 6, y + (l + 0.5) * h, l, "right");
+      if (l === this.cursor.layer) { ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(x, y + l * h, w, h - 1); ctx.lineWidth = 1; }
+    }
+    for (const f of [0, 0.5, 1]) axisText(ctx, theme, x + f * w, height - 20, percent(f), f === 0 ? "left" : f === 1 ? "right" : "center");
+    axisText(ctx, theme, x + w / 2, height - 8, `share by layer, ${step == null ? "all steps" : "step " + step}; click a layer`, "center");
+  }
+
+  buildTimeline(section) {
+    this.line = section;
+    const tools = make("span", "hi-tools", section.bar);
+    const button = (label, hint, act) => { const b = make("button", "hi-button", tools, label); b.title = hint; b.type = "button"; b.addEventListener("click", act); return b; };
+    this.followButton = button("Follow", "keep the newest steps in view", () => { this.following = true; this.follow(); this.time.redraw(); });
+    button("Fit", "show everything (0)", () => this.look(this.store.spans.t0, this.store.spans.t1));
+    button("+", "zoom in (W or +)", () => this.zoom(0.5)); button("-", "zoom out (S or -)", () => this.zoom(2));
+    this.tableButton = button("Table", "the spans in view as a table (T)", () => this.toggleTable());
+    button("PNG", "save what is in view as PNG", () => this.exportPng()); button("SVG", "save what is in view as SVG", () => this.exportSvg());
+    if (!this.model.alone) { button("HTML", "save this board as a page that needs nothing else", () => this.model.send({ kind: "export", what: "html" })); button("Perfetto", "save all spans for ui.perfetto.dev", () => this.model.send({ kind: "export", what: "trace" })); }
+    const legend = make("div", "hi-legend", section);
+    for (const [name, colour] of Object.entries(this.palette.colours)) { const item = make("span", "", legend, name), i = make("i", ""); i.style.background = colour; item.prepend(i); }
+    const pale = make("i", "hi-pale"); make("span", "", legend, "modelled: pale, dashed, ~").prepend(pale);
+    this.time = this.panel(section, 150, "timeline; wheel, W and S zoom, drag, A and D pan, N and P choose a span, T for a table", (c, w, h, t) => this.drawTime(c, w, h, t));
+    const canvas = this.time.canvas;
+    canvas.tabIndex = 0; canvas.classList.add("hi-time");
+    this.tip = make("div", "hi-tip", section); this.tip.hidden = true;
+    this.spoken = make("div", "hi-facts", section); this.spoken.setAttribute("aria-live", "polite");
+    this.table = make("div", "hi-table", section); this.table.hidden = true;
+    canvas.addEventListener("wheel", (e) => { e.preventDefault(); if (e.shiftKey || Math.abs(e.deltaX) > Math.abs(e.deltaY)) this.pan((e.deltaX || e.deltaY) / 1000); else this.zoom(Math.exp(e.deltaY / 400), e.offsetX); }, { passive: false });
+    let drag = null;
+    canvas.addEventListener("pointerdown", (e) => { drag = { x: e.offsetX, from: this.view.from, to: this.view.to, moved: false }; canvas.setPointerCapture(e.pointerId); });
+    canvas.addEventListener("pointermove", (e) => {
+      if (drag) { const ms = (drag.x - e.offsetX) * (drag.to - drag.from) / this.plot(); if (Math.abs(drag.x - e.offsetX) > 3) drag.moved = true; if (drag.moved) this.look(drag.from + ms, drag.to + ms); }
+      else this.hover(e);
+    });
+    canvas.addEventListener("pointerup", (e) => { if (drag && !drag.moved) { const step = this.store.spans.stepAt(this.timeAt(e.offsetX)); if (step != null) this.point({ step: step === this.cursor.step ? null : step }); } drag = null; });
+    canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; });
+    canvas.addEventListener("dblclick", () => this.look(this.store.spans.t0, this.store.spans.t1));
+    canvas.addEventListener("keydown", (e) => {
+      const act = { w: () => this.zoom(0.6), "+": () => this.zoom(0.6), "=": () => this.zoom(0.6), s: () => this.zoom(1.6), "-": () => this.zoom(1.6), a: () => this.pan(-0.15), ArrowLeft: () => this.pan(-0.15), d: () => this.pan(0.15), ArrowRight: () => this.pan(0.15), 0: () => this.look(this.store.spans.t0, this.store.spans.t1), Home: () => this.look(this.store.spans.t0, this.store.spans.t1), f: () => { this.following = true; this.follow(); this.time.redraw(); }, t: () => this.toggleTable(), n: () => this.next(1), p: () => this.next(-1), ArrowDown: () => this.lane(1), ArrowUp: () => this.lane(-1), Escape: () => this.point({ step: null }) }[e.key.length === 1 ? e.key.toLowerCase() : e.key];
+      if (act && !e.ctrlKey && !e.metaKey && !e.altKey) { e.preventDefault(); e.stopPropagation(); act(); }
+    });
+  }
+  plot() { return Math.max(50, this.time.canvas.clientWidth - LEFT - 8); }
+  timeAt(x) { return this.view.from + (x - LEFT) * (this.view.to - this.view.from) / this.plot(); }
+  look(from, to) { this.following = false; this.show(from, to); }
+  show(from, to) {
+    const { t0, t1 } = this.store.spans, least = 1e-3, whole = Math.max(least, t1 - t0);
+    let width = Math.min(whole * 1.02, Math.max(least, to - from));
+    from = Math.max(t0 - whole * 0.01, Math.min(from, t1 + whole * 0.01 - width));
+    this.view = { from, to: from + width };
+    this.followButton.setAttribute("aria-pressed", this.following);
+    this.time.redraw(); this.measure();
+  }
+  zoom(factor, x) { const at = this.timeAt(x ?? LEFT + this.plot() / 2), { from, to } = this.view; this.look(at - (at - from) * factor, at + (to - at) * factor); }
+  pan(share) { const by = share * (this.view.to - this.view.from); this.look(this.view.from + by, this.view.to + by); }
+  follow() { // the newest six steps while a run goes on, everything before one has been seen
+    if (!this.time) return;
+    const spans = this.store.spans, live = ["prefill", "decode"].includes(this.model.get("state").phase);
+    if (!this.following && this.view && this.viewRun === this.store.run) return;
+    if (this.viewRun !== this.store.run) { this.following = true; this.viewRun = this.store.run; }
+    const step = spans.stepStart.length - 6, from = step > 0 && (live || this.model.get("parts").length > 1) ? spans.stepStart[step] : undefined;
+    this.show(from ?? spans.t0, spans.t1);
+  }
+  reachStep() { // a step that was chosen elsewhere comes into view
+    const step = this.cursor.step, at = step == null ? null : this.store.spans.windowOf(step);
+    if (!this.time || step === this.reached) return;
+    this.reached = step;
+    if (!at || !this.view || (at[0] >= this.view.from && at[1] <= this.view.to)) return;
+    const width = Math.max(this.view.to - this.view.from, 1.5 * (at[1] - at[0])), middle = (at[0] + at[1]) / 2;
+    this.look(middle - width / 2, middle + width / 2);
+  }
+  drawTime(ctx, width, height, theme) {
+    const spans = this.store.spans;
+    if (!this.view) this.view = { from: spans.t0, to: spans.t1 };
+    const need = timelineHeight(spans);
+    if (this.time.height !== need) { this.time.height = need; this.time.redraw(); return; }
+    this.stat = drawTimeline(ctx, width, spans, this.view, { theme, palette: this.palette, cursor: this.cursor.step });
+    if (this.marked) { const { lane, i } = this.marked, l = spans.lanes[lane], k = this.plot() / (this.view.to - this.view.from); let y = TOP; for (let a = 0; a < lane; a++) y += spans.lanes[a].tracks * ROW + 6; ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(LEFT + (l.start[i] - this.view.from) * k, y + l.track[i] * ROW, Math.max(2, (l.end[i] - l.start[i]) * k), ROW - 3); ctx.lineWidth = 1; }
+  }
+  measure() { // numbers of what is in view; not at every frame
+    if (!this.time || this.measuring) return;
+    this.measuring = setTimeout(() => {
+      this.measuring = null;
+      const spans = this.store.spans, v = this.view;
+      if (!v || !spans.n) { this.line.note.textContent = ""; return; }
+      const from = Math.max(v.from, spans.t0), to = Math.min(v.to, spans.t1);
+      this.overlap = spans.overlap(from, to);
+      const busy = LANES.map((name) => [name, spans.busy([name], from, to)]).filter(([, ms]) => ms > 0).map(([name, ms]) => `${name} ${percent(ms / (to - from))}`).join(", ");
+      const some = spans.lanes.some((l) => l.modelled.subarray(0, l.n).some(Boolean));
+      this.line.note.textContent = `${number(to - from, to - from < 10 ? 2 : 0)} ms in view; overlap ${percent(this.overlap)} of the shorter side; busy: ${busy}${some ? "; holds modelled spans" : ""}`;
+      const stat = this.stat ?? { shown: 0, merged: 0 };
+      this.spoken.textContent = this.marked ? this.describe(this.marked) : `${number(stat.shown)} of ${number(spans.n)} spans in view` + (stat.merged ? `, ${number(stat.merged)} of them narrower than a pixel and drawn as one with a neighbour` : "") + "; none left out";
+      if (!this.table.hidden) this.fillTable();
+    }, 120);
+  }
+  describe({ lane, i }) {
+    const spans = this.store.spans, l = spans.lanes[lane];
+    return `${LANES[lane]} ${spans.kinds[l.kind[i]]}, layer ${l.layer[i]}, step ${l.step[i]}: ${number((l.end[i] - l.start[i]) * 1e3, 1)} us from ${number(l.start[i], 3)} ms, ${number(l.nbytes[i])} bytes, ${l.modelled[i] ? "modelled" : "measured"}`;
+  }
+  spanAt(x, y) {
+    const spans = this.store.spans, t = this.timeAt(x), slack = 2 * (this.view.to - this.view.from) / this.plot();
+    let top = TOP;
+    for (let k = 0; k < spans.lanes.length; k++) {
+      const l = spans.lanes[k], track = Math.floor((y - top) / ROW);
+      if (track >= 0 && track < l.tracks) {
+        let best = null;
+        for (let i = l.lower(t - l.longest - slack); i < l.n && l.start[i] <= t + slack; i++) if (l.track[i] === track && l.end[i] >= t - slack && (best === null || l.end[i] - l.start[i] > l.end[best] - l.start[best])) best = i;
+        return best === null ? null : { lane: k, i: best };
+      }
+      top += l.tracks * ROW + 6;
+    }
+    return null;
+  }
+  hover(e) {
+    const found = this.spanAt(e.offsetX, e.offsetY);
+    this.tip.hidden = !found;
+    if (!found) return;
+    this.tip.textContent = this.describe(found);
+    this.tip.style.left = Math.min(e.offsetX + 12, Math.max(0, this.time.canvas.clientWidth - 340)) + "px";
+    this.tip.style.top = this.time.canvas.offsetTop + e.offsetY + 16 + "px";
+  }
+  next(by) {
+    const spans = this.store.spans;
+    if (!this.marked || !spans.lanes[this.marked.lane].n) { const lane = spans.lanes.findIndex((l) => l.n); if (lane < 0) return; this.marked = { lane, i: Math.min(spans.lanes[lane].n - 1, spans.lanes[lane].lower(this.view.from)) }; }
+    else this.marked.i = Math.min(spans.lanes[this.marked.lane].n - 1, Math.max(0, this.marked.i + by));
+    this.reveal();
+  }
+  lane(by) {
+    const spans = this.store.spans;
+    if (!this.marked) return this.next(0);
+    const t = spans.lanes[this.marked.lane].start[this.marked.i];
+    for (let k = this.marked.lane + by; k >= 0 && k < spans.lanes.length; k += by) if (spans.lanes[k].n) { this.marked = { lane: k, i: Math.min(spans.lanes[k].n - 1, spans.lanes[k].lower(t)) }; break; }
+    this.reveal();
+  }
+  reveal() { const l = this.store.spans.lanes[this.marked.lane], t = l.start[this.marked.i], width = this.view.to - this.view.from; if (t < this.view.from || t > this.view.to) this.look(t - width / 2, t + width / 2); this.time.redraw(); this.measure(); }
+  toggleTable() { this.table.hidden = !this.table.hidden; this.tableButton.setAttribute("aria-pressed", !this.table.hidden); if (!this.table.hidden) this.fillTable(); }
+  fillTable() { // the accessible form: the same numbers as text
+    const spans = this.store.spans, rows = [];
+    spans.lanes.forEach((l, lane) => { for (let i = l.lower(this.view.from - l.longest); i < l.n && l.start[i] <= this.view.to; i++) if (l.end[i] >= this.view.from) rows.push({ lane, i }); });
+    const shown = rows.sort((a, b) => spans.lanes[a.lane].start[a.i] - spans.lanes[b.lane].start[b.i]).slice(0, 200);
+    const table = make("table", "", null);
+    make("caption", "", table, `${number(shown.length)} of ${number(rows.length)} spans in view, by start` + (shown.length < rows.length ? "; zoom in for the others" : ""));
+    const head = make("tr", "", make("thead", "", table));
+    for (const name of ["lane", "kind", "layer", "step", "start, ms", "us", "bytes", ""]) make("th", "", head, name).scope = "col";
+    const body = make("tbody", "", table);
+    for (const { lane, i } of shown) { const l = spans.lanes[lane], tr = make("tr", "", body); for (const v of [LANES[lane], spans.kinds[l.kind[i]], l.layer[i], l.step[i], number(l.start[i], 3), number((l.end[i] - l.start[i]) * 1e3, 1), number(l.nbytes[i]), l.modelled[i] ? "modelled" : "measured"]) make("td", "", tr, v); }
+    this.table.replaceChildren(table);
+  }
+  exportPng() { this.time.canvas.toBlob((blob) => save("timeline.png", blob)); }
+  svg() { const width = this.time.canvas.clientWidth || 1000, ctx = new SvgContext(width, timelineHeight(this.store.spans)); drawTimeline(ctx, width, this.store.spans, this.view, { theme: themeOf(this.root), palette: this.palette, cursor: this.cursor.step }); return ctx.toString(); }
+  exportSvg() { save("timeline.svg", new Blob([this.svg()], { type: "image/svg+xml" })); }
+
+  buildMemory(section) { this.memory = make("div", "hi-memory", section); this.memorySection = section; }
+  drawMemory() {
+    const s = this.model.get("state"), spans = this.store.spans;
+    if (!this.memory || !s.phase) return;
+    const steps = Math.max(1, this.store.hits.steps.size), cell = (name, value, hint) => { const d = make("div", "", null); make("b", "", d, value); make("span", "", d, name); d.title = hint ?? ""; return d; };
+    const held = Object.entries(s.memory ?? {}).filter(([, v]) => v).map(([k, v]) => cell(k === "drive" ? "on the drive (reserved)" : `in memory: ${k === "device" || k === "host" ? "KV, " + k : k === "hits" ? "hit table" : "key codes"}`, bytes(v), `${number(v)} bytes`));
+    const lanes = LANES.map((name, i) => [name, spans.lanes[i].bytes]).filter(([, v]) => v).map(([name, v]) => cell(`${name} lane, per token`, bytes(v / steps), `${number(v)} bytes in ${steps} steps`));
+    this.memory.replaceChildren(...held, ...lanes);
+    this.memorySection.note.textContent = "held now; and bytes that the spans of each lane handled, measured";
+  }
+}
+
+const stores = new WeakMap();
+function storeOf(model) {
+  if (stores.has(model)) return stores.get(model);
+  const store = new Store();
+  stores.set(model, store);
+  store.views = new Set();
+  store.refresh = () => { if (!store.queued) { store.queued = true; requestAnimationFrame(() => { store.queued = false; for (const board of store.views) board.refresh(); }); } };
+  model.on("msg:custom", (message, buffers) => {
+    if (message.kind === "file") return save(message.name, new Blob(buffers, { type: message.type }));
+    if (message.kind !== "more") return;
+    const began = performance.now();
+    if (!store.take(message, buffers)) { if (!store.asked) { store.asked = true; model.send({ kind: "have", run: store.run, have: store.have() }); } return; }
+    store.asked = false; store.tookMs = performance.now() - began; store.messages = (store.messages ?? 0) + 1;
+    store.refresh();
+  });
+  for (const name of ["state", "cursor", "detail"]) model.on("change:" + name, store.refresh);
+  model.send({ kind: "have", run: null, have: store.have() });
+  return store;
+}
+
+const board = {
+  render({ model, el }) {
+    const store = storeOf(model), board = new Board(model, store, make("div", "", el));
+    store.views.add(board);
+    const theme = new MutationObserver(() => board.refresh());
+    theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+    board.refresh();
+    return () => { store.views.delete(board); theme.disconnect(); for (const p of board.panels) p.watch.disconnect(); };
+  },
+};
+export default board;

@@ -50,7 +50,8 @@ def open_session(
     options  the fields of `Settings`. Raises UsageError for a file that is no session, or another model's, and for
     damage as soon as it is read.
     """
-    find_system(system, options)
+    if find_system(system, options)[0].policy.watches:
+        raise UsageError(f"{system} chooses by the prompt's own queries, which no session keeps: prefill again for it")
     try:
         file = Saved(Path(path))
         ids, pieces = _checked(file, model)

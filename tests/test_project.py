@@ -43,7 +43,7 @@ MAY = {
     "session": {"config", "cache", "systems", "tiers"},
     "assets": {"config"},
     "longbench": {"config", "assets", "cache", "systems", "evaluator", "pipeline"},
-    "workbench": {"pipeline"},
+    "workbench": {"assets", "cache", "config", "demo", "longbench", "pipeline", "systems"},
 }
 
 

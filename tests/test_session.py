@@ -12,7 +12,8 @@ from hillinfer import UsageError, open_session, save_session
 from hillinfer.longbench.runner import feed
 from hillinfer.tiers.saved import PART, Saved
 
-SYSTEMS = {name: {"needs": found.needs_drive} for name, found in hillinfer.list_systems().items()}
+ALL = hillinfer.list_systems()
+SYSTEMS = [name for name, found in ALL.items() if not found.policy.watches]
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def saved(model, prompt, path, chunk=None, **options):
 @pytest.mark.parametrize("chunk", [None, 50])
 def test_answers_are_those_of_a_fresh_prefill(model, prompt, tmp_path, system, chunk):
     ids, question = saved(model, prompt, tmp_path / "doc.kv", chunk), [5, 6, 7]
-    options = {"alpha": 0.3} | ({"drive": tmp_path} if SYSTEMS[system]["needs"] else {})
+    options = {"alpha": 0.3} | ({"drive": tmp_path} if ALL[system].needs_drive else {})
     with hillinfer.make_cache(model, system, **options) as cache:
         feed(model, cache, ids, chunk)
         want = answer(model, cache, ids, question)
@@ -89,6 +90,12 @@ def test_a_session_opens_in_another_process(model, prompt, tmp_path):
 
 
 class TestRefused:
+    @pytest.mark.parametrize("system", [name for name in ALL if name not in SYSTEMS])
+    def test_systems_that_need_the_prompts_queries(self, model, prompt, tmp_path, system):
+        saved(model, prompt, tmp_path / "doc.kv")
+        with pytest.raises(UsageError, match="prefill again"):
+            open_session(tmp_path / "doc.kv", model, system, drive=tmp_path)
+
     def test_another_models(self, model, models, prompt, tmp_path):
         saved(model, prompt, tmp_path / "doc.kv")
         with pytest.raises(UsageError, match="another model"):

@@ -189,7 +189,7 @@ def shares_prefill(system: str) -> bool:
     """Whether a copied prefill is as good as its own: not where a policy looks at the prefill's queries."""
     from hillinfer.systems import list_systems
 
-    return not getattr(list_systems()[system].policy, "watches_prefill", False)
+    return not list_systems()[system].policy.watches
 
 
 def cache_for(model, job: Job, way: Way):

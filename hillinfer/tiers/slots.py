@@ -101,9 +101,9 @@ class Slots:
         self.slots, self.held = [], None
 
     def close(self) -> None:
-        for thread in self._threads:
+        for thread in self._threads:  # this waits for what runs; to wait for what it cancels would be forever
             thread.shutdown(wait=True, cancel_futures=True)
-        self.drop()
+        self.slots, self.held = [], None
 
     def _after(self, layer: int, ahead: int) -> int:
         """The layer that is streamed so many after this one; after the last comes the next step's first."""

@@ -9,8 +9,7 @@ from html import escape
 from pathlib import Path
 
 import ipywidgets as w
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from hillinfer.config import UsageError
 from hillinfer.demo import load_embedded, machine

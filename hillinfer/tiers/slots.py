@@ -103,7 +103,7 @@ class Slots:
     def close(self) -> None:
         for thread in self._threads:
             thread.shutdown(wait=True, cancel_futures=True)
-        self.drop()
+        self.slots, self.held = [], None  # no wait: it would never end for what was cancelled
 
     def _after(self, layer: int, ahead: int) -> int:
         """The layer that is streamed so many after this one; after the last comes the next step's first."""

@@ -2,8 +2,8 @@
 
     python -m benchmarks.dualblade --drive FOLDER [--mib 1024] [--repeats 5] [--out out/dualblade.csv]
 
-A stack of decoder layers without a model (8 KV heads of 128, bf16, batch 1: 4 KiB for each token and layer), filled with
-random KV, decodes with exact attention. Each cell is a process in a cgroup of its own, which leaves `KV / ratio` bytes
+A stack of decoder layers without a model (8 KV heads of 128, bf16, batch 1: 4 KiB for each token and layer), filled
+with random KV, decodes with exact attention. Each cell is a process in a cgroup of its own, which leaves `KV / ratio` bytes
 for the page cache; the three ways take turns. Needs root for the cgroup.
 """
 
@@ -35,7 +35,7 @@ OWN = 40 << 20  # bytes of the process itself, as measured
 
 
 def decode(stream: str, tokens: int, drive: Path, pipelining: str = "intra", budget: int | None = None) -> dict:
-    """Fill and decode in this process. Seconds, bytes asked for and bytes that truly came from storage, for each step."""
+    """Fill and decode in this process. For each step seconds and bytes that truly came from storage; and the plan."""
     torch.set_num_threads(1)
     settings = Settings(
         drive=drive, stream=stream, max_tokens=tokens + 64, pipelining=pipelining, host_budget=budget, io_threads=16

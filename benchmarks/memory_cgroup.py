@@ -10,7 +10,7 @@ class CgroupError(RuntimeError):
 
 
 class MemoryCgroup:
-    """`join()` puts the calling process in; what it allocates and what page cache it fills then count against `limit`."""
+    """`join()` puts the calling process in; its allocations and page cache then count against `limit`."""
 
     def __init__(self, limit: int):
         parent, self.version, limit_file = _parent()
@@ -21,7 +21,9 @@ class MemoryCgroup:
         except OSError as error:
             if self.folder.exists():
                 self.folder.rmdir()
-            raise CgroupError(f"no memory cgroup can be made in {parent} ({error.strerror}); run this as root") from None
+            raise CgroupError(
+                f"no memory cgroup can be made in {parent} ({error.strerror}); run this as root"
+            ) from None
 
     def join(self) -> None:
         (self.folder / "cgroup.procs").write_text(str(os.getpid()))

@@ -43,6 +43,8 @@ def run(
             "shorten the prompt or lower --max-new-tokens"
         )
     plan(config, settings, total, width)
+    if settings.stream is not None:
+        options = options | {"max_tokens": total}
     model = _load(AutoModelForCausalLM, path, name, dtype=width).eval()
     if torch.cuda.is_available():
         model = model.cuda()

@@ -117,7 +117,8 @@ class Tensors:
             room = max(tokens, self.max_tokens or tokens + HEADROOM)
             first = -(-room * self.token_bytes // BLOCK)
             self._writer.behind = min(BEHIND, first * BLOCK)
-            budget = self.budget(Slots.COUNT * 2 * first * BLOCK + 2 * self._writer.behind)  # with aligned copies
+            buffers = Slots.COUNT * 2 * first * BLOCK + len(self.tensors) * HELD
+            budget = self.budget(buffers + 2 * self._writer.behind)  # twice, as what is written is copied to be aligned
             self.plan = Plan(len(self.tensors), budget // BLOCK, self._allocate)
             self.plan.extend(first)
         elif need > self.plan.blocks:

@@ -1,4 +1,4 @@
-"""The command line: hillinfer demo | run | eval | systems | profile."""
+"""The command line: hillinfer demo | run | eval | bench | systems | profile | stamp | doctor | lab."""
 
 import os
 import sys
@@ -167,6 +167,10 @@ def run(
     prefill_chunk: Annotated[
         int | None, typer.Option(min=2, help="Prefill so many tokens at once: less memory.")
     ] = None,
+    device: Annotated[
+        Path | None,
+        typer.Option(help="Stamped block device, or /dev/ngXnY, for dualblade's and flexgen's direct path."),
+    ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="More than one needs all KV in memory.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trace: Annotated[Path | None, typer.Option(help="Write the timeline here, for ui.perfetto.dev.")] = None,
@@ -175,7 +179,11 @@ def run(
     with clear_errors():
         options = dict(alpha=alpha, host_budget=host_budget, drive=drive)
         options |= dict(drive_kind=drive_kind, precision=precision, profile=profile)
-        Settings(**options)  # refuse bad input before torch loads
+        if device is not None:
+            options["device"] = device
+        Settings(
+            **{name: value for name, value in options.items() if name != "device"}
+        )  # refuse bad input before torch loads
         if num_beams > 1 and drive is not None:
             raise UsageError(
                 "beam search would copy whole caches on the drive: use --num-beams 1, or leave out --drive"
@@ -225,6 +233,20 @@ def profile(
                 f"by the paper's closed form {beta / (1 + beta):.0%}"
             )
         out.print(f"profile: {out_file} (records chosen at random: {CHOSEN:.0%})")
+
+
+@app.command()
+def stamp(device: Annotated[Path, typer.Argument(help="An empty block device, such as /dev/nvme1n1.")]):
+    """Mark an empty block device as hillinfer's, so that dualblade and flexgen may write KV to it."""
+    from hillinfer.tiers.raw_device import DeviceRefused
+    from hillinfer.tiers.raw_device import stamp as mark
+
+    with clear_errors():
+        try:
+            mark(device)
+        except DeviceRefused as error:
+            raise UsageError(str(error)) from None
+        out.print(f"{device} is now hillinfer's: run with --device {device}", soft_wrap=True)
 
 
 @app.command()

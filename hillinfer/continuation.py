@@ -68,6 +68,8 @@ def run(name: str, job: Job, system: str, options: dict) -> Continuation:
             "shorten the prompt or lower --max-new-tokens"
         )
     plan(config, settings, total, width)
+    if settings.stream is not None:
+        options = options | {"max_tokens": total}
     model = _load(AutoModelForCausalLM, path, name, dtype=width).eval()
     if torch.cuda.is_available():
         model = model.cuda()

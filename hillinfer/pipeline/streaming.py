@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from hillinfer.config import Settings, UsageError
 from hillinfer.pipeline.lookahead import Trial
+from hillinfer.tiers.direct_file import DirectFile
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.planner import NEAR, read_memory
 from hillinfer.tiers.raw_device import DeviceRefused, open_device
@@ -21,7 +22,7 @@ def open_tensors(settings: Settings, geometry: Geometry, layers: int, staggered:
     direct = near = None
     try:
         if settings.device is None:
-            direct = RecordFile(settings.drive, BLOCK, 1, threads=settings.io_threads, engine=settings.engine)
+            direct = DirectFile(settings.drive, settings.io_threads)
         else:
             direct = open_device(settings.device, settings.io_threads)
         if settings.stream == "host":

@@ -1,5 +1,6 @@
 """Two buffers that layers take turns in: one is attended to while the drive fills the other."""
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -83,7 +84,7 @@ class Slots:
         if slot.device is not None:
             slot.free = torch.cuda.current_stream(slot.device.device).record_event()
         if self.prefetch:
-            self._load(self._after(slot.layer, len(self.slots)))
+            self._load(self._after(slot.layer, len(self.slots)), slot)
 
     def truncate(self, layer: int) -> None:
         """The layer's tensors were cut: what is here counts no further than what is on their paths."""
@@ -110,16 +111,17 @@ class Slots:
         streamed = self._streamed
         return streamed[(streamed.index(layer) + ahead) % len(streamed)]
 
-    def _load(self, layer: int) -> Slot:
-        """The buffer that has the layer, or from now on is being filled with it."""
+    def _load(self, layer: int, into: Slot | None = None) -> Slot:
+        """The buffer that has the layer, or from now on is being filled with it; by default any that is not held."""
         if not self.slots:
             layers = range(self.tensors.layers)
             self._streamed = [layer for layer in layers if not self.tensors.is_resident(layer)]
+            _give_back_freed()
             self.slots = [self._slot() for _ in self._streamed[: self.COUNT]]
         for slot in self.slots:
             if slot.layer == layer:
                 return slot
-        slot = next(slot for slot in self.slots if slot is not self.held)
+        slot = into or next(slot for slot in self.slots if slot is not self.held)
         wait(slot.loading)
         slot.layer, slot.valid = layer, [0, 0]
         slot.loading = [
@@ -161,3 +163,10 @@ class Slots:
             work.append(("link", "transfer", done, time.perf_counter_ns(), end - start))
         slot.valid[i] = end
         return work
+
+
+def _give_back_freed() -> None:
+    """Let the allocator return what prefill has freed. It keeps 150 MiB and more, which the page cache then lacks."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc has it
+        trim(0)

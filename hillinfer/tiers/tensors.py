@@ -94,7 +94,7 @@ class Tensors:
         self.tensors = [Tensor(i) for i in range(2 * layers)]
         self.plan: Plan | None = None
         self.slots = Slots(self, staggered, prefetch)
-        self._writer = Writer(BEHIND)
+        self._writer = Writer(0)  # its room is known with the first tokens
 
     @property
     def size(self) -> int:
@@ -116,8 +116,9 @@ class Tensors:
         if self.plan is None:
             room = max(tokens, self.max_tokens or tokens + HEADROOM)
             first = -(-room * self.token_bytes // BLOCK)
-            buffers = Slots.COUNT * 2 * first * BLOCK
-            budget = self.budget(buffers + min(BEHIND, 2 * first * BLOCK))  # the second: writes under way
+            self._writer.behind = min(BEHIND, first * BLOCK)
+            buffers = Slots.COUNT * 2 * first * BLOCK + len(self.tensors) * HELD
+            budget = self.budget(buffers + 2 * self._writer.behind)  # twice, as what is written is copied to be aligned
             self.plan = Plan(len(self.tensors), budget // BLOCK, self._allocate)
             self.plan.extend(first)
         elif need > self.plan.blocks:
@@ -193,8 +194,10 @@ class Tensors:
         return self.paths[path].allocate(blocks * BLOCK) // BLOCK
 
     def _append(self, tensor: Tensor, new: np.ndarray) -> int:
-        tensor.tail, resident = np.concatenate((tensor.tail, new)), self.is_resident(tensor.layer)
+        tensor.tail = np.concatenate((tensor.tail, new)) if len(tensor.tail) else new
+        resident = self.is_resident(tensor.layer)
         if len(tensor.tail) < HELD and not resident:
+            tensor.tail = tensor.tail.copy()
             return 0
         parts, written = [], tensor.flushed
         for path, offset, start, end in self.plan.spans(tensor.index, written, written + len(tensor.tail), BLOCK):

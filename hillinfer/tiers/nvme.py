@@ -1,0 +1,150 @@
+"""NVMe passthrough: READ and WRITE commands straight to a namespace's character device, below VFS and block layer.
+
+The commands of the NVMe base specification, in the ring entries of <linux/nvme_ioctl.h> (struct nvme_uring_cmd).
+"""
+
+import errno
+import fcntl
+import os
+import re
+import stat
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from hillinfer.tiers.raw_device import STAMP, BlockDevice, DeviceRefused, _stamp
+from hillinfer.tiers.record_file import BLOCK, aligned
+from hillinfer.tiers.uring import Ring, Transfer
+
+URING_CMD = 46  # io_uring opcode
+CMD_IO = 0xC0484E80  # NVME_URING_CMD_IO: _IOWR('N', 0x80, struct nvme_uring_cmd)
+NVME_ID = 0x4E40  # ioctl: the namespace's number
+WRITE, READ, MANAGE = 0x01, 0x02, 0x09  # NVMe opcodes; the last is Dataset Management
+DEALLOCATE = 1 << 2
+COMMAND = np.dtype(  # struct nvme_uring_cmd, 72 bytes, at byte 48 of a wide submission entry
+    [
+        ("opcode", "u1"),
+        ("flags", "u1"),
+        ("rsvd1", "<u2"),
+        ("nsid", "<u4"),
+        ("cdw2", "<u4", 2),
+        ("metadata", "<u8"),
+        ("addr", "<u8"),
+        ("metadata_len", "<u4"),
+        ("data_len", "<u4"),
+        ("cdw10", "<u4", 6),
+        ("timeout_ms", "<u4"),
+        ("rsvd2", "<u4"),
+    ]
+)
+
+
+class Command(Transfer):
+    """One NVMe command as a job of a ring; all or nothing, there are no short transfers."""
+
+    def __init__(self, opcode: int, offset: int, buffer: np.ndarray, lba: int):
+        super().__init__(opcode, -1, offset, buffer)
+        self.buffer = buffer  # held until the command is through
+        self.words = [offset // lba & 0xFFFFFFFF, offset // lba >> 32, len(buffer) // lba - 1]
+
+    def done(self, result: int) -> bool:
+        if result in (-errno.EAGAIN, -errno.EINTR):
+            return True
+        if result:  # negative: the kernel's; positive: an NVMe status
+            text = os.strerror(-result) if result < 0 else f"NVMe status {result:#x}"
+            raise OSError(abs(result) if result < 0 else errno.EIO, text)
+        return False
+
+
+class NvmeDevice(BlockDevice):
+    """A namespace by its character device /dev/ngXnY. Stamp and guard are those of its block device /dev/nvmeXnY."""
+
+    wide = True
+
+    def __init__(self, path: str | Path, threads: int = 16):
+        self.path = Path(path)
+        block, queue = check_namespace(self.path)
+        self.lba, self.metadata = int((queue / "logical_block_size").read_text()), 0
+        self.most = int((queue / "max_hw_sectors_kb").read_text()) * 1024  # MDTS
+        self.command_fd = os.open(self.path, os.O_RDWR)
+        try:
+            self.nsid = fcntl.ioctl(self.command_fd, NVME_ID)
+            super().__init__(block, threads)
+            if self.by != "io_uring":
+                raise DeviceRefused(f"{path} needs io_uring with wide entries (Linux 5.19 or newer): name {block}")
+            self._prove()
+        except BaseException:
+            os.close(self.command_fd)
+            raise
+        self.what = f"the namespace {path}"
+
+    @property
+    def about(self) -> str:
+        return f"NVMe passthrough (io_uring_cmd) to {self.path}"
+
+    def _prove(self) -> None:
+        """Read the stamp by a command: the character device must be the namespace whose block device was checked."""
+        start = aligned(STAMP)
+        self.transfer("read", [(0, start)], 0, 0)
+        if start.tobytes() != _stamp(self.limit):
+            super().close()
+            raise DeviceRefused(f"{self.path} is not the namespace of {self.folder}; name the block device instead")
+
+    def transfer(self, verb, jobs, stream, position, share=1) -> None:
+        cut = min(self.most, 65536 * self.lba)
+        pieces = [(offset + at, buffer[at : at + cut]) for offset, buffer in jobs for at in range(0, len(buffer), cut)]
+        super().transfer(verb, pieces, stream, position, share)
+
+    def _job(self, verb: str, offset: int, buffer: np.ndarray) -> Command:
+        return Command(READ if verb == "read" else WRITE, offset, buffer, self.lba)
+
+    def encode(self, ring: Ring, slot: int, job: Command) -> None:
+        ring.fill(slot, URING_CMD, self.command_fd, CMD_IO, 0, 0)
+        ring.entries[slot, 48:120].view(COMMAND)[0] = command(job, self.nsid)
+
+    def trim(self) -> None:
+        """Deallocate what was written (Dataset Management), a range of up to 2^32 - 1 blocks at a time."""
+        start, count = STAMP // self.lba, (self.size - STAMP) // self.lba
+        if self.fd is None or not count:
+            return
+        ranges = aligned(BLOCK)
+        jobs = []
+        for at in range(0, count, 0xFFFFFFFF):
+            ranges[16 * len(jobs) : 16 * len(jobs) + 16] = np.frombuffer(
+                struct.pack("<IIQ", 0, min(count - at, 0xFFFFFFFF), start + at), np.uint8
+            )
+            jobs.append(at)
+        job = Command(MANAGE, 0, ranges, self.lba)
+        job.words = [len(jobs) - 1, DEALLOCATE, 0]
+        try:
+            self._rings[0].run([job], self.encode)
+            self.trimmed = True
+        except OSError:
+            pass  # a hint only
+        self.size = STAMP
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.command_fd)
+        super().close()
+
+
+def command(job: Command, nsid: int) -> tuple:
+    """The fields of COMMAND for a job."""
+    words = [*job.words, 0, 0, 0]
+    return (job.opcode, 0, 0, nsid, [0, 0], 0, job.address, 0, len(job.buffer), words, 0, 0)
+
+
+def check_namespace(path: Path, root: Path = Path("/")) -> tuple[Path, Path]:
+    """The block device of /dev/ngXnY and its queue's folder in /sys; DeviceRefused where commands are not safe."""
+    if not path.exists() or not stat.S_ISCHR(path.stat().st_mode):
+        raise DeviceRefused(f"{path} is no NVMe character device; name /dev/ngXnY, a block device, or nothing")
+    name = re.sub(r"^ng", "nvme", path.name)
+    block, system = path.with_name(name), root / "sys/block" / name
+    if not system.exists() or not block.exists():
+        raise DeviceRefused(f"{path} has no block device {block} to check; name a block device, or nothing")
+    metadata = system / "metadata_bytes"
+    if metadata.exists() and int(metadata.read_text()):
+        raise DeviceRefused(f"{path} is formatted with metadata for each block; use the block device {block}")
+    return block, system / "queue"

@@ -1,0 +1,157 @@
+"""io_uring by its raw system calls: many reads or writes in flight from one thread, with no Python for each but its
+submission. No binding on PyPI is fit to depend on, and this needs three system calls.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+SETUP, ENTER = 425, 426  # the same numbers on every architecture
+SQE128, CQE32 = 1 << 10, 1 << 11  # setup flags: entries wide enough for device commands
+GETEVENTS = 1
+READ, WRITE = 22, 23  # opcodes
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+SQE = np.dtype(
+    [
+        ("opcode", "u1"),
+        ("flags", "u1"),
+        ("ioprio", "<u2"),
+        ("fd", "<i4"),
+        ("offset", "<u8"),  # of a device command: its number in the low half
+        ("address", "<u8"),
+        ("length", "<u4"),
+        ("op_flags", "<u4"),
+        ("user_data", "<u8"),
+        ("rest", "u1", 24),
+    ]
+)
+
+
+class Ring:
+    """A submission and a completion queue. For one thread at a time.
+
+    OSError when the kernel has none (ENOSYS) or forbids it (EPERM).
+    """
+
+    def __init__(self, depth: int = 32, wide: bool = False):
+        params = np.zeros(30, np.uint32)  # struct io_uring_params, 120 bytes
+        params[2] = SQE128 | CQE32 if wide else 0
+        self.fd = _call(SETUP, depth, ctypes.c_void_p(params.ctypes.data))
+        self.depth = int(params[0])
+        sq, cq = params[10:20], params[20:30]  # offsets within the two queues
+        sqe_bytes, cqe_bytes = (128, 32) if wide else (64, 16)
+        sq_bytes, cq_bytes = int(sq[6] + 4 * params[0]), int(cq[5] + cqe_bytes * params[1])
+        try:
+            queues = [
+                mmap.mmap(self.fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=at)
+                for size, at in ((sq_bytes, 0), (cq_bytes, 0x8000000), (sqe_bytes * self.depth, 0x10000000))
+            ]
+        except BaseException:
+            os.close(self.fd)
+            raise
+        submissions, completions, entries = (np.frombuffer(queue, np.uint8) for queue in queues)
+        self._tail, self._mask = submissions[sq[1] :][:4].view("<u4"), int(submissions[sq[2] :][:4].view("<u4")[0])
+        order = submissions[sq[6] :][: 4 * self.depth].view("<u4")
+        order[:] = np.arange(self.depth)
+        self.entries = entries.reshape(self.depth, sqe_bytes)  # raw bytes of the submission entries
+        self._sqes = self.entries[:, :64].view(SQE)[:, 0]
+        self._head, self._filled = completions[cq[0] :][:4].view("<u4"), completions[cq[1] :][:4].view("<u4")
+        self._cq_mask = int(completions[cq[2] :][:4].view("<u4")[0])
+        cqes = completions[cq[5] :][: cqe_bytes * int(params[1])].reshape(-1, cqe_bytes)
+        self._who, self._result = cqes[:, :8].view("<u8")[:, 0], cqes[:, 8:12].view("<i4")[:, 0]
+
+    def run(self, jobs: list, encode: Callable, depth: int | None = None) -> None:
+        """Carry out all jobs with up to `depth` in flight.
+
+        encode(ring, slot, job)   write job's submission into `ring.entries[slot]`
+        job.done(result)          take the result; returns whether the job must go in again (a short transfer).
+                                  It may raise: then what is in flight is waited for, and nothing more is submitted.
+        """
+        waiting, flying = list(range(len(jobs)))[::-1], 0
+        limit = min(depth or self.depth, self.depth)
+        try:
+            while waiting or flying:
+                new = 0
+                while waiting and flying + new < limit:
+                    index = waiting.pop()
+                    slot = int(self._tail[0]) & self._mask
+                    self.entries[slot] = 0
+                    encode(self, slot, jobs[index])
+                    self._sqes["user_data"][slot] = index
+                    self._tail[0] += 1
+                    new += 1
+                self._enter(new, max(1, (flying + new) // 4))
+                flying += new
+                for index, result in self._reap():
+                    flying -= 1
+                    if jobs[index].done(result):
+                        waiting.append(index)
+        finally:
+            while flying:  # the kernel must not write into buffers that are no longer ours
+                self._enter(0, 1)
+                flying -= len(list(self._reap()))
+
+    def fill(self, slot: int, opcode: int, fd: int, offset: int, address: int, length: int) -> None:
+        """A plain read or write into submission entry `slot`."""
+        self._sqes[slot] = (opcode, 0, 0, fd, offset, address, length, 0, 0, np.zeros(24, np.uint8))
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def _enter(self, submit: int, wait: int) -> None:
+        while True:
+            try:
+                submit -= _call(ENTER, self.fd, submit, wait, GETEVENTS, None, 0)
+            except InterruptedError:
+                continue
+            if submit <= 0:
+                return
+
+    def _reap(self):
+        head = int(self._head[0])
+        while head != int(self._filled[0]):
+            at = head & self._cq_mask
+            index, result = int(self._who[at]), int(self._result[at])
+            head = (head + 1) & 0xFFFFFFFF
+            self._head[0] = head
+            yield index, result
+
+
+def _call(number: int, *arguments) -> int:
+    result = _libc.syscall(ctypes.c_long(number), *arguments)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"io_uring: {os.strerror(code)}")
+    return result
+
+
+class Transfer:
+    """One read or write of a buffer, as a job of a ring."""
+
+    def __init__(self, opcode: int, fd: int, offset: int, buffer: np.ndarray):
+        self.opcode, self.fd, self.offset = opcode, fd, offset
+        self.address, self.left = buffer.ctypes.data, len(buffer)
+
+    def done(self, result: int) -> bool:
+        if result in (-errno.EAGAIN, -errno.EINTR):
+            return True
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        if result == 0:
+            raise OSError(f"{self.left} bytes are missing at offset {self.offset}")
+        self.offset, self.address, self.left = self.offset + result, self.address + result, self.left - result
+        return self.left > 0
+
+
+def plain(ring: Ring, slot: int, job: Transfer) -> None:
+    """`encode` of `Ring.run` for plain reads and writes."""
+    ring.fill(slot, job.opcode, job.fd, job.offset, job.address, job.left)

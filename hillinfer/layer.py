@@ -1,11 +1,12 @@
 """One decoder layer's cache: append, attend, crop, reset. Plain torch; knows no model."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from hillinfer import attention
 from hillinfer.config import UsageError
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
@@ -71,26 +72,25 @@ class Layer:
 
         mask is None or broadcasts to (B, 1, 1, N); False (or a large negative number) hides padding.
         """
-        batch, heads, _, dim = query.shape
-        valid = self._valid(mask, batch)
+        run = self.run
+        valid = self._valid(mask, len(query))
         picks = self._select_rows(query, valid, scaling)
-        if all(pick is None for pick in picks):
-            kv, found = self.store.all()
+        if attention.is_native(query):
+            rows, keep, attended, found = self._locate(picks, valid)
+            self._record(found.work)
+            with run.timeline.span("cpu", "attend", self.index, run.step, attended * run.geometry.record_bytes):
+                out = attention.over_records(query, rows, run.geometry.kv_heads, scaling)
+            del keep  # until here the records had to stay where they are
         else:
             kv, valid, found = self._gather(picks, valid)
-        self._record(found.work)
-        lane = "cpu" if query.device.type == "cpu" else "gpu"
-        with self.run.timeline.span(lane, "attend", self.index, self.run.step, kv.nbytes):
-            out = F.scaled_dot_product_attention(
-                query.view(batch, kv.shape[3], -1, dim),  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
-                kv[:, :, 0].transpose(1, 2),
-                kv[:, :, 1].transpose(1, 2),
-                attn_mask=None if valid is None else valid[:, None, None].to(query.device),
-                scale=scaling,
-            )
-        self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
-        self.run.attended_ns = time.perf_counter_ns()
-        return out.reshape(batch, 1, heads, dim)
+            self._record(found.work)
+            lane = "cpu" if query.device.type == "cpu" else "gpu"
+            with run.timeline.span(lane, "attend", self.index, run.step, kv.nbytes):
+                out = attention.over_tensors(query, kv, valid, scaling)
+            attended = kv.shape[1] * len(kv) if valid is None else int(valid.sum())
+        self._count(found, attended)
+        run.attended_ns = time.perf_counter_ns()
+        return out
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Score and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -213,17 +213,13 @@ class Layer:
         return picked
 
     def _gather(self, picks: list, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, Found]:
-        """Fetch each row's selection; rows of different length are padded and masked. kv (B, k, 2, Hkv, D), valid (B,
-        k).
+        """Each row's selection as tensors; rows of different length are padded and masked. kv (B, k, 2, Hkv, D), valid
+        (B, k).
         """
-        picks = [np.arange(self.n) if pick is None else pick for pick in picks]
-        guess, self.guess = self.guess, None
-        ahead = [None] * len(picks) if guess is None else guess.rows(len(picks))
-        rows = [self.store.fetch(row, pick, ahead[row]) for row, pick in enumerate(picks)]
-        found = sum((part for _, part in rows), Found())
-        if isinstance(self.store, DriveStore):
-            for row, pick in enumerate(picks):
-                self.store.hits.touch(row, pick)
+        if all(pick is None for pick in picks):
+            kv, found = self.store.all()
+            return kv, valid, found
+        picks, rows, found = self._by_row(picks, self.store.fetch)
         if valid is None and len({len(pick) for pick in picks}) == 1:
             return torch.stack([records for records, _ in rows]) if len(rows) > 1 else rows[0][0][None], None, found
         longest = max(len(pick) for pick in picks)
@@ -233,6 +229,35 @@ class Layer:
             kv[row, : len(pick)] = records
             shown[row, : len(pick)] = True if valid is None else valid[row][torch.from_numpy(pick).to(valid.device)]
         return kv, shown, found
+
+    def _locate(self, picks: list, valid: torch.Tensor | None) -> tuple[list, list, int, Found]:
+        """Where each row's selection lies in host memory: what `native.attend` takes, what must be kept alive for it,
+        the tokens in all, and where they were found.
+        """
+        shown = None if valid is None else valid.numpy()
+        if all(pick is None for pick in picks):
+            kv, found = self.store.all()
+            width, n = self.run.geometry.record_bytes, kv.shape[1]
+            rows = [(kv.data_ptr() + row * kv.stride(0) * kv.element_size(), width, n) for row in range(len(kv))]
+            if shown is not None:
+                rows = [base + np.flatnonzero(own) * width for (base, _, _), own in zip(rows, shown, strict=True)]
+            return rows, [kv], n * len(kv) if shown is None else int(shown.sum()), found
+        picks, parts, found = self._by_row(picks, self.store.locate)
+        rows, keep = [addresses for (addresses, _), _ in parts], [kept for (_, kept), _ in parts]
+        if shown is not None:
+            rows = [where[own[pick]] for where, own, pick in zip(rows, shown, picks, strict=True)]
+        return rows, keep, sum(map(len, rows)), found
+
+    def _by_row(self, picks: list, get: Callable) -> tuple[list[np.ndarray], list[tuple], Found]:
+        """Each row's selection in full, what `get` has of it, and where it was found."""
+        picks = [np.arange(self.n) if pick is None else pick for pick in picks]
+        guess, self.guess = self.guess, None
+        ahead = [None] * len(picks) if guess is None else guess.rows(len(picks))
+        rows = [get(row, pick, ahead[row]) for row, pick in enumerate(picks)]
+        if isinstance(self.store, DriveStore):
+            for row, pick in enumerate(picks):
+                self.store.hits.touch(row, pick)
+        return picks, rows, rows[0][1] if len(rows) == 1 else sum((part for _, part in rows), Found())
 
     def _record(self, work: list[tuple[str, str, int, int, int]]) -> None:
         for lane, kind, start, end, nbytes in work:

@@ -277,4 +277,4 @@ class Layer:
 def _is_selection(picked: np.ndarray, step: Step) -> bool:
     if not isinstance(picked, np.ndarray) or picked.ndim != 1 or not 0 < len(picked) <= step.budget:
         return False
-    return bool(picked[0] >= 0 and picked[-1] < step.n and (np.diff(picked) > 0).all())
+    return bool(picked[0] >= 0 and picked[-1] < step.n and (picked[1:] > picked[:-1]).all())

@@ -39,11 +39,13 @@ class Found:
     work: list[tuple[str, str, int, int, int]] = field(default_factory=list)  # (lane, kind, start_ns, end_ns, bytes)
 
     def counts(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "work"}
+        return {name: getattr(self, name) for name in COUNTS}
 
     def __add__(self, other: "Found") -> "Found":
-        names = (field.name for field in fields(self))
-        return Found(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Found(*(getattr(self, name) + getattr(other, name) for name in (*COUNTS, "work")))
+
+
+COUNTS = tuple(field.name for field in fields(Found) if field.name != "work")
 
 
 class HostStore:

@@ -37,6 +37,12 @@ class _Library:
         self._lock, self._tried = threading.Lock(), False
         self.reason, self.isa, self.isas = None, 0, ()
 
+    def __getattr__(self, name: str):
+        """A function that is asked for before anyone asked whether there is one."""
+        if name.startswith("hi_") and self.ready():
+            return self.__dict__[name]
+        raise Unavailable(self.reason or name)
+
     def ready(self) -> bool:
         if not self._tried:
             with self._lock:

@@ -73,9 +73,10 @@ class HostStore:
 
     def locate(self, row: int, positions: np.ndarray, ahead=None) -> tuple[tuple[np.ndarray, list], Found]:
         """As `fetch`, without a copy: the records' addresses int64 (k,), and what must live as long."""
-        data = self.buffer.data
-        base = data.data_ptr() + row * data.stride(0) * data.element_size()
-        return (base + positions * self.geometry.record_bytes, [data]), Found(**{self.tier: len(positions)})
+        start, data, width = time.perf_counter_ns(), self.buffer.data, self.geometry.record_bytes
+        addresses = data.data_ptr() + row * data.stride(0) * data.element_size() + positions * width
+        work = [("cpu", "gather", start, time.perf_counter_ns(), len(positions) * width)]  # in place: no byte moves
+        return (addresses, [data]), Found(**{self.tier: len(positions)}, work=work)
 
     def all(self) -> tuple[torch.Tensor, Found]:
         """On a machine without a GPU this is a view: nothing is copied."""
@@ -175,10 +176,12 @@ class DriveStore:
     def locate(self, row: int, positions: np.ndarray, ahead=None) -> tuple[tuple[np.ndarray, list], Found]:
         """As `fetch`, without a copy: the records' addresses int64 (k,), and what must live as long."""
         sources, found = self._find(row, positions, ahead, True)
+        start, width = time.perf_counter_ns(), self.geometry.record_bytes
         addresses = np.empty(len(positions), np.int64)
         for index, records, slots in sources:
             rows = np.arange(len(index)) if slots is None else slots
-            addresses[index] = records.data_ptr() + rows * self.geometry.record_bytes
+            addresses[index] = records.data_ptr() + rows * width
+        found.work.append(("cpu", "gather", start, time.perf_counter_ns(), found.host * width))  # in place
         return (addresses, sources), found
 
     def _find(self, row: int, positions: np.ndarray, ahead, promote: bool) -> tuple[list[tuple], Found]:

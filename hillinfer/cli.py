@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hillinfer import doctor
 from hillinfer.config import Settings, UsageError
 from hillinfer.evaluation import evaluate
 
@@ -261,6 +262,7 @@ def systems():
 
 
 app.command("eval")(clear_errors()(evaluate))
+app.command()(clear_errors()(doctor.doctor))
 
 
 def read_prompt(path: Path) -> str:

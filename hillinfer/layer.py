@@ -1,16 +1,15 @@
 """One decoder layer's cache: append, attend, crop, reset. Plain torch; knows no model."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from hillinfer import attention
 from hillinfer.config import UsageError
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.pipeline.blockwise import blockwise_attention
 from hillinfer.pipeline.lookahead import Guess
 from hillinfer.pipeline.observe import attention_weights
 from hillinfer.pipeline.run import Run
@@ -91,31 +90,30 @@ class Layer:
 
         Returns (B, q, H, D). mask is None or broadcasts to (B, 1, q, N); False (or a large negative number) hides.
         """
-        batch, heads, rows, dim = query.shape
+        run, rows = self.run, query.shape[2]
         if rows > 1:
             return self._attend_all(query, mask, scaling)
-        valid = self._valid(mask, batch)
+        valid = self._valid(mask, len(query))
         picks = self._select_rows(query, valid, scaling)
-        if all(pick is None for pick in picks):
-            kv, found = self.store.all()
+        if attention.is_native(query) and self._in_place(picks):
+            rows, keep, attended, found = self._locate(picks, valid)
+            self._record(found.work)
+            with run.timeline.span("cpu", "attend", self.index, run.step, attended * run.geometry.record_bytes):
+                out = attention.over_records(query, rows, run.geometry.kv_heads, scaling)
+            del keep  # until here the records had to stay where they are
         else:
             kv, valid, found = self._gather(picks, valid)
-        self._record(found.work)
-        lane = "cpu" if query.device.type == "cpu" else "gpu"
-        with self.run.timeline.span(lane, "attend", self.index, self.run.step, kv.nbytes):
-            out = F.scaled_dot_product_attention(
-                query.view(batch, kv.shape[3], -1, dim),  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
-                kv[:, :, 0].transpose(1, 2),
-                kv[:, :, 1].transpose(1, 2),
-                attn_mask=None if valid is None else valid[:, None, None].to(query.device),
-                scale=scaling,
-            )
-        self._show(query, kv, picks[0], self._valid(mask, batch), scaling)
-        self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
-        if self.policy.watches:
-            self._tell_weights(query, picks, kv, valid, scaling)
-        self.run.attended_ns = time.perf_counter_ns()
-        return out.reshape(batch, 1, heads, dim)
+            self._record(found.work)
+            lane = "cpu" if query.device.type == "cpu" else "gpu"
+            with run.timeline.span(lane, "attend", self.index, run.step, kv.nbytes):
+                out = attention.over_tensors(query, kv, valid, scaling)
+            attended = kv.shape[1] * len(kv) if valid is None else int(valid.sum())
+            self._show(query, kv, picks[0], self._valid(mask, len(query)), scaling)
+            if self.policy.watches:
+                self._tell_weights(query, picks, kv, valid, scaling)
+        self._count(found, attended)
+        run.attended_ns = time.perf_counter_ns()
+        return out
 
     def _attend_all(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """A prefill chunk or a new turn, part by part, so that a layer's KV is never in memory as a whole."""
@@ -124,7 +122,7 @@ class Layer:
             visible = torch.ones((1, 1, rows, n), dtype=torch.bool, device=query.device).tril_(n - rows)
         else:
             visible = _visible(mask)
-        return blockwise_attention(query, self.records(), visible, scaling).transpose(1, 2)
+        return attention.over_parts(query, self.records(), visible, scaling).transpose(1, 2)
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""
@@ -138,6 +136,14 @@ class Layer:
         if self.store is not None:
             self._start_policy(self.run.geometry)
             policy.append(self.everything()[0])
+
+    def _in_place(self, picks: list) -> bool:
+        """Whether records can be attended to where they lie: nobody wants to see them, and they need not be picked out
+        of whole tensors.
+        """
+        watcher = self.run.observer
+        watched = self.policy.watches or (watcher is not None and watcher.wants(self.index, self.run.step))
+        return not watched and (not isinstance(self.store, TensorStore) or all(pick is None for pick in picks))
 
     def _show(self, query: torch.Tensor, kv: torch.Tensor, pick, visible, scaling: float) -> None:
         """Let whoever watches the run see the first sequence's attention. What that costs is a span of its own."""
@@ -298,17 +304,13 @@ class Layer:
             self.policy.attended(row, pick, weights[row, :, : len(pick)])
 
     def _gather(self, picks: list, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, Found]:
-        """Fetch each row's selection; rows of different length are padded and masked. kv (B, k, 2, Hkv, D), valid (B,
-        k).
+        """Each row's selection as tensors; rows of different length are padded and masked. kv (B, k, 2, Hkv, D), valid
+        (B, k).
         """
-        picks = [np.arange(self.n) if pick is None else pick for pick in picks]
-        guess, self.guess = self.guess, None
-        ahead = [None] * len(picks) if guess is None else guess.rows(len(picks))
-        rows = [self.store.fetch(row, pick, ahead[row]) for row, pick in enumerate(picks)]
-        found = sum((part for _, part in rows), Found())
-        if isinstance(self.store, DriveStore):
-            for row, pick in enumerate(picks):
-                self.store.hits.touch(row, pick)
+        if all(pick is None for pick in picks):
+            kv, found = self.store.all()
+            return kv, valid, found
+        picks, rows, found = self._by_row(picks, self.store.fetch)
         if valid is None and len({len(pick) for pick in picks}) == 1:
             return torch.stack([records for records, _ in rows]) if len(rows) > 1 else rows[0][0][None], None, found
         longest = max(len(pick) for pick in picks)
@@ -318,6 +320,35 @@ class Layer:
             kv[row, : len(pick)] = records
             shown[row, : len(pick)] = True if valid is None else valid[row][torch.from_numpy(pick).to(valid.device)]
         return kv, shown, found
+
+    def _locate(self, picks: list, valid: torch.Tensor | None) -> tuple[list, list, int, Found]:
+        """Where each row's selection lies in host memory: what `native.attend` takes, what must be kept alive for it,
+        the tokens in all, and where they were found.
+        """
+        shown = None if valid is None else valid.numpy()
+        if all(pick is None for pick in picks):
+            kv, found = self.store.all()
+            width, n = self.run.geometry.record_bytes, kv.shape[1]
+            rows = [(kv.data_ptr() + row * kv.stride(0) * kv.element_size(), width, n) for row in range(len(kv))]
+            if shown is not None:
+                rows = [base + np.flatnonzero(own) * width for (base, _, _), own in zip(rows, shown, strict=True)]
+            return rows, [kv], n * len(kv) if shown is None else int(shown.sum()), found
+        picks, parts, found = self._by_row(picks, self.store.locate)
+        rows, keep = [addresses for (addresses, _), _ in parts], [kept for (_, kept), _ in parts]
+        if shown is not None:
+            rows = [where[own[pick]] for where, own, pick in zip(rows, shown, picks, strict=True)]
+        return rows, keep, sum(map(len, rows)), found
+
+    def _by_row(self, picks: list, get: Callable) -> tuple[list[np.ndarray], list[tuple], Found]:
+        """Each row's selection in full, what `get` has of it, and where it was found."""
+        picks = [np.arange(self.n) if pick is None else pick for pick in picks]
+        guess, self.guess = self.guess, None
+        ahead = [None] * len(picks) if guess is None else guess.rows(len(picks))
+        rows = [get(row, pick, ahead[row]) for row, pick in enumerate(picks)]
+        if isinstance(self.store, DriveStore):
+            for row, pick in enumerate(picks):
+                self.store.hits.touch(row, pick)
+        return picks, rows, rows[0][1] if len(rows) == 1 else sum((part for _, part in rows), Found())
 
     def _record(self, work: list[tuple[str, str, int, int, int]]) -> None:
         for lane, kind, start, end, nbytes in work:
@@ -341,4 +372,4 @@ def _visible(mask: torch.Tensor) -> torch.Tensor:
 def _is_selection(picked: np.ndarray, step: Step) -> bool:
     if not isinstance(picked, np.ndarray) or picked.ndim != 1 or not 0 < len(picked) <= step.budget:
         return False
-    return bool(picked[0] >= 0 and picked[-1] < step.n and (np.diff(picked) > 0).all())
+    return bool(picked[0] >= 0 and picked[-1] < step.n and (picked[1:] > picked[:-1]).all())

@@ -162,6 +162,19 @@ def test_codes_at_append(bits, dtype, sizes, grow, dim, seed):
         assert torch.equal(one.codes.view(), other.codes.view())
 
 
+@given(
+    heads=st.integers(1, 4), group=st.integers(1, 8), dim=st.sampled_from([2, 18, 64, 128]), seed=st.integers(0, 10**6)
+)
+@settings(**EACH)
+def test_quantised_queries(heads, group, dim, seed):
+    torch.manual_seed(seed)
+    codes = KeyCodes(2, heads, dim)
+    codes.append(torch.randn(2, heads, 9, dim) * torch.rand(dim) ** 8)
+    query = torch.randn(heads * group, dim) * 10.0 ** (seed % 7 - 3)
+    for wanted in (query, query * 0, query.to(torch.bfloat16)):
+        assert torch.equal(codes.query(wanted, 1), codes.query_reference(wanted.float(), 1))
+
+
 def test_the_library_is_private_and_built_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = builder.private_folder()

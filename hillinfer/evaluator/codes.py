@@ -71,8 +71,17 @@ class KeyCodes:
 
         One step size for each KV head's group, so that scores of its query heads can be compared.
         """
+        query, scale = query.to("cpu", torch.float32), self.scale[row]
+        if not native.available():
+            return self.query_reference(query, row)
+        out = torch.empty((len(scale), len(query) // len(scale), scale.shape[2]), dtype=torch.int8)
+        native.quantise_query(query.contiguous(), scale, out)
+        return out
+
+    def query_reference(self, query: torch.Tensor, row: int) -> torch.Tensor:
+        """`query` in torch; fp32 in host memory."""
         scale = self.scale[row]  # (Hkv, 1, D)
-        folded = query.to("cpu", torch.float32).view(scale.shape[0], -1, scale.shape[2]) * scale
+        folded = query.view(scale.shape[0], -1, scale.shape[2]) * scale
         step = (folded.abs().amax((1, 2), keepdim=True) / TOP[8]).clamp(min=TINY)
         return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8)
 

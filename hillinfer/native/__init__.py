@@ -21,6 +21,7 @@ _SIGNATURES = {
     "hi_topk": (_L, [_P, _L, _L, _P]),
     "hi_merge": (_L, [_P, _L, _I, _L, _L, _P, _I]),
     "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _P, _I, _I, _I, ctypes.c_float, _P, _I]),
+    "hi_query": (None, [_P, _P, _I, _I, _I, _P]),
     "hi_read": (ctypes.c_uint64, [_I, _P, _L, _I]),
     "hi_ring_open": (_P, [_I, _P]),
     "hi_ring_close": (None, [_P]),
@@ -35,6 +36,12 @@ class _Library:
     def __init__(self):
         self._lock, self._tried = threading.Lock(), False
         self.reason, self.isa, self.isas = None, 0, ()
+
+    def __getattr__(self, name: str):
+        """A function that is asked for before anyone asked whether there is one."""
+        if name.startswith("hi_") and self.ready():
+            return self.__dict__[name]
+        raise Unavailable(self.reason or name)
 
     def ready(self) -> bool:
         if not self._tried:
@@ -172,6 +179,13 @@ def encode(keys, dtype: str, bits: int, scale, codes, at: int) -> np.ndarray:
     where = (pointer(codes), *_strides(codes)[:2], at, pointer(doublings))
     _library.hi_encode(DTYPES[dtype], pointer(keys), *shape, *where)
     return doublings
+
+
+def quantise_query(query, scale, out) -> None:
+    """As `evaluator.codes.KeyCodes.query`: query fp32 (H, D) with scale fp32 (Hkv, 1, D) folded in, out int8
+    (Hkv, G, D); all contiguous.
+    """
+    _library.hi_query(pointer(query), pointer(scale), *out.shape, pointer(out))
 
 
 def pointer(array) -> int:

@@ -71,8 +71,8 @@ INLINE void prefetch(const char *at, int64_t bytes) {
 
 typedef const float *convert(const char *from, float *room, int dim, int dtype);
 
-INLINE void tiles(const struct attend *a, int share, const int dtype, convert *row_fp32) {
-    const int dim = a->dim, heads = a->heads, group = a->group, all = heads * group;
+INLINE void tiles(const struct attend *a, int share, const int dtype, const int dim, convert *row_fp32) {
+    const int heads = a->heads, group = a->group, all = heads * group;
     const int64_t row = (int64_t)dim * (dtype == FP32 ? 4 : 2), side = row * heads;
     const int64_t end = a->n * (share + 1) / a->threads;
     float *most = a->state + (int64_t)share * all * (dim + 2 + TILE), *sum = most + all, *out = sum + all;
@@ -103,7 +103,17 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, convert *r
                     }
                     to[0] = w, to[TILE] = x, to[2 * TILE] = y, to[3 * TILE] = z;
                 }
-                for (; g < group; g++, q += dim, to += TILE) {
+                if (g + 2 <= group) {
+                    float w = 0, x = 0;
+#pragma omp simd reduction(+ : w, x)
+                    for (int d = 0; d < dim; d++) {
+                        w += k[d] * q[d];
+                        x += k[d] * q[dim + d];
+                    }
+                    to[0] = w, to[TILE] = x;
+                    g += 2, q += 2 * dim, to += 2 * TILE;
+                }
+                if (g < group) {
                     float w = 0;
 #pragma omp simd reduction(+ : w)
                     for (int d = 0; d < dim; d++) w += k[d] * q[d];
@@ -136,18 +146,22 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, convert *r
                     v[i] = row_fp32(records[t + i < m ? t + i : m - 1] + side + h * row, room[i], dim, dtype);
                 for (int g = 0; g < group; g++) {
                     const float *p = logits + (int64_t)(h * group + g) * TILE + t;
+                    const float w = p[0], x = p[1], y = p[2], z = p[3];
                     float *o = out + (int64_t)(h * group + g) * dim;
 #pragma omp simd
-                    for (int d = 0; d < dim; d++)
-                        o[d] += p[0] * v[0][d] + p[1] * v[1][d] + p[2] * v[2][d] + p[3] * v[3][d];
+                    for (int d = 0; d < dim; d++) o[d] += w * v[0][d] + x * v[1][d] + y * v[2][d] + z * v[3][d];
                 }
             }
     }
 }
 
+/* With the usual sizes known, loops are unrolled. */
 INLINE void tiles_of(const struct attend *a, int share, convert *row_fp32) {
-    if (a->dtype == FP32) tiles(a, share, FP32, row_fp32);
-    else tiles(a, share, a->dtype, row_fp32);
+    if (a->dtype == FP32 && a->dim == 64) tiles(a, share, FP32, 64, row_fp32);
+    else if (a->dtype == FP32 && a->dim == 128) tiles(a, share, FP32, 128, row_fp32);
+    else if (a->dim == 64) tiles(a, share, a->dtype, 64, row_fp32);
+    else if (a->dim == 128) tiles(a, share, a->dtype, 128, row_fp32);
+    else tiles(a, share, a->dtype, a->dim, row_fp32);
 }
 
 static void tiles_generic(const struct attend *a, int share) { tiles_of(a, share, row_generic); }

@@ -76,3 +76,26 @@ int hi_encode(int dtype, const char *keys, int64_t by_row, int64_t by_head, int6
         }
     return any;
 }
+
+/* The channel scales (heads, dim) folded into a query (heads, group, dim) fp32, which is then coded in INT8 with one
+ * step size for each head's group. */
+void hi_query(const float *query, const float *scale, int heads, int group, int dim, int8_t *out) {
+    const float tiny = 1.17549435e-38f;
+    for (int h = 0; h < heads; h++) {
+        const float *q = query + (int64_t)h * group * dim, *s = scale + (int64_t)h * dim;
+        int8_t *to = out + (int64_t)h * group * dim;
+        float most = 0;
+        for (int g = 0; g < group; g++)
+            for (int d = 0; d < dim; d++) {
+                float size = fabsf(q[g * dim + d] * s[d]);
+                most = size > most ? size : most;
+            }
+        float step = most / 127;
+        step = step < tiny ? tiny : step;
+        for (int g = 0; g < group; g++)
+            for (int d = 0; d < dim; d++) {
+                float code = rintf(q[g * dim + d] * s[d] / step);
+                to[g * dim + d] = (int8_t)(code > 127 ? 127 : code < -127 ? -127 : code);
+            }
+    }
+}

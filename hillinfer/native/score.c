@@ -71,23 +71,32 @@ AVX512 INLINE __m512i lanes2(__m512i a, __m512i b) {
     return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, int64_t to, const int bits) {
+AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, int64_t to, const int bits,
+                               const int row) {
+    const int8_t *base = s->codes + head * s->head_stride, *queries = s->query + (int64_t)head * s->padded * s->width;
+    const int64_t *positions = s->positions;  /* fields in variables: the compiler need not fear that `out` is one */
+    const int32_t *excess = s->excess + head * s->padded;
+    const int padded = s->padded, width = s->width, half = s->half;
+    int32_t *out = s->out + head * s->out_stride;
     const __m512i flip = _mm512_set1_epi8((char)(bits == 8 ? 0x80 : 0x88)), low = _mm512_set1_epi8(15);
     for (int64_t i = from; i < to; i += 4) {
         const int8_t *k[4];
-        for (int t = 0; t < 4; t++) k[t] = row_of(s, head, i + t < to ? i + t : to - 1);
+        for (int t = 0; t < 4; t++) {
+            int64_t which = i + t < to ? i + t : to - 1;
+            k[t] = base + (positions ? positions[which] : which) * row;
+        }
         __m512i best = _mm512_set1_epi32(INT32_MIN);
-        for (int g = 0; g < s->padded; g += 4) {
-            const int8_t *q = s->query + ((int64_t)head * s->padded + g) * s->width;
+        for (int g = 0; g < padded; g += 4) {
+            const int8_t *q = queries + g * width;
             __m512i a[4][4];
             for (int t = 0; t < 4; t++)
                 for (int j = 0; j < 4; j++) a[t][j] = _mm512_setzero_si512();
-            for (int d = 0; d < s->row; d += 64) {
-                __mmask64 there = s->row - d >= 64 ? ~0ull : (1ull << (s->row - d)) - 1;
+            for (int d = 0; d < row; d += 64) {
+                __mmask64 there = row - d >= 64 ? ~0ull : (1ull << (row - d)) - 1;
                 __m512i first[4], second[4];
                 for (int j = 0; j < 4; j++) {
-                    first[j] = _mm512_load_si512(q + j * s->width + d);
-                    if (bits == 4) second[j] = _mm512_load_si512(q + j * s->width + s->half + d);
+                    first[j] = _mm512_load_si512(q + j * width + d);
+                    if (bits == 4) second[j] = _mm512_load_si512(q + j * width + half + d);
                 }
                 for (int t = 0; t < 4; t++) {
                     __m512i key = ~there ? _mm512_maskz_loadu_epi8(there, k[t] + d)  /* which is slow: 4x, from memory */
@@ -104,20 +113,29 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
             __m512i u[4];
             for (int t = 0; t < 4; t++) u[t] = sums4(a[t][0], a[t][1], a[t][2], a[t][3]);
             __m512i all = lanes2(lanes2(u[0], u[1]), lanes2(u[2], u[3]));  /* lane t: key t's four sums */
-            __m128i excess = _mm_loadu_si128((const __m128i *)(s->excess + head * s->padded + g));
-            best = _mm512_max_epi32(best, _mm512_sub_epi32(all, _mm512_broadcast_i32x4(excess)));
+            __m128i over = _mm_loadu_si128((const __m128i *)(excess + g));
+            best = _mm512_max_epi32(best, _mm512_sub_epi32(all, _mm512_broadcast_i32x4(over)));
         }
         best = _mm512_max_epi32(best, _mm512_shuffle_epi32(best, 0x4e));
         best = _mm512_max_epi32(best, _mm512_shuffle_epi32(best, 0xb1));
         __m512i order = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
         __m128i four = _mm512_castsi512_si128(_mm512_permutexvar_epi32(order, best));
         __mmask8 kept = to - i >= 4 ? 15 : (1 << (to - i)) - 1;
-        _mm_mask_storeu_epi32(s->out + head * s->out_stride + i, kept, four);
+        _mm_mask_storeu_epi32(out + i, kept, four);
     }
 }
 
-AVX512 static void avx512_int8(const struct score *s, int h, int64_t a, int64_t b) { avx512_rows(s, h, a, b, 8); }
-AVX512 static void avx512_int4(const struct score *s, int h, int64_t a, int64_t b) { avx512_rows(s, h, a, b, 4); }
+/* With the usual sizes known, there is no loop over channels. */
+AVX512 static void avx512_int8(const struct score *s, int h, int64_t a, int64_t b) {
+    if (s->row == 64) avx512_rows(s, h, a, b, 8, 64);
+    else if (s->row == 128) avx512_rows(s, h, a, b, 8, 128);
+    else avx512_rows(s, h, a, b, 8, s->row);
+}
+
+AVX512 static void avx512_int4(const struct score *s, int h, int64_t a, int64_t b) {
+    if (s->row == 64) avx512_rows(s, h, a, b, 4, 64);
+    else avx512_rows(s, h, a, b, 4, s->row);
+}
 
 /* Two keys by four queries. maddubs sums pairs into 16 bits: |key| * query stays below 2 * 127 * 127, so none saturates. */
 AVX2 INLINE void avx2_rows(const struct score *s, int head, int64_t from, int64_t to, const int bits) {

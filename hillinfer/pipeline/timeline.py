@@ -3,7 +3,6 @@
 import json
 import time
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,14 +41,11 @@ class Timeline:
             raise ValueError(f"no lane '{lane}'; the lanes are {', '.join(LANES)}")
         self.spans.append(Span(lane, kind, layer, step, start_ns, end_ns, nbytes, detail))
 
-    @contextmanager
-    def span(self, lane: str, kind: str, layer: int, step: int, nbytes: int = 0, **detail):
-        """Record the body as a span; an exception in it is recorded too and goes on. The body may add to the detail."""
-        start = time.perf_counter_ns()
-        try:
-            yield detail
-        finally:
-            self.add(lane, kind, layer, step, start, time.perf_counter_ns(), nbytes, **detail)
+    def span(self, lane: str, kind: str, layer: int, step: int, nbytes: int = 0, **detail) -> "_Body":
+        """Record the body of a `with` as a span; an exception in it is recorded too and goes on. The body may add to
+        the detail, which it is given.
+        """
+        return _Body(self, (lane, kind, layer, step), nbytes, detail)
 
     def clear(self) -> None:
         self.spans.clear()
@@ -109,6 +105,22 @@ class Timeline:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.chrome_trace()))
         return path
+
+
+class _Body:
+    """The body of a `with`. Not a generator: there are several at each layer and step, and this takes a third."""
+
+    __slots__ = ("detail", "nbytes", "start", "timeline", "what")
+
+    def __init__(self, timeline: Timeline, what: tuple[str, str, int, int], nbytes: int, detail: dict):
+        self.timeline, self.what, self.nbytes, self.detail = timeline, what, nbytes, detail
+
+    def __enter__(self) -> dict:
+        self.start = time.perf_counter_ns()
+        return self.detail
+
+    def __exit__(self, *exc) -> None:
+        self.timeline.add(*self.what, self.start, time.perf_counter_ns(), self.nbytes, **self.detail)
 
 
 @dataclass(slots=True)

@@ -47,8 +47,8 @@ class HotPool:
 
     def _shrink(self, capacity: int) -> None:
         """Never below what is pinned."""
-        leaving = np.concatenate((np.flatnonzero(self.token_of < 0), self._victims()))
-        leaving = leaving[: len(self.token_of) - capacity]
+        surplus = len(self.token_of) - capacity
+        leaving = np.concatenate((np.flatnonzero(self.token_of < 0), self._victims(surplus)))[:surplus]
         gone = self.token_of[leaving]
         self.slot_of[gone[gone >= 0]] = DEMOTED
         kept = np.setdiff1d(np.arange(len(self.token_of)), leaving)
@@ -62,7 +62,7 @@ class HotPool:
         """Take in new tokens (ascending), the newest first, over free slots and then over the least-hit unpinned
         ones.
         """
-        slots = np.concatenate((np.flatnonzero(self.token_of < 0), self._victims()))
+        slots = np.concatenate((np.flatnonzero(self.token_of < 0), self._victims(len(tokens))))
         kept = min(len(tokens), len(slots))
         if kept:
             self._place(tokens[-kept:], records[-kept:], slots[:kept])
@@ -76,7 +76,7 @@ class HotPool:
         rank = self.hits.rank[self.row]
         order = np.argsort(-rank[tokens].astype(np.int64), kind="stable")
         free = np.flatnonzero(self.token_of < 0)
-        victims = self._victims()[: len(tokens)]
+        victims = self._victims(len(tokens))
         slots = np.concatenate((free, victims))[: len(tokens)]
         # Both lists are sorted against each other, so the swaps worth making are a prefix.
         resident = np.concatenate((np.full(len(free), -1), rank[self.token_of[victims]].astype(np.int64)))[
@@ -92,11 +92,15 @@ class HotPool:
         self.token_of[gone] = -1
         self.slot_of = self.slot_of[:n]
 
-    def _victims(self) -> np.ndarray:
-        """Slots that may be taken over, least hit and then oldest first."""
+    def _victims(self, most: int) -> np.ndarray:
+        """Up to `most` slots that may be taken over, least hit and then oldest first."""
         slots = np.flatnonzero((self.token_of >= 0) & (self.token_of < self.pinned_from))
         tokens = self.token_of[slots]
-        return slots[np.lexsort((tokens, self.hits.rank[self.row, tokens]))]
+        order = (self.hits.rank[self.row, tokens].astype(np.int64) << 32) + tokens  # no two are alike
+        if most < len(slots):  # sorting all of them at every step would cost more than the attention
+            least = np.argpartition(order, most)[:most]
+            slots, order = slots[least], order[least]
+        return slots[np.argsort(order)]
 
     def _place(self, tokens: np.ndarray, records: torch.Tensor, slots: np.ndarray) -> None:
         if len(tokens) == 0:

@@ -3,6 +3,7 @@
 append(kv, coded)      take in kv (B, n, 2, Hkv, D); `coded` is what `KeyCodes.append` returned, for drives that score
 fetch(row, positions)  records of sorted positions (k,), as (k, 2, Hkv, D) on the model's device, and where they were
 parts()                (drive only) every record in order, (B, n, 2, Hkv, D) at a time, and where they were
+locate(row, positions) the same without a copy, where all is in host memory: addresses for `native.attend`
 all()                  every record, (B, N, 2, Hkv, D) on the model's device, and where they were
 settle()               after a step: promote and demote; returns the tokens that changed places
 truncate(n), memory(), n
@@ -39,11 +40,13 @@ class Found:
     work: list[tuple[str, str, int, int, int]] = field(default_factory=list)  # (lane, kind, start_ns, end_ns, bytes)
 
     def counts(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "work"}
+        return {name: getattr(self, name) for name in COUNTS}
 
     def __add__(self, other: "Found") -> "Found":
-        names = (field.name for field in fields(self))
-        return Found(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Found(*(getattr(self, name) + getattr(other, name) for name in (*COUNTS, "work")))
+
+
+COUNTS = tuple(field.name for field in fields(Found) if field.name != "work")
 
 
 class HostStore:
@@ -68,6 +71,13 @@ class HostStore:
         index = torch.from_numpy(positions).to(self.buffer.data.device)
         records = self.buffer.data[row].index_select(0, index)
         return self._to_device(records, start, "gather", len(positions))
+
+    def locate(self, row: int, positions: np.ndarray, ahead=None) -> tuple[tuple[np.ndarray, list], Found]:
+        """As `fetch`, without a copy: the records' addresses int64 (k,), and what must live as long."""
+        start, data, width = time.perf_counter_ns(), self.buffer.data, self.geometry.record_bytes
+        addresses = data.data_ptr() + row * data.stride(0) * data.element_size() + positions * width
+        work = [("cpu", "gather", start, time.perf_counter_ns(), len(positions) * width)]  # in place: no byte moves
+        return (addresses, [data]), Found(**{self.tier: len(positions)}, work=work)
 
     def all(self) -> tuple[torch.Tensor, Found]:
         """On a machine without a GPU this is a view: nothing is copied."""
@@ -141,47 +151,71 @@ class DriveStore:
 
     def missing(self, row: int, positions: np.ndarray) -> np.ndarray:
         """Those of the positions that only the drive has."""
-        far = positions[~self.window.holds(positions)]
+        far = positions[self.window.far(positions)]
         return far[self.pools[row].slots(far) < 0]
 
     def fetch(self, row: int, positions: np.ndarray, ahead=None, promote: bool = True) -> tuple[torch.Tensor, Found]:
         """`ahead` has records on their way from the drive: sorted `positions`; `records()` waits for them."""
-        out = self.geometry.empty(len(positions), device=self.geometry.device)
-        found = Found()
-        near = self.window.holds(positions)
-        out[_index(near, out)] = self.window.take(row, positions[near])
-        far = positions[~near]
+        sources, found = self._find(row, positions, ahead, promote)
         start = time.perf_counter_ns()
-        slots = self.pools[row].slots(far)
-        hit = slots >= 0
-        records = self.geometry.empty(len(far))
-        records[_index(hit, records)] = self.pools[row].take(slots[hit])
-        pooled = time.perf_counter_ns()
-        tokens = far[~hit]
+        out, far = self.geometry.empty(len(positions), device=self.geometry.device), 0
+        for index, records, slots in sources:
+            part = records if slots is None else records.index_select(0, torch.from_numpy(slots).to(records.device))
+            out[torch.from_numpy(index).to(out.device)] = part.to(out.device)
+            far += part.nbytes if part.device != out.device else 0
+        found.work.append(
+            (
+                "link" if far else "cpu",
+                "transfer" if far else "gather",
+                start,
+                time.perf_counter_ns(),
+                far or out.nbytes,
+            )
+        )
+        return out, found
+
+    def locate(self, row: int, positions: np.ndarray, ahead=None) -> tuple[tuple[np.ndarray, list], Found]:
+        """As `fetch`, without a copy: the records' addresses int64 (k,), and what must live as long."""
+        sources, found = self._find(row, positions, ahead, True)
+        start, width = time.perf_counter_ns(), self.geometry.record_bytes
+        addresses = np.empty(len(positions), np.int64)
+        for index, records, slots in sources:
+            rows = np.arange(len(index)) if slots is None else slots
+            addresses[index] = records.data_ptr() + rows * width
+        found.work.append(("cpu", "gather", start, time.perf_counter_ns(), found.host * width))  # in place
+        return (addresses, sources), found
+
+    def _find(self, row: int, positions: np.ndarray, ahead, promote: bool) -> tuple[list[tuple], Found]:
+        """Where the records are, once those that only the drive has are read: (places in positions, records, which of
+        them or None for all in order), and `Found`.
+        """
+        far = self.window.far(positions)
+        near = np.concatenate((np.arange(far.start), np.arange(far.stop, len(positions))))
+        sources = [(near, self.window.records[row], self.window.slots(positions[near]))]
+        slots = self.pools[row].slots(positions[far])
+        hit, miss = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        found = Found(len(near), len(hit), len(miss), guessed=len(ahead.positions) if ahead else 0)
+        sources.append((far.start + hit, self.pools[row].records.data, slots[hit].astype(np.int64)))
+        if not len(miss):
+            return sources, found
+        tokens = positions[far][miss]
         brought = np.isin(tokens, ahead.positions) if ahead else np.zeros(len(tokens), bool)
-        missed = self.geometry.empty(len(tokens))
-        fixed, nbytes = self.streams[row].read(tokens[~brought])  # what the guess lacks, before waiting for the rest
+        found.prefetched, found.demoted = int(brought.sum()), int((slots == DEMOTED).sum())
+        start = time.perf_counter_ns()
+        missed, nbytes = self.streams[row].read(tokens[~brought])  # what the guess lacks, before waiting for the rest
         read = time.perf_counter_ns()
-        missed[_index(~brought, missed)] = fixed
-        if brought.any():
+        if nbytes:
+            found.work.append(("drive", "read", start, read, nbytes))
+        if found.prefetched:
+            fixed, missed = missed, self.geometry.empty(len(tokens))
+            missed[_index(~brought, missed)] = fixed
             where = np.searchsorted(ahead.positions, tokens[brought])
             missed[_index(brought, missed)] = ahead.records()[torch.from_numpy(where)]
-        waited = time.perf_counter_ns()
-        records[_index(~hit, records)] = missed
-        out[_index(~near, out)] = records.to(out.device)
+            found.work.append(("cpu", "wait", read, time.perf_counter_ns(), 0))
+        sources.append((far.start + miss, missed, None))
         if promote:
             self.missed.append((row, tokens, missed))
-        found.device, found.host, found.drive = int(near.sum()), int(hit.sum()), len(tokens)
-        found.guessed, found.prefetched = len(ahead.positions) if ahead else 0, int(brought.sum())
-        found.demoted = int((slots == DEMOTED).sum())
-        found.work.append(("cpu", "gather", start, pooled, found.host * self.geometry.record_bytes))
-        if nbytes:
-            found.work.append(("drive", "read", pooled, read, nbytes))
-        if found.prefetched:
-            found.work.append(("cpu", "wait", read, waited, 0))
-        if out.device.type != "cpu":
-            found.work.append(("link", "transfer", waited, time.perf_counter_ns(), records.nbytes))
-        return out, found
+        return sources, found
 
     def parts(self) -> Iterator[tuple[torch.Tensor, Found]]:
         for start in range(0, self.n, PART):

@@ -9,36 +9,46 @@ from hillinfer.tiers.geometry import Geometry
 class Window:
     """`sinks` first and `recent` last tokens of every row: the ones nearly every step attends to, so they never
     travel.
+
+    `records` (B, sinks + recent, 2, Hkv, D): token t in place t while it is among the first, and the newest in turn in
+    the places behind.
     """
 
     def __init__(self, geometry: Geometry, sinks: int, recent: int):
         self.sinks, self.recent, self.n = sinks, recent, 0
-        self.first = geometry.empty(geometry.batch, 0, device=geometry.device)
-        self.last = geometry.empty(geometry.batch, 0, device=geometry.device)
+        with torch.inference_mode(False):
+            self.records = geometry.empty(geometry.batch, sinks + recent, device=geometry.device)
 
     def append(self, kv: torch.Tensor) -> None:
         """kv (B, n, 2, Hkv, D)."""
-        if self.first.shape[1] < self.sinks:
-            self.first = torch.cat((self.first, kv[:, : self.sinks - self.first.shape[1]]), 1)
-        self.last = torch.cat((self.last, kv[:, -self.recent :]), 1)[:, -self.recent :].contiguous()
+        if self.n < self.sinks:
+            head = kv[:, : self.sinks - self.n]
+            self.records[:, self.n : self.n + head.shape[1]] = head
         self.n += kv.shape[1]
+        self._place(kv[:, -self.recent :])
 
-    def holds(self, positions: np.ndarray) -> np.ndarray:
-        return (positions < self.first.shape[1]) | (positions >= self.n - self.last.shape[1])
+    def _place(self, kv: torch.Tensor) -> None:
+        """Take in the newest, at most `recent` of them."""
+        first, k = (self.n - kv.shape[1]) % self.recent, kv.shape[1]
+        k = min(k, self.recent - first)  # up to the end, and the rest from the start
+        self.records[:, self.sinks + first : self.sinks + first + k] = kv[:, :k]
+        if k < kv.shape[1]:
+            self.records[:, self.sinks : self.sinks + kv.shape[1] - k] = kv[:, k:]
 
-    def take(self, row: int, positions: np.ndarray) -> torch.Tensor:
-        """Records of positions that it holds: (k, 2, Hkv, D)."""
-        start = self.n - self.last.shape[1]
-        early = positions < start
-        index = np.where(early, positions, positions - start + self.first.shape[1])
-        both = torch.cat((self.first[row], self.last[row]))
-        return both.index_select(0, torch.from_numpy(index).to(both.device))
+    def far(self, positions: np.ndarray) -> slice:
+        """Those of sorted positions (k,) that it does not hold: they lie side by side."""
+        first = int(np.searchsorted(positions, self.sinks))
+        return slice(first, max(first, int(np.searchsorted(positions, self.n - self.recent))))
+
+    def slots(self, positions: np.ndarray) -> np.ndarray:
+        """Places in `records` of positions that it holds."""
+        return np.where(positions < self.sinks, positions, self.sinks + positions % self.recent)
 
     def refill(self, n: int, kv: torch.Tensor) -> None:
         """After a truncation to n tokens: kv holds the records of the last min(recent, n)."""
-        self.first = self.first[:, : min(n, self.sinks)]
-        self.last, self.n = kv.contiguous(), n
+        self.n = n
+        self._place(kv)
 
     @property
     def nbytes(self) -> int:
-        return self.first.nbytes + self.last.nbytes
+        return self.records.nbytes

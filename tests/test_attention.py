@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hillinfer.pipeline.blockwise import blockwise_attention
+from hillinfer.attention import over_parts
 
 
 @pytest.mark.parametrize("sizes", [[37], [1] * 37, [5, 20, 12], [36, 1]])
@@ -17,12 +17,12 @@ def test_equals_attention_at_once(sizes, dtype):
     visible[1, :, :, :9] = False  # left padding, whole parts of it hidden
     keys, values = kv.float().permute(2, 0, 3, 1, 4).repeat_interleave(4, 2)
     want = F.scaled_dot_product_attention(query.float(), keys, values, attn_mask=visible, scale=0.3)
-    got = blockwise_attention(query, kv.split(sizes, 1), visible, 0.3)
+    got = over_parts(query, kv.split(sizes, 1), visible, 0.3)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), want, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
 
 
 def test_a_row_that_sees_nothing_is_finite():
     kv = torch.randn(1, 4, 2, 1, 8)
-    got = blockwise_attention(torch.randn(1, 1, 1, 8), [kv], torch.zeros(1, 1, 1, 4, dtype=torch.bool), 1.0)
+    got = over_parts(torch.randn(1, 1, 1, 8), [kv], torch.zeros(1, 1, 1, 4, dtype=torch.bool), 1.0)
     assert got.isfinite().all()

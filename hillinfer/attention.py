@@ -1,0 +1,75 @@
+"""Attention: of one query token over records where they lie, by the native kernel, or over tensors, by torch; of
+several tokens over KV that comes in parts.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hillinfer import native
+
+
+def is_native(query: torch.Tensor) -> bool:
+    """Whether the kernel can serve this query: it reads host memory."""
+    dtype = str(query.dtype).removeprefix("torch.")
+    return query.device.type == "cpu" and dtype in native.DTYPES and query.shape[3] <= 1024 and native.available()
+
+
+def over_records(query: torch.Tensor, rows: list[np.ndarray | tuple], kv_heads: int, scaling: float) -> torch.Tensor:
+    """query (B, H, 1, D) over each row's records K (Hkv, D), V (Hkv, D) of its dtype, given by `native.attend`'s
+    addresses; (B, 1, H, D). No gather buffer, and sums in fp32.
+    """
+    batch, heads, _, dim = query.shape
+    whole = query.to(torch.float32).reshape(batch, heads, dim).contiguous()
+    out, dtype = torch.empty((batch, 1, heads, dim)), str(query.dtype).removeprefix("torch.")
+    threads = torch.get_num_threads()
+    for row, where in enumerate(rows):
+        native.attend(whole[row], where, dtype, kv_heads, scaling, out[row], threads)
+    return out.to(query.dtype)
+
+
+def over_tensors(query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """The same in torch, and the definition: kv (B, n, 2, Hkv, D), valid (B, n) bool or None."""
+    batch, heads, _, dim = query.shape
+    out = F.scaled_dot_product_attention(
+        query.view(batch, kv.shape[3], -1, dim),  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
+        kv[:, :, 0].transpose(1, 2),
+        kv[:, :, 1].transpose(1, 2),
+        attn_mask=None if valid is None else valid[:, None, None].to(query.device),
+        scale=scaling,
+    )
+    return out.reshape(batch, 1, heads, dim)
+
+
+def over_parts(
+    query: torch.Tensor, parts: Iterable[torch.Tensor], visible: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of several tokens, query (B, H, q, D), over records (B, n, 2, Hkv, D) that together hold all N tokens
+    in order: a prefill chunk or a new turn never needs all of a layer's KV at once (online softmax).
+
+    visible  bool, broadcasts to (B, 1, q, N)
+    Returns (B, H, q, D) in the query's type; sums are in float32.
+    """
+    batch, heads, rows, dim = query.shape
+    top = total = out = None
+    start = 0
+    for kv in parts:
+        keys, values = kv.float().permute(2, 0, 3, 1, 4)  # (B, Hkv, n, D) each
+        kv_heads, n = keys.shape[1:3]
+        if out is None:
+            grouped = query.float().reshape(batch, kv_heads, -1, dim) * scaling  # (B, Hkv, G*q, D)
+            out = torch.zeros_like(grouped)
+            total = grouped.new_zeros((*grouped.shape[:3], 1))
+            top = torch.full_like(total, torch.finfo(torch.float32).min)
+        scores = grouped @ keys.transpose(2, 3)
+        hidden = ~visible[..., start : start + n].unsqueeze(1)  # (B, 1, 1, q, n)
+        scores.view(batch, kv_heads, -1, rows, n).masked_fill_(hidden, torch.finfo(torch.float32).min)
+        higher = torch.maximum(top, scores.amax(3, keepdim=True))
+        weights = scores.sub_(higher).exp_()
+        fade = (top - higher).exp_()
+        total = total.mul_(fade).add_(weights.sum(3, keepdim=True))
+        out = out.mul_(fade).add_(weights @ values)
+        top, start = higher, start + n
+    return (out / total).view(batch, heads, rows, dim).to(query.dtype)

@@ -2,19 +2,21 @@
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hillinfer.config import Settings, UsageError
+from hillinfer.evaluator import cec
 from hillinfer.pipeline.balance import Speeds
 from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.timeline import Counters, Timeline
-from hillinfer.tiers.computational import Shape
+from hillinfer.tiers.computational import SMARTSSD, Shape
 from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.emulated import EmulatedDrive, Emulation
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 from hillinfer.tiers.scoring_store import RemoteStream
 from hillinfer.tiers.stream import BEHIND, Stream, Writer
+from hillinfer.tiers.xrt import Xrt, XrtDrive
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Run:
     step: int = -1
     attended_ns: int | None = None  # when a layer's attention last ended in a decode step
     geometry: Geometry | None = None
-    drive: DirectDrive | EmulatedDrive | None = None
+    drive: DirectDrive | EmulatedDrive | XrtDrive | None = None
     hits: SharedHits | None = None
     writer: Writer | None = None
     lookahead: Lookahead | None = None
@@ -77,19 +79,31 @@ class Run:
             text = f"host holds 2*alpha = {2 * alpha:.0%}: alpha pinned by age, alpha by hits; no profile was given"
         else:
             text = "host holds what the budget allows; no profile was given"
-        return text if budget is None else f"{text}, at most {budget:,} bytes"
+        text = text if budget is None else f"{text}, at most {budget:,} bytes"
+        if self.settings.drive_kind == "emulated":
+            kernel = cec.choose(self.settings.bits, self.geometry.head_dim)
+            text += (
+                f"; the drive's modelled scoring is that of {kernel.name} at {cec.CLOCK / 1e6:.0f} MHz (assumed clock)"
+            )
+        return text
 
     def _balanced_share(self) -> float:
         """The host's share of the tokens by the profile."""
         code_bytes = self.geometry.kv_heads * self.geometry.head_dim * self.settings.bits // 8
         return self.speeds.host_share(self.settings.alpha, code_bytes, self.geometry.record_bytes)
 
-    def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive:
+    def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive | XrtDrive:
         settings, streams = self.settings, self.layers * geometry.batch
         if settings.drive_kind == "ssd":
             return DirectDrive(settings.drive, geometry, streams, settings.io_threads)
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, geometry.head_dim)
-        return EmulatedDrive(settings.drive, shape, Emulation(paced=settings.paced, threads=settings.io_threads))
+        if settings.drive_kind == "xrt":
+            own = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads)
+            return XrtDrive(settings.drive, shape, own)
+        kernel = cec.choose(settings.bits, shape.head_dim)
+        rates = replace(SMARTSSD, kernel=kernel.code_rate(shape.head_dim), call=kernel.call_seconds)
+        own = Emulation(rates=rates, paced=settings.paced, threads=settings.io_threads)
+        return EmulatedDrive(settings.drive, shape, own)
 
     def stream(self, index: int) -> Stream | RemoteStream:
         """Stream layer * batch + row of the drive."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fpga.sim import kernel as sim
+from fpga.sim import twin
 from fpga.sim.check import LEGAL, coverage, differences, random_case
 from fpga.sim.kernel import Config, Image, Kernel
 
@@ -131,3 +132,50 @@ def test_it_starts_itself_again_when_asked_to():
     assert kernel.lib.cec_auto_restart(kernel.handle, 3) == 3
     memory.clear()
     assert not differences(image, image.answers())
+
+
+@named("config", CONFIGS)
+def test_the_hls_twin_answers_the_same(config):
+    """Its C simulation against the package's evaluator, and so against the RTL; a header's words, too."""
+    try:
+        library = twin.build(config)
+    except sim.MissingTool as missing:
+        pytest.skip(str(missing))
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        image, _ = random_case(rng, config, 4000)
+        assert not differences(image, twin.call(library, image))
+    assert twin.call(library, simple(config), n_tokens=config.nmax + 1)[0].status == sim.CAPACITY
+    assert twin.call(library, simple(config), mode=3)[0].status == sim.BAD_ARGUMENT
+
+
+def test_the_hls_twin_writes_what_the_kernel_writes():
+    """All bytes of the answer but the header's cycles and the padding, on the same random images."""
+    config, rng = CONFIGS[0], np.random.default_rng(6)
+    kernel = opened(config)
+    library = twin.build(config)
+    for _ in range(10):
+        image, memory = random_case(rng, config)
+        kernel.memory(**memory)
+        _, hardware = sim.call(kernel, image)
+        software = twin.call(library, image)
+        for a, b in zip(hardware, software, strict=True):
+            assert np.array_equal(a.positions, b.positions) and (a.threshold, a.status) == (b.threshold, b.status)
+            assert a.scores is None or np.array_equal(a.scores, b.scores)
+
+
+@pytest.mark.parametrize("bits, config", [(8, CONFIGS[0]), (4, CONFIGS[1])], ids=["int8", "int4"])
+def test_the_embedded_models_keys_are_scored_exactly(bits, config):
+    """Keys and queries of every layer, as the package codes them, on a document of 4K tokens."""
+    from fpga.sim.real import coded, real_states
+
+    kernel = opened(config)
+    kernel.memory(stall=30)
+    for keys, query in real_states()[::3]:
+        codes, folded = (part.numpy() for part in coded(keys, query, bits))
+        wide = np.zeros((*codes.shape[:2], config.head_dim), np.int8)
+        wide[..., : codes.shape[2]] = codes
+        asked = np.zeros((len(codes), config.group, config.head_dim), np.int8)
+        asked[..., : codes.shape[2]] = folded[:, np.arange(config.group) % folded.shape[1]]
+        _, answers = sim.call(kernel, image := Image(config, wide, asked, codes.shape[1] // 10, sim.PAIRS))
+        assert not differences(image, answers)

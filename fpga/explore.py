@@ -1,7 +1,7 @@
 """Measure configurations of the kernel: `python -m fpga.explore [NAME ...]` or `make -C fpga table`.
 
-Cycles by simulation, area by yosys, recall on the embedded model's keys. Rows go to hillinfer/evaluator/cec.json, the table
-and its Pareto plot to out/fpga/cec.html. A row is measured again when the kernel's source has changed.
+Cycles by simulation, area by yosys, recall on the embedded model's keys. Rows go to hillinfer/evaluator/cec.json,
+the table and its Pareto plot to out/fpga/cec.html. A row is measured again when the kernel's source has changed.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ EXPLORED += [Config(8, 128, group=8), Config(8, 128, group=2), Config(8, 64, gro
 
 
 def cycles(kernel: Kernel, n: int, k: int, mode: int, rate: float = 1.0, heads: int = HEADS) -> int:
-    """Cycles of one call on bell-shaped codes, whose answer is checked; rate: the memory's, as a share of the port's."""
+    """Cycles of one call on bell-shaped codes, whose answer is checked; rate: the memory's, of the port's."""
     config, rng = kernel.config, np.random.default_rng(n)
     codes = codes_of("bell", rng, (heads, n, config.head_dim), config.bits)
     query = codes_of("bell", rng, (heads, config.group, config.head_dim), 8, query=True)
@@ -82,7 +82,6 @@ def key(row: dict) -> str:
 def show() -> None:
     """The table on the terminal; table and Pareto plot as a page."""
     from hillinfer.workbench.cec import cec_frame, pareto_figure
-
     from hillinfer.workbench.report import write_report
 
     frame = cec_frame()

@@ -1,8 +1,8 @@
 """A pyxrt that is as strict as the real one's oldest supported release (2021.1), over the simulated kernel or numpy.
 
-It has what hillinfer uses and refuses what the real one refuses: scalars beyond a C int, calls with fewer arguments than
-2021.1 wants, buffers of another device, a kernel name that is not in the xclbin. Host memory and device memory are apart,
-as on a card: what was not synced is not there. P2P buffers are the device's own memory.
+It has what hillinfer uses and refuses what the real one refuses: scalars beyond a C int, calls with fewer arguments
+than 2021.1 wants, buffers of another device, a kernel that is not in the xclbin. Host and device memory are apart, as
+on a card: what was not synced is not there. P2P buffers are the device's own memory.
 """
 
 import enum

@@ -105,6 +105,22 @@ def refused(config: Config) -> None:
     assert call({3: 1 << 20})[0] in (sim.READ_ERROR, sim.READ_ERROR | sim.QUERY_RANGE)
 
 
+def test_the_committed_table_is_of_this_kernel():
+    """Cached results are those of the source as it is, and hold what the package draws from them."""
+    from fpga.explore import source
+    from hillinfer.evaluator import cec
+    from hillinfer.workbench.cec import cec_frame, pareto_figure
+
+    assert cec.tools()["kernel source"] == source(), "the kernel changed: make -C fpga table"
+    assert {config.name for config in CONFIGS} <= set(cec_frame()["kernel"])
+    for row in cec.configurations():
+        assert 0 <= row.overhead < 0.1 and 0 < row.share() < 1 and 0.5 < row.recall["0.1"] <= 1
+    assert cec.choose(8, 16).name == "int8-d64-g4-l64" and cec.choose(4, 128).name == "int4-d128-g4-l64"
+    slow, fast = (cec.choose(8, 128).tokens_per_second(cec.MEMORIES[name]) for name in ("NAND", "DDR4 peak"))
+    assert slow == 3.2e9 / 128 < fast
+    assert len(pareto_figure().data) == 4
+
+
 def test_a_query_code_without_a_negative_is_reported():
     kernel, config = opened(CONFIGS[0]), CONFIGS[0]
     image = simple(config)
@@ -179,3 +195,21 @@ def test_the_embedded_models_keys_are_scored_exactly(bits, config):
         asked[..., : codes.shape[2]] = folded[:, np.arange(config.group) % folded.shape[1]]
         _, answers = sim.call(kernel, image := Image(config, wide, asked, codes.shape[1] // 10, sim.PAIRS))
         assert not differences(image, answers)
+
+
+@pytest.mark.parametrize(
+    "top, broken",
+    [
+        ("fifo_proof", ("push & ~count[LOG2]", "push")),
+        ("hist_proof", ("last_at == at ? last : read", "0 ? last : read")),
+    ],
+)
+def test_the_proofs_hold_and_can_fail(top, broken):
+    """FIFO and histogram, bounded; a design that loses what comes to a full FIFO, or a count, fails them."""
+    from fpga.formal.prove import prove
+
+    try:
+        assert prove(top)
+    except sim.MissingTool as missing:
+        pytest.skip(str(missing))
+    assert not prove(top, broken)

@@ -198,7 +198,7 @@ def test_what_is_missing_is_named(card, tmp_path, monkeypatch, break_it, words):
 
 
 def test_what_the_kernel_cannot_do_is_refused(card, tmp_path):
-    with pytest.raises(DriveError, match="up to 64 channels.*make -C fpga link"):
+    with pytest.raises(DriveError, match=r"up to 64 channels.*make -C fpga link"):
         XrtDrive(tmp_path, Shape(1, 1, 1024, 2, 128), card(INT4))
     with pytest.raises(DriveError, match="not INT8"):
         XrtDrive(tmp_path, SMALL, card(INT4, bits=8))

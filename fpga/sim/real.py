@@ -39,7 +39,7 @@ def coded(keys: torch.Tensor, query: torch.Tensor, bits: int) -> tuple[torch.Ten
 
 
 def recall(bits: int, share: float) -> float:
-    """Of the tokens that exact fp32 scores rank in the best `share`, how many the codes' scores do; mean of all heads."""
+    """Of the tokens that exact fp32 scores rank in the best `share`, how many the codes' scores do; mean over heads."""
     kept = []
     for keys, query in real_states():
         exact = torch.einsum("hgd,hnd->hgn", query.view(keys.shape[0], -1, keys.shape[2]), keys).amax(1)

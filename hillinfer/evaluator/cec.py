@@ -1,7 +1,7 @@
 """What the SmartSSD's evaluation kernel costs and does, by configuration (HillInfer CEC): a table that was measured.
 
-Cycles are simulated and areas synthesised from the kernel's source (`make -C fpga table` measures all again and writes
-cec.json beside this file, with the tools' versions). Clocks and memory rates are assumptions, named where they are used:
+Cycles are simulated and areas synthesised from the kernel's source: `make -C fpga table` measures all again and writes
+cec.json beside this file, with the tools' versions. Clocks and memory rates are assumptions, named where they are used:
 no card and no timing tool took part.
 """
 
@@ -54,7 +54,7 @@ class Configuration:
         return self.cycles * self.lanes / self.token_bytes - 1
 
     def tokens_per_second(self, memory: float, clock: float = CLOCK) -> float:
-        """Tokens of one KV head at this clock (Hz), keys from a memory of this rate (bytes/s): the slower of the two."""
+        """Tokens of one KV head at this clock (Hz) with keys from a memory (bytes/s): the slower of the two."""
         return min(clock / self.cycles, memory / self.token_bytes)
 
     def code_rate(self, head_dim: int, clock: float = CLOCK) -> float:

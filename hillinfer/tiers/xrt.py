@@ -1,8 +1,8 @@
 """A SmartSSD through the Xilinx Runtime: `XrtDrive` speaks `ComputationalDrive`, fpga/rtl/cec_kernel.v scores.
 
-Key codes lie in the FPGA's DRAM in pages; those that do not fit are on the drive, and come from its flash straight into a
-mapped FPGA buffer (P2P) in reads of 1 MiB. Two runs are under way at once: while the kernel scores a page, the next one
-is read and the last one's answer is taken in. Records go to a file on the card's own flash, and are read from there.
+Key codes lie in the FPGA's DRAM in pages; those that do not fit are on the drive, and come from its flash straight into
+a mapped FPGA buffer (P2P) in reads of 1 MiB. Two runs are under way at once: while the kernel scores a page, the
+next one is read and the last one's answer is taken in. Records go to a file on the card's own flash, and are read from there.
 
 Only what pyxrt has had from XRT 2021.1 on is used: `kernel` with four arguments, `sync` with three, `run.set_arg` with
 buffers and C ints. `run.wait` would hold the interpreter's lock, so `run.state` is polled. No card was ever here: what
@@ -15,6 +15,7 @@ import re
 import threading
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,8 @@ class Card:
         self.bits, self.head_dim, self.group, _, self.nmax = map(int, values)
         if shape.head_dim > self.head_dim or settings.bits > self.bits:
             raise DriveError(
-                f"{xclbin.name} scores INT{self.bits} codes of up to {self.head_dim} channels, not INT{settings.bits} of "
-                f"{shape.head_dim}: link a kernel for them (make -C fpga link)"
+                f"{xclbin.name} scores INT{self.bits} codes of up to {self.head_dim} channels, not "
+                f"INT{settings.bits} of {shape.head_dim}: link a kernel for them (make -C fpga link)"
             )
         self.settings, self.heads, self.token_bytes = settings, shape.kv_heads, self.head_dim * self.bits // 8
         self.xrt, self.device = open_device(settings.device)
@@ -239,7 +240,7 @@ class CardWorker(Worker):
         self.card.ask(query)
         meter.move(link=query.nbytes)
         cuts = np.searchsorted(cold, np.arange(len(self.codes.pages[stream]) + 1) * page)
-        jobs = [(i, cold[a:b] - i * page) for i, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)) if a < b]
+        jobs = [(i, cold[a:b] - i * page) for i, (a, b) in enumerate(pairwise(cuts)) if a < b]
         done = 0
 
         def take_in(slot: int, rows: np.ndarray, first: int, end: int) -> None:
@@ -345,7 +346,7 @@ def open_device(index: int = 0) -> tuple:
 
 
 def check_card(path: str | Path | None, device: int = 0) -> Path:
-    """The kernel's file, by setting or environment, with its parameters in its name. DriveError says what is missing."""
+    """The kernel's file, by setting or environment; its name holds its parameters. DriveError says what is missing."""
     open_device(device)
     path = path or os.environ.get("HILLINFER_XCLBIN")
     if not path:

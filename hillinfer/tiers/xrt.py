@@ -2,7 +2,7 @@
 
 Key codes lie in the FPGA's DRAM in pages; those that do not fit are on the drive, and come from its flash straight into
 a mapped FPGA buffer (P2P) in reads of 1 MiB. Two runs are under way at once: while the kernel scores a page, the
-next one is read and the last one's answer is taken in. Records go to a file on the card's own flash, and are read from there.
+next one is read and the last answer taken in. Records go to a file on the card's own flash, and are read from there.
 
 Only what pyxrt has had from XRT 2021.1 on is used: `kernel` with four arguments, `sync` with three, `run.set_arg` with
 buffers and C ints. `run.wait` would hold the interpreter's lock, so `run.state` is polled. No card was ever here: what

@@ -26,6 +26,7 @@ from hillinfer.pipeline.balance import Speeds
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.xrt import check_card
 
 ATTENTION = "hillinfer"
 
@@ -128,6 +129,8 @@ def plan(config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch
     run.check(tokens)
     if settings.profile is not None:
         Speeds.load(settings.profile)
+    if settings.drive_kind == "xrt":
+        check_card(settings.xclbin)
     need = run.layers * tokens * run.geometry.record_bytes
     if settings.drive is not None and (free := shutil.disk_usage(settings.drive).free) < need:
         raise UsageError(

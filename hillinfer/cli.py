@@ -30,7 +30,7 @@ Alpha = Annotated[float, typer.Option(help="Share of the tokens that a step atte
 Budget = Annotated[
     str | None, typer.Option(help="Host memory for KV records, such as 64MiB; by default 2*alpha of them.")
 ]
-Kind = Annotated[str, typer.Option(help="ssd, or emulated: a computational drive in a process of its own.")]
+Kind = Annotated[str, typer.Option(help="ssd; xrt, a SmartSSD; or emulated, a process that stands for one.")]
 Precision = Annotated[str, typer.Option(help="int8 or int4, of the key codes that are scored.")]
 
 
@@ -160,6 +160,7 @@ def run(
     host_budget: Budget = None,
     drive: Annotated[Path | None, typer.Option(help="Folder on the drive for the cold KV.")] = None,
     drive_kind: Kind = "ssd",
+    xclbin: Annotated[Path | None, typer.Option(help="The SmartSSD's kernel, for --drive-kind xrt.")] = None,
     precision: Precision = "int8",
     profile: Annotated[
         Path | None, typer.Option(help="What `hillinfer profile` wrote, to balance host and drive.")
@@ -179,12 +180,10 @@ def run(
     """Continue a long text with a model whose KV is spread over the tiers."""
     with clear_errors():
         options = dict(alpha=alpha, host_budget=host_budget, drive=drive)
-        options |= dict(drive_kind=drive_kind, precision=precision, profile=profile)
+        options |= dict(drive_kind=drive_kind, xclbin=xclbin, precision=precision, profile=profile)
+        Settings(**options)  # refuse bad input before torch loads
         if device is not None:
             options["device"] = device
-        Settings(
-            **{name: value for name, value in options.items() if name != "device"}
-        )  # refuse bad input before torch loads
         if num_beams > 1 and drive is not None:
             raise UsageError(
                 "beam search would copy whole caches on the drive: use --num-beams 1, or leave out --drive"

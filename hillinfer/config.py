@@ -32,7 +32,8 @@ class Settings:
     host_budget  bytes of host memory for KV records, all layers together; None takes what the system asks for.
                  Key codes are not part of it: `TieredCache.memory()` reports both
     drive        folder for the private KV file; None keeps all KV in memory
-    drive_kind   `ssd`, or `emulated`: a computational drive in a process of its own, which scores what it holds
+    drive_kind   `ssd`; `xrt`, a SmartSSD, which scores what it holds; or `emulated`, a process that stands for one
+    xclbin       the SmartSSD's kernel (fpga/README.md says how it is made)
     profile      what `hillinfer profile` wrote: with a drive that scores, the host's pool is then as large as makes
                  a step shortest, within the host budget
     split        how a profile is used: for the `shortest` step by what the steps select, or by the `paper`'s form
@@ -60,6 +61,7 @@ class Settings:
     host_budget: int | str | None = None
     drive: str | Path | None = None
     drive_kind: str = "ssd"
+    xclbin: str | Path | None = None
     profile: str | Path | None = None
     split: str = "shortest"
     paced: bool = False
@@ -82,7 +84,7 @@ class Settings:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number of at least {least}")
         for name, known in (
-            ("drive_kind", ("ssd", "emulated")),
+            ("drive_kind", ("ssd", "emulated", "xrt")),
             ("placement", ("hits", "shared-hits", "lru", "importance")),
             ("precision", ("int8", "int4")),
             ("split", ("shortest", "paper")),
@@ -102,6 +104,10 @@ class Settings:
             raise UsageError("only systems that stream whole tensors use a raw device: choose dualblade or flexgen")
         if self.stream is not None and self.drive_kind != "ssd":
             raise UsageError("a system that streams whole tensors scores nothing on the drive: leave out drive_kind")
+        if self.drive_kind != "emulated" and self.paced:
+            raise UsageError("paced is for the emulated drive: add drive_kind emulated")
+        if self.xclbin is not None and self.drive_kind != "xrt":
+            raise UsageError("an xclbin is for a SmartSSD: add drive_kind xrt")
         object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
         if self.drive is not None:
             object.__setattr__(self, "drive", check_folder(self.drive))

@@ -233,7 +233,7 @@ class Layer:
         else:
             window = Window(geometry, settings.sinks, settings.recent)
             streams = [run.stream(self.index * batch + row) for row in range(batch)]
-            kind = ScoringStore if settings.drive_kind == "emulated" else DriveStore
+            kind = DriveStore if settings.drive_kind == "ssd" else ScoringStore
             self.store = kind(geometry, streams, run.ranking(), window, settings.alpha, run.pool_tokens)
         if self.policy.needs_codes or isinstance(self.store, ScoringStore):
             self.codes = KeyCodes(batch, kv_heads, dim, settings.bits)

@@ -44,7 +44,7 @@ MAY = {
     "session": {"config", "cache", "systems", "tiers"},
     "assets": {"config"},
     "longbench": {"config", "assets", "cache", "systems", "evaluator", "pipeline"},
-    "workbench": {"assets", "cache", "config", "demo", "longbench", "pipeline", "systems"},
+    "workbench": {"assets", "cache", "config", "demo", "evaluator", "longbench", "pipeline", "systems"},
 }
 
 

@@ -30,6 +30,9 @@ module cec_dot #(
     localparam PARTS = EP / LANES > 0 ? EP / LANES : 1;  // query beats of one head and phase
     localparam BB = BEATS > 1 ? $clog2(BEATS) : 1;
 
+    wire beat_valid, beat_last;  // beside `total` below
+    reg first;                   // of a token's beats
+
     // Query: where a loaded beat goes.
     reg [3:0] q_part, q_phase, q_head;
     always @(posedge clk)
@@ -125,7 +128,7 @@ module cec_dot #(
                 if (BEATS == 1) assign sums[h*SW +: SW] = part;
                 else begin : many
                     reg signed [SW-1:0] sum;
-                    always @(posedge clk) sum <= first ? part : sum + part;
+                    always @(posedge clk) if (beat_valid) sum <= first ? part : sum + part;
                     assign sums[h*SW +: SW] = sum;
                 end
             end
@@ -134,10 +137,8 @@ module cec_dot #(
     endgenerate
 
     // Valid and last-of-token flags beside the data: cascade, unpacking, sums; then accumulation and the best head.
-    wire beat_valid, beat_last;
     cec_delay #(.WIDTH(2), .N(CH + 4 + LNC), .RESET(1)) flags (
         .clk(clk), .rst(rst), .d({valid0, last0}), .q({beat_valid, beat_last}));
-    reg first;
     always @(posedge clk)
         if (rst) first <= 1;
         else if (beat_valid) first <= beat_last;

@@ -159,7 +159,7 @@ struct Sim {
         uint32_t states[MACHINES] = {root.cec_kernel__DOT__state, root.cec_kernel__DOT__reader__DOT__state,
                                      root.cec_kernel__DOT__topk__DOT__state, root.cec_kernel__DOT__writer__DOT__state};
         for (int i = 0; i < MACHINES; i++) {
-            visits[i][last[i] % STATES][states[i] % STATES]++;
+            if (t.ap_rst_n) visits[i][last[i] % STATES][states[i] % STATES]++;
             last[i] = states[i];
         }
         t.ap_clk = 1;

@@ -2,9 +2,10 @@
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hillinfer.config import Settings, UsageError
+from hillinfer.evaluator import cec
 from hillinfer.native import ring
 from hillinfer.pipeline.balance import Chosen, Speeds
 from hillinfer.pipeline.lookahead import Lookahead, Trial
@@ -12,7 +13,7 @@ from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.abstracts import Pages
-from hillinfer.tiers.computational import Shape
+from hillinfer.tiers.computational import SMARTSSD, Shape
 from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.emulated import EmulatedDrive, Emulation
 from hillinfer.tiers.geometry import Geometry
@@ -20,6 +21,7 @@ from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 from hillinfer.tiers.scoring_store import RemoteStream
 from hillinfer.tiers.stream import BEHIND, Stream, Writer
 from hillinfer.tiers.tensors import Tensors
+from hillinfer.tiers.xrt import Xrt, XrtDrive
 
 CORRECT = 16  # decode steps after which the split is corrected by what they selected
 
@@ -35,7 +37,7 @@ class Run:
     step: int = -1
     attended_ns: int | None = None  # when a layer's attention last ended in a decode step
     geometry: Geometry | None = None
-    drive: DirectDrive | EmulatedDrive | None = None
+    drive: DirectDrive | EmulatedDrive | XrtDrive | None = None
     hits: SharedHits | None = None
     writer: Writer | None = None
     lookahead: Lookahead | None = None
@@ -109,7 +111,13 @@ class Run:
             text = f"host holds 2*alpha = {2 * alpha:.0%}: alpha pinned by age, alpha by hits; no profile was given"
         else:
             text = "host holds what the budget allows; no profile was given"
-        return text if budget is None else f"{text}, at most {budget:,} bytes"
+        text = text if budget is None else f"{text}, at most {budget:,} bytes"
+        if self.settings.drive_kind == "emulated":
+            kernel = cec.choose(self.settings.bits, self.geometry.head_dim)
+            text += (
+                f"; the drive's modelled scoring is that of {kernel.name} at {cec.CLOCK / 1e6:.0f} MHz (assumed clock)"
+            )
+        return text
 
     def _balanced_share(self) -> float:
         """The host's share of the tokens by the profile, for the shortest step or by the paper's closed form."""
@@ -131,14 +139,18 @@ class Run:
             host, drive = sum(row.host for row in rows), sum(row.drive for row in rows)
             self.chosen = Chosen(host / pool, drive / rest)
 
-    def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive:
+    def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive | XrtDrive:
         settings, streams = self.settings, self.layers * geometry.batch
         if settings.drive_kind == "ssd":
             return DirectDrive(settings.drive, geometry, streams, settings.io_threads, settings.engine)
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, geometry.head_dim)
-        return EmulatedDrive(
-            settings.drive, shape, Emulation(paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
-        )
+        if settings.drive_kind == "xrt":
+            own = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads)
+            return XrtDrive(settings.drive, shape, own)
+        kernel = cec.choose(settings.bits, shape.head_dim)
+        rates = replace(SMARTSSD, kernel=kernel.code_rate(shape.head_dim), call=kernel.call_seconds)
+        own = Emulation(rates=rates, paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
+        return EmulatedDrive(settings.drive, shape, own)
 
     def stream(self, index: int) -> Stream | RemoteStream:
         """Stream layer * batch + row of the drive."""

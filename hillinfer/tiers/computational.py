@@ -2,9 +2,10 @@
 
 The host scores its hot pool, the drive its cold one, at the same time. The drive sends score blocks
 `<positions, scores>` which the host merges while the next block is scored; records of the winners are fetched after.
-`EmulatedDrive` implements the protocol in a process; a SmartSSD is to implement it through its own runtime. numpy only.
+`EmulatedDrive` implements the protocol in a process, `XrtDrive` on a SmartSSD through its runtime. numpy only.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ class Rates:
     nand_write: float
     dram_read: float
     link: float
+    kernel: float = math.inf  # codes that the evaluation kernel scores
+    call: float = 0.0  # seconds that starting and ending one evaluation takes in the kernel
 
 
 # Xilinx's SmartSSD samples and papers that measured the card, GB/s: NAND to FPGA 2.4 (one synchronous stream) to 3.3,
@@ -91,15 +94,24 @@ class Meter:
     def __init__(self, rates: Rates, brake: Callable[[float], None] | None = None):
         self.rates, self.brake, self.braked = rates, brake, 0.0
         self.work = Work(calls=1, start_ns=time.perf_counter_ns())
-        self.free = dict.fromkeys(("nand_read", "nand_write", "dram_read", "link"), 0.0)
+        self.free = dict.fromkeys(("nand_read", "nand_write", "dram_read", "kernel", "link"), 0.0)
 
     def move(self, **parts: int) -> None:
         """One block passes these parts in this order, part=bytes; a part can take it once it is done with the last."""
         at = 0.0
         for part, nbytes in parts.items():
             at = self.free[part] = max(at, self.free[part]) + nbytes / getattr(self.rates, part)
-            name = f"{part.split('_')[0]}_bytes"
-            setattr(self.work, name, getattr(self.work, name) + nbytes)
+            if part != "kernel":  # it works on what the DRAM gave
+                name = f"{part.split('_')[0]}_bytes"
+                setattr(self.work, name, getattr(self.work, name) + nbytes)
+        self._until(at)
+
+    def wait(self, part: str, seconds: float) -> None:
+        """This part is taken for so long before its first block."""
+        self.free[part] += seconds
+        self._until(self.free[part])
+
+    def _until(self, at: float) -> None:
         self.work.modelled_s = max(self.work.modelled_s, at)
         if self.brake:
             before = time.perf_counter()
@@ -194,13 +206,21 @@ class CodeMemory:
         self.free: list[int] = []  # file offsets of pages no longer needed
         self.cached: tuple[int, np.ndarray] | None = None  # the page last read from the file: blocks may share it
 
+    def allocate(self) -> np.ndarray:
+        """Memory for a page."""
+        return aligned(self.slot)
+
+    def rescaled(self, codes: np.ndarray, factor: np.ndarray) -> np.ndarray:
+        """A page's codes (Hkv, page, D), divided by factor (Hkv, 1, D)."""
+        return np.rint(codes / factor)
+
     def append(self, stream: int, codes: np.ndarray) -> int:
         """Add codes (Hkv, n, D). Returns the bytes written to the file."""
         pages, done, spilled = self.pages[stream], 0, 0
         while done < codes.shape[1]:
             at = self.lengths[stream] % self.page
             if at == 0:
-                pages.append(aligned(self.slot))
+                pages.append(self.allocate())
             part = codes[:, done : done + self.page - at]
             self._codes(pages[-1])[:, at : at + part.shape[1]] = part
             done += part.shape[1]
@@ -220,7 +240,7 @@ class CodeMemory:
         for index, page in enumerate(self.pages[stream]):
             buffer = self._load(stream, index)[0]
             codes = self._codes(buffer)
-            codes[:] = np.rint(codes / factor)
+            codes[:] = self.rescaled(codes, factor)
             if isinstance(page, int):
                 self._store(stream, index, buffer)
                 moved += self.slot
@@ -273,7 +293,7 @@ class CodeMemory:
             return page, 0
         if self.cached is not None and self.cached[0] == page:
             return self.cached[1], 0
-        buffer = aligned(self.slot)
+        buffer = self.allocate()
         self.file.transfer("read", [(page, buffer)], stream, index * self.page)
         self.cached = page, buffer
         return buffer, self.slot

@@ -44,20 +44,15 @@ class Emulation:
     timeout: float = 60.0  # seconds without an answer after which the worker counts as dead
 
 
-class EmulatedDrive:
-    """`ComputationalDrive` in a process. Any thread may call it, but a stream has one writer."""
+class RemoteDrive:
+    """`ComputationalDrive` at the other end of a link. Any thread may call it, but a stream has one writer."""
 
-    def __init__(self, folder: Path, shape: Shape, settings: Emulation | None = None):
-        settings = settings or Emulation()
-        self.shape = shape
+    def __init__(self, shape: Shape, settings: Emulation, link):
+        self.shape, self._link = shape, link
         self._lengths = [0] * shape.streams
         self._chunk = min(CHUNK, settings.shared_bytes // 4)
-        self._link = _Link((folder, shape, settings), settings)
-        self.pid = self._link.process.pid
-        self.close = weakref.finalize(self, self._link.close)  # called by the user, at collection or at exit
-        self.direct = self._link.direct
-        if not self.direct:
-            warnings.warn(f"{folder} has no O_DIRECT: its reads go through the page cache", stacklevel=2)
+        self.close = weakref.finalize(self, link.close)  # called by the user, at collection or at exit
+        self.direct = link.direct
 
     def write(self, stream: int, start: int, records: np.ndarray, codes: np.ndarray) -> None:
         shape, n = self.shape, len(records)
@@ -125,6 +120,17 @@ class EmulatedDrive:
         if len(positions) and (positions[0] < 0 or positions[-1] >= n or (np.diff(positions) <= 0).any()):
             raise ValueError(f"positions must be sorted, distinct and below {n}, the length of stream {stream}")
         return positions
+
+
+class EmulatedDrive(RemoteDrive):
+    """A drive in a process."""
+
+    def __init__(self, folder: Path, shape: Shape, settings: Emulation | None = None):
+        settings = settings or Emulation()
+        super().__init__(shape, settings, link := _Link((folder, shape, settings), settings))
+        self.pid = link.process.pid
+        if not self.direct:
+            warnings.warn(f"{folder} has no O_DIRECT: its reads go through the page cache", stacklevel=2)
 
 
 def _check(name: str, array: np.ndarray, shape: tuple, dtype: type) -> None:

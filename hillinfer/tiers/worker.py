@@ -23,18 +23,22 @@ HELD = 64  # records gathered in memory before a write: one large write beats ma
 class Worker:
     """The drive's side: one method for each command. `tell` sends the host a part of the answer."""
 
-    def __init__(self, connection: socket.socket, folder: Path, shape: Shape, settings: Emulation):
+    def __init__(self, connection: socket.socket | None, folder: Path, shape: Shape, settings: Emulation):
         self.connection, self.shape, self.settings = connection, shape, settings
         self.file = RecordFile(
             folder, shape.record_bytes, shape.streams, shape.batch, settings.threads, settings.engine
         )
-        self.codes = CodeMemory(self.file, shape, settings.dram_bytes, settings.page_bytes)
+        self.codes = self._memory()
         self.tails = [np.empty((0, shape.record_bytes), np.uint8) for _ in range(shape.streams)]
         self.flushed = [0] * shape.streams  # records on the file; the rest are in the tail
         self.hot = [np.empty(0, bool) for _ in range(shape.streams)]
         self.totals = {kind: Work() for kind in ("write", "rescale", "evaluate", "fetch")}
         self.hangup = select.poll()
-        self.hangup.register(connection, 0)
+        if connection is not None:
+            self.hangup.register(connection, 0)
+
+    def _memory(self) -> CodeMemory:
+        return CodeMemory(self.file, self.shape, self.settings.dram_bytes, self.settings.page_bytes)
 
     def write(self, tell, stream: int, total: int, records: np.ndarray, codes: np.ndarray, _) -> Work:
         meter = self._meter()
@@ -61,6 +65,7 @@ class Worker:
     def evaluate(self, tell, stream: int, block: int, query: np.ndarray, out: np.ndarray) -> Work:
         meter, out, width = self._meter(), out.view(np.int32), 1 + self.shape.kv_heads
         meter.move(link=query.nbytes)
+        meter.wait("kernel", self.settings.rates.call)
         cold = np.flatnonzero(~self.hot[stream])
         for at in range(0, len(cold), block):
             positions = cold[at : at + block]
@@ -68,7 +73,8 @@ class Worker:
             answer = out[at * width : (at + m) * width].reshape(width, m)
             answer[0] = positions
             answer[1:], read = self.codes.scores(stream, query, positions)
-            meter.move(nand_read=read, dram_read=m * self.shape.code_bytes, link=answer.nbytes)
+            codes = m * self.shape.code_bytes
+            meter.move(nand_read=read, dram_read=codes, kernel=codes, link=answer.nbytes)
             tell("block", (at, m))
         return self._count("evaluate", meter)
 

@@ -1,0 +1,1 @@
+"""Area of the kernel by yosys."""

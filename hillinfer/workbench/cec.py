@@ -1,0 +1,48 @@
+"""The evaluation kernel's configurations as a table and a figure."""
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from hillinfer.evaluator.cec import CLOCK, DEVICE, MEMORIES, configurations
+from hillinfer.workbench.figures import LAYOUT
+
+
+def cec_frame(clock: float = CLOCK) -> pd.DataFrame:
+    """One row a configuration: cycles simulated, area synthesised, rates modelled at this clock (Hz, assumed)."""
+    return pd.DataFrame(
+        [
+            {
+                "kernel": c.name,
+                "cycles/token": round(c.cycles, 3),
+                "over ideal": f"{c.overhead:.1%}",
+                **{kind: f"{value:g} ({value / DEVICE[kind]:.1%})" for kind, value in c.area.items()},
+                **{f"Mtoken/s, {name}": round(c.tokens_per_second(r, clock) / 1e6, 1) for name, r in MEMORIES.items()},
+                **{f"recall at {share}": round(value, 3) for share, value in c.recall.items()},
+            }
+            for c in configurations()
+        ]
+    )
+
+
+def pareto_figure(memory: str = "DDR4 measured", clock: float = CLOCK) -> go.Figure:
+    """Rate against the largest share of the device; a line joins those that no other beats in both, by precision."""
+    figure = go.Figure()
+    for bits in (8, 4):
+        own = sorted((c for c in configurations() if c.bits == bits), key=lambda c: c.share())
+        rates = [c.tokens_per_second(MEMORIES[memory], clock) / 1e6 for c in own]
+        best = [i for i, rate in enumerate(rates) if rate > max(rates[:i], default=0)]
+        shares = [100 * c.share() for c in own]
+        names = [f"{c.name}<br>recall {c.recall['0.1']:.3f}" for c in own]
+        figure.add_scatter(x=shares, y=rates, mode="markers", name=f"INT{bits}", text=names, hoverinfo="text+x+y")
+        figure.add_scatter(
+            x=[shares[i] for i in best],
+            y=[rates[i] for i in best],
+            mode="lines",
+            name=f"INT{bits} best",
+            line_shape="hv",
+        )
+    title = f"Evaluation kernel, keys from {memory}, {clock / 1e6:.0f} MHz assumed (rates modelled)"
+    figure.update_layout(**LAYOUT, title=title)
+    figure.update_xaxes(title="largest share of the xcku15p's resources, %")
+    figure.update_yaxes(title="Mtoken/s of one KV head")
+    return figure

@@ -189,7 +189,8 @@ def shares_prefill(system: str) -> bool:
     """Whether a copied prefill is as good as its own: not where a policy looks at the prefill's queries."""
     from hillinfer.systems import list_systems
 
-    return not getattr(list_systems()[system].policy, "watches_prefill", False)
+    policy = list_systems()[system].policy
+    return getattr(policy, "late", True) and not getattr(policy, "watches", False)
 
 
 def cache_for(model, job: Job, way: Way):

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from hillinfer.assets import data_folder
 from hillinfer.longbench.tasks import longbench
@@ -20,11 +20,10 @@ def rows(task: str, n: int = 3, words: int = 300) -> list[dict]:
     chinese = longbench()[task].language == "zh"
     answers = {"retrieval": "Paragraph 3", "retrieval_zh": "段落3", "classification": "Sport event", "count": "7"}
     answer = answers.get(longbench()[task].metric, "河边的村庄" if chinese else "the old mill")
-    text = lambda: ("，".join if chinese else " ".join)(rng.choices(["河边", "的", "村庄"] if chinese else WORDS, k=words))  # noqa: E731, RUF001
     return [
         {
             "input": f"Question {i}: {{braces}} stay?",
-            "context": text(),
+            "context": " ".join(rng.choices(["河边", "的", "村庄"] if chinese else WORDS, k=words)),
             "answers": [answer, f"{answer} 2"] if task == "triviaqa" else [answer],
             "length": (1000, 5000, 9000)[i % 3],
             "dataset": task,
@@ -45,23 +44,24 @@ def write_rows(folder: Path, tasks: list[str], **options) -> Path:
 
 
 def write_model(folder: Path, window: int = 4096, chat_template: str | None = None) -> Path:
-    """A Qwen2 with random weights and the embedded model's tokenizer, as a Hugging Face folder."""
+    """A Qwen3 with random weights and the embedded model's tokenizer, as a Hugging Face folder."""
     torch.manual_seed(3)
     tokenizer = AutoTokenizer.from_pretrained(data_folder("model"))
     tokenizer.chat_template = chat_template
-    config = Qwen2Config(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,
         max_position_embeddings=window,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -83,18 +83,20 @@ def report_record(task):
 def test_every_task_runs_to_the_end(place, tmp_path):
     hillinfer(
         *("--model", place / "model", "--data", place / "rows", "--out", tmp_path, "--max-length", 256),
-        *("--tasks", "longbench,lcc_e,lines_1k", "--systems", "hillinfer", "--alpha", 0.2, "--samples", 1),
+        *("--tasks", "longbench,lcc_e,lines_1k", "--systems", "full", "--samples", 1),
     )
     found = read(tmp_path)
-    assert {row["task"] for row in found} == {*V1, "lcc_e", "lines_1k"} and len(found) == 2 * 23
+    assert {row["task"] for row in found} == {*V1, "lcc_e", "lines_1k"} and len(found) == 23
     for row in found:
         task = find_task(row["task"])
-        assert row["prompt_tokens"] <= 256 + 2 and row["truncated"] == (row["original_tokens"] > 256)
+        assert row["truncated"] == (row["original_tokens"] > 256) and not row["cut_again"]
+        if task.language == "en":  # Chinese is bytes to this tokenizer: see prompts.build
+            assert row["prompt_tokens"] <= 256 + 2
         assert 1 <= row["new_tokens"] <= task.max_new_tokens and 0 <= row["score"] <= 1
-        assert row["question_tokens"] >= 1 and row["shared"]
+        assert row["question_tokens"] >= 1 and not row["shared"]
     assert {row["task"]: row["buckets"] for row in found}["lcc_e"] != []
     table = pd.read_csv(tmp_path / "scores.csv")
-    assert table.bucket.dropna().isin(["0-4k", "4-8k", "8k+"]).all() and len(table.bucket.dropna()) == 2
+    assert table.bucket.dropna().isin(["0-4k", "4-8k", "8k+"]).all() and len(table.bucket.dropna()) == 1
     assert "Subset, no LongBench scores" in (tmp_path / "report.md").read_text()
 
 
@@ -200,10 +202,12 @@ def test_bad_input_is_one_line_that_names_the_fix(common, tmp_path, words, said)
     assert len(lines) == 1 and said in lines[0]
 
 
-def test_a_prompt_that_the_chat_template_makes_too_long_is_said(tmp_path, place):
+def test_a_prompt_that_the_chat_template_makes_too_long_is_cut_and_said(tmp_path, place):
     folder = write_model(tmp_path / "model", window=300, chat_template="{{ 'x ' * 40 }}{{ messages[0]['content'] }}")
     words = ["--data", place / "rows", "--tasks", "hotpotqa", "--max-length", 260, "--out", tmp_path / "out"]
-    assert "lower --max-length" in hillinfer("--model", folder, *words, "--samples", 1, code=2).stderr
+    said = hillinfer("--model", folder, *words, "--systems", "full", "--samples", 1).stdout
+    assert "1 prompts were still too long" in said
+    assert read(tmp_path / "out")[0]["prompt_tokens"] == 300 - 32
 
 
 def test_figures_of_the_report_are_those_of_the_rows(done):

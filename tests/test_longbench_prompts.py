@@ -150,7 +150,7 @@ def test_the_hub_is_asked_for_the_official_zip(tmp_path, monkeypatch):
         return str(archive)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(sources, "_hub_answers", lambda: True)
+    monkeypatch.setattr(sources, "hub_answers", lambda: True)
     records, source = load(longbench()["trec"], revision="abc")
     assert (asked["repository"], asked["name"], asked["repo_type"]) == ("zai-org/LongBench", "data.zip", "dataset")
     assert len(records) == 1 and source.kind == "hub" and "abc" in source.path

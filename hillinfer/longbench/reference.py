@@ -44,8 +44,11 @@ def warnings_of(frame: pd.DataFrame, table: pd.DataFrame, manifest: dict) -> lis
         told += f"; {len(cut)} of them were cut in the middle, from up to {cut.original_tokens.max()} tokens to "
         told += f"{cut.prompt_tokens.min()} to {cut.prompt_tokens.max()}"
     lines.append(told + ".")
-    if len(cut) and cut.prompt_tokens.min() < 0.9 * cut.prompt_tokens.max() and settings["max_length"]:
-        lines.append("WARNING: some prompts lost tokens when they were cut: does the tokenizer know their language?")
+    if again := int(prompts.cut_again.sum()):
+        lines.append(
+            f"{again} prompts were still too long for the model after LongBench's cut (chat template, or characters of "
+            "several tokens) and were cut once more, by tokens."
+        )
     if settings["question"] == "prefilled" and frame.system.nunique() > 1:
         lines.append("The question was prefilled, which attends to everything: the first token flatters every system.")
     for model in frame.model.unique():

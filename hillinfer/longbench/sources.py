@@ -130,7 +130,7 @@ def _hub(task: Task, revision: str) -> tuple[Source, bytes]:
     repository, name = HUB[task.suite]
     from huggingface_hub import hf_hub_download
 
-    answers = _hub_answers()
+    answers = hub_answers()
     try:
         path = hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_files_only=not answers)
     except (OSError, ValueError) as error:
@@ -142,7 +142,7 @@ def _hub(task: Task, revision: str) -> tuple[Source, bytes]:
     return Source(task.name, "hub", f"{repository}@{revision}/{name}", ""), content
 
 
-def _hub_answers(wait_s: float = 3.0) -> bool:
+def hub_answers(wait_s: float = 3.0) -> bool:
     """Whether a download is worth trying: without this, one that cannot succeed is retried for 23 s (measured)."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False

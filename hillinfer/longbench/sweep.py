@@ -22,6 +22,7 @@ from hillinfer.longbench.results import KEY
 from hillinfer.longbench.tasks import Task
 
 SEED = 42
+BATCH = 32  # jobs whose results come at once from a backend that cannot give them one by one (Ray)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def key(job: Job, way: Way) -> tuple:
 
 def run_all(jobs: list[Job], workers: int = 1, cluster: str | None = None) -> Iterator[list[dict]]:
     """Each job's rows as they come, in any order. See `backend` for `cluster`."""
-    if workers == 1 and cluster is None:
+    if not jobs or (workers == 1 and cluster is None):
         yield from map(run_job, jobs)
         return
     try:
@@ -111,7 +112,9 @@ def run_all(jobs: list[Job], workers: int = 1, cluster: str | None = None) -> It
     except ImportError:
         raise UsageError("several processes need joblib: pip install 'hillinfer[longbench]'") from None
     with backend(joblib, workers, cluster) as parallel:
-        yield from parallel(joblib.delayed(run_job)(job) for job in jobs)
+        step = len(jobs) if parallel.return_generator else BATCH
+        for start in range(0, len(jobs), step):
+            yield from parallel(joblib.delayed(run_job)(job) for job in jobs[start : start + step])
 
 
 @contextmanager
@@ -134,7 +137,8 @@ def backend(joblib, workers: int, cluster: str | None):
             elif kind:
                 raise UsageError(f"no cluster '{cluster}'; give dask:HOST:PORT, ray or ray:ADDRESS")
         except ImportError:
-            raise UsageError(f"a {kind} cluster needs {kind}: pip install 'hillinfer[cluster]'") from None
+            package = {"dask": "'hillinfer[cluster]'"}.get(kind, kind)
+            raise UsageError(f"a {kind} cluster needs {kind}: pip install {package}") from None
         except (OSError, ConnectionError) as error:
             raise UsageError(f"no {kind} cluster at {address} ({error}); start one, or leave out --cluster") from None
         watched = {} if kind else {"initializer": _end_with, "initargs": (os.getpid(),)}
@@ -155,7 +159,12 @@ def run_job(job: Job) -> list[dict]:
     source, rows, layers = None, [], model.config.get_text_config(decoder=True).num_hidden_layers
     common = dict(model=job.model, task=job.task.name, id=job.record["_id"], suite=job.task.suite)
     common |= {name: job.record[name] for name in ("answers", "all_classes", "length")}
-    common |= dict(buckets=job.task.buckets(job.record), original_tokens=prompt.original, truncated=prompt.truncated)
+    common |= dict(
+        buckets=job.task.buckets(job.record),
+        original_tokens=prompt.original,
+        truncated=prompt.truncated,
+        cut_again=prompt.again,
+    )
     common |= dict(question_tokens=len(prompt.ids) - prompt.document)
     for way in job.ways:
         with torch.inference_mode(), cache_for(model, job, way) as cache:
@@ -216,15 +225,8 @@ def prompt_of(job: Job, config, tokenizer):
     room = window - job.task.max_new_tokens if window else None
     limits = [n for n in (limit, room) if n is not None]
     chat = bool(tokenizer.chat_template) if job.asking.chat is None else job.asking.chat
-    prompt = build(
-        job.task, job.record, tokenizer, min(limits, default=1 << 40), chat, job.asking.question == "stepwise"
-    )
-    if room is not None and len(prompt.ids) > room:
-        raise UsageError(
-            f"{job.task.name}, row {job.record['_id']}: {len(prompt.ids)} tokens with the chat template and "
-            f"{job.task.max_new_tokens} new ones exceed the window of {window}: lower --max-length by the difference"
-        )
-    return prompt
+    stepwise = job.asking.question == "stepwise"
+    return build(job.task, job.record, tokenizer, min(limits, default=1 << 40), chat, stepwise, room)
 
 
 def describe(name: str, asking: Asking) -> dict:
@@ -233,10 +235,12 @@ def describe(name: str, asking: Asking) -> dict:
 
     from hillinfer.cache import check_supported
     from hillinfer.longbench.results import fingerprint
+    from hillinfer.longbench.sources import hub_answers
 
     path = model_path(name)
+    reach = {"local_files_only": Path(path).is_dir() or not hub_answers()}
     try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        config, tokenizer = AutoConfig.from_pretrained(path, **reach), AutoTokenizer.from_pretrained(path, **reach)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
@@ -259,8 +263,7 @@ def model_path(name: str) -> str:
 def load_model(path: str, dtype: str, threads: int, seed: int):
     """Model, switched to tiered attention, and tokenizer; kept for the process's next job."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     from hillinfer.cache import enable
 

@@ -23,6 +23,7 @@ from benchmarks.claims import Claim, tests, verdict
 from hillinfer.assets import data_folder
 from hillinfer.longbench import prompts, sources, sweep
 from hillinfer.longbench.metrics import score
+from hillinfer.longbench.models import model_path
 from hillinfer.longbench.results import read
 from hillinfer.longbench.tasks import find_task, longbench
 from hillinfer.systems import list_systems
@@ -124,7 +125,7 @@ def saving() -> Claim:
         answers = {}
         for share in (True, False):
             asking = sweep.Asking(share_prefill=share, threads=2)
-            job = sweep.Job("embedded", sweep.model_path("embedded"), task, record, ways, asking)
+            job = sweep.Job("embedded", model_path("embedded"), task, record, ways, asking)
             began = time.perf_counter()
             answers[share] = [row["pred"] for row in sweep.run_job(job)]
             times[share].append(time.perf_counter() - began)

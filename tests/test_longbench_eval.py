@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from hillinfer import list_systems
 from hillinfer.cli import app
 from hillinfer.longbench import reference, report, sweep
+from hillinfer.longbench.models import model_path
 from hillinfer.longbench.results import Results, read, read_manifest
 from hillinfer.longbench.statistics import interval, paired
 from hillinfer.longbench.tasks import find_task, longbench
@@ -66,7 +67,7 @@ def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system)
     answers = {}
     for share in (True, False):
         asking = sweep.Asking(share_prefill=share, max_length=600)
-        job = sweep.Job("m", sweep.model_path(str(place / "model")), task, record, tuple(ways), asking, str(place))
+        job = sweep.Job("m", model_path(str(place / "model")), task, record, tuple(ways), asking, str(place))
         answers[share] = [
             (row["system"], row["alpha"], row["pred"], row["attended"], row["rates"]) for row in sweep.run_job(job)
         ]

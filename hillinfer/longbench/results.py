@@ -62,7 +62,7 @@ class Results:
         """Write the manifest; UsageError where the folder's results were made with other settings, models or files.
 
         settings  whatever changes a result; must be the same in every run of a folder
-        models    model -> what `sweep.describe` says; further ones may come later
+        models    model -> what `models.describe` says; further ones may come later
         sources   `Source` of each task; further ones may come later
         """
         path, files = self.folder / "manifest.json", {source.task: source.sha256 for source in sources}

@@ -58,6 +58,7 @@ def evaluate(
     alphas = numbers(alpha)
     for value in alphas:
         Settings(alpha=value, drive=drive, **options)  # refuse bad input before torch loads
+    from hillinfer.demo import machine
     from hillinfer.longbench import metrics, report, sources, sweep
     from hillinfer.longbench import models as loader
     from hillinfer.longbench.results import Results
@@ -80,8 +81,9 @@ def evaluate(
         for task, records in drawn
         if i < len(records)
     ]
+    hardware = machine().partition(", torch")[0]  # versions are told apart from it
     with Results(folder) as results:
-        results.begin(asking.identity(), models, [source for _, _, source in loaded], sys.argv)
+        results.begin(asking.identity(), models, [source for _, _, source in loaded], sys.argv, hardware)
         left = sweep.plan(jobs, results.done())
         missing, total = sum(len(job.ways) for job in left), len(jobs) * len(ways)
         columns = TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()

@@ -68,11 +68,13 @@ def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system)
     for share in (True, False):
         asking = sweep.Asking(share_prefill=share, max_length=600)
         job = sweep.Job("m", model_path(str(place / "model")), task, record, tuple(ways), asking, str(place))
-        answers[share] = [
-            (row["system"], row["alpha"], row["pred"], row["attended"], row["rates"]) for row in sweep.run_job(job)
+        answers[share] = [  # what streams everything may take it from where there is room at the time
+            (row["system"], row["alpha"], row["pred"], row["attended"], row["rates"] if row["alpha"] else None)
+            for row in sweep.run_job(job)
         ]
     assert answers[True] == answers[False]
-    assert len({attended for *_, attended, _ in answers[True]}) == len(ways)
+    attended = [attended for _, alpha, _, attended, _ in answers[True] if alpha]
+    assert len(set(attended)) == len(attended)
 
 
 def report_record(task):

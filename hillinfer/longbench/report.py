@@ -147,8 +147,7 @@ def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     last = manifest["runs"][-1]
     facts = [
         INTRO,
-        f"Costs are measured on {last['cores']} cores, {last['gpu'] or 'no GPU'}, {last['platform']}; "
-        "times are medians over samples.",
+        f"Costs are measured on {last['hardware']}; times are medians over samples.",
         f"Settings: {', '.join(f'{k} {v}' for k, v in manifest['settings'].items())}.",
         f"Prefill: {prefill_saving(frame)}.",
         *(f"Source: {source}" for source in manifest["sources"]),

@@ -39,6 +39,8 @@ SMALL += ["--alpha", "0.1,0.2"]
 def main() -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if ROWS is not None:
+        os.environ["LONGBENCH_ROWS"] = str(ROWS)  # for the tests
     claims = [
         tests("metrics: every trap of the official code", "tests/test_longbench_metrics.py").show(),
         tests("prompts, rows, loading order, offline errors", "tests/test_longbench_prompts.py").show(),

@@ -7,12 +7,12 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean
+.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
 
-test: $(VENV)/.ready
+test: $(VENV)/.longbench
 	$(BIN)/pytest
 
 lint: $(VENV)/.ready
@@ -23,7 +23,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-slow: $(VENV)/.ready ## the sweeps that `make test` leaves out
+slow: $(VENV)/.longbench ## the sweeps that `make test` leaves out
 	$(BIN)/pytest -m slow
 
 show-slice: $(VENV)/.ready ## every claim about the package's core, measured again
@@ -42,6 +42,9 @@ show-fpga: $(VENV)/.ready ## every claim about the SmartSSD's kernel and its hos
 	$(MAKE) -C fpga tools
 	$(BIN)/python -m benchmarks.show_fpga
 
+show-longbench: $(VENV)/.longbench ## every claim about the accuracy benchmark; ROWS=FOLDER for real rows
+	$(BIN)/python -m benchmarks.show_longbench
+
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis
 
@@ -50,4 +53,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.longbench: $(VENV)/.ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,longbench,cluster]'
 	@touch $@

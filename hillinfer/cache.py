@@ -266,13 +266,12 @@ class TieredCache(Cache):
         """
         n = source.get_seq_length()
         for start, end in pairwise(chunk_ends(n, chunk)):
-            for index, (own, other) in enumerate(zip(self.layers, source.layers, strict=True)):
+            for own, other in zip(self.layers, source.layers, strict=True):
                 if isinstance(own, TieredLayer):
-                    own.update(*(part[:, :, start:end].to(device) for part in (other.keys, other.values)), index)
+                    own.lazy_initialization(other.keys, other.values)
+                    own.layer.append(*(part[:, :, start:end].to(device) for part in (other.keys, other.values)))
         for index, own in enumerate(self.layers):
-            if not isinstance(
-                own, TieredLayer
-            ):  # a sliding window has forgotten its past: only its state can be copied
+            if not isinstance(own, TieredLayer):  # a sliding window has forgotten its past: its state is copied
                 self.layers[index] = copy.deepcopy(source.layers[index])
 
     def memory(self) -> dict[str, int]:

@@ -58,7 +58,9 @@ def evaluate(
     alphas = numbers(alpha)
     for value in alphas:
         Settings(alpha=value, drive=drive, **options)  # refuse bad input before torch loads
+    from hillinfer.demo import machine
     from hillinfer.longbench import metrics, report, sources, sweep
+    from hillinfer.longbench import models as loader
     from hillinfer.longbench.results import Results
     from hillinfer.systems import list_systems
     from hillinfer.workbench.evaluation import write_page
@@ -69,18 +71,19 @@ def evaluate(
     asking = sweep.Asking(
         max_length, chat, question, dtype, prefill_chunk, threads, seed, share_prefill, tuple(options.items())
     )
-    models = {name: sweep.describe(name, asking) for name in words(model)}
+    models = {name: loader.describe(name, chat) for name in words(model)}
     drawn = [(task, sweep.sample(records, samples, seed)) for task, records, _ in loaded]
     place = drive or (None if cluster else folder)  # a cluster's machines need not have our folders
     jobs = [  # each task's first sample, and so on: the time left can be told early, and half a run is a balanced half
-        sweep.Job(name, sweep.model_path(name), task, records[i], tuple(ways), asking, place and str(place.resolve()))
+        sweep.Job(name, loader.model_path(name), task, records[i], tuple(ways), asking, place and str(place.resolve()))
         for name in models
         for i in range(max(len(records) for _, records in drawn))
         for task, records in drawn
         if i < len(records)
     ]
+    hardware = machine().partition(", torch")[0]  # versions are told apart from it
     with Results(folder) as results:
-        results.begin(asking.identity(), models, [source for _, _, source in loaded], sys.argv)
+        results.begin(asking.identity(), models, [source for _, _, source in loaded], sys.argv, hardware)
         left = sweep.plan(jobs, results.done())
         missing, total = sum(len(job.ways) for job in left), len(jobs) * len(ways)
         columns = TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()

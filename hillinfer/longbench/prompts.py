@@ -16,6 +16,7 @@ class Prompt:
     document: int  # ids before this are prefilled exactly; the rest is fed token by token
     original: int  # tokens before truncation
     truncated: bool
+    again: bool = False  # cut once more, by tokens
 
 
 def official_max_length(window: int) -> int:
@@ -34,7 +35,13 @@ def truncate(tokenizer: PreTrainedTokenizerBase, ids: list[int], max_length: int
 
 
 def build(
-    task: Task, record: dict, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool, stepwise: bool = True
+    task: Task,
+    record: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat: bool,
+    stepwise: bool = True,
+    room: int | None = None,
 ) -> Prompt:
     """The prompt of one row.
 
@@ -42,6 +49,9 @@ def build(
     chat        ask through the tokenizer's chat template, but for tasks that do without
     stepwise    the question, which follows the context, is fed token by token, so that a system that drops tokens has
                 to find the answer with its own selection. Otherwise all but the prompt's last token is prefilled
+    room        tokens that the model has for a prompt. The official cut can miss it: the chat template adds tokens, and
+                a tokenizer with byte fallback reads a character that was cut in two, and its neighbours, as up to
+                three tokens for each byte. What is too long is then cut once more, by tokens
     """
     context, question = task.parts(record)
     text = context + question
@@ -55,10 +65,12 @@ def build(
         question += after
     else:
         ids = tokenizer(text).input_ids if truncated else raw
+    if again := room is not None and len(ids) > room:
+        ids = ids[: room // 2] + ids[-(room // 2) :]
     held = len(tokenizer(question, add_special_tokens=False).input_ids) if stepwise else 1
     if len(ids) < 3:
         raise UsageError(f"{task.name}, row {record['_id']}: a prompt of {len(ids)} tokens is too short")
-    return Prompt(ids, len(ids) - min(max(held, 1), len(ids) - 2), len(raw), truncated)
+    return Prompt(ids, len(ids) - min(max(held, 1), len(ids) - 2), len(raw), truncated, again)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, str]:

@@ -38,9 +38,17 @@ def warnings_of(frame: pd.DataFrame, table: pd.DataFrame, manifest: dict) -> lis
         lines.append(f"Subset, no LongBench scores: {', '.join(parts)} rows.")
     if frame.suite.eq("own").all():
         lines.append("These are the project's own tasks, no LongBench scores.")
-    if cut := int(frame.drop_duplicates(["model", "task", "id"]).truncated.sum()):
-        samples = len(frame.drop_duplicates(["model", "task", "id"]))
-        lines.append(f"{cut} of {samples} prompts were cut in the middle to fit.")
+    prompts = frame.drop_duplicates(["model", "task", "id"])
+    told = f"{len(prompts)} prompts of {prompts.prompt_tokens.min()} to {prompts.prompt_tokens.max()} tokens"
+    if (cut := prompts[prompts.truncated]).size:
+        told += f"; {len(cut)} of them were cut in the middle, from up to {cut.original_tokens.max()} tokens to "
+        told += f"{cut.prompt_tokens.min()} to {cut.prompt_tokens.max()}"
+    lines.append(told + ".")
+    if again := int(prompts.cut_again.sum()):
+        lines.append(
+            f"{again} prompts were still too long for the model after LongBench's cut (chat template, or characters of "
+            "several tokens) and were cut once more, by tokens."
+        )
     if settings["question"] == "prefilled" and frame.system.nunique() > 1:
         lines.append("The question was prefilled, which attends to everything: the first token flatters every system.")
     for model in frame.model.unique():

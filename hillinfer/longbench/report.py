@@ -79,7 +79,7 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
         samples=("score", "size"),
         ms_per_token=("ms_per_token", "median"),
         drive_KiB_per_token=("drive_bytes_per_token", lambda v: v.median() / 1024),
-        KV_read_KiB_per_token=("kv_bytes_per_token", lambda v: v.median() / 1024),
+        KV_attended_KiB_per_token=("kv_bytes_per_token", lambda v: v.median() / 1024),
         memory_KiB=("memory_bytes", lambda v: v.max() / 1024),
         prompt_tokens=("prompt_tokens", "median"),
         truncated=("truncated", "sum"),
@@ -89,16 +89,18 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def prefill_saving(frame: pd.DataFrame) -> str:
-    """What sharing prefills saved, measured: each sample's prefill was done once and copied."""
+    """What sharing prefills took, measured, and what a prefill for each answer would have, if each took as long."""
     shared = frame[frame.shared]
     if shared.empty:
         return "no prefill was shared"
-    once = shared.groupby(["model", "task", "id"]).prefill_ms.first().sum()
-    each, copied = shared.prefill_ms.sum(), shared.fill_ms.sum()
+    prefills = (
+        shared.drop_duplicates(["model", "task", "id", "prefill_ms"]).prefill_ms / 1e3
+    )  # a resumed sample has two
+    copied, each = shared.fill_ms.sum() / 1e3, shared.prefill_ms.sum() / 1e3
+    took = prefills.sum() + copied
     return (
-        f"{len(shared)} answers shared {len(shared.groupby(['model', 'task', 'id']))} prefills: "
-        f"{(once + copied) / 1e3:.0f} s measured (prefill {once / 1e3:.0f}, copies {copied / 1e3:.0f}) instead of "
-        f"{each / 1e3:.0f} s, {each / (once + copied):.1f} times less"
+        f"{len(shared)} answers shared {len(prefills)} prefills; measured: {took:.0f} s ({copied:.0f} for copies), "
+        f"estimated with a prefill for each: {each:.0f} s, {each / took:.1f} times as long"
     )
 
 
@@ -115,9 +117,11 @@ def summary(table: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     rows = table[table.task == AVERAGE].merge(cost, on=WAY, how="left")
     out = rows[WAY].copy()
     out["n"] = rows.n
-    out["score"] = [f"{r.score:.1f} [{r.low:.1f}, {r.high:.1f}]" for r in rows.itertuples()]
+    out["score"] = [
+        f"{r.score:.1f}" + ("" if np.isnan(r.low) else f" [{r.low:.1f}, {r.high:.1f}]") for r in rows.itertuples()
+    ]
     out["to full"] = [_to_full(row) for row in rows.itertuples()]
-    for name in ("attended_%", "ms_per_token", "drive_KiB_per_token", "KV_read_KiB_per_token", "memory_KiB"):
+    for name in ("attended_%", "ms_per_token", "drive_KiB_per_token", "KV_attended_KiB_per_token", "memory_KiB"):
         out[name.replace("_", " ")] = rows[name].map("{:,.1f}".format)
     return out
 
@@ -125,7 +129,8 @@ def summary(table: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
 def _to_full(row) -> str:
     if np.isnan(row.p) or row.system == "full":
         return ""
-    return f"{row.diff:+.1f} [{row.diff_low:+.1f}, {row.diff_high:+.1f}] p={row.p:.3f}"
+    bounds = "" if np.isnan(row.diff_low) else f" [{row.diff_low:+.1f}, {row.diff_high:+.1f}]"
+    return f"{row.diff:+.1f}{bounds} p={row.p:.3f}"
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -147,8 +152,7 @@ def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     last = manifest["runs"][-1]
     facts = [
         INTRO,
-        f"Costs are measured on {last['cores']} cores, {last['gpu'] or 'no GPU'}, {last['platform']}; "
-        "times are medians over samples.",
+        f"Costs are measured on {last['hardware']}; times are medians over samples.",
         f"Settings: {', '.join(f'{k} {v}' for k, v in manifest['settings'].items())}.",
         f"Prefill: {prefill_saving(frame)}.",
         *(f"Source: {source}" for source in manifest["sources"]),

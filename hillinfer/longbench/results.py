@@ -8,7 +8,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from hillinfer.config import UsageError
@@ -58,12 +57,13 @@ class Results:
         os.fsync(self.file.fileno())
         self.rows += rows
 
-    def begin(self, settings: dict, models: dict[str, dict], sources: Iterable, command: list[str]) -> None:
+    def begin(self, settings: dict, models: dict[str, dict], sources: list, command: list[str], hardware: str) -> None:
         """Write the manifest; UsageError where the folder's results were made with other settings, models or files.
 
         settings  whatever changes a result; must be the same in every run of a folder
-        models    model -> what `sweep.describe` says; further ones may come later
+        models    model -> what `models.describe` says; further ones may come later
         sources   `Source` of each task; further ones may come later
+        hardware  the machine, in a line
         """
         path, files = self.folder / "manifest.json", {source.task: source.sha256 for source in sources}
         old = read_manifest(self.folder) if path.exists() else {}
@@ -80,7 +80,10 @@ class Results:
             "models": old.get("models", {}) | models,
             "tasks": old.get("tasks", {}) | files,
             "sources": sorted({*old.get("sources", []), *map(str, sources)}),
-            "runs": [*old.get("runs", []), {"started": time.strftime("%FT%TZ", time.gmtime())} | environment(command)],
+            "runs": [
+                *old.get("runs", []),
+                {"started": time.strftime("%FT%TZ", time.gmtime())} | environment(command, hardware),
+            ],
         }
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
@@ -116,17 +119,14 @@ def read_manifest(folder: Path) -> dict:
         raise UsageError(f"{folder} has no readable manifest.json; name the --out folder of an eval") from None
 
 
-def environment(command: list[str]) -> dict:
+def environment(command: list[str], hardware: str) -> dict:
     """Versions and hardware: told, but not compared."""
-    import torch
-
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "command": command,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "hardware": hardware,
         "versions": {name: installed[name] for name in LIBRARIES if name in installed},
     }
 

@@ -50,14 +50,15 @@ def load(task: Task, data: Sequence[Path] = (), revision: str = "main") -> tuple
         found = _local(task, data) or _hub(task, revision)
     source, content = found
     try:
-        rows = _rows(content)
-        records = [_record(task, row) for row in rows]
+        records = [_record(task, row) for row in _rows(content)]
+        if task.suite in ("longbench", "longbench-e"):
+            records = checked(records)
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
         raise UsageError(f"{source.path} has no rows of {task.name} ({error!r}); give the official file") from None
     if not records:
         raise UsageError(f"{source.path} is empty; give the official file of {task.name}")
-    if task.suite in ("longbench", "longbench-e"):
-        records = checked(records)
     return _numbered(records), replace(source, sha256=hashlib.sha256(content).hexdigest())
 
 
@@ -88,10 +89,10 @@ def checked(records: list[dict]) -> list[dict]:
 
 def _local(task: Task, data: Sequence[Path]) -> tuple[Source, bytes] | None:
     places = [*data, *([Path(os.environ["LONGBENCH_DIR"])] if os.environ.get("LONGBENCH_DIR") else [])]
-    for place in map(Path, places):
-        if not place.exists():
-            raise UsageError(f"data {place} does not exist; {HOW}")
-        names = _files(task)
+    if lacking := [str(place) for place in places if not place.exists()]:
+        raise UsageError(f"data {lacking[0]} does not exist; {HOW}")
+    names = _files(task)
+    for place in places:
         for name in names if place.is_dir() else ():
             if (path := place / name).is_file():
                 return Source(task.name, "folder", str(path), ""), path.read_bytes()
@@ -129,7 +130,7 @@ def _hub(task: Task, revision: str) -> tuple[Source, bytes]:
     repository, name = HUB[task.suite]
     from huggingface_hub import hf_hub_download
 
-    answers = _hub_answers()
+    answers = hub_answers()
     try:
         path = hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_files_only=not answers)
     except (OSError, ValueError) as error:
@@ -141,7 +142,7 @@ def _hub(task: Task, revision: str) -> tuple[Source, bytes]:
     return Source(task.name, "hub", f"{repository}@{revision}/{name}", ""), content
 
 
-def _hub_answers(wait_s: float = 3.0) -> bool:
+def hub_answers(wait_s: float = 3.0) -> bool:
     """Whether a download is worth trying: without this, one that cannot succeed is retried for 23 s (measured)."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False

@@ -12,11 +12,15 @@ SEED = 42
 
 
 def interval(groups: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> tuple[float, float, float]:
-    """Weighted mean of the groups' means (equal weights by default) and its 95 % bootstrap interval."""
+    """Weighted mean of the groups' means (equal weights by default) and its 95 % bootstrap interval.
+
+    The interval is NaN where a group has one sample: its spread is unknown. One of samples that all agree is empty.
+    """
     rng = np.random.default_rng(SEED)
     weights = np.ones(len(groups)) / len(groups) if weights is None else weights
     drawn = [values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(1) for values in groups]
-    low, high = np.percentile(np.dot(weights, drawn), (2.5, 97.5))
+    alone = min(map(len, groups)) < 2
+    low, high = (np.nan, np.nan) if alone else np.percentile(np.dot(weights, drawn), (2.5, 97.5))
     return float(np.dot(weights, [values.mean() for values in groups])), float(low), float(high)
 
 

@@ -11,17 +11,16 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from hillinfer.assets import data_folder
 from hillinfer.config import UsageError
+from hillinfer.longbench.models import load_model
 from hillinfer.longbench.results import KEY
 from hillinfer.longbench.tasks import Task
 
 SEED = 42
+BATCH = 32  # jobs whose results come at once from a backend that cannot give them one by one (Ray)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def key(job: Job, way: Way) -> tuple:
 
 def run_all(jobs: list[Job], workers: int = 1, cluster: str | None = None) -> Iterator[list[dict]]:
     """Each job's rows as they come, in any order. See `backend` for `cluster`."""
-    if workers == 1 and cluster is None:
+    if not jobs or (workers == 1 and cluster is None):
         yield from map(run_job, jobs)
         return
     try:
@@ -111,7 +110,9 @@ def run_all(jobs: list[Job], workers: int = 1, cluster: str | None = None) -> It
     except ImportError:
         raise UsageError("several processes need joblib: pip install 'hillinfer[longbench]'") from None
     with backend(joblib, workers, cluster) as parallel:
-        yield from parallel(joblib.delayed(run_job)(job) for job in jobs)
+        step = len(jobs) if parallel.return_generator else BATCH
+        for start in range(0, len(jobs), step):
+            yield from parallel(joblib.delayed(run_job)(job) for job in jobs[start : start + step])
 
 
 @contextmanager
@@ -134,7 +135,8 @@ def backend(joblib, workers: int, cluster: str | None):
             elif kind:
                 raise UsageError(f"no cluster '{cluster}'; give dask:HOST:PORT, ray or ray:ADDRESS")
         except ImportError:
-            raise UsageError(f"a {kind} cluster needs {kind}: pip install 'hillinfer[cluster]'") from None
+            package = {"dask": "'hillinfer[cluster]'"}.get(kind, kind)
+            raise UsageError(f"a {kind} cluster needs {kind}: pip install {package}") from None
         except (OSError, ConnectionError) as error:
             raise UsageError(f"no {kind} cluster at {address} ({error}); start one, or leave out --cluster") from None
         watched = {} if kind else {"initializer": _end_with, "initargs": (os.getpid(),)}
@@ -155,7 +157,12 @@ def run_job(job: Job) -> list[dict]:
     source, rows, layers = None, [], model.config.get_text_config(decoder=True).num_hidden_layers
     common = dict(model=job.model, task=job.task.name, id=job.record["_id"], suite=job.task.suite)
     common |= {name: job.record[name] for name in ("answers", "all_classes", "length")}
-    common |= dict(buckets=job.task.buckets(job.record), original_tokens=prompt.original, truncated=prompt.truncated)
+    common |= dict(
+        buckets=job.task.buckets(job.record),
+        original_tokens=prompt.original,
+        truncated=prompt.truncated,
+        cut_again=prompt.again,
+    )
     common |= dict(question_tokens=len(prompt.ids) - prompt.document)
     for way in job.ways:
         with torch.inference_mode(), cache_for(model, job, way) as cache:
@@ -189,7 +196,8 @@ def shares_prefill(system: str) -> bool:
     """Whether a copied prefill is as good as its own: not where a policy looks at the prefill's queries."""
     from hillinfer.systems import list_systems
 
-    return not list_systems()[system].policy.watches
+    policy = list_systems()[system].policy
+    return getattr(policy, "late", True) and not getattr(policy, "watches", False)
 
 
 def cache_for(model, job: Job, way: Way):
@@ -215,65 +223,8 @@ def prompt_of(job: Job, config, tokenizer):
     room = window - job.task.max_new_tokens if window else None
     limits = [n for n in (limit, room) if n is not None]
     chat = bool(tokenizer.chat_template) if job.asking.chat is None else job.asking.chat
-    prompt = build(
-        job.task, job.record, tokenizer, min(limits, default=1 << 40), chat, job.asking.question == "stepwise"
-    )
-    if room is not None and len(prompt.ids) > room:
-        raise UsageError(
-            f"{job.task.name}, row {job.record['_id']}: {len(prompt.ids)} tokens with the chat template and "
-            f"{job.task.max_new_tokens} new ones exceed the window of {window}: lower --max-length by the difference"
-        )
-    return prompt
-
-
-def describe(name: str, asking: Asking) -> dict:
-    """What the manifest says of a model, after proof from its configuration that it will do. UsageError if not."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from hillinfer.cache import check_supported
-    from hillinfer.longbench.results import fingerprint
-
-    path = model_path(name)
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"cannot load model '{name}' ({reason}); give a folder with config.json, or a hub id in reach"
-        ) from None
-    check_supported(config)
-    if asking.chat and not tokenizer.chat_template:
-        raise UsageError(f"the tokenizer of {name} has no chat template; leave out --chat")
-    chat = bool(tokenizer.chat_template) if asking.chat is None else asking.chat
-    return {"fingerprint": fingerprint(Path(path)) if Path(path).is_dir() else "hub", "chat": chat}
-
-
-def model_path(name: str) -> str:
-    """A folder as an absolute path, so that workers find it; a hub id as it is."""
-    folder = data_folder("model") if name == "embedded" else Path(name)
-    return str(folder.resolve()) if folder.is_dir() else name
-
-
-@lru_cache(maxsize=1)
-def load_model(path: str, dtype: str, threads: int, seed: int):
-    """Model, switched to tiered attention, and tokenizer; kept for the process's next job."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from hillinfer.cache import enable
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    width = dtype if dtype == "auto" else getattr(torch, dtype)
-    if path == model_path("embedded") and dtype == "auto":
-        width = torch.float32  # as it was evaluated
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=width).eval()
-    model = model.cuda() if torch.cuda.is_available() else model
-    enable(model)
-    return model, AutoTokenizer.from_pretrained(path)
+    stepwise = job.asking.question == "stepwise"
+    return build(job.task, job.record, tokenizer, min(limits, default=1 << 40), chat, stepwise, room)
 
 
 def _end_with(parent: int) -> None:

@@ -15,7 +15,7 @@ def write_page(folder: Path, table: pd.DataFrame, cost: pd.DataFrame, summary: p
     figures = []
     for model, own in table.groupby("model"):
         figures += [budget_figure(own, f"{model}: accuracy by budget"), tasks_figure(own, f"{model}: scores by task")]
-        figures.append(bytes_figure(own.merge(cost), f"{model}: accuracy by KV read"))
+        figures.append(bytes_figure(own.merge(cost), f"{model}: accuracy by KV attended to"))
     header, rows = list(summary.columns), [[str(cell) for cell in row] for row in summary.itertuples(index=False)]
     return write_report(folder / "report.html", "hillinfer eval", facts, header, rows, figures)
 
@@ -47,7 +47,7 @@ def bytes_figure(table: pd.DataFrame, title: str) -> go.Figure:
         own = own.sort_values("alpha")
         figure.add_scatter(
             name=system,
-            x=own.KV_read_KiB_per_token,
+            x=own.KV_attended_KiB_per_token,
             y=own.score,
             mode="lines+markers",
             line_color=_colour(i),

@@ -13,9 +13,12 @@ from hillinfer.pipeline.lookahead import Guess
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Hits
 from hillinfer.tiers.abstracts import Pages
+from hillinfer.tiers.attending_store import AttendingStore
 from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.packed import PackedStore
 from hillinfer.tiers.scoring_store import ScoringStore
 from hillinfer.tiers.store import DriveStore, Found, HostStore
+from hillinfer.tiers.stream import Stream
 from hillinfer.tiers.window import Window
 
 NEVER = np.iinfo(np.int32).min + 1  # the score of padding: below every real one
@@ -74,13 +77,19 @@ class Layer:
         """
         batch, heads, _, dim = query.shape
         valid = self._valid(mask, batch)
+        if isinstance(self.store, AttendingStore):
+            out, found = self.store.attend(query[:, :, 0], None if valid is None else valid.numpy(force=True), scaling)
+            self._record(found.work)
+            self._count(found, self.n * batch if valid is None else int(valid.sum()))
+            self.run.attended_ns = time.perf_counter_ns()
+            return out.to(query.dtype).unsqueeze(1)
         picks = self._select_rows(query, valid, scaling)
         if all(pick is None for pick in picks):
             kv, found = self.store.all()
         else:
             kv, valid, found = self._gather(picks, valid)
         self._record(found.work)
-        lane = "cpu" if query.device.type == "cpu" else "gpu"
+        lane, start = "cpu" if query.device.type == "cpu" else "gpu", time.perf_counter()
         with self.run.timeline.span(lane, "attend", self.index, self.run.step, kv.nbytes):
             out = F.scaled_dot_product_attention(
                 query.view(batch, kv.shape[3], -1, dim),  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
@@ -89,6 +98,7 @@ class Layer:
                 attn_mask=None if valid is None else valid[:, None, None].to(query.device),
                 scale=scaling,
             )
+        self.run.attend_s = time.perf_counter() - start
         self._count(found, kv.shape[1] * batch if valid is None else int(valid.sum()))
         if self.policy.watches:
             self._tell_weights(query, picks, kv, valid, scaling)
@@ -125,7 +135,7 @@ class Layer:
             parts = []
             for row, positions in enumerate(missing):
                 start = time.perf_counter_ns()
-                records, nbytes = self.store.streams[row].read(positions)
+                records, nbytes = self.store.read(row, positions)
                 self._record([("drive", "prefetch", start, time.perf_counter_ns(), nbytes)] if nbytes else [])
                 parts.append(records)
             return parts
@@ -179,9 +189,14 @@ class Layer:
         else:
             window = Window(geometry, settings.sinks, settings.recent)
             streams = [run.stream(self.index * batch + row) for row in range(batch)]
-            kind = ScoringStore if settings.drive_kind == "emulated" else DriveStore
-            self.store = kind(geometry, streams, run.ranking(), window, settings.alpha, run.pool_tokens)
-        if self.policy.needs_codes or isinstance(self.store, ScoringStore):
+            parts = geometry, streams, run.ranking(), window, settings.alpha, run.pool_tokens
+            if run.packed is not None:
+                packed = [Stream(run.packed, stream.index, run.writer) for stream in streams]
+                self.store = PackedStore(*parts, compression=run.compression, packed=packed)
+            else:
+                kinds = {"ssd": DriveStore, "emulated": AttendingStore if run.in_drive else ScoringStore}
+                self.store = kinds[settings.drive_kind](*parts)
+        if self.policy.needs_codes or (isinstance(self.store, ScoringStore) and not run.in_drive):
             self.codes = KeyCodes(batch, kv_heads, dim, settings.bits)
         self._start_policy(geometry)
 

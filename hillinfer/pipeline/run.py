@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from hillinfer.config import Settings, UsageError
 from hillinfer.pipeline.balance import Speeds
+from hillinfer.pipeline.compression import Compression
 from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.abstracts import Pages
@@ -14,6 +15,7 @@ from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.emulated import EmulatedDrive, Emulation
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import PLACEMENTS, SharedHits
+from hillinfer.tiers.packed import packed_geometry
 from hillinfer.tiers.scoring_store import RemoteStream
 from hillinfer.tiers.stream import BEHIND, Stream, Writer
 
@@ -27,6 +29,7 @@ class Run:
     timeline: Timeline = field(default_factory=Timeline)
     counters: Counters = field(default_factory=Counters)
     step: int = -1
+    attend_s: float = 0.0  # what the last attention took
     attended_ns: int | None = None  # when a layer's attention last ended in a decode step
     geometry: Geometry | None = None
     drive: DirectDrive | EmulatedDrive | None = None
@@ -34,6 +37,9 @@ class Run:
     writer: Writer | None = None
     lookahead: Lookahead | None = None
     speeds: Speeds | None = None  # of the profile
+    in_drive: bool = False  # whether the drive attends to what it holds
+    packed: DirectDrive | None = None  # the records in INT4
+    compression: Compression = field(default_factory=Compression)
     index_share: float = 0.0  # of the host budget, for a policy's index that lives in pages
     trial: Trial | None = None  # whether it pays to look ahead
 
@@ -47,6 +53,10 @@ class Run:
                 if self.settings.profile is not None:
                     self.speeds = Speeds.load(self.settings.profile)
                 self.drive = self._open_drive(geometry)
+                if self.settings.compress and self.settings.drive_kind == "ssd":
+                    own, streams = packed_geometry(geometry), self.layers * geometry.batch
+                    self.packed = DirectDrive(self.settings.drive, own, streams, self.settings.io_threads)
+                    self.compression = Compression(self.settings.compress)
                 self.lookahead, self.trial = Lookahead(), Trial(self.settings.lookahead)
                 budget = self.settings.host_budget
                 self.writer = Writer() if budget is None else Writer(min(BEHIND, budget // 4))
@@ -71,6 +81,8 @@ class Run:
         share = min(1.0, 2 * alpha) if budget is None else 1.0
         if self.speeds is not None:
             share = self._balanced_share()
+        if self.in_drive:
+            return 0
         tokens = min(n, max(int(share * n), int(alpha * n)) + 1)
         return tokens if budget is None else min(tokens, budget // self._bytes_per_token())
 
@@ -96,7 +108,8 @@ class Run:
         settings, streams = self.settings, self.layers * geometry.batch
         if settings.drive_kind == "ssd":
             return DirectDrive(settings.drive, geometry, streams, settings.io_threads)
-        shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, geometry.head_dim)
+        coded = 0 if self.in_drive else geometry.head_dim
+        shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
         return EmulatedDrive(settings.drive, shape, Emulation(paced=settings.paced, threads=settings.io_threads))
 
     def stream(self, index: int) -> Stream | RemoteStream:
@@ -143,7 +156,9 @@ class Run:
         """What lies between one layer's attention and the next one's keys is the model's own work: record it."""
         if self.attended_ns is not None and tokens == 1:
             lane = "cpu" if self.geometry.device.type == "cpu" else "gpu"
-            self.timeline.add(lane, "dense", layer, self.step, self.attended_ns, time.perf_counter_ns())
+            now = time.perf_counter_ns()
+            self.timeline.add(lane, "dense", layer, self.step, self.attended_ns, now)
+            self.compression.note("compute", (now - self.attended_ns) / 1e9 + self.attend_s)
         self.attended_ns = None
 
     def begin_step(self, tokens: int) -> None:
@@ -159,7 +174,7 @@ class Run:
 
     def stop(self) -> None:
         """Give back the drive's space and the threads; `start` may follow."""
-        for part in (self.lookahead, self.writer, self.drive):  # what uses the drive, and then the drive
+        for part in (self.lookahead, self.writer, self.packed, self.drive):  # what uses the drive, and then the drive
             if part is not None:
                 part.close()
-        self.geometry = self.drive = self.hits = self.writer = self.lookahead = self.trial = None
+        self.geometry = self.drive = self.packed = self.hits = self.writer = self.lookahead = self.trial = None

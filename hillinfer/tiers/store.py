@@ -143,6 +143,10 @@ class DriveStore:
         far = positions[~self.window.holds(positions)]
         return far[self.pools[row].slots(far) < 0]
 
+    def read(self, row: int, positions: np.ndarray, exact: bool = False) -> tuple[torch.Tensor, int]:
+        """Records of sorted positions (k,) from the drive, and the bytes that it read. Any thread may."""
+        return self.streams[row].read(positions)
+
     def fetch(self, row: int, positions: np.ndarray, ahead=None, promote: bool = True) -> tuple[torch.Tensor, Found]:
         """`ahead` has records on their way from the drive: sorted `positions`; `records()` waits for them."""
         out = self.geometry.empty(len(positions), device=self.geometry.device)
@@ -159,7 +163,7 @@ class DriveStore:
         tokens = far[~hit]
         brought = np.isin(tokens, ahead.positions) if ahead else np.zeros(len(tokens), bool)
         missed = self.geometry.empty(len(tokens))
-        fixed, nbytes = self.streams[row].read(tokens[~brought])  # what the guess lacks, before waiting for the rest
+        fixed, nbytes = self.read(row, tokens[~brought], not promote)  # what the guess lacks, before waiting for the rest
         read = time.perf_counter_ns()
         missed[_index(~brought, missed)] = fixed
         if brought.any():

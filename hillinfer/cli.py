@@ -1,4 +1,4 @@
-"""The command line: hillinfer demo | run | systems | profile."""
+"""The command line: hillinfer demo | run | bench | systems | profile."""
 
 import os
 import sys
@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hillinfer.bench import bench
 from hillinfer.config import Settings, UsageError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -218,6 +219,9 @@ def systems():
     for name, system in list_systems().items():
         table.add_row(name, escape(system.about) + (" [dim](needs --drive)[/]" if system.needs_drive else ""))
     out.print(table)
+
+
+app.command()(clear_errors()(bench))
 
 
 def read_prompt(path: Path) -> str:

@@ -1,10 +1,8 @@
 """Every system of the registry, whoever added it, goes through the same matrix."""
 
-import os
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
@@ -74,9 +72,8 @@ def test_a_tenth_runs_within_its_budget(model, prompt, system, place, tmp_path):
         model.generate(out, attention_mask=longer, past_key_values=cache, **NEW)
         rows, memory = cache.counters.rows, cache.memory()
     assert rows and all(row.device + row.host + row.drive == row.queries for row in rows)
-    lossless = all(row.attended >= 2 * row.cached - 60 for row in rows)
-    budget = cache.run.settings.budget
-    assert lossless or all(row.attended <= 2 * budget(row.cached) for row in rows)
+    if not hillinfer.list_systems()[system].policy.exact:
+        assert all(row.attended <= 2 * cache.run.settings.budget(row.cached) for row in rows)
     assert sum(memory.values()) > 0
 
 
@@ -95,7 +92,8 @@ class Interrupt(LogitsProcessor):
 
 def left_behind() -> tuple:
     threads = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("hillinfer"))
-    return threads, psutil.Process().children(recursive=True), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    children = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    return threads, "".join(children), len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_interruption_leaves_nothing(models, prompt, system, place, tmp_path):

@@ -135,7 +135,9 @@ class ChunkTree:
             self.cut[where] = False
             below = where[0][:, None], _parts(where[1])
             self.cut[below] = True
-            self.cold[below] = np.where(chosen[where], 0, -REGRET)[:, None]  # opened in vain: leave it split for a while
+            self.cold[below] = np.where(chosen[where], 0, -REGRET)[
+                :, None
+            ]  # opened in vain: leave it split for a while
         self.cold += self.cut & (self.cold < 100)
         self.cold[chosen] = 0
         for whole, parts in UPWARDS:

@@ -65,9 +65,16 @@ def feed(model: PreTrainedModel, cache: TieredCache, ids: list[int], chunk: int 
         model(part, past_key_values=cache, logits_to_keep=1)
 
 
-def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache) -> Answer:
-    """The greedy answer to a record's question. `model` must be enabled; `cache` must be empty."""
+def ask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache, seen: bool = False
+) -> Answer:
+    """The greedy answer to a record's question. `model` must be enabled; `cache` must be empty.
+
+    With `seen` the question is part of the prefill, all but its last token: what H2O and SnapKV were made for.
+    """
     context, question = split_prompt(tokenizer, record)
+    if seen:
+        context, question = context + question[:-1], question[-1:]
     start = time.perf_counter()
     feed(model, cache, context)
     return _answer(model, tokenizer, record, cache, context, question, time.perf_counter() - start)
@@ -120,7 +127,7 @@ def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
     """The figures of an `Answer` from what the cache recorded."""
     rows = cache.counters.rows
     steps = len({row.step for row in rows}) or 1
-    read = sum(span.bytes for span in cache.timeline.spans if span.kind in ("read", "prefetch"))
+    read = sum(span.bytes for span in cache.timeline.spans if span.kind in ("read", "prefetch", "abstract"))
     return {
         "steps": steps,
         "prefill_ms": prefill_s * 1e3,

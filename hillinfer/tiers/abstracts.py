@@ -91,7 +91,10 @@ class Pages:
         if more > 0:
             self.kept.reserve(self.kept.n + more)
             self.kept.n += more
-            self.page_of, self.used = np.append(self.page_of, np.full(more, -1)), np.append(self.used, np.full(more, -1))
+            self.page_of, self.used = (
+                np.append(self.page_of, np.full(more, -1)),
+                np.append(self.used, np.full(more, -1)),
+            )
         slots = np.argsort(self.used, kind="stable")[: len(pages)]
         old = self.page_of[slots]
         self.slot_of[old[old >= 0]] = -1

@@ -163,7 +163,9 @@ class DriveStore:
         tokens = far[~hit]
         brought = np.isin(tokens, ahead.positions) if ahead else np.zeros(len(tokens), bool)
         missed = self.geometry.empty(len(tokens))
-        fixed, nbytes = self.read(row, tokens[~brought], not promote)  # what the guess lacks, before waiting for the rest
+        fixed, nbytes = self.read(
+            row, tokens[~brought], not promote
+        )  # what the guess lacks, before waiting for the rest
         read = time.perf_counter_ns()
         missed[_index(~brought, missed)] = fixed
         if brought.any():

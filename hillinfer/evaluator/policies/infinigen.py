@@ -52,7 +52,9 @@ class InfiniGen(Policy):
             self._skew(torch.cat(self.waiting, 2))
         near = step.near()[-step.budget :]
         basis = self.basis[step.row]
-        score = ((step.grouped(len(basis)) * step.scaling) @ basis @ self.partial.view()[step.row].transpose(1, 2)).amax(1)
+        score = (
+            (step.grouped(len(basis)) * step.scaling) @ basis @ self.partial.view()[step.row].transpose(1, 2)
+        ).amax(1)
         score[:, near] = score[:, : step.first] = -torch.inf
         wanted = (score > score.amax(1, keepdim=True) - self.margin).sum(1).float().mean()
         k = min(step.budget - len(near), int(wanted.ceil()))
@@ -61,7 +63,9 @@ class InfiniGen(Policy):
     def _skew(self, queries: torch.Tensor) -> None:
         """The basis from queries (B, Hkv, m, D), and the partial keys of what waits."""
         keys, self.waiting = torch.cat(self.waiting, 2), []
-        axes = torch.linalg.svd(queries.transpose(2, 3) @ queries)[0]  # (B, Hkv, D, D): right singular vectors of queries
+        axes = torch.linalg.svd(queries.transpose(2, 3) @ queries)[
+            0
+        ]  # (B, Hkv, D, D): right singular vectors of queries
         weight = (queries @ axes).abs().sum(2) + (keys @ axes).abs().sum(2)
         chosen = weight.topk(self.columns, 2).indices
         self.basis = axes.gather(3, chosen[:, :, None].expand(-1, -1, axes.shape[2], -1))

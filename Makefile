@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model train clean
+.PHONY: demo test lint format slow show-slice show-hillinfer show-systems show-model train clean
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -37,6 +37,9 @@ train: $(VENV)/.ready ## the embedded model from nothing: hours on two cores
 
 show-hillinfer: $(VENV)/.ready ## every claim about the hillinfer system
 	$(BIN)/python -m benchmarks.show_hillinfer
+
+show-systems: $(VENV)/.ready ## every claim about the other systems; N=50 for more questions
+	$(BIN)/python -m benchmarks.show_systems
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

@@ -64,7 +64,7 @@ class Study(LeoAM):
         query = step.grouped(self.kv_heads)
         if name == "leoam":  # as it has them: full pages in INT8
             page, node = np.divmod(np.arange(last // LEAF), NODES - LEAVES)
-            return self.trees[step.row]._score(page, node + LEAVES, query)
+            return self.trees[step.row]._score(page, node + LEAVES, query)[2]
         return self.fixed[name].scores(step.row, query, 0, last // size)
 
 

@@ -29,7 +29,9 @@ def draw_keys(seed: int, n: int, whole: bool = False) -> torch.Tensor:
     """With deserts and peaks; `whole` gives small integers, whose scores tie and whose sums are exact."""
     generator = torch.Generator().manual_seed(seed)
     if whole:
-        return torch.randint(-3, 4, (HEADS, n, DIM), generator=generator).float()
+        keys = torch.randint(-3, 4, (HEADS, n, DIM), generator=generator).float()
+        keys[:, 5::PAGE] = 63.0  # so that a page's scale is 1/2, and its boxes are exact too
+        return keys
     scale = torch.rand((1, n // 50 + 1, 1), generator=generator).repeat_interleave(50, 1)[:, :n] ** 4
     return torch.randn((HEADS, n, DIM), generator=generator) * scale
 
@@ -55,7 +57,7 @@ def test_no_key_scores_above_its_chunks_bounds(seed, n, cuts, crop):
         tree.append(keys[:, crop:])
     query = draw_keys(seed + 2, 3)
     page, node = all_nodes(tree)
-    score = decode(tree._score(page, node, query))
+    score = decode(tree._score(page, node, query)[2])
     true = (query @ keys.transpose(1, 2)).amax(1)  # (Hkv, n)
     for i in range(len(page)):
         start = page[i] * PAGE + START[node[i]]
@@ -78,7 +80,7 @@ def test_the_pruned_search_finds_what_an_unpruned_one_does(seed, n, k, first, wh
         found, evaluated = tree.search(query, k, first, last)
         page, node = all_nodes(tree, first, last)
         leaf = node >= LEAVES
-        want = merge_heads(tree._score(page[leaf], node[leaf], query), k)
+        want = merge_heads(tree._score(page[leaf], node[leaf], query)[2], k)
         if whole or not len(want):  # elsewhere the last bit of a sum may depend on the shape of the product
             np.testing.assert_array_equal(found, (page[leaf] * PAGE + START[node[leaf]])[want])
         else:
@@ -106,6 +108,21 @@ def test_with_exact_bounds_the_chunks_are_those_of_the_true_scores(seed, n, k):
     found, _ = tree.search(query, k, 0, tree.n)
     true = (query @ keys.transpose(1, 2)).amax(1)[:, ::LEAF].to(torch.int32).numpy()
     np.testing.assert_array_equal(found // LEAF, merge_heads(true, k))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(30, 900), st.floats(-5, 15))
+def test_below_the_floor_is_a_desert(seed, n, level):
+    """The search then finds the best of the leaves that reach it for some query head, and only those."""
+    tree, floor = tree_of(draw_keys(seed, n), []), torch.full((HEADS, 3), level)
+    for step in range(4):
+        query = draw_keys(seed + step, 3)
+        found, _ = tree.search(query, 20, 0, n, floor=floor)
+        page, node = all_nodes(tree)
+        page, node = page[node >= LEAVES], node[node >= LEAVES]
+        page, node, score = tree._score(page, node, query, floor)
+        want = (page * PAGE + START[node])[merge_heads(score, 20)]
+        assert abs(len(found) - len(want)) <= 1 and len(np.setdiff1d(found, want)) <= 1  # 1: a sum's last bit
 
 
 def test_deserts_are_merged_and_peaks_split():
@@ -144,7 +161,7 @@ def test_pages_from_the_drive_are_those_of_memory(tmp_path, capacity):
 
 def test_bounds_split_the_query_by_sign():
     boxes, query = torch.tensor([[[[2.0, 3.0], [-1.0, 1.0]]]]), torch.tensor([[[1.0, -1.0], [-2.0, 1.0]]])
-    assert bounds(boxes, query).item() == 5.0  # the second head's: -2 * -1 + 1 * 3
+    assert bounds(boxes, query).flatten().tolist() == [1.0, 5.0]  # 1 * 2 - 1 * 1, and -2 * -1 + 1 * 3
 
 
 def test_a_host_budget_holds_pool_and_abstracts(models, prompt, tmp_path):

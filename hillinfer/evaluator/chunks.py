@@ -23,12 +23,12 @@ REGRET = 16  # steps that a merge is put off after one that was undone for nothi
 
 
 def bounds(boxes: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Upper bounds of q.k: boxes (m, Hkv, 2, D) as (max, min), query (Hkv, G, D) -> (Hkv, m), the group's best.
+    """Upper bounds of q.k: boxes (m, Hkv, 2, D) as (max, min), query (Hkv, G, D) -> (Hkv, m, G).
 
     max(q * max, q * min), summed over channels, is a dot product once the query is split by sign (Quest section 3).
     """
     split = torch.cat((query.clamp(min=0), query.clamp(max=0)), 2)  # (Hkv, G, 2D)
-    return torch.matmul(boxes.flatten(2).transpose(0, 1), split.transpose(1, 2)).amax(2)
+    return torch.matmul(boxes.flatten(2).transpose(0, 1), split.transpose(1, 2))
 
 
 def widen(boxes: torch.Tensor, index: torch.Tensor, keys: torch.Tensor) -> None:
@@ -97,15 +97,19 @@ class ChunkTree:
             self.cold = np.concatenate((self.cold, np.zeros((grown, NODES), np.int8)))
             self.cut[-grown:, 0] = True
 
-    def search(self, query: torch.Tensor, k: int, first: int, last: int, learn: bool = True) -> tuple[np.ndarray, int]:
+    def search(
+        self, query: torch.Tensor, k: int, first: int, last: int, learn: bool = True, floor: torch.Tensor | None = None
+    ) -> tuple[np.ndarray, int]:
         """The k leaves of highest bound that hold one of the tokens first..last-1, heads taking turns (`merge_heads`).
 
         query (Hkv, G, D). Returns the leaves' first tokens, ascending, and how many boxes were evaluated. The same
         leaves as an evaluation of all would give: a node is opened for as long as it is among the k best.
+        floor (Hkv, G), if given: what is below it for every query head is a desert, and neither opened nor chosen.
         """
         page, node = np.nonzero(self.cut)
         page, node = _overlapping(page, node, first, last)
-        score, evaluated = self._score(page, node, query), len(page)
+        evaluated = len(page)
+        page, node, score = self._score(page, node, query, floor)
         opened = []
         while True:
             order = np.argsort(page * PAGE + START[node], kind="stable")
@@ -119,8 +123,9 @@ class ChunkTree:
             evaluated += len(below[0])
             rest = np.ones(len(page), bool)
             rest[inner] = False
+            below = self._score(*below, query, floor)
             page, node = np.append(page[rest], below[0]), np.append(node[rest], below[1])
-            score = np.concatenate((score[:, rest], self._score(*below, query)), 1)
+            score = np.concatenate((score[:, rest], below[2]), 1)
         if learn:
             self._learn(opened, page[best], node[best])
         return page[best] * PAGE + START[node[best]], evaluated
@@ -146,8 +151,10 @@ class ChunkTree:
             self.cut[:, whole] |= ready
             self.cold[:, whole][ready] = 0
 
-    def _score(self, page: np.ndarray, node: np.ndarray, query: torch.Tensor) -> np.ndarray:
-        """Bounds of these nodes, in sortable form, (Hkv, m)."""
+    def _score(
+        self, page: np.ndarray, node: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None = None
+    ) -> tuple:
+        """Those of the nodes that reach the floor, and their bounds in sortable form, (Hkv, m)."""
         boxes = self.tail.new_empty(len(page), *self.tail.shape[1:])
         grows = page == self.full
         boxes[torch.from_numpy(grows)] = self.tail[torch.from_numpy(node[grows])]
@@ -156,7 +163,11 @@ class ChunkTree:
                 at = torch.from_numpy(page[mask])
                 codes = self.tops.view()[at] if source is None else source.take(page[mask], node[mask])
                 boxes[torch.from_numpy(mask)] = codes * self.scales.view()[at]
-        return sortable(bounds(boxes, query))
+        score = bounds(boxes, query)
+        if floor is not None:
+            reach = (score >= floor[:, None]).any(2).any(0)
+            page, node, score = page[reach.numpy()], node[reach.numpy()], score[:, reach]
+        return page, node, sortable(score.amax(2))
 
     def _no_keys(self) -> torch.Tensor:
         with torch.inference_mode(False):  # or it could not be written to outside of it

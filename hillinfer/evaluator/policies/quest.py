@@ -48,7 +48,7 @@ class Quest(Policy):
 
     def scores(self, row: int, query: torch.Tensor, first: int, last: int) -> np.ndarray:
         """Bounds of pages first..last-1, in sortable form, (Hkv, last - first)."""
-        return sortable(bounds(self.boxes.view()[row, first:last], query))
+        return sortable(bounds(self.boxes.view()[row, first:last], query).amax(2))
 
     def truncate(self, n: int) -> None:
         """The box of a page that n cuts through stays as wide as it was: still a bound."""

@@ -69,7 +69,7 @@ class Study(LeoAM):
 
 
 def covering(scores: np.ndarray, wanted: np.ndarray) -> int:
-    """Chunks (m) of scores (Hkv, m) that are read, heads taking turns, until COVER of the wanted (k,) are among them."""
+    """How many chunks of scores (Hkv, m) are read, heads taking turns, until COVER of the wanted (k,) are in."""
     turn = (-scores.astype(np.int64)).argsort(1, kind="stable").argsort(1).min(0)
     needed = np.sort(turn[wanted])[int(np.ceil(COVER * len(wanted))) - 1]
     return int((turn <= needed).sum())

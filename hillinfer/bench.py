@@ -41,7 +41,7 @@ def bench(
     seen: Annotated[bool, typer.Option(help="Let the prefill see the question.")] = False,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("out/bench"),
 ):
-    """Ask every system the same questions; one table of accuracy, traffic, time and memory, and JSON and CSV beside it."""
+    """Ask every system the same questions: one table of accuracy, traffic, time and memory, also as JSON and CSV."""
     Settings(alpha=alpha, host_budget=host_budget, drive=drive)  # refuse bad input before torch loads
     from rich.console import Console
 
@@ -71,7 +71,7 @@ def bench(
 
 
 def measure(systems: str, task: str, context: int, n: int, options: dict, seen: bool = False):
-    """A frame with a row for each question and system, and why systems were left out. All measured, nothing modelled."""
+    """A frame with a row for each question and system, all measured, and why systems were left out."""
     import pandas as pd
 
     from hillinfer.cache import disable, enable, plan

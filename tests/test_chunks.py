@@ -1,4 +1,4 @@
-"""Chunk bounds are bounds, the pruned search finds what a search of everything finds, and pages come back from the drive."""
+"""Bounds are bounds, the pruned search finds what a search of everything finds, pages come back from the drive."""
 
 import numpy as np
 import pytest
@@ -41,11 +41,6 @@ def all_nodes(tree: ChunkTree, first: int = 0, last: int | None = None) -> tuple
     return _overlapping(page.ravel(), node.ravel(), first, tree.n if last is None else last)
 
 
-def decode(score: np.ndarray) -> torch.Tensor:
-    """The inverse of `sortable`."""
-    return torch.from_numpy((score ^ ((score >> 31) & 0x7FFFFFFF)).view(np.float32).copy())
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 900), st.lists(st.integers(1, 900), max_size=4), st.integers(0, 900))
 def test_no_key_scores_above_its_chunks_bounds(seed, n, cuts, crop):
@@ -57,7 +52,7 @@ def test_no_key_scores_above_its_chunks_bounds(seed, n, cuts, crop):
         tree.append(keys[:, crop:])
     query = draw_keys(seed + 2, 3)
     page, node = all_nodes(tree)
-    score = decode(tree._score(page, node, query)[2])
+    score = bounds(tree.boxes(page, node), query).amax(2)
     true = (query @ keys.transpose(1, 2)).amax(1)  # (Hkv, n)
     for i in range(len(page)):
         start = page[i] * PAGE + START[node[i]]
@@ -161,6 +156,7 @@ def test_pages_from_the_drive_are_those_of_memory(tmp_path, capacity):
 
 def test_bounds_split_the_query_by_sign():
     boxes, query = torch.tensor([[[[2.0, 3.0], [-1.0, 1.0]]]]), torch.tensor([[[1.0, -1.0], [-2.0, 1.0]]])
+    assert bounds(boxes, query, 0.0).flatten().tolist() == [-1.5, 1.0]  # of the boxes' middles, 0.5 and 2
     assert bounds(boxes, query).flatten().tolist() == [1.0, 5.0]  # 1 * 2 - 1 * 1, and -2 * -1 + 1 * 3
 
 

@@ -104,3 +104,17 @@ def test_interruption_leaves_nothing(models, prompt, system, place, tmp_path):
     hillinfer.disable(model)
     assert not list(tmp_path.iterdir()) and left_behind() == before
     assert not any(block._forward_pre_hooks for block in model.get_decoder().layers)
+
+
+@pytest.mark.parametrize("system", [n for n, s in hillinfer.list_systems().items() if s.policy.can_speculate])
+def test_lookahead_changes_no_token(models, prompt, system, tmp_path):
+    """A guess is only a prefetch, also for policies that learn from their selections."""
+    model, out = models("llama"), {}
+    ids, mask = padded(prompt)
+    for lookahead in (True, False):
+        options = options_for(system, "ssd", tmp_path, alpha=0.15, recent=4, lookahead=lookahead, compress=0.0)
+        with hillinfer.make_cache(model, system, **options) as cache:
+            out[lookahead] = model.generate(ids, attention_mask=mask, past_key_values=cache, **NEW)
+            assert (cache.counters.total("guessed") > 0) == lookahead
+    assert torch.equal(out[True], out[False])
+    hillinfer.disable(model)

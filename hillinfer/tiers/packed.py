@@ -1,4 +1,4 @@
-"""Records in INT4 beside the full ones on the drive, to be read in their place where transfer is the longer side (LeoAM).
+"""Records in INT4 beside the full ones on the drive, to be read in their place where transfer takes longest (LeoAM).
 
 Symmetric codes with an fp16 scale for every 32 channels: 4.5 bits a value. A record read so is used for one step and
 never enters the hot pool, so that an error does not stay.

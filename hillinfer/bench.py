@@ -73,7 +73,10 @@ def bench(
 def measure(systems: str, task: str, context: int, n: int, options: dict, seen: bool = False):
     """A frame with a row for each question and system, all measured, and why systems were left out."""
     import pandas as pd
+    import torch
+    from transformers import AutoConfig
 
+    from hillinfer.assets import data_folder
     from hillinfer.cache import disable, enable, plan
     from hillinfer.demo import load_embedded, options_of
     from hillinfer.longbench.runner import ask, is_right
@@ -92,11 +95,12 @@ def measure(systems: str, task: str, context: int, n: int, options: dict, seen: 
             if systems != "all":
                 raise
             left_out.append(f"left out: {error}")
-    model, tokenizer = load_embedded()
-    if context > (window := model.config.max_position_embeddings):
+    config = AutoConfig.from_pretrained(data_folder("model"))
+    if context > (window := config.max_position_embeddings):
         raise UsageError(f"{context} tokens exceed the model's window of {window}; ask for a shorter --context")
     for name, (own, _) in chosen.items():
-        plan(model.config, find_system(name, own)[1], context + 128, model.dtype)
+        plan(config, find_system(name, own)[1], context + 128, torch.float32)
+    model, tokenizer = load_embedded()
     before, rows = enable(model), []
     try:
         for index, record in enumerate(make_records(task, context, n, seed=77)):

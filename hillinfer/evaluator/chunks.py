@@ -160,7 +160,7 @@ class ChunkTree:
     def _score(
         self, page: np.ndarray, node: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None = None
     ) -> tuple:
-        """Those of the nodes that reach the floor, and their bounds (of leaves: estimates) in sortable form, (Hkv, m)."""
+        """Those of the nodes that reach the floor, and their bounds (leaves: estimates) in sortable form, (Hkv, m)."""
         boxes, leaf = self.boxes(page, node), torch.from_numpy(node >= LEAVES)
         score = query.new_empty(len(query), len(page), query.shape[1])
         score[:, ~leaf], score[:, leaf] = bounds(boxes[~leaf], query), bounds(boxes[leaf], query, SLACK)

@@ -1,6 +1,7 @@
 """What LeoAM's chunks cost and carry along, layer by layer, against single tokens and fixed chunks of 16 and 64.
 
     python -m benchmarks.chunks --n 4
+    python -m benchmarks.chunks --n 2 --misses
 
 Important are the tokens outside the device window that give some head 1 % of its weight or more. A method reads chunks
 in the order in which heads take turns, until it has 95 % of these; what it read beyond them is redundant.
@@ -14,8 +15,9 @@ import pandas as pd
 from hillinfer.cache import TieredCache, disable, enable
 from hillinfer.config import Settings
 from hillinfer.demo import load_embedded, machine
-from hillinfer.evaluator.chunks import LEAF, LEAVES, NODES
+from hillinfer.evaluator.chunks import LEAF, LEAVES, NODES, bounds, sortable
 from hillinfer.evaluator.policies import LeoAM, Quest
+from hillinfer.evaluator.topk import merge_heads
 from hillinfer.longbench.runner import ask
 from hillinfer.longbench.synthetic import make_records
 
@@ -68,6 +70,46 @@ class Study(LeoAM):
         return self.fixed[name].scores(step.row, query, 0, last // size)
 
 
+class Misses(Quest):
+    """Full attention, which notes whether chunks of each size and slack would have held a head's heaviest token."""
+
+    found: list = []
+
+    def start(self, *shape):
+        self.fixed = [type("Fixed", (Quest,), {"page": size})() for size in (2, 4, 8, 16)]
+        for policy in self.fixed:
+            policy.start(*shape)
+
+    def append(self, keys):
+        for policy in self.fixed:
+            policy.append(keys)
+
+    def select(self, step):
+        last = (step.n - step.recent) // 16 * 16
+        weights = step.weights()[:, :last]
+        best = weights.argmax(1)
+        best = best[(weights.max(1) > 0.2) & (best >= step.sinks)]
+        for policy in self.fixed if len(best) else ():
+            boxes = policy.boxes.view()[step.row, : last // policy.page]
+            for slack in (1.0, 0.5):
+                score = sortable(bounds(boxes, step.grouped(policy.kv_heads), slack).amax(2))
+                chosen = merge_heads(score, (round(0.2 * step.n) - len(step.near())) // policy.page)
+                missed = ~np.isin(best // policy.page, chosen)
+                self.found.append({"size": policy.page, "slack": slack, "heads": len(best), "missed": missed.sum()})
+
+
+def misses(task: str, tokens: int, n: int) -> pd.DataFrame:
+    """Share of the heads with a token of over 20 % of their weight whose chunk is not chosen at alpha 0.2."""
+    model, tokenizer = load_embedded()
+    before, Misses.found = enable(model), []
+    for record in make_records(task, tokens, n, SEED):
+        with TieredCache(model.config, Misses, Settings(alpha=0.2)) as cache:
+            ask(model, tokenizer, record, cache)
+    disable(model, before)
+    sums = pd.DataFrame(Misses.found).groupby(["size", "slack"])[["heads", "missed"]].sum()
+    return sums.assign(share=sums.missed / sums.heads)
+
+
 def covering(scores: np.ndarray, wanted: np.ndarray) -> int:
     """How many chunks of scores (Hkv, m) are read, heads taking turns, until COVER of the wanted (k,) are in."""
     turn = (-scores.astype(np.int64)).argsort(1, kind="stable").argsort(1).min(0)
@@ -107,7 +149,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--alpha", type=float, default=0.2)
     parser.add_argument("--tasks", nargs="+", default=["lines", "needle"])
+    parser.add_argument("--misses", action="store_true", help="what chunks of other sizes miss, instead")
     words = parser.parse_args()
+    if words.misses:
+        print(misses(words.tasks[0], words.tokens, words.n).to_string(), machine(), sep="\n")
+        return
     print(table(measure(words.tasks, words.tokens, words.n, words.alpha)))
     print(f"Tokens; {words.n} questions each of {', '.join(words.tasks)} at {words.tokens}; {machine()}")
 

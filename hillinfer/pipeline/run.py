@@ -133,7 +133,7 @@ class Run:
     def check(self, n: int) -> None:
         """UsageError where n tokens cannot be held within the budget."""
         budget, alpha = self.records_budget, self.settings.alpha
-        if budget is None:
+        if budget is None or self.in_drive:
             return
         held = n if self.settings.drive is None else math.ceil(alpha * n)
         need = held * self._bytes_per_token()

@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench
+.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -44,6 +44,9 @@ show-fpga: $(VENV)/.ready ## every claim about the SmartSSD's kernel and its hos
 
 show-longbench: $(VENV)/.longbench ## every claim about the accuracy benchmark; ROWS=FOLDER for real rows
 	$(BIN)/python -m benchmarks.show_longbench
+
+show-systems: $(VENV)/.ready ## every claim about the other systems; N=50 for more questions
+	$(BIN)/python -m benchmarks.show_systems
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hillinfer import doctor
+from hillinfer.bench import bench
 from hillinfer.config import Settings, UsageError
 from hillinfer.evaluation import evaluate
 
@@ -261,6 +262,7 @@ def systems():
 
 
 app.command("eval")(clear_errors()(evaluate))
+app.command()(clear_errors()(bench))
 app.command()(clear_errors()(doctor.doctor))
 
 

@@ -45,6 +45,8 @@ class Settings:
     placement    what the hot pool keeps: `hits` (a counter for each token and layer), `shared-hits` (the paper's one
                  table for all layers), or as controls `lru` and `importance`
     precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
+    compress     share of the records read from an ssd that come in INT4, 0 to 1, or "auto": as much as makes a layer's
+                 transfer no longer than its computation. Lossy
     lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output.
                  "auto" tries both for a few steps and keeps the faster
     stream       set by the lossless systems, which stream whole K and V tensors at each step and take host_budget as
@@ -71,6 +73,7 @@ class Settings:
     io_threads: int = 16
     placement: str = "hits"
     precision: str = "int8"
+    compress: float | str = 0.0
     lookahead: bool | str = "auto"
     stream: str | None = None
     max_tokens: int | None = None
@@ -95,6 +98,8 @@ class Settings:
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"no {name} '{getattr(self, name)}'; choose {', '.join(map(str, known))}")
+        if self.compress != "auto" and not (isinstance(self.compress, (int, float)) and 0 <= self.compress <= 1):
+            raise UsageError(f"compress is {self.compress!r}; give a share from 0 to 1, or auto")
         for name in ("profile", "paced"):
             if getattr(self, name) and self.drive_kind == "ssd":
                 raise UsageError(f"{name} is for a drive that scores, which an ssd does not: add drive_kind emulated")

@@ -15,9 +15,12 @@ from hillinfer.pipeline.observe import attention_weights
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.timeline import Hits
 from hillinfer.tiers.abstracts import Pages
+from hillinfer.tiers.attending_store import AttendingStore
 from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.packed import PackedStore
 from hillinfer.tiers.scoring_store import ScoringStore
 from hillinfer.tiers.store import DriveStore, Found, HostStore
+from hillinfer.tiers.stream import Stream
 from hillinfer.tiers.tensor_store import TensorStore
 from hillinfer.tiers.window import Window
 
@@ -94,19 +97,24 @@ class Layer:
         if rows > 1:
             return self._attend_all(query, mask, scaling)
         valid = self._valid(mask, len(query))
+        if isinstance(self.store, AttendingStore):
+            return self._attend_in_drive(query, valid, scaling)
         picks = self._select_rows(query, valid, scaling)
         if attention.is_native(query) and self._in_place(picks):
             rows, keep, attended, found = self._locate(picks, valid)
             self._record(found.work)
+            start = time.perf_counter()
             with run.timeline.span("cpu", "attend", self.index, run.step, attended * run.geometry.record_bytes):
                 out = attention.over_records(query, rows, run.geometry.kv_heads, scaling)
+            run.attend_s = time.perf_counter() - start
             del keep  # until here the records had to stay where they are
         else:
             kv, valid, found = self._gather(picks, valid)
             self._record(found.work)
-            lane = "cpu" if query.device.type == "cpu" else "gpu"
+            lane, start = "cpu" if query.device.type == "cpu" else "gpu", time.perf_counter()
             with run.timeline.span(lane, "attend", self.index, run.step, kv.nbytes):
                 out = attention.over_tensors(query, kv, valid, scaling)
+            run.attend_s = time.perf_counter() - start
             attended = kv.shape[1] * len(kv) if valid is None else int(valid.sum())
             self._show(query, kv, picks[0], self._valid(mask, len(query)), scaling)
             if self.policy.watches:
@@ -114,6 +122,14 @@ class Layer:
         self._count(found, attended)
         run.attended_ns = time.perf_counter_ns()
         return out
+
+    def _attend_in_drive(self, query: torch.Tensor, valid, scaling: float) -> torch.Tensor:
+        """The drive attends to what it holds, the host to the rest; returns (B, 1, H, D)."""
+        out, found = self.store.attend(query[:, :, 0], None if valid is None else valid.numpy(force=True), scaling)
+        self._record(found.work)
+        self._count(found, self.n * len(query) if valid is None else int(valid.sum()))
+        self.run.attended_ns = time.perf_counter_ns()
+        return out.to(query.dtype).unsqueeze(1)
 
     def _attend_all(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """A prefill chunk or a new turn, part by part, so that a layer's KV is never in memory as a whole."""
@@ -172,7 +188,7 @@ class Layer:
             parts = []
             for row, positions in enumerate(missing):
                 start = time.perf_counter_ns()
-                records, nbytes = self.store.streams[row].read(positions)
+                records, nbytes = self.store.read(row, positions)
                 self._record([("drive", "prefetch", start, time.perf_counter_ns(), nbytes)] if nbytes else [])
                 parts.append(records)
             return parts
@@ -233,9 +249,15 @@ class Layer:
         else:
             window = Window(geometry, settings.sinks, settings.recent)
             streams = [run.stream(self.index * batch + row) for row in range(batch)]
-            kind = DriveStore if settings.drive_kind == "ssd" else ScoringStore
-            self.store = kind(geometry, streams, run.ranking(), window, settings.alpha, run.pool_tokens)
-        if self.policy.needs_codes or isinstance(self.store, ScoringStore):
+            parts = geometry, streams, run.ranking(), window, settings.alpha, run.pool_tokens
+            if run.packed is not None:
+                packed = [Stream(run.packed, stream.index, run.writer) for stream in streams]
+                self.store = PackedStore(*parts, compression=run.compression, packed=packed)
+            elif settings.drive_kind == "ssd":
+                self.store = DriveStore(*parts)
+            else:
+                self.store = (AttendingStore if run.in_drive else ScoringStore)(*parts)
+        if self.policy.needs_codes or (isinstance(self.store, ScoringStore) and not run.in_drive):
             self.codes = KeyCodes(batch, kv_heads, dim, settings.bits)
         self._start_policy(geometry)
 

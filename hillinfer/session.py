@@ -50,7 +50,7 @@ def open_session(
     options  the fields of `Settings`. Raises UsageError for a file that is no session, or another model's, and for
     damage as soon as it is read.
     """
-    if find_system(system, options)[0].policy.watches:
+    if not find_system(system, options)[0].policy.late:
         raise UsageError(f"{system} chooses by the prompt's own queries, which no session keeps: prefill again for it")
     try:
         file = Saved(Path(path))

@@ -2,13 +2,13 @@
 itself.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hillinfer.cache import TieredCache, enable
 from hillinfer.config import Settings, UsageError
-from hillinfer.evaluator.policies import POLICIES, Full, TopK
+from hillinfer.evaluator.policies import POLICIES, Full, InstAttention, LeoAM, TopK
 from hillinfer.evaluator.policy import Policy
 
 
@@ -19,11 +19,12 @@ class System:
     policy: type[Policy]
     about: str
     needs_drive: bool = False
+    drive_kind: str | None = None  # the only one that it runs on
     own: dict = field(default_factory=dict)
 
 
 COMPOSED = {
-    "lru": System(TopK, "hillinfer with a least-recently-used hot pool: the control", True, {"placement": "lru"}),
+    "lru": System(TopK, "hillinfer with a least-recently-used hot pool: the control", True, own={"placement": "lru"}),
     "hillinfer": System(
         TopK, "hot pool by hit counters in host memory, cold pool on the drive (arXiv 2602.18750)", needs_drive=True
     ),
@@ -32,14 +33,20 @@ COMPOSED = {
         "lossless: all KV streamed from the drive at each step, the next layer prefetched; host_budget of it stays in "
         "memory (arXiv 2303.06865)",
         True,
-        {"stream": "host"},
+        own={"stream": "host"},
     ),
     "dualblade": System(
         Full,
         "lossless: the first K and V tensors in the page cache as far as memory allows, the rest on a direct path "
         "(arXiv 2604.26557)",
         True,
-        {"stream": "dual"},
+        own={"stream": "dual"},
+    ),
+    "leoam": System(
+        LeoAM, "chunk tree, abstracts and INT4 on the drive (arXiv 2506.20187)", False, "ssd", {"compress": "auto"}
+    ),
+    "instattention": System(
+        InstAttention, "exact attention inside the emulated drive (arXiv 2409.04992)", True, "emulated"
     ),
 }
 
@@ -60,6 +67,10 @@ def find_system(name: str, options: dict) -> tuple[System, Settings]:
         raise UsageError(f"no system '{name}'; choose one of {', '.join(known)}")
     system = known[name]
     settings = Settings(**(system.own | options))
+    if system.drive_kind == "emulated":
+        settings = replace(settings, drive_kind="emulated")
+    elif system.drive_kind and settings.drive_kind != system.drive_kind and settings.drive is not None:
+        raise UsageError(f"{name} runs on {system.drive_kind} only: leave out --drive-kind {settings.drive_kind}")
     if system.needs_drive and settings.drive is None:
         raise UsageError(f"{name} keeps KV on a drive: name a folder for it (--drive PATH, drive=...)")
     return system, settings

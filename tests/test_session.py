@@ -13,7 +13,7 @@ from hillinfer.longbench.runner import feed
 from hillinfer.tiers.saved import PART, Saved
 
 ALL = hillinfer.list_systems()
-SYSTEMS = [name for name, found in ALL.items() if not found.policy.watches]
+SYSTEMS = [name for name, found in ALL.items() if found.policy.late]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.growable import Growable
 
-SIZES = (256, 64, 16, 4)  # tokens of the largest chunk, a page, to those of the smallest; the paper leaves them open
+SIZES = (128, 32, 8, 2)  # tokens of the largest chunk, a page, to those of the smallest; the paper leaves them open
 FAN, PAGE, LEAF = 4, SIZES[0], SIZES[-1]  # a page's nodes are numbered as in a heap: 4i+1 to 4i+4 are the parts of i
 LEVEL = [slice((FAN**i - 1) // (FAN - 1), (FAN ** (i + 1) - 1) // (FAN - 1)) for i in range(len(SIZES))]
 LEAVES, NODES = LEVEL[-1].start, LEVEL[-1].stop
@@ -18,17 +18,22 @@ SIZE = np.repeat(SIZES, [level.stop - level.start for level in LEVEL])  # tokens
 START = np.concatenate([np.arange(0, PAGE, size) for size in SIZES])  # its first token in the page
 EMPTY = torch.tensor([-1e30, 1e30])[:, None]  # the box of no keys; finite, as 0 * inf would be NaN
 UPWARDS = list(zip(LEVEL[-2::-1], LEVEL[:0:-1], strict=True))  # (whole, parts), from the leaves' parents to the page
+SLACK = 0.5  # of what ranks the smallest chunks: bounds of single heads are loose (docs/experiments.md)
 PATIENCE = 2  # steps that all parts of a chunk must go unchosen before they are merged
 REGRET = 16  # steps that a merge is put off after one that was undone for nothing
 
 
-def bounds(boxes: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Upper bounds of q.k: boxes (m, Hkv, 2, D) as (max, min), query (Hkv, G, D) -> (Hkv, m), the group's best.
+def bounds(boxes: torch.Tensor, query: torch.Tensor, slack: float = 1.0) -> torch.Tensor:
+    """Upper bounds of q.k: boxes (m, Hkv, 2, D) as (max, min), query (Hkv, G, D) -> (Hkv, m, G).
+
+    With less slack, what lies that share of the way from the middle of the possible scores to the bound: an estimate.
 
     max(q * max, q * min), summed over channels, is a dot product once the query is split by sign (Quest section 3).
     """
-    split = torch.cat((query.clamp(min=0), query.clamp(max=0)), 2)  # (Hkv, G, 2D)
-    return torch.matmul(boxes.flatten(2).transpose(0, 1), split.transpose(1, 2)).amax(2)
+    above, below = query.clamp(min=0), query.clamp(max=0)
+    up, down = (1 + slack) / 2, (1 - slack) / 2
+    split = torch.cat((up * above + down * below, up * below + down * above), 2)  # (Hkv, G, 2D)
+    return torch.matmul(boxes.flatten(2).transpose(0, 1), split.transpose(1, 2))
 
 
 def widen(boxes: torch.Tensor, index: torch.Tensor, keys: torch.Tensor) -> None:
@@ -97,15 +102,20 @@ class ChunkTree:
             self.cold = np.concatenate((self.cold, np.zeros((grown, NODES), np.int8)))
             self.cut[-grown:, 0] = True
 
-    def search(self, query: torch.Tensor, k: int, first: int, last: int, learn: bool = True) -> tuple[np.ndarray, int]:
-        """The k leaves of highest bound that hold one of the tokens first..last-1, heads taking turns (`merge_heads`).
+    def search(
+        self, query: torch.Tensor, k: int, first: int, last: int, learn: bool = True, floor: torch.Tensor | None = None
+    ) -> tuple[np.ndarray, int]:
+        """The k best leaves that hold one of the tokens first..last-1, heads taking turns (`merge_heads`).
 
         query (Hkv, G, D). Returns the leaves' first tokens, ascending, and how many boxes were evaluated. The same
-        leaves as an evaluation of all would give: a node is opened for as long as it is among the k best.
+        leaves as an evaluation of all would give: a node is opened for as long as its bound is among the k best, and
+        no leaf's estimate is above the bounds of what it is part of.
+        floor (Hkv, G), if given: what cannot reach it for any query head is a desert, and neither opened nor chosen.
         """
         page, node = np.nonzero(self.cut)
         page, node = _overlapping(page, node, first, last)
-        score, evaluated = self._score(page, node, query), len(page)
+        evaluated = len(page)
+        page, node, score = self._score(page, node, query, floor)
         opened = []
         while True:
             order = np.argsort(page * PAGE + START[node], kind="stable")
@@ -119,8 +129,9 @@ class ChunkTree:
             evaluated += len(below[0])
             rest = np.ones(len(page), bool)
             rest[inner] = False
+            below = self._score(*below, query, floor)
             page, node = np.append(page[rest], below[0]), np.append(node[rest], below[1])
-            score = np.concatenate((score[:, rest], self._score(*below, query)), 1)
+            score = np.concatenate((score[:, rest], below[2]), 1)
         if learn:
             self._learn(opened, page[best], node[best])
         return page[best] * PAGE + START[node[best]], evaluated
@@ -146,8 +157,20 @@ class ChunkTree:
             self.cut[:, whole] |= ready
             self.cold[:, whole][ready] = 0
 
-    def _score(self, page: np.ndarray, node: np.ndarray, query: torch.Tensor) -> np.ndarray:
-        """Bounds of these nodes, in sortable form, (Hkv, m)."""
+    def _score(
+        self, page: np.ndarray, node: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None = None
+    ) -> tuple:
+        """Those of the nodes that reach the floor, and their bounds (leaves: estimates) in sortable form, (Hkv, m)."""
+        boxes, leaf = self.boxes(page, node), torch.from_numpy(node >= LEAVES)
+        score = query.new_empty(len(query), len(page), query.shape[1])
+        score[:, ~leaf], score[:, leaf] = bounds(boxes[~leaf], query), bounds(boxes[leaf], query, SLACK)
+        if floor is not None:
+            reach = (score >= floor[:, None]).any(2).any(0)
+            page, node, score = page[reach.numpy()], node[reach.numpy()], score[:, reach]
+        return page, node, sortable(score.amax(2))
+
+    def boxes(self, page: np.ndarray, node: np.ndarray) -> torch.Tensor:
+        """Of these nodes, (m, Hkv, 2, D) float32."""
         boxes = self.tail.new_empty(len(page), *self.tail.shape[1:])
         grows = page == self.full
         boxes[torch.from_numpy(grows)] = self.tail[torch.from_numpy(node[grows])]
@@ -156,7 +179,7 @@ class ChunkTree:
                 at = torch.from_numpy(page[mask])
                 codes = self.tops.view()[at] if source is None else source.take(page[mask], node[mask])
                 boxes[torch.from_numpy(mask)] = codes * self.scales.view()[at]
-        return sortable(bounds(boxes, query))
+        return boxes
 
     def _no_keys(self) -> torch.Tensor:
         with torch.inference_mode(False):  # or it could not be written to outside of it

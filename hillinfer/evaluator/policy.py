@@ -54,6 +54,8 @@ class Policy:
     can_speculate = False  # whether `select` may be called with a predicted query as well (see `Step.guess`)
     watches = False  # whether `observe` and `attended` are wanted; they cost as much as an attention
     late = True  # whether it may take over a cache that was filled without it (given all keys by one `append`)
+    in_drive = False  # whether a computational drive attends to what it holds, instead of sending it
+    exact = False  # whether it attends to every token
     nbytes = 0
     paged = False  # whether its index lives in pages on the drive: a quarter of the host budget is then theirs
 

@@ -6,7 +6,7 @@ first token).
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -62,9 +62,16 @@ def feed(model: PreTrainedModel, cache: TieredCache | DynamicCache, ids: list[in
         model(part, past_key_values=cache, logits_to_keep=1)
 
 
-def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache) -> Answer:
-    """The greedy answer to one of the project's own records. `model` must be enabled; `cache` must be empty."""
+def ask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache, seen: bool = False
+) -> Answer:
+    """The greedy answer to one of the project's own records. `model` must be enabled; `cache` must be empty.
+
+    With `seen` the question is part of the prefill, all but its last token: what H2O and SnapKV were made for.
+    """
     task, prompt = own_prompt(tokenizer, record)
+    if seen:
+        prompt = replace(prompt, document=len(prompt.ids) - 1)
     start = time.perf_counter()
     feed(model, cache, prompt.ids[: prompt.document])
     return answer(model, tokenizer, task, prompt, cache, time.perf_counter() - start)
@@ -145,7 +152,7 @@ def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
     """The figures of an `Answer` from what the cache recorded."""
     rows = cache.counters.rows
     steps = len({row.step for row in rows}) or 1
-    read = sum(span.bytes for span in cache.timeline.spans if span.kind in ("read", "prefetch"))
+    read = sum(span.bytes for span in cache.timeline.spans if span.kind in ("read", "prefetch", "abstract"))
     return {
         "steps": steps,
         "prefill_ms": prefill_s * 1e3,

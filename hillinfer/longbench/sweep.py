@@ -197,7 +197,7 @@ def shares_prefill(system: str) -> bool:
     from hillinfer.systems import list_systems
 
     policy = list_systems()[system].policy
-    return getattr(policy, "late", True) and not getattr(policy, "watches", False)
+    return policy.late
 
 
 def cache_for(model, job: Job, way: Way):

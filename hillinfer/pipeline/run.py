@@ -8,6 +8,7 @@ from hillinfer.config import Settings, UsageError
 from hillinfer.evaluator import cec
 from hillinfer.native import ring
 from hillinfer.pipeline.balance import Chosen, Speeds
+from hillinfer.pipeline.compression import Compression
 from hillinfer.pipeline.lookahead import Lookahead, Trial
 from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
@@ -18,6 +19,7 @@ from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.emulated import EmulatedDrive, Emulation
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import PLACEMENTS, SharedHits
+from hillinfer.tiers.packed import packed_geometry
 from hillinfer.tiers.scoring_store import RemoteStream
 from hillinfer.tiers.stream import BEHIND, Stream, Writer
 from hillinfer.tiers.tensors import Tensors
@@ -35,6 +37,7 @@ class Run:
     timeline: Timeline = field(default_factory=Timeline)
     counters: Counters = field(default_factory=Counters)
     step: int = -1
+    attend_s: float = 0.0  # what the last attention took
     attended_ns: int | None = None  # when a layer's attention last ended in a decode step
     geometry: Geometry | None = None
     drive: DirectDrive | EmulatedDrive | XrtDrive | None = None
@@ -43,6 +46,9 @@ class Run:
     lookahead: Lookahead | None = None
     speeds: Speeds | None = None  # of the profile
     chosen: Chosen | None = None  # what the last steps selected from either side
+    in_drive: bool = False  # whether the drive attends to what it holds
+    packed: DirectDrive | None = None  # the records in INT4
+    compression: Compression = field(default_factory=Compression)
     index_share: float = 0.0  # of the host budget, for a policy's index that lives in pages
     trial: Trial | None = None  # whether it pays to look ahead; of a system that streams, to stagger its two threads
     tensors: Tensors | None = None  # of a system that streams
@@ -65,6 +71,10 @@ class Run:
                 if self.settings.profile is not None:
                     self.speeds = Speeds.load(self.settings.profile)
                 self.drive = self._open_drive(geometry)
+                if self.settings.compress and self.settings.drive_kind == "ssd":
+                    own, streams = packed_geometry(geometry), self.layers * geometry.batch
+                    self.packed = DirectDrive(self.settings.drive, own, streams, self.settings.io_threads)
+                    self.compression = Compression(self.settings.compress)
                 self.lookahead, self.trial = Lookahead(), Trial(self.settings.lookahead)
                 budget = self.settings.host_budget
                 self.writer = Writer() if budget is None else Writer(min(BEHIND, budget // 4))
@@ -89,6 +99,8 @@ class Run:
         share = min(1.0, 2 * alpha) if budget is None else 1.0
         if self.speeds is not None:
             share = self._balanced_share()
+        if self.in_drive:
+            return 0
         tokens = min(n, max(int(share * n), int(alpha * n)) + 1)
         return tokens if budget is None else min(tokens, budget // self._bytes_per_token())
 
@@ -143,12 +155,13 @@ class Run:
         settings, streams = self.settings, self.layers * geometry.batch
         if settings.drive_kind == "ssd":
             return DirectDrive(settings.drive, geometry, streams, settings.io_threads, settings.engine)
-        shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, geometry.head_dim)
+        coded = 0 if self.in_drive else geometry.head_dim
+        shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
         if settings.drive_kind == "xrt":
             own = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads)
             return XrtDrive(settings.drive, shape, own)
-        kernel = cec.choose(settings.bits, shape.head_dim)
-        rates = replace(SMARTSSD, kernel=kernel.code_rate(shape.head_dim), call=kernel.call_seconds)
+        kernel = cec.choose(settings.bits, geometry.head_dim)
+        rates = replace(SMARTSSD, kernel=kernel.code_rate(geometry.head_dim), call=kernel.call_seconds)
         own = Emulation(rates=rates, paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
         return EmulatedDrive(settings.drive, shape, own)
 
@@ -173,7 +186,7 @@ class Run:
     def check(self, n: int) -> None:
         """UsageError where n tokens cannot be held within the budget."""
         budget, alpha = self.records_budget, self.settings.alpha
-        if budget is None or self.settings.stream is not None:
+        if budget is None or self.in_drive or self.settings.stream is not None:
             return
         held = n if self.settings.drive is None else math.ceil(alpha * n)
         need = held * self._bytes_per_token()
@@ -196,7 +209,9 @@ class Run:
         """What lies between one layer's attention and the next one's keys is the model's own work: record it."""
         if self.attended_ns is not None and tokens == 1:
             lane = "cpu" if self.geometry.device.type == "cpu" else "gpu"
-            self.timeline.add(lane, "dense", layer, self.step, self.attended_ns, time.perf_counter_ns())
+            now = time.perf_counter_ns()
+            self.timeline.add(lane, "dense", layer, self.step, self.attended_ns, now)
+            self.compression.note("compute", (now - self.attended_ns) / 1e9 + self.attend_s)
         self.attended_ns = None
 
     def begin_step(self, tokens: int) -> None:
@@ -214,8 +229,14 @@ class Run:
 
     def stop(self) -> None:
         """Give back the drive's space and the threads; `start` may follow."""
-        for part in (self.lookahead, self.writer, self.drive, self.tensors):  # what uses the drive, and then the drive
+        for part in (
+            self.lookahead,
+            self.writer,
+            self.packed,
+            self.drive,
+            self.tensors,
+        )::
             if part is not None:
                 part.close()
-        self.geometry = self.drive = self.hits = self.writer = self.lookahead = self.trial = None
+        self.geometry = self.drive = self.packed = self.hits = self.writer = self.lookahead = self.trial = None
         self.tensors = self.chosen = None

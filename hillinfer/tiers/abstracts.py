@@ -40,7 +40,7 @@ class Pages:
         self._keep(new[-room:], pages[-room:])
 
     def take(self, page: np.ndarray, part: np.ndarray) -> torch.Tensor:
-        """Parts [page, part] of pages, (m, *shape[1:]); others are read, as many pages as fit at a time."""
+        """Parts [page, part] of pages, (m, *shape[1:]); what is not in memory is read, a memoryful at a time."""
         wanted = np.unique(page)
         self.uses += 1
         step = self.capacity or max(1, len(wanted))

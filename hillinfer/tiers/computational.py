@@ -27,7 +27,7 @@ class Shape:
     batch: int
     record_bytes: int  # one token's K and V of all KV heads
     kv_heads: int
-    head_dim: int
+    head_dim: int  # of the key codes; 0 if it is to keep none
 
     def __post_init__(self):
         if self.head_dim > EXACT_DIM:
@@ -171,6 +171,12 @@ class ComputationalDrive(Protocol):
 
     def evaluate(self, stream: int, query: np.ndarray, block: int = 1024) -> Iterator[ScoreBlock]: ...
 
+    def begin_attend(self, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str) -> Fetch:
+        """Start attending to the tokens in runs (r, 2) of [start, end), with a scaled query (Hkv, G, D) float32, over
+        records of this dtype (float32, float16 or bfloat16). The result is the output (Hkv, G, D) and the logarithm of
+        the sum of exponentials (Hkv, G, 1), both float32.
+        """
+
     def begin_fetch(self, stream: int, positions: np.ndarray) -> Fetch:
         """Start reading the records of sorted positions (k,), hot or cold."""
 
@@ -193,8 +199,8 @@ class CodeMemory:
 
     def __init__(self, file: RecordFile, shape: Shape, dram_bytes: int, page_bytes: int = 1 << 20):
         self.file, self.shape = file, shape
-        self.page = max(1, page_bytes // shape.code_bytes)  # tokens; 1 MiB is where the NAND reaches its rate
-        self.slot = -(-self.page * shape.code_bytes // BLOCK) * BLOCK
+        self.page = max(1, page_bytes // max(1, shape.code_bytes))  # tokens; 1 MiB is where the NAND reaches its rate
+        self.slot = max(BLOCK, -(-self.page * shape.code_bytes // BLOCK) * BLOCK)
         self.room = dram_bytes // self.slot - shape.streams  # full pages that may still stay in memory
         if self.room < 0:
             raise DriveError(

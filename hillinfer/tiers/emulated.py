@@ -106,6 +106,15 @@ class RemoteDrive:
     def fetch(self, stream: int, positions: np.ndarray) -> np.ndarray:
         return self.begin_fetch(stream, positions).result()
 
+    def begin_attend(self, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str) -> "_Attention":
+        out = np.empty((*query.shape[:2], query.shape[2] + 1), np.float32)
+
+        def sink(answer: np.ndarray) -> None:
+            out[:] = answer.view(np.float32).reshape(out.shape)
+
+        give = (np.ascontiguousarray(query, np.float32), np.asarray(runs, np.int64).reshape(-1, 2))
+        return _Attention([self._link.send("attend", stream, dtype, give=give, take=out.nbytes, sink=sink)], out)
+
     def truncate(self, stream: int, n: int) -> None:
         if n < 0:
             raise ValueError(f"cannot truncate to {n} tokens")
@@ -180,6 +189,12 @@ class _Fetch:
     def result(self) -> np.ndarray:
         self.work = sum((call.end() for call in self._calls), Work())
         return self._records
+
+
+class _Attention(_Fetch):
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        out = super().result()
+        return out[..., :-1], out[..., -1:]
 
 
 class _Link:

@@ -19,9 +19,12 @@ class RemoteStream:
     def __init__(self, drive: ComputationalDrive, geometry: Geometry, index: int):
         self.drive, self.geometry, self.index, self.n = drive, geometry, index, 0
 
-    def append(self, records: torch.Tensor, coded: tuple[torch.Tensor, torch.Tensor]) -> int:
-        """Records (n, 2, Hkv, D) with their codes int8 (Hkv, n, D), and the doublings uint8 (Hkv, D) of older codes."""
-        codes, doublings = coded
+    def append(self, records: torch.Tensor, coded: tuple[torch.Tensor, torch.Tensor] | None) -> int:
+        """Records (n, 2, Hkv, D) with their codes int8 (Hkv, n, D), and the doublings uint8 (Hkv, D) of older codes; or
+        without, for a drive that keeps none.
+        """
+        none = torch.empty((self.geometry.kv_heads, len(records), 0), dtype=torch.int8), torch.zeros(0)
+        codes, doublings = coded or none
         if self.n and doublings.any():
             self.drive.rescale(self.index, doublings.numpy())
         data = self.geometry.as_bytes(records)

@@ -154,6 +154,10 @@ class DriveStore:
         far = positions[self.window.far(positions)]
         return far[self.pools[row].slots(far) < 0]
 
+    def read(self, row: int, positions: np.ndarray, exact: bool = False) -> tuple[torch.Tensor, int]:
+        """Records of sorted positions (k,) from the drive, and the bytes that it read. Any thread may."""
+        return self.streams[row].read(positions)
+
     def fetch(self, row: int, positions: np.ndarray, ahead=None, promote: bool = True) -> tuple[torch.Tensor, Found]:
         """`ahead` has records on their way from the drive: sorted `positions`; `records()` waits for them."""
         sources, found = self._find(row, positions, ahead, promote)
@@ -202,7 +206,7 @@ class DriveStore:
         brought = np.isin(tokens, ahead.positions) if ahead else np.zeros(len(tokens), bool)
         found.prefetched, found.demoted = int(brought.sum()), int((slots == DEMOTED).sum())
         start = time.perf_counter_ns()
-        missed, nbytes = self.streams[row].read(tokens[~brought])  # what the guess lacks, before waiting for the rest
+        missed, nbytes = self.read(row, tokens[~brought], not promote)  # what the guess lacks, before waiting for it
         read = time.perf_counter_ns()
         if nbytes:
             found.work.append(("drive", "read", start, read, nbytes))

@@ -17,6 +17,7 @@ from hillinfer.tiers.computational import CodeMemory, Meter, Shape, Work
 from hillinfer.tiers.emulated import MESSAGE, Emulation
 from hillinfer.tiers.record_file import DriveError, RecordFile
 
+PART = 1024  # records that attention reads at once
 HELD = 64  # records gathered in memory before a write: one large write beats many of one block
 
 
@@ -32,7 +33,7 @@ class Worker:
         self.tails = [np.empty((0, shape.record_bytes), np.uint8) for _ in range(shape.streams)]
         self.flushed = [0] * shape.streams  # records on the file; the rest are in the tail
         self.hot = [np.empty(0, bool) for _ in range(shape.streams)]
-        self.totals = {kind: Work() for kind in ("write", "rescale", "evaluate", "fetch")}
+        self.totals = {kind: Work() for kind in ("write", "rescale", "evaluate", "attend", "fetch")}
         self.hangup = select.poll()
         if connection is not None:
             self.hangup.register(connection, 0)
@@ -85,6 +86,30 @@ class Worker:
         tell("block", ())
         return self._count("fetch", meter)
 
+    def attend(self, tell, stream: int, dtype: str, query: np.ndarray, runs: np.ndarray, out: np.ndarray) -> Work:
+        """Exact attention with a running softmax (the online softmax of FlashAttention): one pass over the records."""
+        meter, heads, dim = self._meter(), *query.shape[::2]
+        meter.move(link=query.nbytes)
+        top = np.full((*query.shape[:2], 1), -np.inf, np.float32)
+        total, output = np.zeros_like(top), np.zeros_like(query)
+        for start, end in runs:
+            for at in range(start, end, PART):
+                raw = np.empty((min(PART, end - at), self.shape.record_bytes), np.uint8)
+                read = self._read(stream, np.arange(at, at + len(raw)), raw)
+                meter.move(nand_read=read)
+                keys, values = _floats(raw, dtype).reshape(len(raw), 2, heads, dim).transpose(1, 2, 0, 3)
+                logits = query @ keys.transpose(0, 2, 1)
+                new = np.maximum(top, logits.max(2, keepdims=True))
+                weights, fade = np.exp(logits - new), np.exp(top - new)
+                total = total * fade + weights.sum(2, keepdims=True)
+                output, top = output * fade + weights @ values, new
+        with np.errstate(divide="ignore"):
+            answer = np.concatenate((output / np.maximum(total, 1e-30), top + np.log(total)), 2)
+        out[:] = answer.astype(np.float32).view(np.uint8).ravel()
+        meter.move(link=out.nbytes)
+        tell("block", ())
+        return self._count("attend", meter)
+
     def truncate(self, tell, stream: int, n: int, _) -> None:
         if n >= len(self.hot[stream]):
             return
@@ -120,6 +145,13 @@ class Worker:
                 time.sleep(left)
             elif self.hangup.poll(int(left * 1000) - 1):
                 raise EOFError
+
+
+def _floats(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of this dtype as float32. numpy has no bfloat16: it is the upper half of a float32."""
+    if dtype == "bfloat16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.view(dtype).astype(np.float32)
 
 
 def main(connection: int, memory: int) -> None:

@@ -3,6 +3,7 @@
 from hillinfer.evaluator.policies.full import Full
 from hillinfer.evaluator.policies.h2o import H2O
 from hillinfer.evaluator.policies.infinigen import InfiniGen
+from hillinfer.evaluator.policies.instattention import InstAttention
 from hillinfer.evaluator.policies.leoam import LeoAM
 from hillinfer.evaluator.policies.oracle import Oracle
 from hillinfer.evaluator.policies.quest import Quest
@@ -22,5 +23,6 @@ POLICIES: dict[str, type[Policy]] = {
     "snapkv": SnapKV,
     "quest": Quest,
     "infinigen": InfiniGen,
+    "instattention": InstAttention,
     "leoam": LeoAM,
 }

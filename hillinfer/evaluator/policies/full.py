@@ -7,6 +7,7 @@ class Full(Policy):
     """Every token, every step."""
 
     needs_codes = False
+    exact = True
 
     def select(self, step: Step) -> None:
         return None

@@ -11,7 +11,7 @@ from hillinfer.evaluator.policy import Step
 
 
 class H2O(Eviction):
-    """Half the budget for the newest tokens, half for those with most attention so far; the rest is gone for good."""
+    """The newest tokens and those with most attention so far, half and half; the rest is evicted for good."""
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
         for weights in causal_weights(queries, keys, valid, scaling):

@@ -40,11 +40,15 @@ class Quest(Policy):
             return None
         near = step.near()[-step.budget :]
         first, last = step.first // self.page, -(-(step.n - step.recent) // self.page)
-        score = sortable(bounds(self.boxes.view()[step.row, first:last], step.grouped(self.kv_heads)))
+        score = self.scores(step.row, step.grouped(self.kv_heads), first, last)
         step.notes |= {"bounds": last - first, "chunks": last - first}
         best = first + merge_heads(score, (step.budget - len(near)) // self.page)
         chosen = (best[:, None] * self.page + np.arange(self.page)).ravel()
         return np.union1d(near, chosen[(chosen >= step.first) & (chosen < step.n)])
+
+    def scores(self, row: int, query: torch.Tensor, first: int, last: int) -> np.ndarray:
+        """Bounds of pages first..last-1, in sortable form, (Hkv, last - first)."""
+        return sortable(bounds(self.boxes.view()[row, first:last], query).amax(2))
 
     def truncate(self, n: int) -> None:
         """The box of a page that n cuts through stays as wide as it was: still a bound."""

@@ -1,0 +1,162 @@
+"""What LeoAM's chunks cost and carry along, layer by layer, against single tokens and fixed chunks of 16 and 64.
+
+    python -m benchmarks.chunks --n 4
+    python -m benchmarks.chunks --n 2 --misses
+
+Important are the tokens outside the device window that give some head 1 % of its weight or more. A method reads chunks
+in the order in which heads take turns, until it has 95 % of these; what it read beyond them is redundant.
+"""
+
+import argparse
+
+import numpy as np
+import pandas as pd
+
+from hillinfer.cache import TieredCache, disable, enable
+from hillinfer.config import Settings
+from hillinfer.demo import load_embedded, machine
+from hillinfer.evaluator.chunks import LEAF, LEAVES, NODES, bounds, sortable
+from hillinfer.evaluator.policies import LeoAM, Quest
+from hillinfer.evaluator.topk import merge_heads
+from hillinfer.longbench.runner import ask
+from hillinfer.longbench.synthetic import make_records
+
+SEED, SHARE, COVER = 78, 0.01, 0.95
+METHODS = {"tokens": 1, "leoam": LEAF, "chunks of 16": 16, "chunks of 64": 64}
+
+
+class Study(LeoAM):
+    """LeoAM, which looks beside at what other chunks would have read. Rows of figures come in `found`."""
+
+    found: list = []
+
+    def start(self, batch, kv_heads, head_dim, pages):
+        super().start(batch, kv_heads, head_dim, pages)
+        self.fixed = {}
+        for name, size in METHODS.items():
+            self.fixed[name] = type("Fixed", (Quest,), {"page": size})()
+            self.fixed[name].start(batch, kv_heads, head_dim, pages)
+
+    def append(self, keys):
+        super().append(keys)
+        for policy in self.fixed.values():
+            policy.append(keys)
+
+    def truncate(self, n):
+        super().truncate(n)
+        for policy in self.fixed.values():
+            policy.truncate(n)
+
+    def select(self, step):
+        picked = super().select(step)
+        last = (step.n - step.recent) // 64 * 64  # whole chunks of every size
+        weights = step.weights()[:, :last].max(0)
+        weights[: step.sinks] = 0
+        important = np.flatnonzero(weights >= SHARE)
+        for name, size in METHODS.items():
+            evaluated = step.notes["bounds"] if name == "leoam" else last // size
+            row = {"layer": step.layer, "method": name, "cached": last, "evaluated": evaluated, "important": 0}
+            if len(important):
+                read = size * covering(self._scores(name, size, step, last), important // size)
+                row |= {"important": len(important), "read": read, "redundant": 1 - COVER * len(important) / read}
+            self.found.append(row)
+        return picked
+
+    def _scores(self, name: str, size: int, step, last: int) -> np.ndarray:
+        query = step.grouped(self.kv_heads)
+        if name == "leoam":  # as it has them: full pages in INT8
+            page, node = np.divmod(np.arange(last // LEAF), NODES - LEAVES)
+            return self.trees[step.row]._score(page, node + LEAVES, query)[2]
+        return self.fixed[name].scores(step.row, query, 0, last // size)
+
+
+class Misses(Quest):
+    """Full attention, which notes whether chunks of each size and slack would have held a head's heaviest token."""
+
+    found: list = []
+
+    def start(self, *shape):
+        self.fixed = [type("Fixed", (Quest,), {"page": size})() for size in (2, 4, 8, 16)]
+        for policy in self.fixed:
+            policy.start(*shape)
+
+    def append(self, keys):
+        for policy in self.fixed:
+            policy.append(keys)
+
+    def select(self, step):
+        last = (step.n - step.recent) // 16 * 16
+        weights = step.weights()[:, :last]
+        best = weights.argmax(1)
+        best = best[(weights.max(1) > 0.2) & (best >= step.sinks)]
+        for policy in self.fixed if len(best) else ():
+            boxes = policy.boxes.view()[step.row, : last // policy.page]
+            for slack in (1.0, 0.5):
+                score = sortable(bounds(boxes, step.grouped(policy.kv_heads), slack).amax(2))
+                chosen = merge_heads(score, (round(0.2 * step.n) - len(step.near())) // policy.page)
+                missed = ~np.isin(best // policy.page, chosen)
+                self.found.append({"size": policy.page, "slack": slack, "heads": len(best), "missed": missed.sum()})
+
+
+def misses(task: str, tokens: int, n: int) -> pd.DataFrame:
+    """Share of the heads with a token of over 20 % of their weight whose chunk is not chosen at alpha 0.2."""
+    model, tokenizer = load_embedded()
+    before, Misses.found = enable(model), []
+    for record in make_records(task, tokens, n, SEED):
+        with TieredCache(model.config, Misses, Settings(alpha=0.2)) as cache:
+            ask(model, tokenizer, record, cache)
+    disable(model, before)
+    sums = pd.DataFrame(Misses.found).groupby(["size", "slack"])[["heads", "missed"]].sum()
+    return sums.assign(share=sums.missed / sums.heads)
+
+
+def covering(scores: np.ndarray, wanted: np.ndarray) -> int:
+    """How many chunks of scores (Hkv, m) are read, heads taking turns, until COVER of the wanted (k,) are in."""
+    turn = (-scores.astype(np.int64)).argsort(1, kind="stable").argsort(1).min(0)
+    needed = np.sort(turn[wanted])[int(np.ceil(COVER * len(wanted))) - 1]
+    return int((turn <= needed).sum())
+
+
+def measure(tasks: list[str], tokens: int, n: int, alpha: float) -> pd.DataFrame:
+    """A row for each layer and method: means over all decode steps that have important tokens."""
+    model, tokenizer = load_embedded()
+    before, Study.found = enable(model), []
+    for task in tasks:
+        for record in make_records(task, tokens, n, SEED):
+            with TieredCache(model.config, Study, Settings(alpha=alpha)) as cache:
+                ask(model, tokenizer, record, cache)
+    disable(model, before)
+    frame = pd.DataFrame(Study.found)
+    return frame.groupby(["layer", "method"], sort=False).mean().reset_index()
+
+
+def table(frame: pd.DataFrame) -> str:
+    """The frame as Markdown: for each layer what each method evaluates, reads and reads in vain."""
+    lines = ["| layer | important | " + " | ".join(f"{m}: evaluated, read, redundant" for m in METHODS) + " |"]
+    lines.append("|" + "---|" * (2 + len(METHODS)))
+    for layer, part in frame.groupby("layer"):
+        cells = [
+            f"{row.evaluated:,.0f}, " + ("-, -" if np.isnan(row.read) else f"{row.read:,.0f}, {row.redundant:.0%}")
+            for row in part.set_index("method").loc[list(METHODS)].itertuples()
+        ]
+        lines.append(f"| {layer} | {part.important.iloc[0]:.1f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--alpha", type=float, default=0.2)
+    parser.add_argument("--tasks", nargs="+", default=["lines", "needle"])
+    parser.add_argument("--misses", action="store_true", help="what chunks of other sizes miss, instead")
+    words = parser.parse_args()
+    if words.misses:
+        print(misses(words.tasks[0], words.tokens, words.n).to_string(), machine(), sep="\n")
+        return
+    print(table(measure(words.tasks, words.tokens, words.n, words.alpha)))
+    print(f"Tokens; {words.n} questions each of {', '.join(words.tasks)} at {words.tokens}; {machine()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What makes each baseline that baseline."""
+
+import numpy as np
+import pytest
+import torch
+
+import hillinfer
+from hillinfer.evaluator.policies import H2O, InfiniGen, Quest, SnapKV
+
+NEW = dict(max_new_tokens=16, do_sample=False, num_beams=1)
+
+
+def step(n: int, budget: int, **more) -> hillinfer.Step:
+    return hillinfer.Step(n, budget, sinks=2, recent=3, layer=0, step=0, scores=None, weights=None, **more)
+
+
+def attention(queries, keys, scaling) -> torch.Tensor:
+    """Causal weights (B, H, q, n), the plain way."""
+    n, q, group = keys.shape[2], queries.shape[2], queries.shape[1] // keys.shape[1]
+    logits = queries @ keys.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    return logits.masked_fill(torch.ones(q, n).tril(n - q) == 0, -torch.inf).softmax(-1)
+
+
+@pytest.fixture
+def prefill():
+    torch.manual_seed(3)
+    return torch.randn(2, 4, 300, 8), torch.randn(2, 2, 300, 8)
+
+
+def test_h2o_adds_up_the_attention_and_evicts_for_good(prefill):
+    queries, keys = prefill
+    policy = H2O()
+    policy.start(2, 2, 8, None)
+    policy.append(keys)
+    policy.observe(queries, keys, None, 0.3)
+    want = attention(queries, keys, 0.3).sum((1, 2)).numpy()
+    np.testing.assert_allclose(policy.worth[:, :300], want, rtol=1e-4, atol=1e-4)
+    first = policy.select(step(300, 40, row=1))
+    heavy = np.sort(np.argsort(-want[1, :280], kind="stable")[:20])
+    np.testing.assert_array_equal(first, np.append(heavy, np.arange(280, 300)))
+    policy.attended(1, first, np.full((4, 40), 0.25, np.float32))
+    np.testing.assert_allclose(policy.worth[1, first], want[1, first] + 1, rtol=1e-4)
+    policy.append(keys[:, :, :1])
+    again = policy.select(step(301, 60, row=1))  # a larger budget brings nothing back
+    np.testing.assert_array_equal(again, np.append(first, 300))
+
+
+def test_padding_has_no_weight(prefill):
+    queries, keys = prefill
+    valid = torch.ones(2, 300, dtype=torch.bool)
+    valid[1, :90] = False
+    policy = H2O()
+    policy.start(2, 2, 8, None)
+    policy.append(keys)
+    policy.observe(queries, keys, valid, 0.3)
+    want = attention(queries[1:, :, 90:], keys[1:, :, 90:], 0.3).sum((0, 1, 2)).numpy()
+    np.testing.assert_allclose(policy.worth[1, 90:300], want, rtol=1e-4, atol=1e-4)
+    assert policy.select(step(300, 40, row=1, valid=valid[1].numpy()))[0] >= 90
+
+
+def test_snapkv_keeps_what_the_last_queries_want_and_what_comes_later(prefill):
+    queries, keys = prefill
+    keys[0, :, 100] = 4 * queries[0, ::2, -16:].mean(1)
+    policy = SnapKV()
+    policy.start(2, 2, 8, None)
+    policy.append(keys)
+    policy.observe(queries, keys, None, 0.3)
+    picked = policy.select(step(300, 60))
+    assert {100, *range(268, 300)} <= set(picked.tolist()) and len(picked) == 60
+    policy.append(keys[:, :, :1])
+    later = policy.select(step(301, 60))
+    assert 300 in later and set(later.tolist()) <= {*picked.tolist(), 300}
+
+
+def test_quest_takes_the_pages_of_highest_bound():
+    keys = torch.zeros(1, 2, 100, 8)
+    keys[0, 0, 37, 3], keys[0, 1, 70, 5] = 9, -7
+    policy = Quest()
+    policy.start(1, 2, 8, None)
+    policy.append(keys[:, :, :50])
+    policy.append(keys[:, :, 50:])
+    query = torch.zeros(4, 8)
+    query[0, 3], query[2, 5] = 1, -1
+    picked = policy.select(step(100, 40, query=query))
+    np.testing.assert_array_equal(picked, [0, 1, *range(32, 48), *range(64, 80), 97, 98, 99])
+
+
+def test_infinigen_with_all_columns_is_exact_and_keeps_to_the_margin(prefill):
+    queries, keys = prefill
+
+    class AllColumns(InfiniGen):
+        ratio = 1.0
+
+    policy = AllColumns()
+    policy.start(2, 2, 8, None)
+    policy.append(keys[:, :, :200])
+    policy.observe(queries[:, :, :200], keys[:, :, :200], None, 1.0)
+    policy.append(keys[:, :, 200:])
+    query = queries[0, :, -1]
+    picked = policy.select(step(300, 250, query=query, scaling=1.0))
+    score = (query.view(2, 2, 8) @ keys[0].transpose(1, 2)).amax(1)
+    score[:, [0, 1, 297, 298, 299]] = -torch.inf
+    wanted = int((score > score.amax(1, keepdim=True) - 4).sum(1).float().mean().ceil())
+    far = np.setdiff1d(picked, [0, 1, 297, 298, 299])
+    assert len(far) == wanted < 245
+    order = score.argsort(1, descending=True)
+    assert {int(order[0, 0]), int(order[1, 0]), int(order[0, 1]), int(order[1, 1])} <= set(far.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_drive_attends_exactly(models, prompt, tmp_path, dtype):
+    """One step on the drive against attention over everything in memory, for a padded batch; and what it cost."""
+    model = models("qwen3")
+    ids = torch.cat((prompt, prompt.flip(1)))
+    ids[1, :60] = 0
+    mask, out = (ids != 0).long(), {}
+    model.to(dtype)
+    for system, options in (("full", {}), ("instattention", dict(drive=tmp_path))):
+        with hillinfer.make_cache(model, system, **options) as cache, torch.inference_mode():
+            model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+            out[system] = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits.float()
+            if options:
+                report, spans = cache.run.drive.report()["attend"], cache.timeline.frame()
+                assert cache.memory()["codes"] == 0 and report.calls == 2 * model.config.num_hidden_layers
+                assert report.nand_bytes > 0.5 * 150 * cache.run.geometry.record_bytes and report.modelled_s > 0
+                assert report.link_bytes < 0.2 * report.nand_bytes  # outputs travel, records do not
+                assert set(spans[spans.lane == "drive"].kind) >= {"attend"} and not (spans.kind == "read").any()
+    model.to(torch.float32)
+    hillinfer.disable(model)
+    torch.testing.assert_close(
+        out["instattention"],
+        out["full"],
+        **dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.1, atol=0.1),
+    )
+
+
+def test_one_that_must_see_the_prefill_cannot_take_over(models, prompt):
+    model = models("llama")
+    with hillinfer.make_cache(model, "topk") as cache, torch.inference_mode():
+        model(prompt, past_key_values=cache)
+        for name in ("h2o", "snapkv", "infinigen"):
+            with pytest.raises(hillinfer.UsageError, match="must see the prefill"):
+                cache.use(hillinfer.POLICIES[name], hillinfer.Settings())
+        cache.use(hillinfer.POLICIES["leoam"], hillinfer.Settings(alpha=0.2))  # this one is given the keys
+        turn = torch.cat((prompt, prompt[:, :1]), 1)
+        model.generate(turn, past_key_values=cache, **NEW)
+    with hillinfer.make_cache(model, "leoam", alpha=0.2) as cache:
+        model.generate(turn, past_key_values=cache, **NEW)
+    hillinfer.disable(model)

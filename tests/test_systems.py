@@ -1,0 +1,120 @@
+"""Every system of the registry, whoever added it, goes through the same matrix."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+import hillinfer
+
+NEW = dict(max_new_tokens=12, do_sample=False, num_beams=1)
+PLACES = ("memory", "ssd", "emulated")
+
+
+def options_for(name: str, place: str, folder: Path, **options) -> dict:
+    """Settings for that place; skips where the system says, with a clear error, that it has no use for it."""
+    options |= {} if place == "memory" else dict(drive=folder, drive_kind=place)
+    try:
+        hillinfer.systems.find_system(name, options)
+    except hillinfer.UsageError as error:
+        pytest.skip(str(error))
+    return options
+
+
+@pytest.fixture(params=PLACES)
+def place(request):
+    return request.param
+
+
+@pytest.fixture(params=list(hillinfer.list_systems()))
+def system(request):
+    return request.param
+
+
+@pytest.fixture(params=["llama", "opt"])
+def model(request, models):
+    model = models(request.param)
+    yield model
+    hillinfer.disable(model)
+
+
+def padded(prompt):
+    ids = torch.cat((prompt, prompt.flip(1)))
+    ids[1, :60] = 0
+    return ids, (ids != 0).long()
+
+
+def test_full_budget_equals_full(model, prompt, system, place, tmp_path):
+    """Greedy tokens of a padded batch and of a second turn are those of DynamicCache."""
+    options = options_for(system, place, tmp_path, alpha=1.0)
+    ids, mask = padded(prompt)
+    kept = DynamicCache(config=model.config)
+    first = model.generate(ids, attention_mask=mask, past_key_values=kept, **NEW)
+    turn, longer = torch.cat((first, ids[:, -20:]), 1), torch.cat((mask, mask.new_ones((2, 32))), 1)
+    second = model.generate(turn, attention_mask=longer, past_key_values=kept, **NEW)
+    with hillinfer.make_cache(model, system, **options) as cache:
+        assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **NEW), first)
+        assert torch.equal(model.generate(turn, attention_mask=longer, past_key_values=cache, **NEW), second)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tenth_runs_within_its_budget(model, prompt, system, place, tmp_path):
+    """A padded batch, chunked prefill, a crop and a second turn; where it selects, never more than its budget."""
+    options = options_for(system, place, tmp_path, alpha=0.1, recent=8)
+    ids, mask = padded(prompt)
+    with hillinfer.make_cache(model, system, **options) as cache:
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, prefill_chunk_size=64, **NEW)
+        assert out.shape == (2, ids.shape[1] + 12)
+        cache.crop(-5)
+        longer = torch.cat((mask, mask.new_ones((2, 12))), 1)
+        model.generate(out, attention_mask=longer, past_key_values=cache, **NEW)
+        rows, memory = cache.counters.rows, cache.memory()
+    assert rows and all(row.device + row.host + row.drive == row.queries for row in rows)
+    if not hillinfer.list_systems()[system].policy.exact:
+        assert all(row.attended <= 2 * cache.run.settings.budget(row.cached) for row in rows)
+    assert sum(memory.values()) > 0
+
+
+class Interrupt(LogitsProcessor):
+    """Ctrl-C at the sixth token."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 6:
+            raise KeyboardInterrupt
+        return scores
+
+
+def left_behind() -> tuple:
+    threads = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("hillinfer"))
+    children = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    return threads, "".join(children), len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_interruption_leaves_nothing(models, prompt, system, place, tmp_path):
+    options = options_for(system, place, tmp_path, alpha=0.2)
+    model, before = models("llama"), left_behind()
+    with pytest.raises(KeyboardInterrupt), hillinfer.make_cache(model, system, **options) as cache:
+        model.generate(prompt, past_key_values=cache, logits_processor=LogitsProcessorList([Interrupt()]), **NEW)
+    hillinfer.disable(model)
+    assert not list(tmp_path.iterdir()) and left_behind() == before
+    assert not any(block._forward_pre_hooks for block in model.get_decoder().layers)
+
+
+@pytest.mark.parametrize("system", [n for n, s in hillinfer.list_systems().items() if s.policy.can_speculate])
+def test_lookahead_changes_no_token(models, prompt, system, tmp_path):
+    """A guess is only a prefetch, also for policies that learn from their selections."""
+    model, out = models("llama"), {}
+    ids, mask = padded(prompt)
+    for lookahead in (True, False):
+        options = options_for(system, "ssd", tmp_path, alpha=0.15, recent=4, lookahead=lookahead, compress=0.0)
+        with hillinfer.make_cache(model, system, **options) as cache:
+            out[lookahead] = model.generate(ids, attention_mask=mask, past_key_values=cache, **NEW)
+            assert (cache.counters.total("guessed") > 0) == lookahead
+    assert torch.equal(out[True], out[False])
+    hillinfer.disable(model)

@@ -235,7 +235,7 @@ class Run:
             self.packed,
             self.drive,
             self.tensors,
-        )::
+        ):
             if part is not None:
                 part.close()
         self.geometry = self.drive = self.packed = self.hits = self.writer = self.lookahead = self.trial = None

@@ -3,8 +3,8 @@
     python -m benchmarks.dualblade --drive FOLDER [--mib 1024] [--repeats 5] [--out out/dualblade.csv]
 
 A stack of decoder layers without a model (8 KV heads of 128, bf16, batch 1: 4 KiB for each token and layer), filled
-with random KV, decodes with exact attention. Each cell is a process in a cgroup of its own, which leaves `KV / ratio` bytes
-for the page cache; the three ways take turns. Needs root for the cgroup.
+with random KV, decodes with exact attention. Each cell is a process in a cgroup of its own, which leaves `KV / ratio`
+bytes for the page cache; the three ways take turns. Needs root for the cgroup.
 """
 
 import argparse

@@ -45,7 +45,6 @@ class Command(Transfer):
 
     def __init__(self, opcode: int, offset: int, buffer: np.ndarray, lba: int):
         super().__init__(opcode, -1, offset, buffer)
-        self.buffer = buffer  # held until the command is through
         self.words = [offset // lba & 0xFFFFFFFF, offset // lba >> 32, len(buffer) // lba - 1]
 
     def done(self, result: int) -> bool:

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import hillinfer
+from hillinfer.cli import app
 from hillinfer.tiers import nvme
 from hillinfer.tiers.nvme import CMD_IO, COMMAND, Command, check_namespace, command
 from hillinfer.tiers.raw_device import (
@@ -25,6 +27,7 @@ from hillinfer.tiers.record_file import BLOCK, DriveError, aligned
 from hillinfer.tiers.uring import READ, SQE, WRITE, Ring, Transfer, plain
 
 MIB = 1 << 20
+SIZE = 320 * MIB
 
 
 def run(*words, **kw):
@@ -33,10 +36,10 @@ def run(*words, **kw):
 
 @pytest.fixture
 def loop(tmp_path):
-    """A loop device of 64 MiB of zeros."""
+    """A loop device of zeros, as large as XFS asks for; its file is sparse."""
     image = tmp_path / "image"
     with image.open("wb") as file:
-        file.truncate(64 * MIB)
+        file.truncate(SIZE)
     try:
         name = run("losetup", "--find", "--show", str(image))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -61,7 +64,7 @@ def test_an_empty_device_is_stamped_once_and_then_ours(loop):
         check_stamped(loop)
     stamp(loop)
     stamp(loop)
-    assert check_stamped(loop) == 64 * MIB
+    assert check_stamped(loop) == SIZE
     device = BlockDevice(loop)
     assert "raw block device" in device.about
     with pytest.raises(DeviceRefused, match="cannot be had alone"):  # a second run at once
@@ -156,6 +159,13 @@ def test_data_without_a_known_signature_is_refused(loop):
         BlockDevice(loop)
 
 
+def test_the_command_stamps_or_says_why_not(loop, tmp_path):
+    assert CliRunner().invoke(app, ["stamp", loop]).exit_code == 0
+    assert check_stamped(loop)
+    refused = CliRunner().invoke(app, ["stamp", str(tmp_path)])
+    assert refused.exit_code == 2 and "no block device" in refused.output
+
+
 @pytest.mark.parametrize("at", [0, 1024, 65536, STAMP - 1])
 def test_a_stamp_that_lost_a_byte_is_none(ours, at):
     with open(ours, "r+b") as file:  # noqa: PTH123
@@ -188,13 +198,13 @@ def test_writes_stay_within_the_data_and_read_back(ours):
     device.transfer("read", [(first, back)], 0, 0)
     assert (data == back).all()
     with pytest.raises(DriveError, match=r"no room for .* name a larger device"):
-        device.allocate(64 * MIB)
+        device.allocate(SIZE)
     device.trim()
     assert device.trimmed
     device.transfer("read", [(first, back)], 0, 0)
     assert not back.any()  # a loop device's TRIM reads as zeros
     device.close()
-    assert check_stamped(ours) == 64 * MIB  # the stamp outlives the run
+    assert check_stamped(ours) == SIZE  # the stamp outlives the run
 
 
 @pytest.mark.parametrize("system", ["flexgen", "dualblade"])

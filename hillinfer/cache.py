@@ -23,6 +23,7 @@ from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
 from hillinfer.pipeline.balance import Speeds
 from hillinfer.pipeline.run import Run
+from hillinfer.pipeline.streaming import check_device
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.geometry import Geometry
 
@@ -118,6 +119,7 @@ def plan(config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch
     run = Run(settings, len(check_supported(config)))
     run.geometry = Geometry(1, heads, dim, dtype, torch.device("cpu"))
     run.check(tokens)
+    check_device(settings)
     if settings.profile is not None:
         Speeds.load(settings.profile)
     need = run.layers * tokens * run.geometry.record_bytes
@@ -200,6 +202,7 @@ class TieredCache(Cache):
         layers = DynamicCache(config=config).layers
         only_sliding = all(getattr(layer, "is_sliding", False) for layer in layers)
         tiered = [] if sliding_ok and only_sliding else check_supported(config)
+        check_device(settings or Settings())
         self.config, self.run = config, Run(settings or Settings(), len(tiered))
         for order, index in enumerate(tiered):
             layers[index] = TieredLayer(Layer(order, policy(), self.run))

@@ -157,6 +157,15 @@ def test_given_a_length_each_tensor_is_one_extent(tmp_path):
     held.close()
 
 
+def test_trim_gives_the_space_back_while_the_file_is_open(tmp_path):
+    file = DirectFile(tmp_path)
+    file.allocate(1 << 20)
+    assert os.fstat(file.fd).st_blocks * 512 >= 1 << 20
+    file.trim()
+    assert os.fstat(file.fd).st_blocks == 0
+    file.close()
+
+
 def test_each_layer_is_read_once_a_step(tmp_path):
     held = tensors(tmp_path, geometry(), layers=4, max_tokens=3000)
     for layer in range(4):

@@ -12,6 +12,7 @@ from benchmarks.claims import Claim, tests, verdict
 from benchmarks.memory_cgroup import CgroupError
 
 MIB, REPEATS = int(os.environ.get("MIB", "512")), int(os.environ.get("REPEATS", "5"))
+NOISE = 0.1  # of a median over the repeats on an idle machine; a busy one misses the bars, and should
 
 
 def lossless() -> list[Claim]:
@@ -42,18 +43,16 @@ def under_a_cgroup() -> list[Claim]:
     for ratio, part in frame.groupby("ratio"):
         ms, hits = (part.pivot(index="repeat", columns="way", values=name) for name in ("ms", "hit_rate"))
         better = ms[["page-cache", "direct"]].median().idxmin()
-        noise = (ms[better].quantile(0.75) - ms[better].quantile(0.25)) / ms[better].median()
         versus = (ms["dual"] / ms[better]).median()
         times = ", ".join(f"{way} {ms[way].median():.0f} ({ms[way].min():.0f}-{ms[way].max():.0f})" for way in ms)
         text = f"KV {ratio:g}x the cache: ms a step: {times}; dual over {better}"
-        claims.append(Claim(text, f"{versus:.2f}", f"at most 1 + noise {noise:.2f}", versus <= 1 + noise))
+        claims.append(Claim(text, f"{versus:.2f}", f"at most 1 + noise {NOISE}", versus <= 1 + NOISE))
         page = hits["page-cache"].median()
         if ratio < 1:
             claims.append(Claim(f"KV {ratio:g}x: hit rate of page cache only", f"{page:.0%}", "95 %", page >= 0.95))
             gain = (ms["page-cache"] / ms["dual"]).median()
             text = f"KV {ratio:g}x: all fits, so page cache only over dual gains nothing"
-            noise = max(noise, 0.05)
-            claims.append(Claim(text, f"{gain:.2f}", f"1 within noise {noise:.2f}", abs(gain - 1) <= noise))
+            claims.append(Claim(text, f"{gain:.2f}", f"1 within noise {NOISE}", abs(gain - 1) <= NOISE))
         if ratio > 1:
             text = f"KV {ratio:g}x: hit rate of page cache only collapses, though {1 / ratio:.0%} would fit"
             claims.append(Claim(text, f"{page:.0%}", f"below half of that, {0.5 / ratio:.0%}", page < 0.5 / ratio))

@@ -24,6 +24,7 @@ from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
 from hillinfer.pipeline.balance import Speeds
 from hillinfer.pipeline.run import Run
+from hillinfer.pipeline.streaming import check_device
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.xrt import check_card
@@ -127,6 +128,7 @@ def plan(config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch
     run = Run(settings, len(check_supported(config)))
     run.geometry = Geometry(1, heads, dim, dtype, torch.device("cpu"))
     run.check(tokens)
+    check_device(settings)
     if settings.profile is not None:
         Speeds.load(settings.profile)
     if settings.drive_kind == "xrt":
@@ -216,6 +218,7 @@ class TieredCache(Cache):
         layers = DynamicCache(config=config).layers
         only_sliding = all(getattr(layer, "is_sliding", False) for layer in layers)
         tiered = [] if sliding_ok and only_sliding else check_supported(config)
+        check_device(settings or Settings())
         self.config, self.run = config, Run(settings or Settings(), len(tiered))
         self.run.index_share = 0.25 if policy.paged and self.run.settings.drive is not None else 0.0
         self.run.in_drive = policy.in_drive and self.run.settings.drive_kind == "emulated"

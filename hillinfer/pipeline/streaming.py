@@ -7,7 +7,7 @@ from hillinfer.pipeline.lookahead import Trial
 from hillinfer.tiers.direct_file import DirectFile
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.planner import NEAR, read_memory
-from hillinfer.tiers.raw_device import DeviceRefused, open_device
+from hillinfer.tiers.raw_device import DeviceRefused, check_path, open_device
 from hillinfer.tiers.record_file import BLOCK, RecordFile
 from hillinfer.tiers.tensors import HostPath, Tensors
 
@@ -15,6 +15,15 @@ from hillinfer.tiers.tensors import HostPath, Tensors
 def staggering(settings: Settings) -> Trial:
     """Cross-path where it is on, intra-path where it is off; "auto" tries both (DUAL-BLADE section 3.2)."""
     return Trial({"cross": True, "intra": False}.get(settings.pipelining, "auto"))
+
+
+def check_device(settings: Settings) -> None:
+    """UsageError for a device that must not be written to."""
+    if settings.device is not None:
+        try:
+            check_path(settings.device)
+        except DeviceRefused as error:
+            raise UsageError(str(error)) from None
 
 
 def open_tensors(settings: Settings, geometry: Geometry, layers: int, staggered: Callable[[], bool]) -> Tensors:

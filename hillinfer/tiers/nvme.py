@@ -45,7 +45,6 @@ class Command(Transfer):
 
     def __init__(self, opcode: int, offset: int, buffer: np.ndarray, lba: int):
         super().__init__(opcode, -1, offset, buffer)
-        self.buffer = buffer  # held until the command is through
         self.words = [offset // lba & 0xFFFFFFFF, offset // lba >> 32, len(buffer) // lba - 1]
 
     def done(self, result: int) -> bool:
@@ -65,19 +64,20 @@ class NvmeDevice(BlockDevice):
     def __init__(self, path: str | Path, threads: int = 16):
         self.path = Path(path)
         block, queue = check_namespace(self.path)
-        self.lba, self.metadata = int((queue / "logical_block_size").read_text()), 0
+        self.lba = int((queue / "logical_block_size").read_text())
         self.most = int((queue / "max_hw_sectors_kb").read_text()) * 1024  # MDTS
         self.command_fd = os.open(self.path, os.O_RDWR)
         try:
             self.nsid = fcntl.ioctl(self.command_fd, NVME_ID)
             super().__init__(block, threads)
-            if self.by != "io_uring":
-                raise DeviceRefused(f"{path} needs io_uring with wide entries (Linux 5.19 or newer): name {block}")
-            self._prove()
+            try:
+                self._prove()
+            except BaseException:
+                super().close()
+                raise
         except BaseException:
             os.close(self.command_fd)
             raise
-        self.what = f"the namespace {path}"
 
     @property
     def about(self) -> str:
@@ -85,10 +85,13 @@ class NvmeDevice(BlockDevice):
 
     def _prove(self) -> None:
         """Read the stamp by a command: the character device must be the namespace whose block device was checked."""
+        if self.by != "io_uring":
+            raise DeviceRefused(
+                f"{self.path} needs io_uring with wide entries (Linux 5.19): name {self.folder} instead"
+            )
         start = aligned(STAMP)
         self.transfer("read", [(0, start)], 0, 0)
         if start.tobytes() != _stamp(self.limit):
-            super().close()
             raise DeviceRefused(f"{self.path} is not the namespace of {self.folder}; name the block device instead")
 
     def transfer(self, verb, jobs, stream, position, share=1) -> None:

@@ -162,5 +162,14 @@ def open_device(path: str | Path, threads: int = 16) -> DirectFile:
     return BlockDevice(path, threads)
 
 
+def check_path(path: str | Path) -> None:
+    """DeviceRefused where `open_device` would refuse, before anything is opened to be written."""
+    if re.fullmatch(r"ng\d+n\d+", Path(path).name):
+        from hillinfer.tiers.nvme import check_namespace
+
+        path = check_namespace(Path(path))[0]
+    check_stamped(path)
+
+
 def _size(fd: int) -> int:
     return struct.unpack("<Q", fcntl.ioctl(fd, GETSIZE64, bytes(ctypes.sizeof(ctypes.c_uint64))))[0]

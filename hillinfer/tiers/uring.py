@@ -139,7 +139,7 @@ class Transfer:
 
     def __init__(self, opcode: int, fd: int, offset: int, buffer: np.ndarray):
         self.opcode, self.fd, self.offset = opcode, fd, offset
-        self.address, self.left = buffer.ctypes.data, len(buffer)
+        self.buffer, self.address, self.left = buffer, buffer.ctypes.data, len(buffer)  # held while it is written to
 
     def done(self, result: int) -> bool:
         if result in (-errno.EAGAIN, -errno.EINTR):

@@ -29,6 +29,7 @@ class Step:
 class Policy:
     """Chooses which tokens a decode step attends to. Subclass, write `select`, add one line to `policies`."""
 
+    selects = True  # False: every step attends to everything, and `select` is not asked
     needs_codes = True  # whether `scores` is used; without it no key codes are built
     can_speculate = False  # whether `select` may be called with a predicted query as well: it must keep no state
 

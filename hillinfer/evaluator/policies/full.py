@@ -1,12 +1,9 @@
 """Every token, every step: the reference that the others are judged by."""
 
-from hillinfer.evaluator.policy import Policy, Step
+from hillinfer.evaluator.policy import Policy
 
 
 class Full(Policy):
     """Every token, every step."""
 
-    needs_codes = False
-
-    def select(self, step: Step) -> None:
-        return None
+    selects = needs_codes = False

@@ -62,9 +62,7 @@ def main() -> int:
     with torch.inference_mode():
         rows, claims = measure(), []
     about = facts(STEPS)
-    print(
-        f"{about['machine']}, load {about['load']:.1f}, kernels for {about['isa']}; medians of {STEPS} steps (quartiles)"
-    )
+    print(f"{about['machine']}, load {about['load']:.1f}, kernels for {about['isa']}; medians and quartiles")
     for row in rows:
         text = f"{row['tokens']:6} tokens: DynamicCache {row['dynamic_ms']:.2f} ms, full {row['full_ms']:.2f} ms"
         figure = f"{row['ratio_ms']:.2f}x ({row['low_ms']:.2f} to {row['high_ms']:.2f}; CPU {row['ratio_cpu_ms']:.2f}x)"

@@ -68,7 +68,7 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     scores = native.score(query, coded[8], 8)
     records = torch.randn(TOKENS, 2, HEADS, DIM, dtype=torch.bfloat16)
     chosen = np.sort(rng.choice(TOKENS, CHOSEN, replace=False))
-    where, own = records.data_ptr() + chosen * RECORD, torch.randn(HEADS * GROUP, DIM)
+    where, own = records.data_ptr() + chosen * RECORD, torch.randn(1, HEADS * GROUP, DIM)
     out, taken = torch.empty_like(own), torch.from_numpy(chosen)
     keys, codes = torch.randn(1, HEADS, 512, DIM), torch.empty((1, HEADS, 512, DIM), dtype=torch.int8)
     scale = torch.zeros(1, HEADS, 1, DIM)
@@ -84,9 +84,9 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
 
     plain, stored = torch.from_numpy(query), {bits: torch.from_numpy(part) for bits, part in coded.items()}
     core, moved, torch_too = CORE, CHOSEN * RECORD, ", torch"
-    attend = [Row("attend to scattered tokens", moved, lambda: native.attend(own, where, *how), core)]
+    attend = [Row("attend to scattered tokens", moved, lambda: native.attend(own, [where], *how), core)]
     attend.append(Row("attend to scattered tokens" + torch_too, moved, by_torch))
-    attend.append(Row("attend to all tokens", records.nbytes, lambda: native.attend(own, everything, *how), core))
+    attend.append(Row("attend to all tokens", records.nbytes, lambda: native.attend(own, [everything], *how), core))
     rows = [Row(core, words.nbytes, lambda: native.read(words))]
     for bits in (8, 4):
         name, size = f"score int{bits}", coded[bits].nbytes

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 
 from hillinfer import native
 
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
 
 def is_native(query: torch.Tensor) -> bool:
     """Whether the kernel can serve this query: it reads host memory."""
-    dtype = str(query.dtype).removeprefix("torch.")
-    return query.device.type == "cpu" and dtype in native.DTYPES and query.shape[3] <= 1024 and native.available()
+    host = query.device.type == "cpu" and query.dtype in DTYPES
+    return host and query.shape[3] <= native.MAX_DIM and native.available()
 
 
 def over_records(query: torch.Tensor, rows: list[np.ndarray | tuple], kv_heads: int, scaling: float) -> torch.Tensor:
@@ -22,11 +24,8 @@ def over_records(query: torch.Tensor, rows: list[np.ndarray | tuple], kv_heads: 
     addresses; (B, 1, H, D). No gather buffer, and sums in fp32.
     """
     batch, heads, _, dim = query.shape
-    whole = query.to(torch.float32).reshape(batch, heads, dim).contiguous()
-    out, dtype = torch.empty((batch, 1, heads, dim)), str(query.dtype).removeprefix("torch.")
-    threads = torch.get_num_threads()
-    for row, where in enumerate(rows):
-        native.attend(whole[row], where, dtype, kv_heads, scaling, out[row], threads)
+    whole, out = query.float().reshape(batch, heads, dim), torch.empty((batch, 1, heads, dim))
+    native.attend(whole.contiguous(), rows, DTYPES[query.dtype], kv_heads, scaling, out, torch.get_num_threads())
     return out.to(query.dtype)
 
 

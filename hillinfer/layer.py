@@ -56,7 +56,8 @@ class Layer:
         run.check(self.n + keys.shape[2])
         if self.guess is not None:
             self.guess.chosen()  # the guess reads codes and pool; they may change from here on
-        keys, values = keys.detach(), values.detach()  # what is cached is never trained through
+        if keys.requires_grad or values.requires_grad:
+            keys, values = keys.detach(), values.detach()  # what is cached is never trained through
         kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2)  # (B, n, 2, Hkv, D)
         coded = None
         if self.codes is not None:
@@ -275,6 +276,8 @@ class Layer:
 
     def _select_rows(self, query: torch.Tensor, valid, scaling: float, kind: str = "select") -> list[np.ndarray | None]:
         """Each row's selection; query (B, H, 1, D), valid (B, n) or None."""
+        if not self.policy.selects:
+            return [None] * query.shape[0]
         valid = None if valid is None else valid.cpu().numpy()
         return [
             self._select(query[row, :, 0], scaling, row, None if valid is None else valid[row], kind)
@@ -350,11 +353,11 @@ class Layer:
         shown = None if valid is None else valid.numpy()
         if all(pick is None for pick in picks):
             kv, found = self.store.all()
-            width, n = self.run.geometry.record_bytes, kv.shape[1]
-            rows = [(kv.data_ptr() + row * kv.stride(0) * kv.element_size(), width, n) for row in range(len(kv))]
+            width, n, each = self.run.geometry.record_bytes, kv.shape[1], kv.stride(0) * kv.element_size()
+            rows = [(kv.data_ptr() + row * each, width, n) for row in range(kv.shape[0])]
             if shown is not None:
                 rows = [base + np.flatnonzero(own) * width for (base, _, _), own in zip(rows, shown, strict=True)]
-            return rows, [kv], n * len(kv) if shown is None else int(shown.sum()), found
+            return rows, [kv], n * len(rows) if shown is None else int(shown.sum()), found
         picks, parts, found = self._by_row(picks, self.store.locate)
         rows, keep = [addresses for (addresses, _), _ in parts], [kept for (_, kept), _ in parts]
         if shown is not None:
@@ -383,8 +386,8 @@ class Layer:
             run.timeline.add(
                 "cpu", "swap", self.index, run.step, start, time.perf_counter_ns(), swapped * run.geometry.record_bytes
             )
-        shape = dict(step=run.step, layer=self.index, cached=self.n, attended=attended, swapped=swapped)
-        run.counters.rows.append(Hits(queries=found.device + found.host + found.drive, **shape, **found.counts()))
+        queries, counts = found.device + found.host + found.drive, found.counts()
+        run.counters.rows.append(Hits(run.step, self.index, self.n, queries, attended, *counts, swapped))
 
 
 def _visible(mask: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ def test_attention_over_scattered_records(isa, dtype, kv_heads, group, dim):
             native_split, native.SPLIT = native.SPLIT, 1
             for where, threads in ways:
                 out = torch.empty_like(query)
-                native.attend(query, where, str(dtype)[6:], kv_heads, scale, out, threads)
+                native.attend(query[None], [where], str(dtype)[6:], kv_heads, scale, out, threads)
                 assert (out - want).abs().max() < 2e-5 * max(1, scale * dim**0.5 / 4)
             native.SPLIT = native_split
     assert want_in_order is want
@@ -135,7 +135,7 @@ def test_attention_stays_finite_over_huge_logits(isa):
     records[:, 0] = torch.linspace(-1e4, 1e4, 40).view(40, 1, 1)
     records[:, 1] = torch.arange(40.0).view(40, 1, 1)
     out = torch.empty(1, 16)
-    native.attend(torch.ones(1, 16), (records.data_ptr(), records[0].nbytes, 40), "float32", 1, 1.0, out)
+    native.attend(torch.ones(1, 1, 16), [(records.data_ptr(), records[0].nbytes, 40)], "float32", 1, 1.0, out)
     assert torch.equal(out, torch.full((1, 16), 39.0))  # the last key's weight is one
 
 

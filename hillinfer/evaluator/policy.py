@@ -50,6 +50,7 @@ class Policy:
     it then takes part in `append`, `truncate` and `reorder`, and `nbytes` is what the index holds in memory.
     """
 
+    selects = True  # False: every step attends to everything, and `select` is not asked
     needs_codes = True  # whether `scores` is used; without it no key codes are built
     can_speculate = False  # whether `select` may be called with a predicted query as well (see `Step.guess`)
     watches = False  # whether `observe` and `attended` are wanted; they cost as much as an attention

@@ -13,6 +13,7 @@ from hillinfer.native.build import Unavailable, load
 
 ISAS = ("generic", "neon", "avx2", "avx512-vnni")  # in the order of speed, as in common.h
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+MAX_DIM = 1024  # of a head that `attend` takes
 SPLIT = 1 << 20  # bytes of keys or records below which a second thread costs more than it brings
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
@@ -148,20 +149,21 @@ def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
     return out
 
 
-def attend(query, records: np.ndarray | tuple[int, int, int], dtype: str, kv_heads: int, scale: float, out, threads=1):
-    """Attention of one query (H, D) fp32, contiguous, over records K (Hkv, D), V (Hkv, D), into out (H, D) fp32.
+def attend(query, rows: list, dtype: str, kv_heads: int, scale: float, out, threads: int = 1) -> None:
+    """Attention of queries fp32 (B, H, D), each over its row's records K (Hkv, D), V (Hkv, D), into out fp32 of as many
+    elements; both contiguous.
 
-    records  int64 addresses (n,), or (address, bytes from one to the next, n) where they lie in order. The caller keeps
-             the memory alive
+    rows  for each query int64 addresses (n,), or (address, bytes from one to the next, n) where records lie in order.
+          The caller keeps the memory alive
     """
-    heads, dim = query.shape
-    scattered = isinstance(records, np.ndarray)
-    base, stride, n = (None, 0, len(records)) if scattered else records
-    work = n * 2 * kv_heads * dim * (4 if dtype == "float32" else 2)
-    addresses = pointer(records) if scattered else None
-    where = (addresses, base, stride, n, pointer(query), kv_heads, heads // kv_heads, dim)
-    _check(_library.hi_attend(_library.isa, DTYPES[dtype], *where, scale, pointer(out), _share(work, threads)))
-    return out
+    heads, dim = query.shape[1:]
+    width = 2 * kv_heads * dim * (4 if dtype == "float32" else 2)
+    read, write, kind = pointer(query), pointer(out), DTYPES[dtype]
+    for number, where in enumerate(rows):
+        base, stride, n = where if isinstance(where, tuple) else (None, 0, len(where))
+        addresses, at = None if base else pointer(where), number * heads * dim * 4
+        shape = (addresses, base, stride, n, read + at, kv_heads, heads // kv_heads, dim, scale, write + at)
+        _check(_library.hi_attend(_library.isa, kind, *shape, _share(n * width, threads)))
 
 
 def encode(keys, dtype: str, bits: int, scale, codes, at: int) -> np.ndarray:

@@ -14,27 +14,6 @@ struct score {
     int width, half, padded, row;
 };
 
-void *run_share(void *pointer) {
-    struct share *share = pointer;
-    share->work(share->job, share->index);
-    return NULL;
-}
-
-void split(void (*work)(void *, int), void *job, int threads) {
-    pthread_t ids[MAX_THREADS];
-    struct share shares[MAX_THREADS];
-    int started[MAX_THREADS] = {0};
-    for (int i = 0; i < threads - 1; i++) {
-        shares[i] = (struct share){work, job, i};
-        started[i] = pthread_create(&ids[i], NULL, run_share, &shares[i]) == 0;
-    }
-    work(job, threads - 1);
-    for (int i = 0; i < threads - 1; i++) {
-        if (started[i]) pthread_join(ids[i], NULL);
-        else work(job, i);
-    }
-}
-
 INLINE const int8_t *row_of(const struct score *s, int head, int64_t i) {
     return s->codes + head * s->head_stride + (s->positions ? s->positions[i] : i) * s->row;
 }
@@ -275,19 +254,4 @@ int hi_score(int isa, int bits, const int8_t *codes, int64_t head_stride, const 
     free(s.query);
     free(s.excess);
     return 0;
-}
-
-/* The instruction sets of this machine, a bit each. */
-int hi_isas(void) {
-    int found = 1 << GENERIC;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= 1 << ISA_AVX2;
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-        found |= 1 << ISA_AVX512;
-#elif defined(__aarch64__)
-    found |= 1 << NEON;
-#endif
-    return found;
 }

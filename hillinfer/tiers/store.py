@@ -12,7 +12,7 @@ truncate(n), memory(), n
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,14 +39,12 @@ class Found:
     prefetched: int = 0  # those of `drive` that had been
     work: list[tuple[str, str, int, int, int]] = field(default_factory=list)  # (lane, kind, start_ns, end_ns, bytes)
 
-    def counts(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in COUNTS}
+    def counts(self) -> tuple[int, ...]:
+        """device, host, drive, demoted, guessed, prefetched"""
+        return self.device, self.host, self.drive, self.demoted, self.guessed, self.prefetched
 
     def __add__(self, other: "Found") -> "Found":
-        return Found(*(getattr(self, name) + getattr(other, name) for name in (*COUNTS, "work")))
-
-
-COUNTS = tuple(field.name for field in fields(Found) if field.name != "work")
+        return Found(*map(int.__add__, self.counts(), other.counts()), self.work + other.work)
 
 
 class HostStore:

@@ -1,13 +1,10 @@
 """Every token, every step: the reference that the others are judged by."""
 
-from hillinfer.evaluator.policy import Policy, Step
+from hillinfer.evaluator.policy import Policy
 
 
 class Full(Policy):
     """Every token, every step."""
 
-    needs_codes = False
+    selects = needs_codes = False
     exact = True
-
-    def select(self, step: Step) -> None:
-        return None

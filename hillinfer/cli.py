@@ -1,4 +1,4 @@
-"""The command line: hillinfer demo | run | systems | profile."""
+"""The command line: hillinfer demo | run | systems | profile | lab."""
 
 import os
 import sys
@@ -218,6 +218,22 @@ def systems():
     for name, system in list_systems().items():
         table.add_row(name, escape(system.about) + (" [dim](needs --drive)[/]" if system.needs_drive else ""))
     out.print(table)
+
+
+@app.command()
+def lab(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where to put the notebooks; by default those of the clone.")
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8888,
+    voila: Annotated[bool, typer.Option(help="The first notebook as a page without code.")] = False,
+):
+    """Open the notebooks in JupyterLab: on this machine only, with a token."""
+    with clear_errors():
+        from hillinfer.workbench.lab import open_lab
+
+        raise typer.Exit(open_lab(folder, browser, port, voila))
 
 
 def read_prompt(path: Path) -> str:

@@ -41,7 +41,7 @@ MAY = {
     "systems": {"config", "cache", "evaluator"},
     "assets": {"config"},
     "longbench": {"config", "assets", "cache", "systems", "evaluator", "pipeline"},
-    "workbench": {"pipeline"},
+    "workbench": {"config", "assets", "cache", "systems", "evaluator", "pipeline", "longbench", "demo"},
 }
 
 

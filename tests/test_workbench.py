@@ -33,9 +33,11 @@ def test_the_timeline_shows_the_last_steps_in_ms(timeline):
 def test_hits_are_shares_of_each_layer():
     counters = Counters()
     for layer, drive in ((0, 1), (1, 3)):
-        counters.rows.append(Hits(0, layer, 10, 4, 4, 0, 4 - drive, drive, 0, 0, 0, 0))
-    shares = {trace.name: list(trace.y) for trace in hits_figure(counters).data}
-    assert shares == {"device": [0, 0], "host": [0.75, 0.25], "drive": [0.25, 0.75]}
+        counters.rows.append(Hits(0, layer, 10, 4, 4, 0, 4 - drive, drive, 1, 0, 0, 0))
+    shares = [list(trace.y) for trace in hits_figure(counters).data]  # device, pool, never in the pool, demoted
+    assert shares == [[0, 0], [0.75, 0.25], [0, 0.5], [0.25, 0.25]]
+    [step] = zip(*(trace.y for trace in hits_figure(counters, by="step").data), strict=True)
+    assert step == (0, 0.5, 0.25, 0.25)
 
 
 def test_the_report_stands_alone_and_escapes(tmp_path, timeline):

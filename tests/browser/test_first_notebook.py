@@ -76,7 +76,7 @@ def test_what_is_drawn_is_not_blank_and_fits(fresh):
     fresh.page.wait_for_timeout(500)
     colours = """b.panels.map(p => { const c = p.canvas,
         d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
-        const seen = new Set(); 
+        const seen = new Set();
         for (let i = 0; i < d.length; i += 4) seen.add(d[i] << 16 | d[i+1] << 8 | d[i+2]); return seen.size })"""
     [counts] = fresh.boards(colours)
     assert len(counts) == 5 and min(counts) > 5

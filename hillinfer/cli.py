@@ -227,13 +227,12 @@ def lab(
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8888,
-    voila: Annotated[bool, typer.Option(help="The first notebook as a page without code.")] = False,
 ):
     """Open the notebooks in JupyterLab: on this machine only, with a token."""
     with clear_errors():
         from hillinfer.workbench.lab import open_lab
 
-        raise typer.Exit(open_lab(folder, browser, port, voila))
+        open_lab(folder, browser, port)
 
 
 def read_prompt(path: Path) -> str:

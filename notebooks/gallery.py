@@ -4,6 +4,7 @@
 """
 
 import base64
+import re
 import shutil
 import sys
 import tempfile
@@ -27,25 +28,36 @@ for number, board in enumerate(_boards(ipywidgets.Widget.widgets["MODEL"])):
 """
 
 
-def shoot(page: Path, width: int) -> bytes:
-    """A picture of a page in Chromium."""
+def shoot(pages: list[Path]) -> bytes:
+    """A picture of boards in Chromium, side by side."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        tab = browser.new_page(viewport=dict(width=width, height=400), color_scheme="light")
-        tab.goto(f"file://{page}")
-        tab.wait_for_function("() => window.hillinferPainted")
-        tab.wait_for_timeout(500)
-        picture = tab.locator(".hi-board").screenshot()
+        tab = browser.new_page(viewport=dict(width=1060 if len(pages) == 1 else 640, height=400), color_scheme="light")
+        images = []
+        for page in pages:
+            tab.goto(f"file://{page}")
+            tab.wait_for_function("() => window.hillinferPainted")
+            tab.wait_for_timeout(800)
+            images.append(tab.locator(".hi-board").screenshot())
+        if len(images) > 1:
+            tab.set_viewport_size(dict(width=1300, height=400))
+            urls = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in images]
+            tab.set_content(
+                "<div id=all style='display:flex;align-items:flex-start;gap:8px;width:max-content'>"
+                + "".join(f"<img src='{url}'>" for url in urls)
+            )
+            images = [tab.locator("#all").screenshot()]
         browser.close()
-    return picture
+    return images[0]
 
 
 def execute(source: Path, folder: Path) -> nbformat.NotebookNode:
     """The notebook with its outputs; boards and plotly figures have become PNGs."""
     book = nbformat.read(source.with_suffix(".ipynb"), 4)
+    book.metadata.language_info = {"name": "python"}
     client = NotebookClient(book, timeout=600, kernel_name="python3", store_widget_state=False)
     with client.setup_kernel(cwd=str(HERE)):
         for index, cell in enumerate(book.cells):
@@ -58,9 +70,7 @@ def execute(source: Path, folder: Path) -> nbformat.NotebookNode:
                     model = data.pop(WIDGET)["model_id"]
                     code = BOARDS.replace("MODEL", model).replace("FOLDER", str(folder))
                     client.execute_cell(nbformat.v4.new_code_cell(code), 0, store_history=False)
-                    pages = sorted(folder.glob(f"{model}-*.html"))
-                    pictures = [shoot(page, 1060 if len(pages) == 1 else 700) for page in pages]
-                    data["image/png"] = base64.b64encode(pictures[-1]).decode()
+                    data["image/png"] = base64.b64encode(shoot(sorted(folder.glob(f"{model}-*.html")))).decode()
                 elif PLOTLY in data:
                     figure = plotly.io.from_json(plotly.io.json.to_json_plotly(data.pop(PLOTLY)), skip_invalid=True)
                     data["image/png"] = base64.b64encode(figure.to_image("png", width=1000)).decode()
@@ -84,7 +94,8 @@ def main() -> None:
         for name, data in resources["outputs"].items():
             (GALLERY / f"{source.stem}_{name}").write_bytes(data)
             text = text.replace(f"]({name})", f"]({source.stem}_{name})")
-        text = "\n".join(line.rstrip() for line in text.split("\n"))
+        text = re.sub(r"<style.*?</style>", "", text, flags=re.S)  # GitHub would show it as text
+        text = "\n".join(line.rstrip() for line in text.split("\n")).replace("![png]", "![what the cell shows]")
         (GALLERY / f"{source.stem}.md").write_text(text)
         print(source.stem, f"{len(resources['outputs'])} pictures", flush=True)
     index = ["# Gallery", "", "The notebooks with their outputs, as one machine measured them.", ""]

@@ -1,7 +1,7 @@
 """`hillinfer lab`: JupyterLab on the first notebook, on loopback and with its token."""
 
+import os
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,30 +12,19 @@ from hillinfer.config import UsageError
 FIRST = "00_first_run.ipynb"
 
 
-def open_lab(folder: Path | None, browser: bool = True, port: int = 8888, voila: bool = False) -> int:
-    """Start Jupyter and wait for its end; its exit code.
+def open_lab(folder: Path | None, browser: bool = True, port: int = 8888) -> None:
+    """Become JupyterLab: this process goes on as it, so that Ctrl-C and signals reach it and nothing stays behind.
 
     folder  where the notebooks are put, if they are not there yet; None takes those of the clone, or a new folder
             `hillinfer-notebooks` where the package is installed
-    voila   the dashboard alone, as a page without code
     """
-    program = "voila" if voila else "jupyterlab"
-    if missing := [name for name in (program, "anywidget") if find_spec(name) is None]:
-        extra = "pip install voila" if missing == ["voila"] else "pip install 'hillinfer[lab]'"
-        raise UsageError(f"{' and '.join(missing)} not installed; {extra}")
-    place = prepare(folder)
-    if voila:
-        command = ["voila", str(place / FIRST), "--Voila.ip=127.0.0.1", f"--port={port}", "--token"]
-        command += [] if browser else ["--no-browser"]
-    else:
-        command = ["jupyterlab", str(place / FIRST), "--ip=127.0.0.1", f"--port={port}"]
-        command += [] if browser else ["--no-browser"]
-    server = subprocess.Popen([sys.executable, "-m", *command])
-    try:
-        return server.wait()
-    except KeyboardInterrupt:  # Jupyter got it too, and asks whether it is meant; it is
-        server.terminate()
-        return server.wait()
+    if missing := [name for name in ("jupyterlab", "ipywidgets", "anywidget") if find_spec(name) is None]:
+        raise UsageError(f"{', '.join(missing)} not installed: pip install 'hillinfer[lab]'")
+    book = prepare(folder) / FIRST
+    command = [sys.executable, "-m", "jupyterlab", str(book), "--ip=127.0.0.1", f"--port={port}"]
+    command += [] if browser else ["--no-browser"]
+    command += ["--allow-root"] if os.geteuid() == 0 else []  # in a container; only this machine can reach it
+    os.execv(sys.executable, command)
 
 
 def prepare(folder: Path | None) -> Path:

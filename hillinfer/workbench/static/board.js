@@ -358,7 +358,9 @@ class Board {
     if (!this.view) this.view = { from: spans.t0, to: spans.t1 };
     const need = timelineHeight(spans);
     if (this.time.height !== need) { this.time.height = need; this.time.redraw(); return; }
+    const before = this.stat?.shown;
     this.stat = drawTimeline(ctx, width, spans, this.view, { theme, palette: this.palette, cursor: this.cursor.step });
+    if (this.stat.shown !== before) this.measure();
     if (this.marked) { const { lane, i } = this.marked, l = spans.lanes[lane], k = this.plot() / (this.view.to - this.view.from); let y = TOP; for (let a = 0; a < lane; a++) y += spans.lanes[a].tracks * ROW + 6; ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(LEFT + (l.start[i] - this.view.from) * k, y + l.track[i] * ROW, Math.max(2, (l.end[i] - l.start[i]) * k), ROW - 3); ctx.lineWidth = 1; }
   }
   measure() { // numbers of what is in view; not at every frame

@@ -3,7 +3,7 @@
 import pytest
 
 from hillinfer.pipeline.timeline import Counters, Hits, Timeline
-from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure
+from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure, tradeoff_figure
 from hillinfer.workbench.report import write_report
 
 
@@ -46,3 +46,8 @@ def test_the_report_stands_alone_and_escapes(tmp_path, timeline):
     page = write_report(tmp_path / "new" / "r.html", "a < b", ["<i>"], ["system", "n"], rows, figures).read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "a &lt; b" in page and "&lt;i&gt;" in page
     assert "cdn" not in page.split("plotly.js v")[0] and page.count("plotly-graph-div") == 2
+
+
+def test_systems_on_one_point_share_a_label():
+    [trace] = tradeoff_figure(["a", "b", "c"], [2**20, 2**20, 2**21], [1, 1, 0.5], "t").data
+    assert list(trace.text) == ["a, b", "c"] and list(trace.x) == [1, 2] and list(trace.y) == [1, 0.5]

@@ -98,19 +98,27 @@ def systems_figure(names: list[str], accuracy: list[float], floor: float, title:
 
 
 def tradeoff_figure(names: list[str], bytes_read: list[float], accuracy: list[float], title: str) -> go.Figure:
-    """Each system by what it moves or reads per token (MiB) and how often it is right: up and left is better."""
+    """Each system by the KV that its attention reads for a token and how often it is right: up and left is better.
+
+    Systems that stand on one point share a label.
+    """
+    points: dict[tuple[float, float], list[str]] = {}
+    for name, nbytes, right in zip(names, bytes_read, accuracy, strict=True):
+        points.setdefault((round(nbytes / 2**20, 1), right), []).append(name)
     figure = go.Figure(
         go.Scatter(
-            x=[value / 2**20 for value in bytes_read],
-            y=accuracy,
-            text=names,
+            x=[x for x, _ in points],
+            y=[y for _, y in points],
+            text=[", ".join(own) for own in points.values()],
             mode="markers+text",
-            textposition="top center",
+            textposition="bottom center",
             marker=dict(size=13, color=palette.COLOURS["drive read"]),
         )
     )
-    figure.update_layout(LAYOUT, title=title, xaxis_title="KV that attention reads, MiB per token and system")
-    figure.update_yaxes(title="answers right", tickformat=".0%", range=[-0.05, 1.15])
+    most = max(x for x, _ in points)
+    figure.update_layout(LAYOUT, title=title, xaxis_title="KV that attention reads, MiB per token")
+    figure.update_xaxes(range=[-0.05 * most, 1.1 * most])
+    figure.update_yaxes(title="answers right", tickformat=".0%", range=[-0.15, 1.1])
     return figure
 
 

@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems
+.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -48,6 +48,24 @@ show-longbench: $(VENV)/.longbench ## every claim about the accuracy benchmark; 
 show-systems: $(VENV)/.ready ## every claim about the other systems; N=50 for more questions
 	$(BIN)/python -m benchmarks.show_systems
 
+lab: $(VENV)/.ready ## JupyterLab on the first notebook
+	$(BIN)/hillinfer lab
+
+browser: $(VENV)/.browser ## the first notebook in JupyterLab and Chromium; screenshots in out/browser
+	$(BIN)/pytest -m browser tests/browser
+
+notebooks: $(VENV)/.ready ## the .ipynb files from their sources
+	$(BIN)/python notebooks/sync.py
+
+gallery: $(VENV)/.browser ## docs/gallery: the notebooks with their outputs
+	$(BIN)/python notebooks/gallery.py
+
+api: $(VENV)/.ready ## docs/api.md from the docstrings
+	$(BIN)/python docs/make_api.py
+
+show-workbench: $(VENV)/.browser ## every claim about the workbench, measured again
+	$(BIN)/python -m benchmarks.show_workbench
+
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis
 
@@ -55,9 +73,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hillinfer needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,lab]'
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.ready
+	@command -v chromium google-chrome chromium-browser >/dev/null || { echo "Chromium is missing: apt-get install chromium"; exit 1; }
+	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
 	@touch $@
 
 $(VENV)/.longbench: $(VENV)/.ready
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,longbench,cluster]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,lab,longbench,cluster]'
 	@touch $@

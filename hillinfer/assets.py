@@ -6,9 +6,9 @@ from hillinfer.config import UsageError
 
 
 def data_folder(name: str) -> Path:
-    """The folder `model` or `tasks`."""
+    """The folder `model`, `tasks` or `notebooks`."""
     package = Path(__file__).resolve().parent
-    for base in (package / "_data", package.parent / "data"):
+    for base in (package / "_data", package.parent / "data", package.parent):
         if (base / name).is_dir():
             return base / name
     raise UsageError(f"the embedded {name} is not installed; work from a clone, or install the released wheel")

@@ -266,6 +266,21 @@ app.command()(clear_errors()(bench))
 app.command()(clear_errors()(doctor.doctor))
 
 
+@app.command()
+def lab(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where to put the notebooks; by default those of the clone.")
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8888,
+):
+    """Open the notebooks in JupyterLab: on this machine only, with a token."""
+    with clear_errors():
+        from hillinfer.workbench.lab import open_lab
+
+        open_lab(folder, browser, port)
+
+
 def read_prompt(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hillinfer.assets import data_folder
 from hillinfer.cli import app
+from hillinfer.config import UsageError
 
 
 @pytest.fixture
@@ -236,3 +237,22 @@ def test_a_session_is_made_once_and_opened_after(prompt_file, drive):
     tiered = hillinfer(*ask, *words[:-1], "hillinfer", "--drive", drive)
     assert tiered.exit_code == 0, tiered.stderr
     assert not list(drive.iterdir())
+
+
+def test_lab_opens_the_notebooks_on_loopback(tmp_path, monkeypatch):
+    """In a folder of the user's, whose changes stay; on 127.0.0.1, with Jupyter's own token."""
+    from hillinfer.workbench import lab
+
+    become = []
+    monkeypatch.setattr(lab.os, "execv", lambda program, command: become.append(command))
+    monkeypatch.setattr(lab, "find_spec", lambda name: True)
+    (tmp_path / "00_first_run.ipynb").write_text("mine")
+    lab.open_lab(tmp_path, browser=False)
+    assert (tmp_path / "00_first_run.ipynb").read_text() == "mine"
+    assert (tmp_path / "05_write_your_policy.ipynb").exists()
+    [command] = become
+    assert command[2:4] == ["jupyterlab", str(tmp_path / "00_first_run.ipynb")]
+    assert "--ip=127.0.0.1" in command and "--no-browser" in command and not any("token" in part for part in command)
+    monkeypatch.setattr(lab, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'hillinfer\[lab\]'"):
+        lab.open_lab(None)

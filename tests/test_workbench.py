@@ -3,7 +3,7 @@
 import pytest
 
 from hillinfer.pipeline.timeline import Counters, Hits, Timeline
-from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure
+from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure, tradeoff_figure
 from hillinfer.workbench.report import write_report
 
 
@@ -33,9 +33,11 @@ def test_the_timeline_shows_the_last_steps_in_ms(timeline):
 def test_hits_are_shares_of_each_layer():
     counters = Counters()
     for layer, drive in ((0, 1), (1, 3)):
-        counters.rows.append(Hits(0, layer, 10, 4, 4, 0, 4 - drive, drive, 0, 0, 0, 0))
-    shares = {trace.name: list(trace.y) for trace in hits_figure(counters).data}
-    assert shares == {"device": [0, 0], "host": [0.75, 0.25], "drive": [0.25, 0.75]}
+        counters.rows.append(Hits(0, layer, 10, 4, 4, 0, 4 - drive, drive, 1, 0, 0, 0))
+    shares = [list(trace.y) for trace in hits_figure(counters).data]  # device, pool, never in the pool, demoted
+    assert shares == [[0, 0], [0.75, 0.25], [0, 0.5], [0.25, 0.25]]
+    [step] = zip(*(trace.y for trace in hits_figure(counters, by="step").data), strict=True)
+    assert step == (0, 0.5, 0.25, 0.25)
 
 
 def test_the_report_stands_alone_and_escapes(tmp_path, timeline):
@@ -44,3 +46,8 @@ def test_the_report_stands_alone_and_escapes(tmp_path, timeline):
     page = write_report(tmp_path / "new" / "r.html", "a < b", ["<i>"], ["system", "n"], rows, figures).read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "a &lt; b" in page and "&lt;i&gt;" in page
     assert "cdn" not in page.split("plotly.js v")[0] and page.count("plotly-graph-div") == 2
+
+
+def test_systems_on_one_point_share_a_label():
+    [trace] = tradeoff_figure(["a", "b", "c"], [2**20, 2**20, 2**21], [1, 1, 0.5], "t").data
+    assert list(trace.text) == ["a, b", "c"] and list(trace.x) == [1, 2] and list(trace.y) == [1, 0.5]

@@ -23,9 +23,9 @@ from hillinfer.workbench.live import Case, LiveRun
 
 HZ = 4  # paints a second: a page that is watched while both cores compute
 LOOKS = {
-    "sampled, 2 % of the time": (0.02, False),
+    "sampled (2 % of time)": (0.02, False),
     "every step": (None, False),
-    "every step, over all tokens": (None, True),
+    "every step, all tokens": (None, True),
 }
 LOOKS = {**LOOKS, "off": None}
 _shown: dict[str, "Workbench"] = {}  # by notebook cell: what a cell shows anew replaces what it showed
@@ -83,11 +83,11 @@ class Workbench:
         self.tokens = chosen("tokens", lengths, lengths[min(1, len(lengths) - 1)])
         self.seed = control(w.BoundedIntText, "seed", value=2, min=0, max=10**6)
         self.text = control(w.Textarea, "own text", placeholder="paste a long text")
-        self.question = control(w.Text, "question", placeholder="what to ask about it; empty continues the text")
+        self.question = control(w.Text, "question", placeholder="empty: continue the text")
         self.new_tokens = control(w.BoundedIntText, "new tokens", value=64, min=1, max=100_000)
         self.system = chosen("system", list(list_systems()), "hillinfer")
         self.alpha = control(w.FloatSlider, "alpha", value=0.2, min=0.02, max=1, step=0.02, readout_format=".2f")
-        self.budget = control(w.Text, "host budget", placeholder="as the system asks; or 4MiB")
+        self.budget = control(w.Text, "host budget", placeholder="as asked, or 4MiB")
         self.precision = chosen("key codes", ["int8", "int4"], "int8")
         self.kind = chosen("drive kind", {"an SSD": "ssd", "emulated SmartSSD": "emulated"}, "ssd")
         self.pacing = chosen("pacing", {"as fast as it is": False, "a SmartSSD's rates": True}, False)

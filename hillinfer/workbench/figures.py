@@ -1,15 +1,15 @@
 """Figures of a run, as plotly objects."""
 
+import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import qualitative
+from plotly.subplots import make_subplots
 
-from hillinfer.pipeline.timeline import LANES, TIERS, Counters, Timeline
+from hillinfer.pipeline.observe import AttentionRecord
+from hillinfer.pipeline.timeline import LANES, Counters, Timeline
+from hillinfer.workbench import palette
 
-# A kind has one colour in all figures. `select` comes first, so that the scores within it are drawn over it.
-KINDS = "select guess score merge encode append view gather swap attend dense wait".split()
-KINDS += "read prefetch evaluate write transfer".split()
+KINDS = list(palette.FAMILY)  # `select` comes first, so that the scores within it are drawn over it
 LAYOUT = dict(template="plotly_white", margin=dict(l=60, r=20, t=50, b=50), height=360)
-TIER_COLOURS = {"device": "#4c78a8", "host": "#54a24b", "drive": "#e45756"}
 
 
 def timeline_figure(timeline: Timeline, title: str = "Timeline", steps: int = 4) -> go.Figure:
@@ -29,30 +29,96 @@ def timeline_figure(timeline: Timeline, title: str = "Timeline", steps: int = 4)
             customdata=[(span.layer, span.step, span.bytes) for span in own],
             hovertemplate=f"{kind}<br>layer %{{customdata[0]}}, step %{{customdata[1]}}<br>%{{x:.3f}} ms"
             "<br>%{customdata[2]:,} bytes<extra></extra>",
-            marker=dict(color=qualitative.Dark24[_order(kind) % 24], line_width=0),
+            marker=dict(color=palette.colour(kind), line_width=0),
         )
     figure.update_layout(LAYOUT, title=title, barmode="overlay", xaxis_title="ms (measured)", dragmode="zoom")
     figure.update_yaxes(categoryorder="array", categoryarray=list(reversed(LANES)))
     return figure
 
 
-def hits_figure(counters: Counters, title: str = "Who served the attended tokens") -> go.Figure:
-    """Share of each layer's attended tokens by the tier that held them, over all steps."""
-    frame = counters.frame().groupby("layer")[["queries", *TIERS]].sum()
+def hits_figure(counters: Counters, title: str = "Who served the attended tokens", by: str = "layer") -> go.Figure:
+    """Share of the attended tokens by the tier that held them, for each layer over all steps, or by="step"."""
+    frame = counters.frame().groupby(by)[["queries", "device", "host", "drive", "demoted"]].sum()
+    parts = (frame.device, frame.host, frame.drive - frame.demoted, frame.demoted)
     figure = go.Figure()
-    for tier in TIERS:
-        figure.add_bar(name=tier, x=frame.index, y=frame[tier] / frame.queries, marker_color=TIER_COLOURS[tier])
-    figure.update_layout(LAYOUT, title=title, barmode="stack", xaxis_title="layer", yaxis_tickformat=".0%")
+    for (name, colour), part in zip(palette.TIERS.items(), parts, strict=True):
+        figure.add_bar(name=name, x=frame.index, y=part / frame.queries, marker_color=colour, marker_line_width=0)
+    figure.update_layout(LAYOUT, title=title, barmode="stack", bargap=0.1, xaxis_title=by, legend_traceorder="normal")
+    figure.update_yaxes(tickformat=".0%", title="share of the attended tokens", range=[0, 1])
+    return figure
+
+
+def sparsity_figure(record: AttentionRecord, title: str = "Attention sparsity") -> go.Figure:
+    """Layers by heads: which share of the tokens holds 90 % of a head's attention, mean over the steps seen."""
+    needed = record.needed()
+    figure = go.Figure(
+        go.Heatmap(
+            z=np.log10(needed),
+            customdata=100 * needed,
+            colorscale="Cividis",
+            zmin=-3,
+            zmax=0,
+            hovertemplate="layer %{y}, head %{x}: %{customdata:.1f} % of the tokens<extra></extra>",
+            colorbar=dict(tickvals=[-3, -2, -1, 0], ticktext=["0.1 %", "1 %", "10 %", "100 %"], title="of the tokens"),
+        )
+    )
+    figure.update_layout(LAYOUT, title=title, xaxis=dict(title="head", dtick=1), yaxis=dict(title="layer", dtick=1))
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def attention_figure(record: AttentionRecord, layer: int, head: int, step: int | None = None) -> go.Figure:
+    """One head's attention over positions in one step, and how many tokens of each block were chosen."""
+    at, layers = record.at(step)
+    seen = layers[layer]
+    where = np.arange(len(seen.mass[head])) * seen.block
+    figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.75, 0.25], vertical_spacing=0.06)
+    figure.add_bar(x=where, y=seen.mass[head].astype(float), marker_color=palette.COLOURS["choose"], row=1, col=1)
+    figure.add_bar(x=where, y=seen.chosen / seen.block, marker_color=palette.COLOURS["link"], row=2, col=1)
+    figure.update_layout(
+        LAYOUT, title=f"Layer {layer}, head {head}, step {at}: blocks of {seen.block} tokens", bargap=0
+    )
+    figure.update_layout(showlegend=False)
+    figure.update_yaxes(type="log", title="attention", range=[-4, 0], dtick=1, row=1, col=1)
+    figure.update_yaxes(title="chosen", tickformat=".0%", row=2, col=1)
+    figure.update_xaxes(title="position, tokens", row=2, col=1)
     return figure
 
 
 def systems_figure(names: list[str], accuracy: list[float], floor: float, title: str) -> go.Figure:
     """Accuracy of each system, with what half of the key alone would get."""
-    figure = go.Figure(go.Bar(x=names, y=accuracy, marker_color="#4c78a8", text=[f"{a:.0%}" for a in accuracy]))
+    figure = go.Figure(
+        go.Bar(x=names, y=accuracy, marker_color=palette.COLOURS["link"], text=[f"{a:.0%}" for a in accuracy])
+    )
     figure.add_hline(
         y=floor, line_dash="dot", annotation_text=f"half of the key alone: {floor:.0%}", annotation_position="top left"
     )
     figure.update_layout(LAYOUT, title=title, yaxis=dict(tickformat=".0%", range=[0, 1.05]))
+    return figure
+
+
+def tradeoff_figure(names: list[str], bytes_read: list[float], accuracy: list[float], title: str) -> go.Figure:
+    """Each system by the KV that its attention reads for a token and how often it is right: up and left is better.
+
+    Systems that stand on one point share a label.
+    """
+    points: dict[tuple[float, float], list[str]] = {}
+    for name, nbytes, right in zip(names, bytes_read, accuracy, strict=True):
+        points.setdefault((round(nbytes / 2**20, 1), right), []).append(name)
+    figure = go.Figure(
+        go.Scatter(
+            x=[x for x, _ in points],
+            y=[y for _, y in points],
+            text=[", ".join(own) for own in points.values()],
+            mode="markers+text",
+            textposition="bottom center",
+            marker=dict(size=13, color=palette.COLOURS["drive read"]),
+        )
+    )
+    most = max(x for x, _ in points)
+    figure.update_layout(LAYOUT, title=title, xaxis_title="KV that attention reads, MiB per token")
+    figure.update_xaxes(range=[-0.05 * most, 1.1 * most])
+    figure.update_yaxes(title="answers right", tickformat=".0%", range=[-0.15, 1.1])
     return figure
 
 

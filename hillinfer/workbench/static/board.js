@@ -196,11 +196,14 @@ class Board {
       e.preventDefault();
       this.point({ layer: Math.min(b.layers - 1, Math.max(0, (this.cursor.layer ?? 0) + go[0])), head: Math.min(b.heads - 1, Math.max(0, (this.cursor.head ?? 0) + go[1])) });
     });
-    this.dist = this.panel(section, 150, "attention over positions, and which were chosen", (c, w, h, t) => this.drawDistribution(c, w, h, t));
+    this.distNote = make("div", "hi-note", section);
+    this.dist = this.panel(section, 136, "attention over positions, and which were chosen", (c, w, h, t) => this.drawDistribution(c, w, h, t));
   }
   drawSparsityNote() {
     if (!this.sparsity) return;
     const d = this.model.get("detail").heat;
+    const one = this.model.get("detail").distribution;
+    this.distNote.textContent = one ? `layer ${one.layer}, ${one.head == null ? "mean of the heads" : "head " + one.head}, step ${one.step}: share of the attention in blocks of ${one.block} tokens` : "";
     this.sparsity.note.textContent = d ? `step ${d.step}; share of tokens that holds 90 % of ${d.exact ? "all" : "the chosen tokens'"} attention` : this.model.get("state").looks === false ? "off" : "nothing seen yet";
   }
   drawHeat(ctx, width, height, theme) {
@@ -226,8 +229,7 @@ class Board {
   drawDistribution(ctx, width, height, theme) {
     const d = this.model.get("detail").distribution;
     if (!d) return;
-    const x = 46, y = 20, w = width - x - 12, h = height - y - 42, most = Math.max(...d.mass, 1e-9), n = d.mass.length, bw = w / n;
-    axisText(ctx, theme, x, 9, `layer ${d.layer}, ${d.head == null ? "mean of the heads" : "head " + d.head}, step ${d.step}: attention in blocks of ${d.block} tokens`);
+    const x = 46, y = 6, w = width - x - 12, h = height - y - 42, n = d.mass.length, bw = w / n;
     const floor = -4; // of the logarithm: attention below 0.01 % is not drawn
     for (let i = 0; i < n; i++) {
       const top = d.mass[i] > 0 ? Math.max(0, 1 - Math.log10(d.mass[i]) / floor) : 0;
@@ -235,8 +237,8 @@ class Board {
       ctx.fillRect(x + i * bw, y + h - top * h, Math.max(1, bw - (bw > 3 ? 1 : 0)), top * h);
       if (d.chosen[i]) { ctx.globalAlpha = 0.25 + 0.75 * Math.min(1, d.chosen[i] / d.block); ctx.fillStyle = theme.link; ctx.fillRect(x + i * bw, y + h + 3, Math.max(1, bw), 6); ctx.globalAlpha = 1; }
     }
-    for (const [label, f] of [["100 %", 0], ["1 %", 0.5], ["0.01 %", 1]]) { axisText(ctx, theme, x - 4, y + 4 + f * (h - 6), label, "right"); ctx.fillStyle = theme.grid; ctx.fillRect(x, y + f * h, w, 0.5); }
-    axisText(ctx, theme, x - 4, y + h + 7, "chosen", "right");
+    for (const [label, f] of [["100 %", 0], ["1 %", 0.5], ["0.01 %", 1]]) { axisText(ctx, theme, x - 4, y + 4 + f * (h - 10), label, "right"); ctx.fillStyle = theme.grid; ctx.fillRect(x, y + f * h, w, 0.5); }
+    axisText(ctx, theme, x - 4, y + h + 8, "chosen", "right");
     for (const f of [0, 0.5, 1]) axisText(ctx, theme, x + f * w, y + h + 18, number(f * d.n), f === 0 ? "left" : f === 1 ? "right" : "center");
     axisText(ctx, theme, x + w / 2, y + h + 32, `position in the context, tokens; ${number(d.chosen.reduce((a, b) => a + b, 0))} of ${number(d.n)} attended to`, "center");
   }
@@ -356,7 +358,9 @@ class Board {
     if (!this.view) this.view = { from: spans.t0, to: spans.t1 };
     const need = timelineHeight(spans);
     if (this.time.height !== need) { this.time.height = need; this.time.redraw(); return; }
+    const before = this.stat?.shown;
     this.stat = drawTimeline(ctx, width, spans, this.view, { theme, palette: this.palette, cursor: this.cursor.step });
+    if (this.stat.shown !== before) this.measure();
     if (this.marked) { const { lane, i } = this.marked, l = spans.lanes[lane], k = this.plot() / (this.view.to - this.view.from); let y = TOP; for (let a = 0; a < lane; a++) y += spans.lanes[a].tracks * ROW + 6; ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(LEFT + (l.start[i] - this.view.from) * k, y + l.track[i] * ROW, Math.max(2, (l.end[i] - l.start[i]) * k), ROW - 3); ctx.lineWidth = 1; }
   }
   measure() { // numbers of what is in view; not at every frame

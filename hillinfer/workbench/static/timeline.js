@@ -157,12 +157,14 @@ export function drawTimeline(ctx, width, spans, view, look) {
     }
     y += lane.tracks * ROW + 6;
   });
-  ctx.fillStyle = theme.grid;
+  let free = 0; // where the next step's label has room
   for (const s of visible) {
     const w = spans.windowOf(s);
     if (!w || X(w[0]) < LEFT) continue;
     ctx.fillStyle = theme.grid; ctx.fillRect(X(w[0]), 4, 1, y - 4);
+    if (X(w[0]) < free || X(w[0]) > width - 50) continue;
     ctx.fillStyle = theme.faint; ctx.fillText("step " + s, X(w[0]) + 3, 10);
+    free = X(w[0]) + 56;
   }
   const tick = niceTick((view.to - view.from) / Math.max(2, (width - LEFT) / 110));
   const digits = Math.max(0, Math.min(6, Math.ceil(-Math.log10(tick))));

@@ -1,0 +1,101 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Write your own policy
+#
+# **What you will see:** a new selection policy in one cell, and at once its accuracy and bytes beside the others.
+# From then on it is a system: in the dashboard's selector, in `hillinfer.list_systems()`, in every table here.
+#
+# A policy answers one question at every decode step of every layer: which of the n cached tokens may be attended
+# to?
+
+# %% tags=["parameters"]
+tasks = {"lines_1k": 3, "needle_1k": 3}
+alpha = 0.1
+compared_with = ["full", "streaming", "topk"]
+
+# %% [markdown]
+# ## The policy
+#
+# `step.n` tokens are cached and `step.budget` of them may be chosen; `step.scores()` gives INT8 scores of all
+# keys, `(Hkv, n)`; `step.near()` the tokens that the device holds anyway. Return sorted, distinct positions. This
+# one keeps whole blocks of sixteen neighbours: fewer and larger reads for a drive, if the answer survives.
+
+# %%
+import numpy as np
+
+import hillinfer
+
+BLOCK = 16
+
+
+class Blocks(hillinfer.Policy):
+    """Whole blocks of sixteen tokens, by their best INT8 score over all heads."""
+
+    def select(self, step: hillinfer.Step) -> np.ndarray | None:
+        if step.budget >= step.n:
+            return None
+        near = step.near()[-step.budget :]
+        scores = step.scores().astype(np.float64)
+        scores /= np.abs(scores).max(1, keepdims=True)  # heads have different scales
+        best = np.maximum.reduceat(scores.max(0), np.arange(0, step.n, BLOCK))
+        order = (np.argsort(-best)[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        order = order[(order < step.n) & ~np.isin(order, near)]
+        return np.sort(np.concatenate((near, order[: step.budget - len(near)])))
+
+
+hillinfer.POLICIES["blocks"] = Blocks
+
+# %% [markdown]
+# ## Compared at once
+
+# %%
+import pandas as pd
+from transformers import logging
+
+from hillinfer.demo import compare, demo_records, load_embedded
+
+logging.disable_progress_bar()
+model, tokenizer = load_embedded()
+records = demo_records(tasks)
+results = compare(model, tokenizer, records, [*compared_with, "blocks"], {"alpha": alpha})
+rows = [
+    {"system": r.system, "right": r.accuracy, "attended": r.mean("attended"), "ms per token": r.median("ms_per_token")}
+    for r in results
+]
+table = pd.DataFrame(rows).set_index("system")
+table.style.format({"right": "{:.0%}", "attended": "{:,.0f}", "ms per token": "{:.1f}"})
+
+# %%
+from hillinfer.demo import floor
+from hillinfer.workbench.figures import systems_figure
+
+title = f"{len(records)} questions of 1K tokens, alpha {alpha}"
+systems_figure([r.system for r in results], [r.accuracy for r in results], floor(records), title)
+
+# %% [markdown]
+# ## Look at what it does
+#
+# Where it looks, next to what exact attention wants.
+
+# %%
+from hillinfer.pipeline.observe import AttentionRecord
+from hillinfer.workbench import Case, LiveRun, show_record
+
+record = AttentionRecord(exact=True)
+run = LiveRun(model, tokenizer, Case.task(tokenizer, "lines", 1024, 2), "blocks", dict(alpha=alpha), record)
+print(run.start().result(), "right" if run.right else "wrong")
+show_record(run.timeline, run.counters, record)
+
+# %% [markdown]
+# ## To keep it
+#
+# Put the class into a file in `hillinfer/evaluator/policies/`, with one line in the registry there: the tests
+# then run it on every model family and tier by themselves. With your own model: replace the line with
+# `load_embedded`, and give `compare` records of your own.

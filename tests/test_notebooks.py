@@ -1,0 +1,62 @@
+"""Every notebook runs from top to bottom without a browser, and is committed without outputs."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+nbclient = pytest.importorskip("nbclient", reason="pip install 'hillinfer[lab]'")
+pytest.importorskip("ipywidgets")
+
+ROOT = Path(__file__).parents[1]
+BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_all_notebooks_are_here():
+    assert [book.stem[:2] for book in BOOKS][:6] == ["00", "01", "02", "03", "04", "05"]
+    assert [book.stem for book in BOOKS] == [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9]*_*.py"))]
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_committed_form(path):
+    book = nbformat.read(path, 4)
+    assert path.stat().st_size < 1e6
+    assert "widgets" not in book.metadata and book.metadata.kernelspec.name == "python3"
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert [("parameters" in cell.metadata.get("tags", [])) for cell in code].count(True) == 1
+    assert "parameters" in code[0].metadata.tags
+    first, last = book.cells[0].source, book.cells[-1].source
+    assert first.startswith("# ") and "**What you will see:**" in first
+    assert "your own model" in last or "your own" in last
+
+
+def test_ipynb_is_its_source():
+    pytest.importorskip("jupytext")
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    try:
+        import sync
+    finally:
+        sys.path.pop(0)
+    for source in sync.sources():
+        assert source.with_suffix(".ipynb").read_text() == sync.stripped(source), "run: python notebooks/sync.py"
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_runs(path, tmp_path, monkeypatch, record_property):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    book = nbformat.read(path, 4)
+    start = time.monotonic()
+    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", store_widget_state=False).execute(
+        cwd=str(tmp_path)
+    )
+    record_property("seconds", time.monotonic() - start)
+    printed = [out.text for cell in book.cells for out in cell.get("outputs", []) if out.output_type == "stream"]
+    assert not any("Traceback" in text for text in printed)
+    shown = [key for cell in book.cells for out in cell.get("outputs", []) for key in out.get("data", {})]
+    assert any(key.startswith(("application/vnd.", "text/html")) for key in shown)  # something to look at

@@ -1,4 +1,4 @@
-"""The command line: hillinfer demo | run | systems | profile."""
+"""The command line: hillinfer demo | run | systems | profile | replay."""
 
 import os
 import sys
@@ -20,8 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hillinfer.config import Settings, UsageError
+from hillinfer.replay_command import replay
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command()(replay)
 out, err = Console(), Console(stderr=True)
 
 Alpha = Annotated[float, typer.Option(help="Share of the tokens that a step attends to, in (0, 1].")]
@@ -194,6 +196,7 @@ def profile(
     """Measure how fast host and drive score and move KV here; for --profile, and to see what would balance."""
     with clear_errors():
         folder = Settings(drive=drive).drive
+        from hillinfer.calibrate import calibrate
         from hillinfer.demo import machine
         from hillinfer.pipeline.balance import Chosen
         from hillinfer.profile import CHOSEN, DIM, HEADS, measure
@@ -211,6 +214,9 @@ def profile(
                 f"by the paper's closed form {beta / (1 + beta):.0%}"
             )
         out.print(f"profile: {out_file} (records chosen at random: {CHOSEN:.0%})")
+        with err.status("what each kind of work costs here ...") as status:
+            device = calibrate(folder, lambda what: status.update(f"what each kind of work costs here: {what}"))
+        out.print(f"for hillinfer replay --profile this-machine: {device.save(out_file.parent / 'this-machine.toml')}")
 
 
 @app.command()

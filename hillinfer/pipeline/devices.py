@@ -11,6 +11,7 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,7 @@ def _rate(value, where: str, refuse) -> Rate:
         values, blocks = value["rate"], value["block"]
         if not (isinstance(values, list) and isinstance(blocks, list) and len(values) == len(blocks) > 1):
             refuse(f"{where} needs as many rates as blocks, two or more")
-        if not all(map(_is_number, blocks)) or any(b <= a for a, b in zip(blocks, blocks[1:], strict=False)):
+        if not all(map(_is_number, blocks)) or any(b <= a for a, b in pairwise(blocks)):
             refuse(f"{where} needs its blocks in ascending order")
     else:
         refuse(f"{where} must be {{ value, source }} or {{ block, rate, source }}")

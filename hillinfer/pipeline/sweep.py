@@ -13,7 +13,7 @@ import joblib
 import pandas as pd
 
 from hillinfer.config import UsageError, parse_bytes
-from hillinfer.pipeline import replay, work
+from hillinfer.pipeline import modelled, replay, work
 from hillinfer.pipeline.devices import Profile, find_profile
 from hillinfer.pipeline.shapes import find_shape
 from hillinfer.pipeline.timeline import Timeline
@@ -94,7 +94,7 @@ def evaluate(cell: Cell, profile: Profile | None = None, run: Timeline | None = 
             line = replay.replay(run, profile, target, most=2)
         else:
             case = work.Case(profile, shape, cell.context, cell.batch, cell.alpha, cell.host)
-            line = work.timeline(case, cell.system)
+            line = modelled.timeline(case, cell.system)
     except work.DoesNotFit as error:
         return row | {"note": f"does not fit: {error}"}
     took, final = replay.modelled_seconds(line)[-1], max(span.step for span in line.spans)

@@ -1,7 +1,7 @@
 """What a decode step of each system moves and computes, by rule, where no run of it was recorded at that size.
 
-A rule states bytes for one layer and the whole batch, by tier (`Work`); one schedule, that of `Layer`, runs them all.
-The pool's size, the split and whether to look ahead are decided by the code that decides them in a run.
+A rule states bytes for one layer and the whole batch, by tier (`Work`); `modelled.py` schedules them. The pool's size and
+the split are decided by the code that decides them in a run (`Run.pool_tokens`).
 """
 
 import math
@@ -14,23 +14,18 @@ import torch
 from hillinfer.config import Settings
 from hillinfer.pipeline import costs
 from hillinfer.pipeline.devices import Profile
-from hillinfer.pipeline.engine import Task, play, schedule, step_seconds
-from hillinfer.pipeline.lookahead import Trial
 from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.shapes import ModelShape
-from hillinfer.pipeline.timeline import Timeline
 from hillinfer.tiers.geometry import Geometry
 
 USABLE = 0.9  # share of GPU memory for weights and KV; of host memory, 0.8
 # Measured on the embedded model (docs/experiments.md), and assumed for every model: the share of the attended tokens
-# that the drive serves where the pool holds this share of all, and what lookahead brings.
+# that the drive serves where the pool holds this share of all.
 POOL, MISSED = (0.0, 0.2, 0.4, 1.0), (1.0, 0.35, 0.25, 0.0)
 LRU = 1.08  # lru's misses over those of hit counters, same place: 36.2 to 33.4 %
-COVER = ACCURACY = 0.73
 CHUNK = 16  # tokens of a Quest page and of a LeoAM leaf
 REDUNDANT = 1.2  # bytes of LeoAM's chosen chunks over those of the tokens wanted: assumed, fixed chunks have 1.4
 INT4 = 0.28  # bytes of a record in INT4 with its scales
-PER_ROW = ("score", "select", "guess", "gather", "read", "prefetch")  # one call for each sequence of the batch
 PARTIAL = 0.25  # partial keys that a prefetch-based system brings to score, of the KV's bytes: 20 to 30 % (2602.18750)
 
 
@@ -44,6 +39,7 @@ class Case:
 
     share  the host pool's share of the tokens, forced; None lets the system's own rule decide
     deep   whether records are read many at once; else one at a time
+    split  as in `Settings`; bits  of a key code
     """
 
     profile: Profile
@@ -55,6 +51,7 @@ class Case:
     share: float | None = None
     deep: bool = True
     split: str = "shortest"
+    bits: int = 8
 
     @property
     def kv(self) -> int:
@@ -72,8 +69,8 @@ class Case:
 
     @property
     def codes(self) -> int:
-        """INT8 key codes of one layer."""
-        return self.context * self.batch * self.shape.code_bytes()
+        """Key codes of one layer, of `bits` each."""
+        return self.context * self.batch * self.shape.code_bytes(self.bits)
 
     @property
     def on_gpu(self) -> float:
@@ -105,7 +102,7 @@ class Case:
             self.batch, self.shape.kv_heads, self.shape.head_dim, torch.float16, torch.device("cpu")
         )
         if self.profile.has("scorer"):
-            run.speeds = self.profile.speeds(self.shape.code_bytes(), self.shape.record_bytes)
+            run.speeds = self.profile.speeds(self.shape.code_bytes(self.bits), self.shape.record_bytes)
         return run.pool_tokens(self.context) / self.context
 
 
@@ -268,134 +265,3 @@ def _dense_seconds(case: Case) -> float:
     lane = costs.lane_of(case.profile, "cpu", "dense")
     size = case.shape.layer_weights * case.shape.width
     return costs.seconds(case.profile, lane, "dense", size, flops=2 * case.shape.layer_weights * case.batch, kernels=12)
-
-
-class _Steps:
-    """Builds the tasks of some decode steps of one case."""
-
-    def __init__(self, case: Case, work: Work, system: str):
-        self.case, self.work, self.system, self.tasks = case, work, system, []
-
-    def do(self, lane: str, kind: str, size: float, after, layer: int, step: int, block=math.inf, **how) -> int | None:
-        """Add a task unless there is nothing to do; returns what those that follow wait for."""
-        after = tuple(sorted({index for index in after if index is not None}))
-        if not size:
-            return after[-1] if len(after) == 1 else self._join(after, layer, step)
-        case, profile = self.case, self.case.profile
-        moved = round(size)
-        if kind in ("select", "guess") and profile.kinds:
-            size = case.context  # that is what the measured cost of choosing grows with
-        if kind in PER_ROW:
-            how["calls"] = case.batch
-        if kind in ("read", "prefetch") and not case.deep and profile.has("drive", "read_one"):
-            took = size / profile.get("drive.read_one", block)
-        else:
-            took = costs.seconds(profile, lane, kind, size, block=block, system=self.system, **how)
-        self.tasks.append(Task(lane, kind, layer, step, took, moved, after))
-        return len(self.tasks) - 1
-
-    def _join(self, after, layer: int, step: int) -> int | None:
-        if not after:
-            return None
-        self.tasks.append(Task("cpu:join", "wait", layer, step, 0.0, 0, after))
-        return len(self.tasks) - 1
-
-    def select(self, kind: str, after, layer: int, step: int) -> int | None:
-        """Score on every side at once, then choose."""
-        w, case = self.work, self.case
-        keys = self.do("drive", "read", w.keys, after, layer, step)
-        host = self.do("cpu", "score", w.score, [keys, *after], layer, step)
-        dram = self.do("drive:dram", "evaluate", w.dram, after, layer, step)
-        nand = self.do("drive", "scan", w.nand, after, layer, step, block=1 << 20)
-        device = self.do("gpu", "score", w.device, after, layer, step) if case.profile.has("gpu") else host
-        if not case.profile.has("gpu") and w.device:
-            device = self.do("cpu", "score", w.device, after, layer, step)
-        any_scored = w.score or w.dram or w.nand or w.device
-        size = 4 * case.context * case.batch * case.shape.kv_heads if any_scored else 0
-        return self.do("cpu", kind, size, [host, dram, nand, device, *after], layer, step)
-
-    def build(self, steps: int) -> list[Task]:
-        case, w = self.case, self.work
-        shape, profile = case.shape, case.profile
-        device = costs.lane_of(profile, "cpu", "attend")
-        missing = (shape.weight_bytes - case.on_gpu) / shape.layers if profile.has("gpu") else 0
-        link = profile.has("gpu")
-        new = case.batch * shape.record_bytes
-        uses_drive = w.stream + w.keys + w.wanted + w.dram + w.nand + w.inside > 0
-        attended: list[int | None] = [None, None]  # of the layers before, across steps
-        for step in range(steps):
-            for layer in range(shape.layers):
-                early = [attended[-2]]  # what comes whatever is selected has room for one layer ahead
-                weights = self.do("link", "weights", missing, early, layer, step)
-                dense = self.do(device, "dense", shape.layer_weights * shape.width, [attended[-1], weights], layer,
-                                step, flops=2 * shape.layer_weights * case.batch, kernels=12)  # fmt: skip
-                ready = self.do("cpu", "append", new, [dense], layer, step)
-                if uses_drive:  # many tokens are written at once: their latency is shared
-                    self.do("drive", "write", new, [ready], layer, step, kernels=0)
-                way = "mapped" if w.mapped and profile.has("drive", "mapped") else "read"
-                streamed = self.do("drive", way, w.stream, early, layer, step)
-                brought = w.stream + w.resident
-                streamed = self.do("link", "transfer", brought * link, [streamed, *early], layer, step)
-                attend = [ready, streamed]
-                now = [ready]
-                if w.ahead:
-                    # the first layer of a step knows no input before the last step's token
-                    guess = self.select("guess", early if layer else [attended[-1]], layer, step)
-                    useful = w.wanted * (COVER if w.again else 1.0)
-                    size = useful / ACCURACY if w.again else useful
-                    ahead = self.do("drive", "prefetch", size, [guess], layer, step, block=w.block)
-                    pooled = guess
-                    if not w.again:
-                        pooled = self.do("cpu", "gather", w.gather, [guess], layer, step)
-                    sent = useful + (0 if w.again else w.gather)
-                    attend.append(self.do("link", "transfer", sent * link, [ahead, pooled], layer, step))
-                    rest, gather = (w.wanted - useful, w.gather) if w.again else (0, 0)
-                    now.append(guess)
-                else:
-                    rest, gather = w.wanted, w.gather
-                if w.again or not w.ahead:
-                    chosen = self.select("select", now, layer, step)
-                    read = self.do("drive", "read", rest, [chosen], layer, step, block=w.block)
-                    pooled = self.do("cpu", "gather", gather, [chosen], layer, step)
-                    attend += [chosen, self.do("link", "transfer", (rest + gather) * link, [read, pooled], layer, step)]
-                    if not link:
-                        attend += [read, pooled]
-                inside = self.do("drive", "scan", w.inside, [ready], layer, step, block=1 << 20)
-                flops = 4 * w.attend / shape.record_bytes * shape.heads * shape.head_dim
-                done = self.do(device, "attend", w.attend, [*attend, inside], layer, step, flops=flops)
-                attended.append(done)
-            head = shape.head_weights * shape.width
-            flops = 2 * shape.head_weights * case.batch
-            attended.append(self.do(device, "head", head, [attended[-1]], shape.layers, step, flops=flops))
-        return self.tasks
-
-
-def model(case: Case, system: str, steps: int = 3) -> tuple[list[Task], Work]:
-    """The tasks of some decode steps, looking ahead or not as a run would choose after trying both (`Trial`)."""
-    work = RULES[system](case)
-    if not work.again:
-        return _Steps(case, work, system).build(steps), work
-    built = {
-        on: _Steps(case, own, system).build(steps)
-        for on, own in ((True, work), (False, replace(work, ahead=False, again=False)))
-    }
-    took = {on: step_seconds(tasks, schedule(tasks, case.profile.capacity)) for on, tasks in built.items()}
-    trial, now = Trial("auto"), 0.0
-    while trial.times is not None:
-        trial.step(now)
-        now += took[trial.on]
-    return built[trial.on], work if trial.on else replace(work, ahead=False, again=False)
-
-
-def seconds(case: Case, system: str) -> float:
-    """Modelled seconds of a decode step, once the pipeline is full. DoesNotFit where the system cannot run it."""
-    tasks, _ = model(case, system)
-    return step_seconds(tasks, schedule(tasks, case.profile.capacity))
-
-
-def timeline(case: Case, system: str, steps: int = 3) -> Timeline:
-    """The modelled steps as a timeline, for every plot and export."""
-    about = {"system": system, "model": case.shape.name, "context": case.context, "batch": case.batch}
-    about |= {"alpha": case.alpha, "profile": case.profile.name}
-    tasks, _ = model(case, system, steps)
-    return play(tasks, schedule(tasks, case.profile.capacity), f"modelled: {case.profile.name}", about)

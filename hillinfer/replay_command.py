@@ -87,14 +87,17 @@ def show(frame, wanted, recording, folder: Path) -> None:
 
     groups = list(frame.groupby(["profile", "model", "alpha", "host", "batch"], sort=False, dropna=False))
     for (profile, model, alpha, host, batch), part in groups[:SHOWN]:
-        title = f"ms per step, modelled: {profile}, {model}, batch {batch}, alpha {alpha:g}, host memory {_size(host)}"
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left")
+        title = (
+            f"ms per step, modelled on {profile}: {model}, batch {batch}, alpha {alpha:g}, host memory {_size(host)}"
+        )
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         wide = part.pivot(index="system", columns="context", values="ms").loc[part.system.unique()]
         table.add_column("system", no_wrap=True)
         for context in wide.columns:
             table.add_column(f"{context:,}", justify="right", no_wrap=True)
         for row in wide.itertuples():
             table.add_row(escape(row[0]), *(f"{ms:,.0f}" if ms == ms else "-" for ms in row[1:]))
+        out.print(title, soft_wrap=True, highlight=False)
         out.print(table)
     if len(groups) > SHOWN:
         out.print(f"... and {len(groups) - SHOWN} more tables, in the report")

@@ -8,7 +8,7 @@ span did counts, never how long it took. How sizes scale (`Target`), each by its
                                                     holds a smaller share, more of them are read and fewer gathered
     append, encode, write                           batch x bytes of a token's record
     dense, head                                     parameters; operations also by the batch
-    layers                                          layer l of L' repeats the recorded layer l * L / L'
+    layers                                          the first is the first; the others are spread over the recorded
 """
 
 import bisect
@@ -168,6 +168,7 @@ def _add_step(tasks: list[Task], step: Step, number: int, scale: "Scale", last: 
     main = step.threads[step.main]
     place = {id(span): (layer, i) for layer, own in by_layer[step.main].items() for i, span in enumerate(own)}
     ends = [span.end_ns for span in main]
+    first = {thread: min(span.start_ns for span in own) for thread, own in step.threads.items()}
     before_step, latest = last, {step.main: last}  # thread -> its last task
     made: dict[tuple[int, int], int] = {}  # the main thread's (layer, place in it) -> task
 
@@ -180,18 +181,18 @@ def _add_step(tasks: list[Task], step: Step, number: int, scale: "Scale", last: 
         return made.get((of + layer - source, i), before_step)
 
     for layer in range(new + 1):
-        source = old if layer == new else min(old - 1, layer * old // new)
+        source = old if layer == new else layer and 1 + (layer - 1) * (old - 1) // max(1, new - 1)
         ready: dict[str, list[int]] = defaultdict(list)  # kind -> tasks of this layer that others wait for
-        for thread in sorted(by_layer, key=lambda name: (name == step.main, name)):
+        for thread in sorted(by_layer, key=lambda name: (name == step.main, first[name])):  # a guess, then its reads
             began = False
             for i, span in enumerate(by_layer[thread][source]):
                 after = [latest.get(thread)]
-                if thread != step.main and not began:
+                waits = {"append": "guess", "wait": "prefetch", "prefetch": "guess"}.get(span.kind)
+                if thread != step.main and not began and not waits:
                     after.append(origin(span, layer, source))
-                    began = True
+                began = True
                 if span.kind == "evaluate":
                     after = [origin(span, layer, source)] if thread == step.main else after
-                waits = {"append": "guess", "wait": "prefetch", "prefetch": "guess"}.get(span.kind)
                 after += ready[waits] if waits else []
                 if span.kind in ("merge", "select", "guess"):
                     after += ready.pop("evaluate", [])

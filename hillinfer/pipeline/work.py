@@ -1,7 +1,7 @@
 """What a decode step of each system moves and computes, by rule, where no run of it was recorded at that size.
 
-A rule states bytes for one layer and the whole batch, by tier (`Work`); `modelled.py` schedules them. The pool's size and
-the split are decided by the code that decides them in a run (`Run.pool_tokens`).
+A rule states bytes for one layer and the whole batch, by tier (`Work`); `modelled.py` schedules them. The pool's size
+and the split are decided by the code that decides them in a run (`Run.pool_tokens`).
 """
 
 import math

@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model train clean
+.PHONY: demo test lint format slow show-slice show-hillinfer show-replay show-model train clean
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -37,6 +37,10 @@ train: $(VENV)/.ready ## the embedded model from nothing: hours on two cores
 
 show-hillinfer: $(VENV)/.ready ## every claim about the hillinfer system
 	$(BIN)/python -m benchmarks.show_hillinfer
+
+show-replay: $(VENV)/.ready ## every claim about profiles, replay and sweeps; ROUNDS=n for more rounds of measuring
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,cluster]'
+	$(BIN)/python -m benchmarks.show_replay
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hillinfer.cache import disable, enable
+from hillinfer.demo import machine
 from hillinfer.pipeline.devices import THIS, Cost, Profile, Rate
 from hillinfer.pipeline.replay import decode_steps, describe, own_seconds, recorded, size_of
 from hillinfer.pipeline.shapes import shape_of
@@ -133,12 +134,6 @@ def calibrate(
                     each(f"{way.name}, {context} tokens")
                     timelines.append(record(model, way, rng.integers(3, 1000, context).tolist()))
     return Profile(THIS, machine(), parts, costs(timelines, source))
-
-
-def machine() -> str:
-    from hillinfer.demo import machine as words
-
-    return words()
 
 
 def measure_parts(folder: Path) -> dict[str, dict[str, Rate]]:

@@ -42,6 +42,8 @@ MAY = {
     "assets": {"config"},
     "longbench": {"config", "assets", "cache", "systems", "evaluator", "pipeline"},
     "workbench": {"pipeline"},
+    "calibrate": {"cache", "demo", "pipeline", "systems", "tiers"},
+    "replay_command": {"cli", "config", "pipeline", "workbench"},
 }
 
 

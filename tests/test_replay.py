@@ -91,6 +91,18 @@ def test_what_was_guessed_is_waited_for(kinds, ms):
     assert R.modelled_seconds(R.replay(line, box(**kinds)))[0] == pytest.approx(ms / 1e3)
 
 
+@pytest.mark.parametrize(("prefetch", "ms"), [(6, 32), (60, 71)])
+def test_a_loader_works_beside_the_layers(prefetch, ms):
+    """Layer 1 reports a prefetch that began when layer 0's keys were in: from 1, at 1 + 60 the latest attend may begin.
+
+    Layer 0 ends at 1 + 4 + 2 + 3 = 10, dense at 15, layer 1's choice at 22, attend at 25, head at 32.
+    """
+    spans = [span for span in plain_step() if span[2] != "read"]
+    spans += [("main", "drive", "prefetch", 1, 0, 1, 15, 400), ("main", "cpu", "wait", 1, 0, 23, 24, 0)]
+    line = by_hand(*spans, *plain_step(1, 40))
+    assert R.modelled_seconds(R.replay(line, box(prefetch=prefetch)))[0] == pytest.approx(ms / 1e3)
+
+
 def test_a_drive_that_scores_works_beside_the_host():
     spans = [span for span in plain_step() if span[2] != "read"]
     spans += [("main", "drive", "evaluate", i, 0, 20 * i + 1, 20 * i + 2, 1000) for i in range(2)]

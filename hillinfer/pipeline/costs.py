@@ -16,13 +16,13 @@ RATES = {
     "write": "drive.write",
     "evaluate": "scorer.dram_read",
     "scan": "scorer.nand_read",
-    "send": "scorer.link",
+    "inside": "scorer.nand_read",
 }
 
 
 def lane_of(profile: Profile, lane: str, kind: str) -> str:
     """Where a recorded kind of work would be done on this machine."""
-    if kind in MODEL:
+    if kind in MODEL and lane in ("cpu", "gpu"):
         return "gpu" if profile.has("gpu") else "cpu"
     return "cpu" if lane == "gpu" and not profile.has("gpu") else lane
 
@@ -53,10 +53,12 @@ def seconds(
             return profile.kinds[name].seconds(size, calls)
     part = lane.partition(":")[0]
     latency = kernels * profile.get(f"{part}.call", default=0.0) if size or flops else 0.0
-    if kind in MODEL or part == "gpu":
+    if part == "gpu" or (kind in MODEL and part == "cpu"):
         work = max(size / profile.get(f"{part}.bandwidth"), flops / profile.get(f"{part}.flops"))
     elif kind in RATES:
         work = size / profile.get(RATES[kind], block)
+    elif part in ("drive", "link"):  # what a drive or a link does otherwise: it moves the bytes
+        work = size / profile.get("drive.read" if part == "drive" else "link.to_gpu", block)
     elif kind == "score":
         work = size / profile.score_rate
     else:

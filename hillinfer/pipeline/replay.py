@@ -3,8 +3,8 @@
 The order and the dependencies are those that the run itself had, so a change in the pipeline changes its replay. What a
 span did counts, never how long it took. How sizes scale (`Target`), each by its own stated rule:
 
-    score, evaluate, merge, select, guess, other    cached tokens x batch x bytes of a token's codes
-    gather, read, prefetch, transfer, attend, swap  attended tokens x batch x bytes of a token's record; where the pool
+    score, evaluate, abstract, select, guess, other cached tokens x batch x bytes of a token's codes
+    gather, near, read, prefetch, attend, swap ...  attended tokens x batch x bytes of a token's record; where the pool
                                                     holds a smaller share, more of them are read and fewer gathered
     append, encode, write                           batch x bytes of a token's record
     dense, head                                     parameters; operations also by the batch
@@ -26,10 +26,12 @@ from hillinfer.pipeline.shapes import ModelShape
 from hillinfer.pipeline.timeline import Span, Timeline
 from hillinfer.tiers.record_file import BLOCK
 
-CACHED = ("score", "evaluate", "merge", "select", "guess", "other", "view")
-ATTENDED = ("gather", "read", "prefetch", "transfer", "attend", "swap")
+CACHED = ("score", "evaluate", "inside", "merge", "select", "guess", "other", "view", "abstract")
+ATTENDED = ("gather", "near", "read", "prefetch", "transfer", "attend", "swap")
 AMONG_ROWS = CACHED + ATTENDED  # one call for each sequence of a batch
 FROM_DRIVE = ("read", "prefetch")
+BESIDE = ("evaluate", "inside")  # what a drive computes while the host does
+AHEAD = ("prefetch", "near")  # what a loader brings before it is asked for: from the drive, from memory
 BOARD = 0.8  # share of host memory that may hold KV records
 
 
@@ -102,16 +104,32 @@ def decode_steps(timeline: Timeline) -> list[Step]:
         if span.step in steps:
             if span.kind == "dense" and span.layer == 0:
                 span = replace(span, kind="head")
+            if span.kind == "attend" and span.lane == "drive":
+                span = replace(span, kind="inside")
             steps[span.step].threads[span.thread].append(span)
     for step in steps.values():
+        _set_beside(step)
         own = sorted(step.threads[main], key=lambda span: span.start_ns)
         if own and own[-1].kind == "head":
             start, end = own[0].start_ns, own[-1].end_ns
             step.seconds = (end - start) / 1e9
-            step.other = step.seconds - sum(took for span, took in own_seconds(own) if span.lane != "drive" or took)
+            step.other = step.seconds - sum(took for span, took in own_seconds(own))
     if not steps:
         raise ValueError("no decode step was recorded")
     return list(steps.values())
+
+
+def _set_beside(step: Step) -> None:
+    """Work that a layer reports, but that began before the layer did, was done beside the main thread: by a loader."""
+    begins = {}
+    for span in step.threads[step.main]:
+        if span.lane == "cpu" and span.kind not in ("dense", "head", *AHEAD):
+            begins[span.layer] = min(span.start_ns, begins.get(span.layer, span.start_ns))
+    stays = []
+    for span in step.threads[step.main]:
+        early = span.start_ns < begins.get(span.layer, 0) and span.kind not in ("dense", "head")
+        (step.threads[f"beside {span.lane}"] if early else stays).append(span)
+    step.threads[step.main] = stays
 
 
 def own_seconds(spans: Iterable[Span]) -> list[tuple[Span, float]]:
@@ -119,9 +137,9 @@ def own_seconds(spans: Iterable[Span]) -> list[tuple[Span, float]]:
 
     A drive that scores works beside the thread that asked it: its span counts only where that thread waited for it.
     """
-    beside = [span for span in spans if span.kind == "evaluate"]
+    beside = [span for span in spans if span.kind in BESIDE]
     out, stack = [], []
-    for span in sorted((s for s in spans if s.kind != "evaluate"), key=lambda s: (s.start_ns, -s.end_ns)):
+    for span in sorted((s for s in spans if s.kind not in BESIDE), key=lambda s: (s.start_ns, -s.end_ns)):
         entry = [span, (span.end_ns - span.start_ns) / 1e9]
         while stack and stack[-1][0].end_ns <= span.start_ns:
             stack.pop()
@@ -167,18 +185,18 @@ def _add_step(tasks: list[Task], step: Step, number: int, scale: "Scale", last: 
             by_layer[thread][old if span.kind == "head" else span.layer].append(span)
     main = step.threads[step.main]
     place = {id(span): (layer, i) for layer, own in by_layer[step.main].items() for i, span in enumerate(own)}
-    ends = [span.end_ns for span in main]
     first = {thread: min(span.start_ns for span in own) for thread, own in step.threads.items()}
     before_step, latest = last, {step.main: last}  # thread -> its last task
     made: dict[tuple[int, int], int] = {}  # the main thread's (layer, place in it) -> task
 
     def origin(span: Span, layer: int, source: int) -> int | None:
         """What the main thread had done when this span began, moved along with the layer."""
-        index = bisect.bisect_right(ends, span.start_ns) - 1
-        if index < 0:
-            return before_step
-        of, i = place[id(main[index])]
-        return made.get((of + layer - source, i), before_step)
+        for spans, where, done in ((main, place, made), *([scale.before] if scale.before else [])):
+            index = bisect.bisect_right(spans, span.start_ns, key=lambda own: own.end_ns) - 1
+            if index >= 0:
+                of, i = where[id(spans[index])]
+                return done.get((of + (layer - source if spans is main else 0), i), before_step)
+        return before_step
 
     for layer in range(new + 1):
         source = old if layer == new else layer and 1 + (layer - 1) * (old - 1) // max(1, new - 1)
@@ -188,23 +206,26 @@ def _add_step(tasks: list[Task], step: Step, number: int, scale: "Scale", last: 
             for i, span in enumerate(by_layer[thread][source]):
                 after = [latest.get(thread)]
                 waits = {"append": "guess", "wait": "prefetch", "prefetch": "guess"}.get(span.kind)
-                if thread != step.main and not began and not waits:
+                if thread != step.main and not began and (not waits or thread.startswith("beside")):
                     after.append(origin(span, layer, source))
                 began = True
-                if span.kind == "evaluate":
-                    after = [origin(span, layer, source)] if thread == step.main else after
+                if span.kind in BESIDE and thread == step.main:
+                    after = [origin(span, layer, source)]
                 after += ready[waits] if waits else []
-                if span.kind in ("merge", "select", "guess"):
-                    after += ready.pop("evaluate", [])
+                if thread.startswith("beside") or span.kind in ("wait", "attend"):
+                    after += ready["beside"]
+                if span.kind in ("merge", "select", "guess", "wait"):
+                    after += [index for kind in BESIDE for index in ready.pop(kind, [])]
                 for part in [*(scale.before_attend(span) if span.kind == "attend" else []), span]:
                     wanted = tuple(sorted({index for index in after if index is not None}))
                     tasks.append(scale.task(part, layer, number, wanted))
                     after = [len(tasks) - 1]
-                ready[span.kind].append(len(tasks) - 1)
-                if span.kind != "evaluate":
+                ready["beside" if thread.startswith("beside") else span.kind].append(len(tasks) - 1)
+                if span.kind not in BESIDE:
                     latest[thread] = len(tasks) - 1
                 if thread == step.main:
-                    made[layer, i] = latest[thread] if span.kind != "evaluate" else made.get((layer, i - 1), last)
+                    made[layer, i] = latest[thread] if span.kind not in BESIDE else made.get((layer, i - 1), last)
+    scale.before = (main, place, made)
     return latest[step.main]
 
 
@@ -213,6 +234,7 @@ class Scale:
 
     def __init__(self, about: Recorded, target: Target, profile: Profile):
         self.about, self.profile = about, profile
+        self.before: tuple | None = None  # the step before: its spans, their places, the tasks made of them
         self.shape, self.batch = target.shape or about.shape, target.batch or about.batch
         self.cached = target.context or about.cached
         share = about.attended / about.cached

@@ -95,8 +95,8 @@ def evaluate(cell: Cell, profile: Profile | None = None, run: Timeline | None = 
         else:
             case = work.Case(profile, shape, cell.context, cell.batch, cell.alpha, cell.host)
             line = modelled.timeline(case, cell.system)
-    except work.DoesNotFit as error:
-        return row | {"note": f"does not fit: {error}"}
+    except (work.DoesNotFit, KeyError) as error:  # a profile that lacks a part says which
+        return row | {"note": f"does not fit: {error.args[0]}"}
     took, final = replay.modelled_seconds(line)[-1], max(span.step for span in line.spans)
     last, busy = [span for span in line.spans if span.step == final], defaultdict(float)
     for span in last:

@@ -1,7 +1,7 @@
 """The device profile of this machine: what its parts do, and what each kind of this project's own work costs on it.
 
 The costs come from decode steps of small random models, of other shapes and contexts than what is to be predicted; each
-kind is a line, so much for a call and so much for its size.
+kind is a curve of its seconds over its size.
 """
 
 import os
@@ -96,28 +96,27 @@ def samples(timeline: Timeline) -> dict[str, tuple[float, float]]:
     return {kind: tuple(np.median(own, 0)) for kind, own in found.items() if kind != "wait"}
 
 
-def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(call, unit), neither negative, with the least relative error over (size, seconds)."""
-    sizes, took = np.array(points, float).T
-    took = np.maximum(took, 1e-9)
-    weighted = np.stack((1 / took, sizes / took), 1)  # each row times (call, unit) should be 1
-    best = []
-    for use in ((0, 1), (0,), (1,)):
-        answer = np.zeros(2)
-        answer[list(use)] = np.linalg.lstsq(weighted[:, use], np.ones(len(took)), rcond=None)[0]
-        if (answer >= 0).all() and np.isfinite(answer).all():
-            best.append((float(((weighted @ answer - 1) ** 2).sum()), tuple(answer)))
-    return min(best)[1]
-
-
 def costs(measured: Iterable[Timeline], source: str) -> dict[str, Cost]:
-    """A cost for each `system.kind`, and for each kind over all systems."""
-    points = defaultdict(list)
+    """A cost for each `system.kind`, and for each kind over all systems: a point for each model and context, the median
+    of its runs; a larger one never takes less.
+    """
+    points = defaultdict(lambda: defaultdict(list))
     for timeline in measured:
+        about = recorded(timeline)
         for kind, point in samples(timeline).items():
-            points[f"{timeline.about['system']}.{kind}"].append(point)
-            points[kind].append(point)
-    return {kind: Cost(*fit(own), source) for kind, own in sorted(points.items())}
+            for name in (f"{about.system}.{kind}", kind):
+                points[name][about.shape, about.cached].append(point)
+    out = {}
+    for name, runs in sorted(points.items()):
+        found = defaultdict(list)
+        for own in runs.values():
+            size, took = np.median(own, 0)
+            found[float(f"{size:.4g}")].append(max(took, 1e-9))
+        sizes = sorted(size for size in found if size > 0)
+        if sizes:
+            took = np.maximum.accumulate([np.mean(found[size]) for size in sizes])
+            out[name] = Cost(tuple(sizes), tuple(map(float, took)), source)
+    return out
 
 
 def calibrate(

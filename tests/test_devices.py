@@ -30,6 +30,13 @@ def test_between_points_a_curve_is_straight_in_logarithms():
     assert rate.at(1) == pytest.approx(1e6) and rate.at(1e12) == rate.at() == 1e8
 
 
+def test_a_measured_cost():
+    cost = Cost((10, 1000), (1e-5, 1e-3))
+    assert cost.at(1) == cost.at(10) == 1e-5  # a call takes at least that
+    assert cost.at(100) == pytest.approx(1e-4)
+    assert cost.at(3000) == pytest.approx(3e-3) and cost.at(2000, calls=2) == pytest.approx(2e-3)
+
+
 def test_what_if():
     profile = find_profile("rtx4090-smartssd")
     other = profile.with_numbers("twice", drive_read=6.4e9, link_to_gpu=profile.parts["link"]["to_gpu"])
@@ -48,7 +55,7 @@ flops = { value = 1e9, source = "measured: x" }
 read = { block = [4096, 8192], rate = [1e8, 2e8], source = "published: x" }
 write = { value = 1e9, source = "assumed: x" }
 [kinds]
-"full.dense" = { call = 1e-5, unit = 0, source = "measured: x" }
+"full.dense" = { size = [10, 1000], seconds = [1e-5, 1e-3], source = "measured: x" }
 """
 
 
@@ -57,7 +64,7 @@ def test_a_small_one(tmp_path):
     path.write_text(GOOD)
     profile = find_profile(path)
     assert profile.sources() == {"measured": 4, "published": 1, "assumed": 1}
-    assert profile.kinds == {"full.dense": Cost(1e-5, 0, "measured: x")}
+    assert profile.kinds == {"full.dense": Cost((10, 1000), (1e-5, 1e-3), "measured: x")}
     assert profile.score_rate == 1e9 and profile.gather_rate == 5e8
     with pytest.raises(KeyError, match=r"profile a has no gpu\.flops"):
         profile.get("gpu.flops")
@@ -79,7 +86,8 @@ def test_a_small_one(tmp_path):
         ("flops", "flop", "[cpu] lacks flops"),
         ("write =", "speed = { value = 1, source = 'assumed: x' }\nwrite =", "[drive] has no 'speed'"),
         ("[drive]", "[gpu]\n[drive]", "add a part [link]"),
-        ("unit = 0", "unit = -1", "kinds.full.dense must have numbers of zero or more"),
+        ("[10, 1000]", "[1000, 10]", "kinds.full.dense must have numbers above zero, its sizes in ascending"),
+        ("[10, 1000]", "[10]", "kinds.full.dense needs as many seconds as sizes"),
         ("[cpu]", "[cpu", "is no profile"),
     ],
 )  # fmt: skip

@@ -24,7 +24,7 @@ def box(**kinds: float) -> Profile:
     numbers = {name: Rate((1e9,), "assumed: test") for name in ("memory", "bandwidth", "flops", "read", "write")}
     cpu = {name: numbers[name] for name in ("memory", "bandwidth", "flops")} | {"lanes": Rate((2,), "assumed: test")}
     drive = {name: numbers[name] for name in ("read", "write")}
-    costs = {kind: Cost(ms / 1e3, 0) for kind, ms in (COSTS | kinds).items()}
+    costs = {kind: Cost((1e18,), (max(ms, 1e-12) / 1e3,)) for kind, ms in (COSTS | kinds).items()}
     return Profile("hand", "a test", {"cpu": cpu, "drive": drive}, costs)
 
 

@@ -50,7 +50,7 @@ def seconds(
         return 0.0
     for name in (f"{system}.{kind}", kind):
         if name in profile.kinds:
-            return profile.kinds[name].seconds(size, calls)
+            return profile.kinds[name].at(size, calls)
     part = lane.partition(":")[0]
     latency = kernels * profile.get(f"{part}.call", default=0.0) if size or flops else 0.0
     if part == "gpu" or (kind in MODEL and part == "cpu"):

@@ -259,3 +259,22 @@ def test_a_trace_that_says_nothing_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"traceEvents": []}')
     with pytest.raises(ValueError, match="no trace of this project"):
         Timeline.load(tmp_path / "x.json")
+
+
+def test_costs_are_taken_from_what_was_measured():
+    """Two steps by hand: each kind's own time, without what is within it; and the main thread's gaps as `other`."""
+    from hillinfer.calibrate import costs, samples
+
+    line = by_hand(*plain_step(), *plain_step(1, 40), *plain_step(2, 80))
+    found = samples(line)
+    assert found["score"] == pytest.approx((1000, 1e-3)) and found["select"] == pytest.approx((100, 1e-3))
+    assert found["read"] == pytest.approx((400, 1e-3)) and found["dense"][1] == pytest.approx(15e-3)
+    assert found["other"][1] == pytest.approx(0)
+    larger = by_hand(*plain_step(), *plain_step(1, 40))
+    larger.about["cached"] = 200.0
+    for span in larger.spans:
+        span.bytes *= 3
+    own = costs([line, larger], "measured: by hand")
+    assert own["mine.score"].sizes == (1000, 3000) and own["score"].at(2000) == pytest.approx(1e-3)
+    modelled = R.modelled_seconds(R.replay(line, Profile("hand", "", box().parts, own)))
+    assert modelled == pytest.approx([0.040, 0.040], rel=1e-4)  # what was measured

@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench
+.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -65,6 +65,10 @@ api: $(VENV)/.ready ## docs/api.md from the docstrings
 
 show-workbench: $(VENV)/.browser ## every claim about the workbench, measured again
 	$(BIN)/python -m benchmarks.show_workbench
+
+show-replay: $(VENV)/.ready ## every claim about profiles, replay and sweeps; ROUNDS=n for more rounds of measuring
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,cluster]'
+	$(BIN)/python -m benchmarks.show_replay
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

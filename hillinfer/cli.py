@@ -1,4 +1,4 @@
-"""The command line: hillinfer demo | run | eval | bench | systems | profile | stamp | doctor | lab."""
+"""The command line: hillinfer demo | run | eval | bench | replay | systems | profile | stamp | doctor | lab."""
 
 import os
 import sys
@@ -23,8 +23,10 @@ from hillinfer import doctor
 from hillinfer.bench import bench
 from hillinfer.config import Settings, UsageError
 from hillinfer.evaluation import evaluate
+from hillinfer.replay_command import replay
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command()(replay)
 out, err = Console(), Console(stderr=True)
 
 Alpha = Annotated[float, typer.Option(help="Share of the tokens that a step attends to, in (0, 1].")]
@@ -217,6 +219,7 @@ def profile(
     """Measure how fast host and drive score and move KV here; for --profile, and to see what would balance."""
     with clear_errors():
         folder = Settings(drive=drive).drive
+        from hillinfer.calibrate import calibrate
         from hillinfer.demo import machine
         from hillinfer.pipeline.balance import Chosen
         from hillinfer.profile import CHOSEN, DIM, HEADS, measure
@@ -234,6 +237,9 @@ def profile(
                 f"by the paper's closed form {beta / (1 + beta):.0%}"
             )
         out.print(f"profile: {out_file} (records chosen at random: {CHOSEN:.0%})")
+        with err.status("what each kind of work costs here ...") as status:
+            device = calibrate(folder, lambda what: status.update(f"what each kind of work costs here: {what}"))
+        out.print(f"for hillinfer replay --profile this-machine: {device.save(out_file.parent / 'this-machine.toml')}")
 
 
 @app.command()

@@ -11,6 +11,8 @@ from hillinfer.assets import data_folder
 from hillinfer.cache import TieredCache, check_supported, plan
 from hillinfer.config import UsageError
 from hillinfer.longbench.runner import feed, measured
+from hillinfer.pipeline.replay import describe
+from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.timeline import Timeline
 from hillinfer.session import check_session, open_session, save_session, session_ids
 from hillinfer.systems import find_system, make_cache
@@ -91,6 +93,8 @@ def run(name: str, job: Job, system: str, options: dict) -> Continuation:
         )
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         why = cache.run.why_split()
+        shape = shape_of(model.config.get_text_config(), model.dtype.itemsize)
+        cache.timeline.about = describe(cache.run, shape, system)
     answer = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     return Continuation(answer, [*tell(system, figures, cache), why], cache.timeline)
 

@@ -45,6 +45,8 @@ MAY = {
     "assets": {"config"},
     "longbench": {"config", "assets", "cache", "systems", "evaluator", "pipeline"},
     "workbench": {"assets", "cache", "config", "demo", "evaluator", "longbench", "pipeline", "systems"},
+    "calibrate": {"cache", "demo", "pipeline", "systems", "tiers"},
+    "replay_command": {"cli", "config", "pipeline", "workbench"},
 }
 
 

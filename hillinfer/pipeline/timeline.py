@@ -1,6 +1,7 @@
 """The record of a run: what each device did and when, and which tier served which token."""
 
 import json
+import threading
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -26,20 +27,27 @@ class Span:
     end_ns: int
     bytes: int = 0
     detail: dict = field(default_factory=dict)
+    thread: str = ""  # that recorded it: what one thread does, it does in order
 
 
 class Timeline:
-    """Every span of a run, in the order they ended. Nothing is dropped; `clear()` empties it."""
+    """Every span of a run, in the order they ended. Nothing is dropped; `clear()` empties it.
+
+    source  how its times are known: "measured", or "modelled: PROFILE"
+    about   what the run was, for whoever reads the file later (`replay.describe`)
+    """
 
     def __init__(self):
         self.spans: list[Span] = []
+        self.source, self.about = "measured", {}
 
     def add(
         self, lane: str, kind: str, layer: int, step: int, start_ns: int, end_ns: int, nbytes: int = 0, **detail
     ) -> None:
         if lane not in LANES:
             raise ValueError(f"no lane '{lane}'; the lanes are {', '.join(LANES)}")
-        self.spans.append(Span(lane, kind, layer, step, start_ns, end_ns, nbytes, detail))
+        thread = threading.current_thread().name
+        self.spans.append(Span(lane, kind, layer, step, start_ns, end_ns, nbytes, detail, thread))
 
     def span(self, lane: str, kind: str, layer: int, step: int, nbytes: int = 0, **detail) -> "_Body":
         """Record the body of a `with` as a span; an exception in it is recorded too and goes on. The body may add to
@@ -94,10 +102,20 @@ class Timeline:
                     "tid": tid,
                     "ts": (span.start_ns - origin) / 1e3,
                     "dur": (span.end_ns - span.start_ns) / 1e3,
-                    "args": {"layer": span.layer, "step": span.step, "bytes": span.bytes, **span.detail},
+                    "args": {
+                        "layer": span.layer,
+                        "step": span.step,
+                        "bytes": span.bytes,
+                        "thread": span.thread,
+                        **span.detail,
+                    },
                 }
             )
-        return {"traceEvents": events, "displayTimeUnit": "ms"}
+        return {
+            "traceEvents": events,
+            "displayTimeUnit": "ms",
+            "otherData": {"times": self.source, "about": self.about},
+        }
 
     def save(self, path: str | Path) -> Path:
         """Write the Chrome trace as JSON."""
@@ -105,6 +123,25 @@ class Timeline:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.chrome_trace()))
         return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Timeline":
+        """What `save` wrote; times count from the first span. ValueError or OSError for another file."""
+        timeline = cls()
+        try:
+            trace = json.loads(Path(path).read_text())
+            timeline.source, timeline.about = (trace["otherData"][name] for name in ("times", "about"))
+            for event in trace["traceEvents"]:
+                if event["ph"] == "X":
+                    detail = dict(event["args"])
+                    own = [detail.pop(name) for name in ("layer", "step", "bytes", "thread")]
+                    start, end = round(event["ts"] * 1e3), round((event["ts"] + event["dur"]) * 1e3)
+                    span = Span(LANES[event["pid"]], event["name"], *own[:2], start, end, own[2], detail, own[3])
+                    timeline.spans.append(span)
+        except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no trace of this project ({error!r})") from None
+        timeline.spans.sort(key=lambda span: span.end_ns)
+        return timeline
 
 
 class _Body:

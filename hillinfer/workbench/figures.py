@@ -31,7 +31,7 @@ def timeline_figure(timeline: Timeline, title: str = "Timeline", steps: int = 4)
             "<br>%{customdata[2]:,} bytes<extra></extra>",
             marker=dict(color=palette.colour(kind), line_width=0),
         )
-    figure.update_layout(LAYOUT, title=title, barmode="overlay", xaxis_title="ms (measured)", dragmode="zoom")
+    figure.update_layout(LAYOUT, title=title, barmode="overlay", xaxis_title=f"ms ({timeline.source})", dragmode="zoom")
     figure.update_yaxes(categoryorder="array", categoryarray=list(reversed(LANES)))
     return figure
 

@@ -1,0 +1,67 @@
+"""Does a replay on this machine predict what this machine measures?
+
+    python -m benchmarks.self_replay --drive FOLDER --rounds 3
+
+What each kind of work costs is taken from small random models; predicted are decode steps of the embedded model, of
+another shape and at other contexts, for every system. Calibration and measurement take turns within each round, so that
+a disturbance of the machine meets both; medians over the rounds.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from hillinfer import demo
+from hillinfer.calibrate import CONTEXTS, costs, machine, measure_parts, random_models, record, ways
+from hillinfer.pipeline.devices import THIS, Profile
+from hillinfer.pipeline.replay import decode_steps, modelled_seconds, replay
+
+MEASURED = (1536, 3072, 7168)  # tokens; none of them is calibrated at
+
+
+def measure(folder: Path, rounds: int = 3, names: list[str] | None = None, contexts=MEASURED) -> pd.DataFrame:
+    """A row for each system and context: measured and modelled ms of a step, medians, and the relative error."""
+    model, tokenizer = demo.load_embedded()
+    document = tokenizer(demo.demo_records({"lines_8k": 1})[0]["context"]).input_ids
+    rng, calibrated, runs = np.random.default_rng(0), [], defaultdict(list)
+    small = random_models()
+    for _ in range(rounds):
+        for way in ways(folder, names=names):
+            for other in small:
+                for context in CONTEXTS:
+                    calibrated.append(record(other, way, rng.integers(3, 1000, context).tolist()))
+            for context in contexts:
+                runs[way.name, context].append(record(model, way, document[:context]))
+            print(".", end="", file=sys.stderr, flush=True)
+    profile = Profile(THIS, machine(), measure_parts(folder), costs(calibrated, "measured: in this run"))
+    rows = []
+    for (name, context), own in runs.items():
+        took = [statistics.median(step.seconds for step in decode_steps(line) if step.seconds) for line in own]
+        said = [statistics.median(modelled_seconds(replay(line, profile, most=99))) for line in own]
+        row = {"system": name, "context": context, "measured ms": statistics.median(took) * 1e3}
+        row |= {"lowest": min(took) * 1e3, "highest": max(took) * 1e3, "modelled ms": statistics.median(said) * 1e3}
+        rows.append(row | {"error": row["modelled ms"] / row["measured ms"] - 1})
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--drive", type=Path, help="folder on the drive; by default a temporary one")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--systems", nargs="+", help="by default all")
+    parser.add_argument("--contexts", type=int, nargs="+", default=MEASURED)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.drive) as folder:
+        frame = measure(Path(folder), args.rounds, args.systems, args.contexts)
+    print(frame.to_string(index=False, float_format="%.2f"))
+    print(f"median of |error|: {frame.error.abs().median():.1%}; measured on {machine()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""A recorded run on other hardware, or of another size: its spans as tasks, re-timed by the engine.
+
+The order and the dependencies are those that the run itself had, so a change in the pipeline changes its replay. What a
+span did counts, never how long it took. How sizes scale (`Target`), each by its own stated rule:
+
+    score, evaluate, abstract, select, guess, other cached tokens x batch x bytes of a token's codes
+    gather, near, read, prefetch, attend, swap ...  attended tokens x batch x bytes of a token's record; where the pool
+                                                    holds a smaller share, more of them are read and fewer gathered
+    append, encode, write                           batch x bytes of a token's record
+    dense, head                                     parameters; operations also by the batch
+    layers                                          the first is the first; the others are spread over the recorded
+"""
+
+import bisect
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+
+from hillinfer.pipeline import costs
+from hillinfer.pipeline.devices import Profile
+from hillinfer.pipeline.engine import Task, play, schedule
+from hillinfer.pipeline.run import Run
+from hillinfer.pipeline.shapes import ModelShape
+from hillinfer.pipeline.timeline import Span, Timeline
+from hillinfer.tiers.record_file import BLOCK
+
+CACHED = ("score", "evaluate", "inside", "merge", "select", "guess", "other", "view", "abstract")
+ATTENDED = ("gather", "near", "read", "prefetch", "transfer", "attend", "swap")
+AMONG_ROWS = CACHED + ATTENDED  # one call for each sequence of a batch
+FROM_DRIVE = ("read", "prefetch")
+BESIDE = ("evaluate", "inside")  # what a drive computes while the host does
+AHEAD = ("prefetch", "near")  # what a loader brings before it is asked for: from the drive, from memory
+BOARD = 0.8  # share of host memory that may hold KV records
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a run is scaled to; None keeps what was recorded."""
+
+    shape: ModelShape | None = None
+    context: int | None = None
+    batch: int | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What `describe` noted, read back from `Timeline.about`."""
+
+    system: str
+    shape: ModelShape
+    batch: int
+    cached: float  # tokens, mean of each layer and step
+    attended: float
+    pool: float  # share of the cached tokens that the host's pool held; 1 where nothing is on a drive
+    drive: float  # share of the attended tokens that came from the drive
+
+
+def describe(run: Run, shape: ModelShape, system: str) -> dict:
+    """What a replay needs to know of a run beside its spans, for `Timeline.about`."""
+    rows = run.counters.rows or []
+    cached = run.counters.total("cached") / max(1, len(rows))
+    batch = run.geometry.batch if run.geometry else 1
+    pool = run.pool_tokens(round(cached)) / max(1, cached) if run.drive is not None else 1.0
+    queries = max(1, run.counters.total("queries"))
+    about = dict(
+        batch=batch,
+        cached=cached,
+        attended=run.counters.total("attended") / max(1, len(rows)) / batch,
+        pool=min(1.0, pool),
+        drive=run.counters.total("drive") / queries,
+    )
+    return {"system": system, "shape": asdict(shape), **about}
+
+
+def recorded(timeline: Timeline) -> Recorded:
+    """ValueError where the timeline does not say what it recorded, or has no decode step."""
+    try:
+        about = dict(timeline.about)
+        return Recorded(shape=ModelShape(**about.pop("shape")), **about)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"this trace does not say what was run ({error}); record one with: run --trace") from None
+
+
+@dataclass(slots=True)
+class Step:
+    """One decode step: its spans by thread in the order they ended, and its measured seconds (None for the last)."""
+
+    number: int
+    main: str
+    threads: dict[str, list[Span]]
+    seconds: float | None = None
+    other: float = 0.0  # seconds in which the main thread did what no span covers
+
+
+def decode_steps(timeline: Timeline) -> list[Step]:
+    """The steps of one token each. What lies between two steps (the dense span of layer 0) is called `head`."""
+    main = next((span.thread for span in timeline.spans if span.kind == "attend"), None)
+    numbers = {span.step for span in timeline.spans if span.kind == "attend"}
+    steps = {number: Step(number, main, defaultdict(list)) for number in sorted(numbers)}
+    for span in sorted(timeline.spans, key=lambda span: (span.end_ns, -span.start_ns)):
+        if span.step in steps:
+            if span.kind == "dense" and span.layer == 0:
+                span = replace(span, kind="head")
+            if span.kind == "attend" and span.lane == "drive":
+                span = replace(span, kind="inside")
+            steps[span.step].threads[span.thread].append(span)
+    for step in steps.values():
+        _set_beside(step)
+        own = sorted(step.threads[main], key=lambda span: span.start_ns)
+        if own and own[-1].kind == "head":
+            start, end = own[0].start_ns, own[-1].end_ns
+            step.seconds = (end - start) / 1e9
+            step.other = step.seconds - sum(took for span, took in own_seconds(own))
+    if not steps:
+        raise ValueError("no decode step was recorded")
+    return list(steps.values())
+
+
+def _set_beside(step: Step) -> None:
+    """Work that a layer reports, but that began before the layer did, was done beside the main thread: by a loader."""
+    begins = {}
+    for span in step.threads[step.main]:
+        if span.lane == "cpu" and span.kind not in ("dense", "head", *AHEAD):
+            begins[span.layer] = min(span.start_ns, begins.get(span.layer, span.start_ns))
+    stays = []
+    for span in step.threads[step.main]:
+        early = span.start_ns < begins.get(span.layer, 0) and span.kind not in ("dense", "head")
+        (step.threads[f"beside {span.lane}"] if early else stays).append(span)
+    step.threads[step.main] = stays
+
+
+def own_seconds(spans: Iterable[Span]) -> list[tuple[Span, float]]:
+    """Spans of one thread with the seconds that they and no span within them took.
+
+    A drive that scores works beside the thread that asked it: its span counts only where that thread waited for it.
+    """
+    beside = [span for span in spans if span.kind in BESIDE]
+    out, stack = [], []
+    for span in sorted((s for s in spans if s.kind not in BESIDE), key=lambda s: (s.start_ns, -s.end_ns)):
+        entry = [span, (span.end_ns - span.start_ns) / 1e9]
+        while stack and stack[-1][0].end_ns <= span.start_ns:
+            stack.pop()
+        if stack:
+            stack[-1][1] -= entry[1]
+        stack.append(entry)
+        out.append(entry)
+    for span, entry in ((e[0], e) for e in out if e[0].kind == "merge"):
+        waited = [drive.end_ns for drive in beside if drive.start_ns < span.end_ns and drive.end_ns > span.start_ns]
+        entry[1] -= max(0, min(max(waited, default=0), span.end_ns) - span.start_ns) / 1e9 if waited else 0.0
+    return [(span, took) for span, took in out]
+
+
+def size_of(span_kind: str, nbytes: float, about: Recorded) -> float:
+    """What a kind's cost grows with: its bytes; parameters for the model's own work; else the cached tokens."""
+    if span_kind == "dense":
+        return about.shape.layer_weights * about.shape.width
+    if span_kind == "head":
+        return about.shape.head_weights * about.shape.width
+    return nbytes or about.cached
+
+
+def to_tasks(timeline: Timeline, profile: Profile, target: Target | None = None, most: int = 8) -> list[Task]:
+    """The last `most` decode steps as tasks, their work scaled to the target and timed by the profile.
+
+    What one thread did, it does in order. Beside it: a drive's evaluation, from where its span began until its thread
+    merges; another thread's work for a layer, from where the main thread was when it began. The main thread waits for a
+    guess before it changes what the guess reads, and for a prefetch before it uses it (`Layer.append`, `fetch`).
+    """
+    scale = Scale(recorded(timeline), target or Target(), profile)
+    steps, tasks, last = decode_steps(timeline), [], None
+    for number, step in enumerate(steps[-most - 1 : -1] or steps):
+        last = _add_step(tasks, step, number, scale, last)
+    return tasks
+
+
+def _add_step(tasks: list[Task], step: Step, number: int, scale: "Scale", last: int | None) -> int:
+    """Append one step's tasks, after the main thread's `last` one; returns its new last one."""
+    old, new = scale.about.shape.layers, scale.shape.layers
+    by_layer: dict[str, dict[int, list[Span]]] = {thread: defaultdict(list) for thread in step.threads}
+    for thread, own in step.threads.items():
+        for span in own:
+            by_layer[thread][old if span.kind == "head" else span.layer].append(span)
+    main = step.threads[step.main]
+    place = {id(span): (layer, i) for layer, own in by_layer[step.main].items() for i, span in enumerate(own)}
+    first = {thread: min(span.start_ns for span in own) for thread, own in step.threads.items()}
+    before_step, latest = last, {step.main: last}  # thread -> its last task
+    made: dict[tuple[int, int], int] = {}  # the main thread's (layer, place in it) -> task
+
+    def origin(span: Span, layer: int, source: int) -> int | None:
+        """What the main thread had done when this span began, moved along with the layer."""
+        for spans, where, done in ((main, place, made), *([scale.before] if scale.before else [])):
+            index = bisect.bisect_right(spans, span.start_ns, key=lambda own: own.end_ns) - 1
+            if index >= 0:
+                of, i = where[id(spans[index])]
+                return done.get((of + (layer - source if spans is main else 0), i), before_step)
+        return before_step
+
+    for layer in range(new + 1):
+        source = old if layer == new else layer and 1 + (layer - 1) * (old - 1) // max(1, new - 1)
+        ready: dict[str, list[int]] = defaultdict(list)  # kind -> tasks of this layer that others wait for
+        for thread in sorted(by_layer, key=lambda name: (name == step.main, first[name])):  # a guess, then its reads
+            began = False
+            for i, span in enumerate(by_layer[thread][source]):
+                after = [latest.get(thread)]
+                waits = {"append": "guess", "wait": "prefetch", "prefetch": "guess"}.get(span.kind)
+                if thread != step.main and not began and (not waits or thread.startswith("beside")):
+                    after.append(origin(span, layer, source))
+                began = True
+                if span.kind in BESIDE and thread == step.main:
+                    after = [origin(span, layer, source)]
+                after += ready[waits] if waits else []
+                if thread.startswith("beside") or span.kind in ("wait", "attend"):
+                    after += ready["beside"]
+                if span.kind in ("merge", "select", "guess", "wait"):
+                    after += [index for kind in BESIDE for index in ready.pop(kind, [])]
+                for part in [*(scale.before_attend(span) if span.kind == "attend" else []), span]:
+                    wanted = tuple(sorted({index for index in after if index is not None}))
+                    tasks.append(scale.task(part, layer, number, wanted))
+                    after = [len(tasks) - 1]
+                ready["beside" if thread.startswith("beside") else span.kind].append(len(tasks) - 1)
+                if span.kind not in BESIDE:
+                    latest[thread] = len(tasks) - 1
+                if thread == step.main:
+                    made[layer, i] = latest[thread] if span.kind not in BESIDE else made.get((layer, i - 1), last)
+    scale.before = (main, place, made)
+    return latest[step.main]
+
+
+class Scale:
+    """Recorded sizes -> sizes at the target, and these to seconds on the profile."""
+
+    def __init__(self, about: Recorded, target: Target, profile: Profile):
+        self.about, self.profile = about, profile
+        self.before: tuple | None = None  # the step before: its spans, their places, the tasks made of them
+        self.shape, self.batch = target.shape or about.shape, target.batch or about.batch
+        self.cached = target.context or about.cached
+        share = about.attended / about.cached
+        alpha = share if target.alpha is None or share > 0.999 else target.alpha
+        self.attended = alpha * self.cached
+        old, rows = about.shape, self.batch / about.batch
+        tokens = self.cached / about.cached
+        self.cached_factor = tokens * rows * self.shape.code_bytes() / old.code_bytes()
+        record = self.shape.record_bytes / old.record_bytes
+        self.new_factor = rows * record
+        self.attended_factor = self.attended / about.attended * rows * record
+        room = profile.get("cpu.memory") * BOARD / self.shape.kv_bytes(round(self.cached), self.batch)
+        self.pool = min(about.pool, room)
+        miss = drive_share(about, self.pool)
+        self.drive_factor = miss / about.drive if about.drive else 1.0
+        self.pool_factor = (1 - miss) / (1 - about.drive) if about.drive < 1 else 1.0
+        kv = self.shape.kv_bytes(round(self.cached), self.batch)
+        fits = profile.has("gpu") and kv + self.shape.weight_bytes < profile.get("gpu.memory")
+        self.crosses = profile.has("gpu") and not (about.pool == 1 and fits)
+
+    def factor(self, kind: str) -> float:
+        if kind in FROM_DRIVE:
+            return self.attended_factor * self.drive_factor
+        if kind == "gather":
+            return self.attended_factor * self.pool_factor
+        if kind in ATTENDED:
+            return self.attended_factor
+        return self.cached_factor if kind in CACHED else self.new_factor
+
+    def task(self, span: Span, layer: int, step: int, after: tuple[int, ...]) -> Task:
+        profile, shape = self.profile, self.shape
+        kind, calls = span.kind, 1
+        if kind in ("dense", "head"):
+            size = shape.width * (shape.layer_weights if kind == "dense" else shape.head_weights)
+        else:
+            size = size_of(kind, span.bytes, self.about) * self.factor(kind)
+            calls = max(1, round(self.batch / self.about.batch)) if kind in AMONG_ROWS and kind != "attend" else 1
+        if kind == "view":
+            size = 0
+        flops = 2 * size / shape.width * self.batch if kind in ("dense", "head") else 0.0
+        if kind == "attend":
+            flops = 4 * size / shape.record_bytes * shape.heads * shape.head_dim
+        block = math.ceil(shape.record_bytes / BLOCK) * BLOCK if kind in FROM_DRIVE else math.inf
+        lane = costs.lane_of(profile, span.lane, kind)
+        how = dict(block=block, flops=flops, calls=calls, system=self.about.system)
+        moved = round(size) if span.bytes else 0
+        return Task(lane, kind, layer, step, costs.seconds(profile, lane, kind, size, **how), moved, after)
+
+    def before_attend(self, attend: Span) -> list[Span]:
+        """What a recording lacks: work between the spans, and the way to a GPU where it was made without one."""
+        extra = [Span("cpu", "other", attend.layer, attend.step, 0, 0)]
+        if self.crosses:
+            extra.append(Span("link", "transfer", attend.layer, attend.step, 0, 0, attend.bytes))
+        return extra
+
+
+def drive_share(about: Recorded, pool: float) -> float:
+    """Share of the attended tokens that the drive serves where the pool holds this share of all tokens.
+
+    A straight line from all (an empty pool) to what was recorded at the recorded pool: recorded pools are ranked, so
+    this is what holds for a pool made smaller at random, an upper bound.
+    """
+    return 1 - (1 - about.drive) * pool / about.pool if about.pool else about.drive
+
+
+def replay(timeline: Timeline, profile: Profile, target: Target | None = None, most: int = 8) -> Timeline:
+    """The run's last decode steps, `most` of them, on this hardware and of this size; marked as modelled."""
+    about = timeline.about | {"profile": profile.name, "target": repr(target or "as recorded")}
+    tasks = to_tasks(timeline, profile, target, most)
+    return play(tasks, schedule(tasks, profile.capacity), f"modelled: {profile.name}", about)
+
+
+def modelled_seconds(timeline: Timeline) -> list[float]:
+    """Seconds of each step of a modelled timeline, which ends with the head."""
+    ends = [0] + sorted(span.end_ns for span in timeline.spans if span.kind == "head")
+    return [(end - start) / 1e9 for start, end in pairwise(ends)]

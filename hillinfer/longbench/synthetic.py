@@ -10,6 +10,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ PROMPTS = {
     "passage": "Read the paragraphs and remember the names in them.\n\n{context}\nNow the text is over. {input} ",
     "chain": "Each line has a number and leads to another line.\n\n{context}\nNow the record is over. {input} ",
     "majority": "Each line is one vote of a group for a word.\n\n{context}\nNow the record is over. {input} ",
+    "tally": "Each line is the number of votes of a group for a word.\n\n{context}\nNow the record is over. {input} ",
 }
 QUESTION = {
     "lines": "Tell me what is the <REGISTER_CONTENT> in line {}? I need the number.",
@@ -64,11 +66,20 @@ QUESTION = {
     "passage": "Which paragraph names the {}? It is paragraph",
     "chain": "Start at line {} and follow it to the end. It has number",
     "majority": "Which word has the most votes of {}? The word is",
+    "tally": "Which word has the most votes of {}? The word is",
 }
-MAX_NEW_TOKENS = {"lines": 8, "needle": 8, "two_hop": 32, "passage": 4, "chain": 128, "majority": 4}
+MAX_NEW_TOKENS = {"lines": 8, "needle": 8, "two_hop": 32, "passage": 4, "chain": 128, "majority": 4, "tally": 4}
 # Of the shipped tokenizer: tokens for each line, vote or filler sentence, and of the prompt and facts around them.
-TOKENS_PER_UNIT = {"lines": 11.95, "needle": 9.7, "two_hop": 9.7, "passage": 12.0, "chain": 18.8, "majority": 5.7}
-TOKENS_OF_FRAME = {"lines": 125, "needle": 240, "two_hop": 520, "passage": 50, "chain": 60, "majority": 50}
+TOKENS_PER_UNIT = {
+    "lines": 11.95,
+    "needle": 9.7,
+    "two_hop": 9.7,
+    "passage": 12.0,
+    "chain": 18.8,
+    "majority": 5.7,
+    "tally": 9.0,
+}
+TOKENS_OF_FRAME = {"lines": 125, "needle": 240, "two_hop": 520, "passage": 50, "chain": 60, "majority": 50, "tally": 55}
 CHAIN = 7  # lines of one chain
 
 
@@ -230,7 +241,38 @@ def majority(rng: random.Random, split: str, size: int, group: int = 4) -> Docum
     return document("majority", "".join(votes), answers)
 
 
-TASKS = {f.__name__: f for f in (lines, needle, two_hop, passage, chain, majority)}
+def tally(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
+    """`size` lines that give several votes at once; the question asks for the word with the most votes of one group.
+
+    In each group one word has many lines with small numbers, one few with large numbers. Either may win, by a fifth or
+    more, so neither counting lines nor looking at the large numbers suffices.
+    """
+    groups = Words(rng, split).draw(max(2, min(12, size // 24)), "adjective")
+    rows, answers = [], {}
+    for name in groups:
+        n = max(8, size // len(groups))
+        many, few = round(0.35 * n), max(2, round(0.14 * n))
+        words = rng.sample(SUBJECTS, 8)
+        winner, votes = rng.randrange(2), []
+        while not votes or not wins(words[winner], votes):
+            votes = [(rng.randint(1, 4), words[0]) for _ in range(many)]
+            votes += [(rng.randint(5, 9), words[1]) for _ in range(few)]
+            votes += [(rng.randint(1, 9), words[2 + i % 6]) for i in range(n - many - few)]
+        answers[name] = words[winner]
+        rows += [f"{count} of {name} votes for {word}.\n" for count, word in votes]
+    rng.shuffle(rows)
+    return document("tally", "".join(rows), answers)
+
+
+def wins(word: str, votes: list[tuple[int, str]]) -> bool:
+    """Whether a word has at least a fifth more votes than any other."""
+    total: Counter[str] = Counter()
+    for count, voted in votes:
+        total[voted] += count
+    return all(total[word] >= 1.2 * count for other, count in total.items() if other != word)
+
+
+TASKS = {f.__name__: f for f in (lines, needle, two_hop, passage, chain, majority, tally)}
 
 
 def size_for(task: str, tokens: int) -> int:
@@ -269,6 +311,9 @@ def facts_of(record: dict) -> list[tuple[str, str]]:
         return re.findall(r"^line (\S+): REGISTER_CONTENT is <(\d+)>$", text, re.M)
     if task == "majority":
         return re.findall(r"^(\S+) votes for (\w+)\.$", text, re.M)
+    if task == "tally":
+        rows = re.findall(r"^(\d+) of (\S+) votes for (\w+)\.$", text, re.M)
+        return [(name, word) for count, name, word in rows for _ in range(int(count))]
     if task == "passage":
         return [(key, i) for i, rest in re.findall(r"^Paragraph (\d+): (.*)$", text, re.M)
                 for key in re.findall(r"\w+-[\w-]+", rest)]  # fmt: skip
@@ -293,8 +338,8 @@ def facts_of(record: dict) -> list[tuple[str, str]]:
 def partial_key_floor(record: dict) -> float:
     """Expected score of a solver that knows one part of the asked key and picks at random among the facts with it.
 
-    The best single part (adjective or noun) counts, and every later step of the solver is right. For `majority`, whose
-    keys have one part, the solver picks one vote of the asked group.
+    The best single part (adjective or noun) counts, and every later step of the solver is right. For `majority` and
+    `tally`, whose keys have one part, the solver picks one vote of the asked group.
     """
     before, after = QUESTION[record["dataset"]].split("{}")
     asked = record["input"].removeprefix(before).removesuffix(after)
@@ -302,7 +347,7 @@ def partial_key_floor(record: dict) -> float:
     for part in (0, 2):
         answers = [answer for key, answer in facts if key.partition("-")[part] == asked.partition("-")[part]]
         scores.append(answers.count(record["answers"][0]) / len(answers))
-    return scores[0] if record["dataset"] == "majority" else max(scores)
+    return scores[0] if record["dataset"] in ("majority", "tally") else max(scores)
 
 
 def load_records(path: str | Path) -> list[dict]:

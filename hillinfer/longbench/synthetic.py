@@ -68,6 +68,7 @@ QUESTION = {
     "majority": "Which word has the most votes of {}? The word is",
     "tally": "Which word has the most votes of {}? The word is",
 }
+DEPTH = {"lines": "line {}:", "needle": "number of {} is", "passage": "The {} "}  # what stands before the one fact
 MAX_NEW_TOKENS = {"lines": 8, "needle": 8, "two_hop": 32, "passage": 4, "chain": 128, "majority": 4, "tally": 4}
 # Of the shipped tokenizer: tokens for each line, vote or filler sentence, and of the prompt and facts around them.
 TOKENS_PER_UNIT = {
@@ -247,7 +248,7 @@ def tally(rng: random.Random, split: str, size: int, group: int = 4) -> Document
     In each group one word has many lines with small numbers, one few with large numbers. Either may win, by a fifth or
     more, so neither counting lines nor looking at the large numbers suffices.
     """
-    groups = Words(rng, split).draw(max(2, min(12, size // 24)), "adjective")
+    groups = Words(rng, split).draw(max(2, min(12, size // 60)), "adjective")
     rows, answers = [], {}
     for name in groups:
         n = max(8, size // len(groups))
@@ -292,12 +293,32 @@ def make_records(task: str, tokens: int, n: int, seed: int, split: str = "test")
             document = TASKS[task](rng, split, size_for(task, tokens))
             pairs = rng.sample(document.pairs, min(shared, len(document.pairs)))
         question, answer = pairs[i % shared % len(pairs)]
+        if task == "needle":  # at a controlled depth: 5 %, 35 %, 65 %, 95 %, 25 % ...
+            question, answer = at_depth(document, (i * 3 % 10 + 0.5) / 10)
         records.append({
             "input": question, "context": document.context, "answers": [answer],
             "length": len(document.context.split()), "dataset": task, "language": "en", "all_classes": None,
             "_id": f"{task}_{tokens}_{seed}_{i}",
         })  # fmt: skip
     return records
+
+
+def at_depth(document: Document, share: float) -> tuple[str, str]:
+    """The question whose answer stands nearest to that share of the context."""
+    text = document.context
+    return min(document.pairs, key=lambda pair: abs(text.index(f" is {pair[1]}.") / len(text) - share))
+
+
+def asked_key(record: dict) -> str:
+    before, after = QUESTION[record["dataset"]].split("{}")
+    return record["input"].removeprefix(before).removesuffix(after)
+
+
+def depth_of(record: dict) -> float | None:
+    """Where the asked key's fact stands in the context, from 0 to 1; None where many places hold the answer."""
+    if record["dataset"] not in DEPTH:
+        return None
+    return record["context"].index(DEPTH[record["dataset"]].format(asked_key(record))) / len(record["context"])
 
 
 def prompt_of(record: dict) -> str:
@@ -341,9 +362,7 @@ def partial_key_floor(record: dict) -> float:
     The best single part (adjective or noun) counts, and every later step of the solver is right. For `majority` and
     `tally`, whose keys have one part, the solver picks one vote of the asked group.
     """
-    before, after = QUESTION[record["dataset"]].split("{}")
-    asked = record["input"].removeprefix(before).removesuffix(after)
-    facts, scores = facts_of(record), []
+    asked, facts, scores = asked_key(record), facts_of(record), []
     for part in (0, 2):
         answers = [answer for key, answer in facts if key.partition("-")[part] == asked.partition("-")[part]]
         scores.append(answers.count(record["answers"][0]) / len(answers))

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -70,9 +70,13 @@ class Restriction:
         causal = torch.arange(n - rows, n)[:, None] >= torch.arange(n)
         scores = (query[0] @ key[0].transpose(1, 2) * scaling).masked_fill(~causal, -torch.inf)
         weights = scores.masked_fill(~self.keep(scores, causal), -torch.inf).softmax(-1)
+        out = weights @ value[0]  # (H, r, D)
         if self.look:
-            self.seen.setdefault(module.layer_idx, []).append(statistics(weights))
-        return (weights @ value[0])[None].transpose(1, 2).contiguous(), None
+            to_stream = module.o_proj.weight.view(-1, *out.shape[::2])  # (d, H, D)
+            written = torch.einsum("hrd,ehd->hre", out, to_stream).norm(dim=-1).mean(-1)
+            found = torch.cat((statistics(weights), (written / written.sum())[None]))
+            self.seen.setdefault(module.layer_idx, []).append(found)
+        return out[None].transpose(1, 2).contiguous(), None
 
 
 def statistics(weights: torch.Tensor) -> torch.Tensor:
@@ -119,15 +123,6 @@ def answers(model, tokenizer, restriction: Restriction, record: dict, settings: 
     restriction.look = look
 
 
-def in_window(task: str, length: int, share: float) -> Iterator[dict]:
-    """Held-out records whose asked fact stands within the last `share` of the context."""
-    for seed in count(SEED):
-        for record in syn.make_records(task, length, 100, seed):
-            depth = syn.depth_of(record)
-            if depth is None or depth > 1 - 0.9 * share:
-                yield record
-
-
 def paired(values: torch.Tensor) -> tuple[float, float, float]:
     """Mean of paired differences, and its 95 % bootstrap interval over documents."""
     drawn = values[torch.randint(len(values), (2000, len(values)))].mean(1)
@@ -137,7 +132,7 @@ def paired(values: torch.Tensor) -> tuple[float, float, float]:
 def compare(model, tokenizer, restriction: Restriction, task: str, length: int, n: int, share: float = 0.2) -> dict:
     """A window against one of equal size that keeps the first tokens, on `n` documents whose window holds the fact."""
     settings = [("window", share), ("window+sinks", share)]
-    records = islice(in_window(task, length, share), n)
+    records = islice(syn.in_window(task, length, share, SEED), n)
     rows = [list(answers(model, tokenizer, restriction, record, settings)) for record in records]
     right = torch.tensor([[a[0] for a in row] for row in rows]).double().mean(0).tolist()
     loss = torch.tensor([[a[1] for a in row] for row in rows], dtype=torch.double)
@@ -166,7 +161,8 @@ def main() -> None:
             low, high = interval(right, args.n)
             found["accuracy"].append([task, policy, share, args.n, right / args.n])
             print(f"{task:9} {policy:12} {share:.0%}  {right / args.n:.3f} [{low:.3f}, {high:.3f}]", flush=True)
-    print("layer head: keys for 95 % of the mass, on the first 4, on the last 16, top-10 % overlap step to step")
+    print("layer head: keys for 95 % of the mass, on the first 4, on the last 16, top-10 % overlap step to step, "
+          "share of what the layer's heads write")  # fmt: skip
     for layer, kept in sorted(restriction.seen.items()):
         for head, values in enumerate(torch.stack(kept).mean(0).T.tolist()):
             found["heads"].append([layer, head, *values])

@@ -6,11 +6,13 @@ solver without a model would get from half of the key. Test keys are English wor
 training keys are words put together from random syllables.
 """
 
+import itertools
 import json
 import math
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,6 +321,15 @@ def depth_of(record: dict) -> float | None:
     if record["dataset"] not in DEPTH:
         return None
     return record["context"].index(DEPTH[record["dataset"]].format(asked_key(record))) / len(record["context"])
+
+
+def in_window(task: str, tokens: int, share: float, seed: int) -> Iterator[dict]:
+    """Held-out records without end whose asked fact stands within the last `share` of the context."""
+    for further in itertools.count(seed):
+        for record in make_records(task, tokens, 100, further):
+            depth = depth_of(record)
+            if depth is None or depth > 1 - 0.9 * share:
+                yield record
 
 
 def prompt_of(record: dict) -> str:

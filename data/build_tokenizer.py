@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hillinfer.longbench import synthetic as syn
+from hillinfer.longbench import words
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<unk>"]
 FRAMES = [
@@ -31,20 +32,20 @@ FRAMES = [
 
 def pieces() -> list[str]:
     letters = list(string.ascii_lowercase)
-    simple = [o for o in syn.ONSETS if len(o) < 3]
-    single = [c for c in syn.CODAS if len(c) == 1]
+    simple = [o for o in words.ONSETS if len(o) < 3]
+    single = [c for c in words.CODAS if len(c) == 1]
     vowels = "aeiou"
     out = list(string.printable[:95]) + ["\n", "\t"]
     out += [f"{i:02d}" for i in range(100)]
-    out += [o + v for o in syn.ONSETS for v in dict.fromkeys(syn.VOWELS)]
-    out += [v + c for v in vowels for c in syn.CODAS]
+    out += [o + v for o in words.ONSETS for v in dict.fromkeys(words.VOWELS)]
+    out += [v + c for v in vowels for c in words.CODAS]
     out += [o + v + c for o in letters if o not in "aeioux" for v in vowels for c in "cdglmnprst"]
     out += [o + v + c for o in simple if len(o) == 2 for v in vowels for c in "nrl"]
     out += [a + b for a in single for b in "ey"]
     out += ["The", " The"]
-    out += syn.ADJECTIVE_ENDINGS + syn.NOUN_ENDINGS
+    out += words.ADJECTIVE_ENDINGS + words.NOUN_ENDINGS
     text = " ".join(p for t in syn.PROMPTS.values() for p in (t, *syn.QUESTION.values()))
-    text += " ".join(["", *syn.SUBJECTS, *syn.VERBS, *syn.PLACES])
+    text += " ".join(["", *words.SUBJECTS, *words.VERBS, *words.PLACES])
     for word in re.findall(r" ?[A-Za-z]+", text):
         out.append(word)
         out += [word.strip(), " " + word.strip().lower()]

@@ -13,7 +13,7 @@ def block(rng: random.Random, tokenizer, task: str, length: int) -> tuple[list[i
     if length < 512:
         group = min(group, 2 if task == "two_hop" else 3)
     share = rng.uniform(0.35, 0.65) if length <= 1024 else rng.uniform(0.6, 0.85)
-    tokens = int(length * (share if task != "majority" else rng.uniform(0.4, 0.85)))
+    tokens = int(length * (rng.uniform(0.4, 0.85) if task in ("majority", "tally") else share))
     facts = {"needle": 13, "two_hop": 28}.get(task, 0) * group * group
     size = max(0 if facts else 4, int((tokens - facts) / syn.TOKENS_PER_UNIT[task]))
     document = syn.TASKS[task](rng, "train", size, group)

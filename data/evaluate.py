@@ -67,12 +67,19 @@ class Reader:
         self.cache.crop(self.length - self.cache.get_seq_length())
 
 
-def measure(reader: Reader, name: str, cases: list[tuple[str, str, str]], floor: float | None, show: int = 0) -> dict:
-    """Ask all cases: context, question, answer."""
+DEPTHS = 5  # bins of the depth at which the asked fact stands
+
+
+def measure(reader: Reader, name: str, cases: list[tuple], floor: float | None, show: int = 0) -> dict:
+    """Ask all cases: context, question, answer, and the depth of the asked fact or None."""
     right, tokens, longest, began = 0, 0.0, 0, time.perf_counter()
-    for context, question, answer in cases:
+    depths = [[0, 0] for _ in range(DEPTHS)]  # right and asked in each bin
+    for context, question, answer, depth in cases:
         share, given, length = reader.answer(context, question, answer)
         right, tokens, longest = right + (share == 1), tokens + share, max(longest, length)
+        if depth is not None:
+            bin_ = depths[int(depth * DEPTHS)]
+            bin_[:] = bin_[0] + (share == 1), bin_[1] + 1
         if share < 1 and show > 0:
             show -= 1
             print(f"  asked {question[-70:]!r} wanted {answer!r} got {reader.tokenizer.decode(given)!r}")
@@ -80,6 +87,7 @@ def measure(reader: Reader, name: str, cases: list[tuple[str, str, str]], floor:
     row = {
         "name": name, "n": len(cases), "exact": right / len(cases), "low": low, "high": high,
         "tokens_right": tokens / len(cases), "floor": floor, "longest": longest,
+        "depths": depths if all(asked for _, asked in depths) else None,
     }  # fmt: skip
     note = "floor 1.000 (no key parts shared)" if floor is None else f"floor {floor:.3f}"
     print(f"{name:14} n {row['n']:4}  exact match {row['exact']:.3f} [{low:.3f}, {high:.3f}]  {note}  tokens right "
@@ -113,12 +121,12 @@ def main() -> None:
     for length in args.lengths:
         for task in args.tasks:
             records = syn.make_records(task, length, args.n, SEED)
-            cases = [(*split(syn.prompt_of(r), r["context"]), r["answers"][0]) for r in records]
+            cases = [(*split(syn.prompt_of(r), r["context"]), r["answers"][0], syn.depth_of(r)) for r in records]
             floor = sum(map(syn.partial_key_floor, records)) / len(records)
             rows.append(measure(reader, f"{task}_{length // 1024}k", cases, floor, args.show))
     if args.longeval:
         cases = [json.loads(line) for line in args.longeval.read_text().splitlines()]
-        cases = [(*split(case["prompt"], ">\n"), str(case["expected_number"])) for case in cases]
+        cases = [(*split(case["prompt"], ">\n"), str(case["expected_number"]), None) for case in cases]
         rows.append(measure(reader, "LongEval", cases, None, args.show))
     if args.json:
         with args.json.open("a") as file:

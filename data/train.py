@@ -5,6 +5,7 @@ end, the model and its tokenizer to data/model/. `--export` writes the last chec
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -149,6 +150,8 @@ def work(rank: int, args, settings: dict) -> None:
             figures = " ".join(f"{name} {value:.3f}" for name, value in sorted(mean.items()))
             print(f"[{'#' * (20 * step // total):20}] {step}/{total} n {stage['length']} {tokens / 1e6:.2f} M tokens "
                   f"{seconds:.0f} s  {figures}", flush=True)  # fmt: skip
+            with (args.out / "curve.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "length": stage["length"], **mean}) + "\n")
         if rank == 0 and (step % train["checkpoint_steps"] == 0 or step == total):
             state = {"step": step, "seconds": seconds, "tokens": tokens, "model": model.state_dict()}
             save(last, state | {"optimizers": [tool.state_dict() for tool in tools]})

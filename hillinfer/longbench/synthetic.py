@@ -6,44 +6,16 @@ solver without a model would get from half of the key. Test keys are English wor
 training keys are words put together from random syllables.
 """
 
+import itertools
 import json
-import math
 import random
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ADJECTIVES = """
-amber azure brisk candid cobalt coastal copper cosmic crimson daring dusky earnest ebony fabled feral floral
-folded foggy frosty gallant genial gilded glacial granite hasty hidden humid inky jovial kindred leafy limber
-lunar marbled mellow meadowy mirthful mossy muted nimble nomadic northern oaken opal orchid pastel pearly pewter
-plush polar rosy rugged russet sandy scarlet secluded serene silken silver snowy solar sparse stellar sturdy
-sunlit supple tawny tidal tufted twilit upland velvet vernal vivid waxen western wicker willowy windy wintry
-woven zesty
-""".split()  # test only
-
-NOUNS = """
-anchor anvil apron arcade atlas balcony banner basin beacon birch blanket bobbin bramble bridge bucket buoy
-button cabin candle canoe canyon cedar cellar chimney citadel comet compass cottage cradle crystal dagger
-dragonfly eagle ember falcon fennel ferry flagon forge fountain fox gable galleon garnet ginger glacier goblet
-granary grotto gull harbor hatchet hinge island jigsaw juniper kettle kiln lagoon ledger lighthouse lilac loom
-magpie mantle marsh mitten mosaic nectar nutmeg obelisk otter pebble pigeon plateau quarry ribbon saddle sapling
-satchel
-""".split()  # test only
-
-ONSETS = "b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl fr gl gr pl pr qu sc sh sk sl sm sn sp st str sw"
-ONSETS = [*ONSETS.split(), "th", "tr", "wh"]
-VOWELS = "a e i o u y a e i o u ai ea ee oa oo ou ie".split()
-CODAS = "b c d f g k l m n p r s t x ck ct ll ld lt mp nd ng nk nt rd rk rl rm rn rt sh sk ss st th".split()
-ADJECTIVE_ENDINGS = "able al ant ary ed en ent ern esque ful ian ible ic ing ish ive less ous some ular y".split()
-NOUN_ENDINGS = "age ance ant ard dom ee el er ery et ette ence ing ion ism ist ity let ment ness or ship".split()
-NOUN_ENDINGS += ["sion", "tion", "ture"]
-
-SUBJECTS = "river village garden market captain teacher winter window letter valley forest engine bridge".split()
-SUBJECTS += ["painter"]
-VERBS = "follows crosses remembers carries watches leaves finds reaches answers opens".split()
-PLACES = "near the old mill|after the long rain|before the first light|behind the stone wall|along the quiet road"
-PLACES = [*PLACES.split("|"), "with great care", "for many years", "without a word"]
+from hillinfer.longbench.words import PLACES, SUBJECTS, VERBS, Words, adversarial_keys, number, sentence
 
 PROMPTS = {
     "lines": "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and "
@@ -56,6 +28,7 @@ PROMPTS = {
     "passage": "Read the paragraphs and remember the names in them.\n\n{context}\nNow the text is over. {input} ",
     "chain": "Each line has a number and leads to another line.\n\n{context}\nNow the record is over. {input} ",
     "majority": "Each line is one vote of a group for a word.\n\n{context}\nNow the record is over. {input} ",
+    "tally": "Each line is the number of votes of a group for a word.\n\n{context}\nNow the record is over. {input} ",
 }
 QUESTION = {
     "lines": "Tell me what is the <REGISTER_CONTENT> in line {}? I need the number.",
@@ -64,11 +37,21 @@ QUESTION = {
     "passage": "Which paragraph names the {}? It is paragraph",
     "chain": "Start at line {} and follow it to the end. It has number",
     "majority": "Which word has the most votes of {}? The word is",
+    "tally": "Which word has the most votes of {}? The word is",
 }
-MAX_NEW_TOKENS = {"lines": 8, "needle": 8, "two_hop": 32, "passage": 4, "chain": 128, "majority": 4}
+DEPTH = {"lines": "line {}:", "needle": "number of {} is", "passage": "The {} "}  # what stands before the one fact
+MAX_NEW_TOKENS = {"lines": 8, "needle": 8, "two_hop": 32, "passage": 4, "chain": 128, "majority": 4, "tally": 4}
 # Of the shipped tokenizer: tokens for each line, vote or filler sentence, and of the prompt and facts around them.
-TOKENS_PER_UNIT = {"lines": 11.95, "needle": 9.7, "two_hop": 9.7, "passage": 12.0, "chain": 18.8, "majority": 5.7}
-TOKENS_OF_FRAME = {"lines": 125, "needle": 240, "two_hop": 520, "passage": 50, "chain": 60, "majority": 50}
+TOKENS_PER_UNIT = {
+    "lines": 11.95,
+    "needle": 9.7,
+    "two_hop": 9.7,
+    "passage": 12.0,
+    "chain": 18.8,
+    "majority": 5.7,
+    "tally": 9.0,
+}
+TOKENS_OF_FRAME = {"lines": 125, "needle": 240, "two_hop": 520, "passage": 50, "chain": 60, "majority": 50, "tally": 55}
 CHAIN = 7  # lines of one chain
 
 
@@ -78,71 +61,6 @@ class Document:
 
     context: str
     pairs: list[tuple[str, str]]  # (input, answer)
-
-
-class Words:
-    """Adjectives and nouns of one split: syllables for "train", the lists above for "test"."""
-
-    def __init__(self, rng: random.Random, split: str):
-        self.rng, self.split = rng, split
-
-    def draw(self, n: int, kind: str) -> list[str]:
-        held_out = ADJECTIVES if kind == "adjective" else NOUNS
-        if self.split == "test":
-            return self.rng.sample(held_out, n)
-        endings = ADJECTIVE_ENDINGS if kind == "adjective" else NOUN_ENDINGS
-        found: dict[str, None] = {}
-        while len(found) < n:
-            word = self._near(self.rng.choice(list(found))) if found and self.rng.random() < 0.1 else self._new(endings)
-            if 2 < len(word) < 14 and word not in ADJECTIVES and word not in NOUNS:
-                found[word] = None
-        return list(found)
-
-    def _syllable(self) -> str:
-        r = self.rng
-        onset = r.choice(ONSETS) if r.random() < 0.9 else ""
-        return onset + r.choice(VOWELS) + (r.choice(CODAS) if r.random() < 0.55 else "")
-
-    def _new(self, endings: list[str]) -> str:
-        r = self.rng
-        word = "".join(self._syllable() for _ in range(r.choice((1, 1, 2, 2, 2, 3))))
-        if r.random() < 0.35:
-            word += r.choice(endings)
-        if r.random() < 0.04:
-            word += "-" + self._syllable()
-        return word
-
-    def _near(self, word: str) -> str:
-        """A word that differs from another in a few letters."""
-        cut = self.rng.randrange(1, max(2, len(word) - 1))
-        other = self._syllable()
-        return word[:cut] + other if self.rng.random() < 0.5 else other + word[cut:]
-
-
-def adversarial_keys(rng: random.Random, split: str, n: int, group: int = 4) -> list[str]:
-    """`n` distinct keys in random order, in which each adjective and each noun occurs about `group` times.
-
-    Round r pairs adjective i with noun i + shift_r; distinct shifts make distinct pairs.
-    """
-    if split == "test":
-        group = max(group, -(-n // min(len(ADJECTIVES), len(NOUNS))))
-    k = max(n // group, math.isqrt(n - 1) + 1)
-    words = Words(rng, split)
-    adjectives, nouns = words.draw(k, "adjective"), words.draw(k, "noun")
-    shifts = rng.sample(range(k), min(k, -(-n // k)))
-    keys = [f"{adjectives[i % k]}-{nouns[(i + shifts[i // k]) % k]}" for i in range(n)]
-    rng.shuffle(keys)
-    return keys
-
-
-def number(rng: random.Random, split: str = "test") -> str:
-    """Five digits; one in eight training values is shorter."""
-    short = split == "train" and rng.random() < 0.12
-    return str(rng.randint(1, 9999) if short else rng.randint(10000, 99999))
-
-
-def sentence(rng: random.Random) -> str:
-    return f"The {rng.choice(SUBJECTS)} {rng.choice(VERBS)} the {rng.choice(SUBJECTS)} {rng.choice(PLACES)}."
 
 
 def scatter(rng: random.Random, facts: list[str], size: int) -> str:
@@ -230,7 +148,38 @@ def majority(rng: random.Random, split: str, size: int, group: int = 4) -> Docum
     return document("majority", "".join(votes), answers)
 
 
-TASKS = {f.__name__: f for f in (lines, needle, two_hop, passage, chain, majority)}
+def tally(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
+    """`size` lines that give several votes at once; the question asks for the word with the most votes of one group.
+
+    In each group one word has many lines with small numbers, one few with large numbers. Either may win, by a fifth or
+    more, so neither counting lines nor looking at the large numbers suffices.
+    """
+    groups = Words(rng, split).draw(max(2, min(12, size // 60)), "adjective")
+    rows, answers = [], {}
+    for name in groups:
+        n = max(8, size // len(groups))
+        many, few = round(0.35 * n), max(2, round(0.14 * n))
+        words = rng.sample(SUBJECTS, 8)
+        winner, votes = rng.randrange(2), []
+        while not votes or not wins(words[winner], votes):
+            votes = [(rng.randint(1, 4), words[0]) for _ in range(many)]
+            votes += [(rng.randint(5, 9), words[1]) for _ in range(few)]
+            votes += [(rng.randint(1, 9), words[2 + i % 6]) for i in range(n - many - few)]
+        answers[name] = words[winner]
+        rows += [f"{count} of {name} votes for {word}.\n" for count, word in votes]
+    rng.shuffle(rows)
+    return document("tally", "".join(rows), answers)
+
+
+def wins(word: str, votes: list[tuple[int, str]]) -> bool:
+    """Whether a word has at least a fifth more votes than any other."""
+    total: Counter[str] = Counter()
+    for count, voted in votes:
+        total[voted] += count
+    return all(total[word] >= 1.2 * count for other, count in total.items() if other != word)
+
+
+TASKS = {f.__name__: f for f in (lines, needle, two_hop, passage, chain, majority, tally)}
 
 
 def size_for(task: str, tokens: int) -> int:
@@ -250,12 +199,41 @@ def make_records(task: str, tokens: int, n: int, seed: int, split: str = "test")
             document = TASKS[task](rng, split, size_for(task, tokens))
             pairs = rng.sample(document.pairs, min(shared, len(document.pairs)))
         question, answer = pairs[i % shared % len(pairs)]
+        if task == "needle":  # at a controlled depth: 5 %, 35 %, 65 %, 95 %, 25 % ...
+            question, answer = at_depth(document, (i * 3 % 10 + 0.5) / 10)
         records.append({
             "input": question, "context": document.context, "answers": [answer],
             "length": len(document.context.split()), "dataset": task, "language": "en", "all_classes": None,
             "_id": f"{task}_{tokens}_{seed}_{i}",
         })  # fmt: skip
     return records
+
+
+def at_depth(document: Document, share: float) -> tuple[str, str]:
+    """The question whose answer stands nearest to that share of the context."""
+    text = document.context
+    return min(document.pairs, key=lambda pair: abs(text.index(f" is {pair[1]}.") / len(text) - share))
+
+
+def asked_key(record: dict) -> str:
+    before, after = QUESTION[record["dataset"]].split("{}")
+    return record["input"].removeprefix(before).removesuffix(after)
+
+
+def depth_of(record: dict) -> float | None:
+    """Where the asked key's fact stands in the context, from 0 to 1; None where many places hold the answer."""
+    if record["dataset"] not in DEPTH:
+        return None
+    return record["context"].index(DEPTH[record["dataset"]].format(asked_key(record))) / len(record["context"])
+
+
+def in_window(task: str, tokens: int, share: float, seed: int) -> Iterator[dict]:
+    """Held-out records without end whose asked fact stands within the last `share` of the context."""
+    for further in itertools.count(seed):
+        for record in make_records(task, tokens, 100, further):
+            depth = depth_of(record)
+            if depth is None or depth > 1 - 0.9 * share:
+                yield record
 
 
 def prompt_of(record: dict) -> str:
@@ -269,6 +247,9 @@ def facts_of(record: dict) -> list[tuple[str, str]]:
         return re.findall(r"^line (\S+): REGISTER_CONTENT is <(\d+)>$", text, re.M)
     if task == "majority":
         return re.findall(r"^(\S+) votes for (\w+)\.$", text, re.M)
+    if task == "tally":
+        rows = re.findall(r"^(\d+) of (\S+) votes for (\w+)\.$", text, re.M)
+        return [(name, word) for count, name, word in rows for _ in range(int(count))]
     if task == "passage":
         return [(key, i) for i, rest in re.findall(r"^Paragraph (\d+): (.*)$", text, re.M)
                 for key in re.findall(r"\w+-[\w-]+", rest)]  # fmt: skip
@@ -293,16 +274,14 @@ def facts_of(record: dict) -> list[tuple[str, str]]:
 def partial_key_floor(record: dict) -> float:
     """Expected score of a solver that knows one part of the asked key and picks at random among the facts with it.
 
-    The best single part (adjective or noun) counts, and every later step of the solver is right. For `majority`, whose
-    keys have one part, the solver picks one vote of the asked group.
+    The best single part (adjective or noun) counts, and every later step of the solver is right. For `majority` and
+    `tally`, whose keys have one part, the solver picks one vote of the asked group.
     """
-    before, after = QUESTION[record["dataset"]].split("{}")
-    asked = record["input"].removeprefix(before).removesuffix(after)
-    facts, scores = facts_of(record), []
+    asked, facts, scores = asked_key(record), facts_of(record), []
     for part in (0, 2):
         answers = [answer for key, answer in facts if key.partition("-")[part] == asked.partition("-")[part]]
         scores.append(answers.count(record["answers"][0]) / len(answers))
-    return scores[0] if record["dataset"] == "majority" else max(scores)
+    return scores[0] if record["dataset"] in ("majority", "tally") else max(scores)
 
 
 def load_records(path: str | Path) -> list[dict]:

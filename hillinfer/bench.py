@@ -16,7 +16,7 @@ from hillinfer.config import Settings, UsageError
 if TYPE_CHECKING:
     import pandas
 
-WIDTH = 116  # of the table
+WIDTH = 126  # of the table
 COLUMNS = {  # of the table, from those of the summary
     "system": "system",
     "exact": "exact",

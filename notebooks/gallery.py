@@ -98,7 +98,8 @@ def main() -> None:
         text = "\n".join(line.rstrip() for line in text.split("\n")).replace("![png]", "![what the cell shows]")
         (GALLERY / f"{source.stem}.md").write_text(text)
         print(source.stem, f"{len(resources['outputs'])} pictures", flush=True)
-    index = ["# Gallery", "", "The notebooks with their outputs, as one machine measured them.", ""]
+    index = ["# Gallery", "", "The notebooks with their outputs.", ""]
+    index[2] += " Times are those of one machine at one moment, whatever else it did; `make gallery` makes them anew."
     for source in sources():
         title = next(line for line in source.read_text().split("\n") if line.startswith("# # "))[4:]
         index.append(f"- [{title}]({source.stem}.md) (`notebooks/{source.stem}.ipynb`)")

@@ -5,9 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 
+nbformat = pytest.importorskip("nbformat", reason="pip install 'hillinfer[lab]'")
 nbclient = pytest.importorskip("nbclient", reason="pip install 'hillinfer[lab]'")
 pytest.importorskip("ipywidgets")
 

@@ -21,8 +21,8 @@ DONE, LIVE = "b.model.get('state').phase === 'done'", "b.model.get('state').phas
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    import jupytext
-
+    jupytext = pytest.importorskip("jupytext")
+    pytest.importorskip("playwright", reason="pip install 'hillinfer[browser]'")
     folder = tmp_path_factory.mktemp("lab")
     jupytext.write(jupytext.read(ROOT / "notebooks/00_first_run.py"), folder / "00_first_run.ipynb")
     SHOTS.mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,7 @@ def samples(timeline: Timeline) -> dict[str, tuple[float, float]]:
 
 def costs(measured: Iterable[Timeline], source: str) -> dict[str, Cost]:
     """A cost for each `system.kind`, and for each kind over all systems: a point for each model and context, the median
-    of its runs; a larger one never takes less.
+    of its runs; made so that a larger one never takes less.
     """
     points = defaultdict(lambda: defaultdict(list))
     for timeline in measured:
@@ -114,9 +114,18 @@ def costs(measured: Iterable[Timeline], source: str) -> dict[str, Cost]:
             found[float(f"{size:.4g}")].append(max(took, 1e-9))
         sizes = sorted(size for size in found if size > 0)
         if sizes:
-            took = np.maximum.accumulate([np.mean(found[size]) for size in sizes])
-            out[name] = Cost(tuple(sizes), tuple(map(float, took)), source)
+            out[name] = Cost(tuple(sizes), rising([float(np.mean(found[size])) for size in sizes]), source)
     return out
+
+
+def rising(values: Sequence[float]) -> tuple[float, ...]:
+    """The nearest values, in logarithms, that never fall: neighbours that do share their mean (isotonic regression)."""
+    blocks: list[list[float]] = []
+    for value in np.log(values):
+        blocks.append([value])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2] += blocks.pop()
+    return tuple(float(np.exp(np.mean(block))) for block in blocks for _ in block)
 
 
 def calibrate(

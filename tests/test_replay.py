@@ -263,8 +263,9 @@ def test_a_trace_that_says_nothing_is_refused(tmp_path):
 
 def test_costs_are_taken_from_what_was_measured():
     """Two steps by hand: each kind's own time, without what is within it; and the main thread's gaps as `other`."""
-    from hillinfer.calibrate import costs, samples
+    from hillinfer.calibrate import costs, rising, samples
 
+    assert rising([1, 4, 1, 8]) == pytest.approx((1, 2, 2, 8)) and rising([4, 2, 1]) == pytest.approx((2, 2, 2))
     line = by_hand(*plain_step(), *plain_step(1, 40), *plain_step(2, 80))
     found = samples(line)
     assert found["score"] == pytest.approx((1000, 1e-3)) and found["select"] == pytest.approx((100, 1e-3))

@@ -50,6 +50,12 @@ def own_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[Task, 
     return task, build(task, record, tokenizer, max_length=1 << 40, chat=False)
 
 
+def split_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[list[int], list[int]]:
+    """Token ids of one of the project's own prompts up to the end of its document, and from there on."""
+    prompt = own_prompt(tokenizer, record)[1]
+    return prompt.ids[: prompt.document], prompt.ids[prompt.document :]
+
+
 @torch.inference_mode()
 def feed(model: PreTrainedModel, cache: TieredCache | DynamicCache, ids: list[int], chunk: int | None = None) -> None:
     """Put further tokens into the cache: several are attended to exactly, a single one as the system selects.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from benchmarks import placement
+from benchmarks import balance, context, placement
 from benchmarks.claims import Claim, tests, verdict
 from hillinfer import demo
 from hillinfer.cache import TieredCache, disable, enable
@@ -89,6 +89,33 @@ def hit_table() -> list[Claim]:
     return claims
 
 
+def balance_of_sides() -> list[Claim]:
+    """Claim check 1: the step is shortest near the predicted split."""
+    claims = []
+    with tempfile.TemporaryDirectory() as folder:
+        frame, _ = balance.measure_splits(Path(folder), 16384, [0.01, 0.1])
+    for alpha, rows in frame.groupby("alpha"):
+        for name in ("predicted share", "paper's share"):
+            share = rows[name].iloc[0]
+            loss = balance.regret(rows, share)
+            best = rows.loc[rows.ms.idxmin(), "host share"]
+            text = f"alpha {alpha}: a step at the {name} of {share:.2f}, above the shortest measured (at {best:.2f})"
+            claims.append(Claim(text, f"{loss:.0%}", "15 %", loss <= 0.15).show())
+    return claims
+
+
+def gain_with_context() -> list[Claim]:
+    """Claim check 2: the gain over streaming all KV grows with the context."""
+    claims, lengths = [], [1024, 8192]
+    with tempfile.TemporaryDirectory() as folder:
+        frame = context.measure(Path(folder), lengths, 5, 0.1)
+    for system in ("flexgen", "flexgen, equal memory"):
+        gain = frame[frame.system == system].set_index("tokens")["times hillinfer's"]
+        text = f"{system} over hillinfer, time per token at {lengths[1]} tokens ({lengths[0]}: {gain[lengths[0]]:.2f}x)"
+        claims.append(Claim(text, f"{gain[lengths[1]]:.2f}x", "more", gain[lengths[1]] > gain[lengths[0]]).show())
+    return claims
+
+
 def memory() -> Claim:
     """Peak resident memory at 8K tokens, with a tenth of the KV as host budget, against the full cache's."""
     record = demo.demo_records({"lines_8k": 1})[0]
@@ -127,7 +154,7 @@ def main() -> int:
         tests("the computational drive keeps its contract", "tests/test_computational.py").show(),
         tests("200 random runs: right, never stuck, nothing left", "-m", "slow", "tests/test_stress.py").show(),
     ]
-    return verdict([*claims, memory(), *hit_table(), *accuracy()])
+    return verdict([*claims, memory(), *balance_of_sides(), *gain_with_context(), *hit_table(), *accuracy()])
 
 
 if __name__ == "__main__":

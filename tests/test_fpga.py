@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 
 from fpga.sim import kernel as sim
 from fpga.sim import twin
@@ -119,6 +120,29 @@ def test_the_committed_table_is_of_this_kernel():
     slow, fast = (cec.choose(8, 128).tokens_per_second(cec.MEMORIES[name]) for name in ("NAND", "DDR4 peak"))
     assert slow == 3.2e9 / 128 < fast
     assert len(pareto_figure().data) == 4
+
+
+def test_the_emulated_drive_models_the_tables_kernel(tmp_path):
+    """Scoring one token takes the kernel's time for a call, and the run names the parameter set."""
+    from hillinfer.config import Settings
+    from hillinfer.evaluator import cec
+    from hillinfer.pipeline.run import Run
+    from hillinfer.tiers.geometry import Geometry
+
+    run = Run(Settings(drive=tmp_path, drive_kind="emulated", precision="int4"), 1)
+    run.start(Geometry(1, 2, 64, torch.float32, torch.device("cpu")))
+    drive, kernel = run.drive, cec.choose(4, 64)
+    drive.write(0, 0, np.zeros((3000, 1024), np.uint8), np.zeros((2, 3000, 64), np.int8))
+    modelled = []
+    for cold in (np.arange(1), np.arange(3000)):
+        drive.hold(0, cold, False)
+        evaluation = drive.begin_evaluate(0, np.zeros((2, 4, 64), np.int8))
+        list(evaluation)
+        modelled.append(evaluation.work.modelled_s)
+    assert kernel.call_seconds < modelled[0] < 1.1 * kernel.call_seconds
+    assert modelled[1] > kernel.call_seconds + 2 * 3000 * 64 / kernel.code_rate(64)
+    assert kernel.name in run.why_split() and "assumed" in run.why_split()
+    run.stop()
 
 
 def test_a_query_code_without_a_negative_is_reported():

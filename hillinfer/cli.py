@@ -215,6 +215,7 @@ def profile(
     drive: Annotated[Path, typer.Option(help="Folder on the drive to measure.")],
     paced: Annotated[bool, typer.Option(help="Hold the emulated drive to a SmartSSD's rates.")] = False,
     out_file: Annotated[Path, typer.Option("--out", help="Where to write the profile.")] = Path("out/profile.toml"),
+    device: Annotated[bool, typer.Option(help="Also what replay needs: this-machine.toml, in some minutes.")] = True,
 ):
     """Measure how fast host and drive score and move KV here; for --profile, and to see what would balance."""
     with clear_errors():
@@ -237,9 +238,10 @@ def profile(
                 f"by the paper's closed form {beta / (1 + beta):.0%}"
             )
         out.print(f"profile: {out_file} (records chosen at random: {CHOSEN:.0%})")
-        with err.status("what each kind of work costs here ...") as status:
-            device = calibrate(folder, lambda what: status.update(f"what each kind of work costs here: {what}"))
-        out.print(f"for hillinfer replay --profile this-machine: {device.save(out_file.parent / 'this-machine.toml')}")
+        if device:
+            with err.status("what each kind of work costs here ...") as status:
+                own = calibrate(folder, lambda what: status.update(f"what each kind of work costs here: {what}"))
+            out.print(f"for hillinfer replay --profile this-machine: {own.save(out_file.parent / 'this-machine.toml')}")
 
 
 @app.command()

@@ -73,7 +73,6 @@ def cluster(scheduler: str | None):
         client = Client(scheduler, timeout=10)
     except (OSError, ValueError) as error:
         raise UsageError(f"no Dask scheduler answers at {scheduler} ({error}); start one, or leave it out") from None
-    client.forward_logging = False
     return joblib.parallel_config(backend="dask", client=client, wait_for_workers_timeout=30)
 
 

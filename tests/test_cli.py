@@ -139,7 +139,7 @@ def test_a_profile_that_cannot_be_used(prompt_file, drive, tmp_path):
 
 def test_profile_measures_and_writes(drive, tmp_path):
     out = tmp_path / "new" / "profile.toml"
-    result = hillinfer("profile", "--drive", drive, "--out", out)
+    result = hillinfer("profile", "--drive", drive, "--out", out, "--no-device")
     assert result.exit_code == 0 and "a step is shortest" in result.stdout
     from hillinfer.pipeline.balance import Speeds
 

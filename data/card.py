@@ -60,7 +60,8 @@ def answers_part(rows: list[dict]) -> str:
 def depths_part(rows: list[dict]) -> str:
     head = "fact at | 0 - 20 % | 20 - 40 % | 40 - 60 % | 60 - 80 % | 80 - 100 % of the context"
     return table(
-        head, [[row["name"], *(f"{a / n:.3f} ({n})" for a, n in row["depths"])] for row in rows if row["depths"]]
+        head,
+        [[row["name"], *(f"{a / max(1, n):.3f} ({n})" for a, n in row["depths"])] for row in rows if row["depths"]],
     )
 
 
@@ -68,7 +69,9 @@ def restricted_part(found: dict) -> str:
     tasks = list(dict.fromkeys(row[0] for row in found["accuracy"]))
     score = {(task, policy, share): value for task, policy, share, _, value in found["accuracy"]}
     ways = dict.fromkeys((row[1], row[2]) for row in found["accuracy"])
-    rows = [[f"{way[0]} {way[1]:.0%}", *(f"{score[task, *way]:.3f}" for task in tasks)] for way in ways]
+    asked = {row[0]: str(row[3]) for row in found["accuracy"]}
+    rows = [["questions", *(asked[task] for task in tasks)]]
+    rows += [[f"{way[0]} {way[1]:.0%}", *(f"{score[task, *way]:.3f}" for task in tasks)] for way in ways]
     return table("decode attends to | " + " | ".join(tasks), rows)
 
 
@@ -85,7 +88,7 @@ def heads_part(found: dict) -> str:
     rows = []
     for layer in sorted({h[0] for h in found["heads"]}):
         columns = zip(*(h[2:] for h in found["heads"] if h[0] == layer), strict=True)
-        rows.append([str(layer), *(" ".join(f"{v:.2f}"[v < 1 :] for v in column) for column in columns)])
+        rows.append([str(layer), *(" ".join(f"{v:.2f}".removeprefix("0") for v in column) for column in columns)])
     head = "layer | keys for 95 % of the mass | mass on the first 4 | on the last 16 | top-10 % overlap, step to step"
     sinks = sum(h[3] >= 0.1 for h in found["heads"])
     least = min(h[6] for h in found["heads"])

@@ -87,7 +87,7 @@ def measure(reader: Reader, name: str, cases: list[tuple], floor: float | None, 
     row = {
         "name": name, "n": len(cases), "exact": right / len(cases), "low": low, "high": high,
         "tokens_right": tokens / len(cases), "floor": floor, "longest": longest,
-        "depths": depths if all(asked for _, asked in depths) else None,
+        "depths": depths if any(asked for _, asked in depths) else None,
     }  # fmt: skip
     note = "floor 1.000 (no key parts shared)" if floor is None else f"floor {floor:.3f}"
     print(f"{name:14} n {row['n']:4}  exact match {row['exact']:.3f} [{low:.3f}, {high:.3f}]  {note}  tokens right "

@@ -21,7 +21,9 @@ def figures(measured: dict) -> list[go.Figure]:
     by_task.update_layout(LAYOUT, title="Exact match, 95 % intervals")
     for row in answers:
         if row["depths"]:
-            depth.add_scatter(name=row["name"], x=[10, 30, 50, 70, 90], y=[a / n for a, n in row["depths"]])
+            depth.add_scatter(
+                name=row["name"], x=[10, 30, 50, 70, 90], y=[a / n if n else None for a, n in row["depths"]]
+            )
     depth.update_layout(LAYOUT, title="Exact match by depth of the asked fact", xaxis_title="% of the context")
     for task in dict.fromkeys(row[0] for row in attention["accuracy"]):
         top = [row for row in attention["accuracy"] if row[0] == task and row[1] in ("full", "top")]

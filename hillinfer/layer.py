@@ -102,11 +102,11 @@ class Layer:
             return self._attend_in_drive(query, valid, scaling)
         picks = self._select_rows(query, valid, scaling)
         if attention.is_native(query) and self._in_place(picks):
-            rows, keep, attended, found = self._locate(picks, valid)
+            rows, side, keep, attended, found = self._locate(picks, valid)
             self._record(found.work)
             start = time.perf_counter()
             with run.timeline.span("cpu", "attend", self.index, run.step, attended * run.geometry.record_bytes):
-                out = attention.over_records(query, rows, run.geometry.kv_heads, scaling)
+                out = attention.over_records(query, rows, run.geometry.kv_heads, scaling, side)
             run.attend_s = time.perf_counter() - start
             del keep  # until here the records had to stay where they are
         else:
@@ -346,23 +346,23 @@ class Layer:
             shown[row, : len(pick)] = True if valid is None else valid[row][torch.from_numpy(pick).to(valid.device)]
         return kv, shown, found
 
-    def _locate(self, picks: list, valid: torch.Tensor | None) -> tuple[list, list, int, Found]:
-        """Where each row's selection lies in host memory: what `native.attend` takes, what must be kept alive for it,
-        the tokens in all, and where they were found.
+    def _locate(self, picks: list, valid: torch.Tensor | None) -> tuple[list, int | None, list, int, Found]:
+        """Where each row's selection lies in host memory: `native.attend`'s rows and side, what must be kept alive for
+        it, the tokens in all, and where they were found.
         """
         shown = None if valid is None else valid.numpy()
         if all(pick is None for pick in picks):
             kv, found = self.store.all()
-            width, n, each = self.run.geometry.record_bytes, kv.shape[1], kv.stride(0) * kv.element_size()
-            rows = [(kv.data_ptr() + row * each, width, n) for row in range(kv.shape[0])]
+            each, width, side = (stride * kv.element_size() for stride in kv.stride()[:3])
+            rows = [(kv.data_ptr() + row * each, width, self.n) for row in range(kv.shape[0])]
             if shown is not None:
                 rows = [base + np.flatnonzero(own) * width for (base, _, _), own in zip(rows, shown, strict=True)]
-            return rows, [kv], n * len(rows) if shown is None else int(shown.sum()), found
+            return rows, side, [kv], self.n * len(rows) if shown is None else int(shown.sum()), found
         picks, parts, found = self._by_row(picks, self.store.locate)
         rows, keep = [addresses for (addresses, _), _ in parts], [kept for (_, kept), _ in parts]
         if shown is not None:
             rows = [where[own[pick]] for where, own, pick in zip(rows, shown, picks, strict=True)]
-        return rows, keep, sum(map(len, rows)), found
+        return rows, None, keep, sum(map(len, rows)), found
 
     def _by_row(self, picks: list, get: Callable) -> tuple[list[np.ndarray], list[tuple], Found]:
         """Each row's selection in full, what `get` has of it, and where it was found."""

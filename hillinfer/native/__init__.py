@@ -21,7 +21,7 @@ _SIGNATURES = {
     "hi_score": (_I, [_I, _I, _P, _L, _P, _I, _I, _I, _P, _L, _P, _L, _I]),
     "hi_topk": (_L, [_P, _L, _L, _P]),
     "hi_merge": (_L, [_P, _L, _I, _L, _L, _P, _I]),
-    "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _P, _I, _I, _I, ctypes.c_float, _P, _I]),
+    "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, _P, _I]),
     "hi_query": (None, [_P, _P, _I, _I, _I, _P]),
     "hi_read": (ctypes.c_uint64, [_I, _P, _L, _I]),
     "hi_ring_open": (_P, [_I, _P]),
@@ -149,12 +149,15 @@ def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
     return out
 
 
-def attend(query, rows: list, dtype: str, kv_heads: int, scale: float, out, threads: int = 1) -> None:
+def attend(
+    query, rows: list, dtype: str, kv_heads: int, scale: float, out, threads: int = 1, side: int | None = None
+) -> None:
     """Attention of queries fp32 (B, H, D), each over its row's records K (Hkv, D), V (Hkv, D), into out fp32 of as many
     elements; both contiguous.
 
     rows  for each query int64 addresses (n,), or (address, bytes from one to the next, n) where records lie in order.
           The caller keeps the memory alive
+    side  bytes from a record's keys to its values; without it they follow the keys
     """
     heads, dim = query.shape[1:]
     width = 2 * kv_heads * dim * (4 if dtype == "float32" else 2)
@@ -162,7 +165,8 @@ def attend(query, rows: list, dtype: str, kv_heads: int, scale: float, out, thre
     for number, where in enumerate(rows):
         base, stride, n = where if isinstance(where, tuple) else (None, 0, len(where))
         addresses, at = None if base else pointer(where), number * heads * dim * 4
-        shape = (addresses, base, stride, n, read + at, kv_heads, heads // kv_heads, dim, scale, write + at)
+        records = addresses, base, stride, n, width // 2 if side is None else side
+        shape = *records, read + at, kv_heads, heads // kv_heads, dim, scale, write + at
         _check(_library.hi_attend(_library.isa, kind, *shape, _share(n * width, threads)))
 
 

@@ -10,7 +10,7 @@ struct attend {
     int isa, dtype, heads, group, dim, threads;
     const int64_t *records;  /* addresses (n,), or NULL: base + i * stride */
     const char *base;
-    int64_t stride, n;
+    int64_t stride, n, side;  /* side: bytes from a record's keys to its values */
     const float *query;  /* (heads * group, dim), scaled */
     float *state;  /* for each thread: most (heads * group), sum (heads * group), weighted values (heads * group, dim) */
 };
@@ -73,7 +73,7 @@ typedef const float *convert(const char *from, float *room, int dim, int dtype);
 
 INLINE void tiles(const struct attend *a, int share, const int dtype, const int dim, convert *row_fp32) {
     const int heads = a->heads, group = a->group, all = heads * group;
-    const int64_t row = (int64_t)dim * (dtype == FP32 ? 4 : 2), side = row * heads;
+    const int64_t row = (int64_t)dim * (dtype == FP32 ? 4 : 2), keys = row * heads, side = a->side;
     const int64_t end = a->n * (share + 1) / a->threads;
     float *most = a->state + (int64_t)share * all * (dim + 2 + TILE), *sum = most + all, *out = sum + all;
     float *logits = out + (int64_t)all * dim;  /* (all, TILE) */
@@ -85,8 +85,8 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, const int 
         const char *records[TILE];
         for (int t = 0; t < m; t++) records[t] = record_of(a, at + t);
         for (int t = 0; t < m; t++) {
-            if (t + 4 < m) prefetch(records[t + 4], side);
-            prefetch(records[t] + side, side);
+            if (t + 4 < m) prefetch(records[t + 4], keys);
+            prefetch(records[t] + side, keys);
             for (int h = 0; h < heads; h++) {
                 const float *k = row_fp32(records[t] + h * row, room[0], dim, dtype);
                 const float *q = a->query + (int64_t)h * group * dim;
@@ -203,7 +203,7 @@ static void attend_share(void *job, int share) {
 }
 
 /* query (heads * group, dim) fp32 -> out the same. Returns 0, or -1 where memory is out or dim above MAX_DIM. */
-int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int64_t stride, int64_t n,
+int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int64_t stride, int64_t n, int64_t side,
               const float *query, int heads, int group, int dim, float scale, float *out, int threads) {
     int all = heads * group;
     float *own = malloc(sizeof(float) * all * ((int64_t)dim + (int64_t)threads * (dim + 2 + TILE)));
@@ -212,7 +212,7 @@ int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int6
         return -1;
     }
     for (int64_t i = 0; i < (int64_t)all * dim; i++) own[i] = query[i] * scale;
-    struct attend a = {isa, dtype, heads, group, dim, threads, records, base, stride, n, own, own + (int64_t)all * dim};
+    struct attend a = {isa, dtype, heads, group, dim, threads, records, base, stride, n, side, own, own + (int64_t)all * dim};
     split(attend_share, &a, threads);
     for (int j = 0; j < all; j++) {
         float most = -__builtin_inff(), sum = 0;

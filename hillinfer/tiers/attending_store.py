@@ -24,7 +24,8 @@ class AttendingStore(ScoringStore):
         found, rows = Found(), []
         query = query.unflatten(1, (self.geometry.kv_heads, -1)).float() * scaling  # (B, Hkv, G, D)
         everything = np.arange(self.n)
-        near = self.window.holds(everything)
+        near = np.ones(self.n, bool)
+        near[self.window.far(everything)] = False
         calls = []
         for row in range(self.geometry.batch):
             far = ~near if valid is None else ~near & valid[row]
@@ -34,7 +35,7 @@ class AttendingStore(ScoringStore):
             found.device, found.drive = found.device + int(near.sum()), found.drive + self.n - int(near.sum())
         for row, call in enumerate(calls):
             start = time.perf_counter_ns()
-            kv = self.window.take(row, everything[near]).float()  # (m, 2, Hkv, D)
+            kv = self.window.records[row, torch.from_numpy(self.window.slots(everything[near]))].float()  # (m, 2, Hkv, D)
             logits = query[row] @ kv[:, 0].permute(1, 2, 0)
             if valid is not None:
                 logits[..., torch.from_numpy(~valid[row][near]).to(logits.device)] = -torch.inf

@@ -35,7 +35,8 @@ class AttendingStore(ScoringStore):
             found.device, found.drive = found.device + int(near.sum()), found.drive + self.n - int(near.sum())
         for row, call in enumerate(calls):
             start = time.perf_counter_ns()
-            kv = self.window.records[row, torch.from_numpy(self.window.slots(everything[near]))].float()  # (m, 2, Hkv, D)
+            slots = torch.from_numpy(self.window.slots(everything[near]))
+            kv = self.window.records[row, slots].float()  # (m, 2, Hkv, D)
             logits = query[row] @ kv[:, 0].permute(1, 2, 0)
             if valid is not None:
                 logits[..., torch.from_numpy(~valid[row][near]).to(logits.device)] = -torch.inf

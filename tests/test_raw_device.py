@@ -24,9 +24,10 @@ from hillinfer.tiers.raw_device import (
     stamp,
 )
 from hillinfer.tiers.record_file import BLOCK, DriveError, aligned
-from hillinfer.tiers.uring import READ, SQE, WRITE, Ring, Transfer, plain
+from hillinfer.tiers.uring import SQE, Ring
 
 MIB = 1 << 20
+READ, WRITE = 22, 23  # opcodes of io_uring
 SIZE = 320 * MIB
 
 
@@ -219,13 +220,12 @@ def test_same_tokens_from_a_raw_device(models, prompt, tmp_path, ours, system, m
     assert check_stamped(ours)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_a_ring_reads_what_it_wrote(tmp_path, wide):
-    """Both widths of entries; more jobs than fit in flight; a read that has to go in twice."""
+def test_a_ring_reads_what_it_wrote(tmp_path):
+    """More jobs than fit in flight."""
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     data, back = aligned(100 * BLOCK), aligned(100 * BLOCK)
     data[:] = np.random.default_rng(1).integers(0, 256, len(data), dtype=np.uint8)
-    ring = Ring(8, wide)
+    ring = Ring(8)
     spans = [slice(i * BLOCK, (i + 1) * BLOCK) for i in range(100)]
     for _ in range(3):  # the queues wrap round
         ring.run([Transfer(WRITE, fd, s.start, data[s]) for s in spans], plain)
@@ -240,13 +240,31 @@ def test_a_ring_reads_what_it_wrote(tmp_path, wide):
     os.close(fd)
 
 
+class Transfer:
+    """A plain read or write as a job of a ring."""
+
+    def __init__(self, opcode, fd, offset, buffer):
+        self.entry, self.buffer = (opcode, fd, offset, buffer.ctypes.data, len(buffer)), buffer
+
+    def done(self, result):
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        if result < len(self.buffer):
+            raise OSError("bytes are missing")
+        return False
+
+
+def plain(ring, slot, job):
+    ring.fill(slot, *job.entry)
+
+
 def test_nvme_commands_are_laid_out_as_the_kernel_expects():
     """The bytes of one READ and one WRITE, field by field against struct nvme_uring_cmd and the NVMe command set."""
     assert COMMAND.itemsize == 72 and (CMD_IO >> 16 & 0x3FFF, CMD_IO >> 8 & 0xFF, CMD_IO & 0xFF) == (72, 0x4E, 0x80)
-    for verb, opcode in (("read", 2), ("write", 1)):
+    for opcode in (nvme.READ, nvme.WRITE):
         device, buffer = nvme.NvmeDevice.__new__(nvme.NvmeDevice), aligned(8 * BLOCK)
         device.lba, device.nsid, device.command_fd = 512, 3, 77
-        job = device._job(verb, (5 << 32) * 512 + 7 * 512, buffer)
+        job = Command(opcode, (5 << 32) * 512 + 7 * 512, buffer, device.lba)
         ring = Ring.__new__(Ring)
         ring.entries = np.zeros((4, 128), np.uint8)
         ring._sqes = ring.entries[:, :64].view(SQE)[:, 0]
@@ -279,7 +297,7 @@ def test_nvme_transfers_are_cut_at_what_the_device_takes(ours, monkeypatch):
             self.path, self.lba, self.most, self.nsid = Path("/dev/ng9n1"), 4096, 128 << 10, 1
             self.command_fd, self.sent = os.open(ours, os.O_RDWR | os.O_DIRECT), []
             BlockDevice.__init__(self, ours)
-            self._prove()
+            self._start()
 
         def encode(self, ring, slot, job):
             self.sent.append((job.words, len(job.buffer)))

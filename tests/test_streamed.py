@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import hillinfer
-from hillinfer.tiers import uring
-from hillinfer.tiers.direct_file import DirectFile
+from hillinfer.native import ring
 from hillinfer.tiers.geometry import BLOCK, Geometry
 from hillinfer.tiers.planner import DIRECT, NEAR
 from hillinfer.tiers.record_file import RecordFile
@@ -111,7 +111,7 @@ def geometry(kv_heads=2, head_dim=16, batch=1):
 
 def tensors(folder, shape, layers=3, budget=0, host=False, **options):
     near = HostPath() if host else RecordFile(folder, BLOCK, 1, direct=False)
-    return Tensors(shape, layers, near, DirectFile(folder), lambda pinned: budget, **options)
+    return Tensors(shape, layers, near, RecordFile(folder, BLOCK, 1), lambda pinned: budget, **options)
 
 
 @given(data=st.data())
@@ -121,30 +121,28 @@ def test_any_order_of_appends_reads_and_truncations(data, tmp_path_factory):
     shape = geometry(*data.draw(st.sampled_from([(2, 16, 1), (3, 32, 2), (8, 64, 1)])))
     layers, budget = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 1 << 22))
     ahead, host, cross = (data.draw(st.booleans()) for _ in range(3))
-    held = tensors(
-        tmp_path_factory.mktemp("drive"), shape, layers, budget, host, prefetch=ahead, staggered=lambda: cross
-    )
-    want = [torch.empty(shape.batch, 0, *shape.record_shape) for _ in range(layers)]
-    stores = [TensorStore(held, layer) for layer in range(layers)]
-    for _ in range(data.draw(st.integers(1, 7))):
-        n = data.draw(st.sampled_from([1, 1, 1, 40, 300, 1100]))
-        cut = data.draw(st.integers(0, want[0].shape[1])) if data.draw(st.integers(0, 3)) == 0 else None
-        for layer, store in enumerate(stores):
-            if cut is not None:
-                store.truncate(cut)
-                want[layer] = want[layer][:, :cut]
-            new = torch.randn(shape.batch, n, *shape.record_shape)
-            store.append(new)
-            want[layer] = torch.cat((want[layer], new), 1)
-            if data.draw(st.booleans()):
-                assert torch.equal(store.all()[0], want[layer])
-                store.settle()
-        assert held.plan.bound[NEAR] * BLOCK <= budget
-    for store, records in zip(stores, want, strict=True):
-        assert torch.equal(store.all()[0], records)
-        picked = np.arange(0, store.n, 3)
-        assert torch.equal(store.fetch(0, picked)[0], records[0][picked])
-    held.close()
+    folder, options = tmp_path_factory.mktemp("drive"), dict(prefetch=ahead, staggered=lambda: cross)
+    with closing(tensors(folder, shape, layers, budget, host, **options)) as held:  # an example may be broken off
+        want = [torch.empty(shape.batch, 0, *shape.record_shape) for _ in range(layers)]
+        stores = [TensorStore(held, layer) for layer in range(layers)]
+        for _ in range(data.draw(st.integers(1, 7))):
+            n = data.draw(st.sampled_from([1, 1, 1, 40, 300, 1100]))
+            cut = data.draw(st.integers(0, want[0].shape[1])) if data.draw(st.integers(0, 3)) == 0 else None
+            for layer, store in enumerate(stores):
+                if cut is not None:
+                    store.truncate(cut)
+                    want[layer] = want[layer][:, :cut]
+                new = torch.randn(shape.batch, n, *shape.record_shape)
+                store.append(new)
+                want[layer] = torch.cat((want[layer], new), 1)
+                if data.draw(st.booleans()):
+                    assert torch.equal(store.all()[0], want[layer])
+                    store.settle()
+            assert held.plan.bound[NEAR] * BLOCK <= budget
+        for store, records in zip(stores, want, strict=True):
+            assert torch.equal(store.all()[0], records)
+            picked = np.arange(0, store.n, 3)
+            assert torch.equal(store.fetch(0, picked)[0], records[0][picked])
 
 
 def test_given_a_length_each_tensor_is_one_extent(tmp_path):
@@ -158,7 +156,7 @@ def test_given_a_length_each_tensor_is_one_extent(tmp_path):
 
 
 def test_trim_gives_the_space_back_while_the_file_is_open(tmp_path):
-    file = DirectFile(tmp_path)
+    file = RecordFile(tmp_path, BLOCK, 1)
     file.allocate(1 << 20)
     assert os.fstat(file.fd).st_blocks * 512 >= 1 << 20
     file.trim()
@@ -183,25 +181,22 @@ def test_each_layer_is_read_once_a_step(tmp_path):
 
 
 @pytest.mark.parametrize("system", ["flexgen", "dualblade"])
-@pytest.mark.parametrize("ring", [True, False])
-def test_a_failed_read_says_where_and_leaves_nothing(models, prompt, tmp_path, monkeypatch, system, ring):
+@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+def test_a_failed_read_says_where_and_leaves_nothing(models, prompt, tmp_path, monkeypatch, system, engine):
+    if engine == "io_uring" and (reason := ring.why_not()):
+        pytest.skip(reason)
     model = models("llama")
 
     def broken(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def none(*_):
-        raise OSError(errno.ENOSYS, "no io_uring here")
-
-    if not ring:
-        monkeypatch.setattr(DirectFile, "_ring", none)
-    with hillinfer.make_cache(model, system, host_budget=0, drive=tmp_path) as cache:
+    with hillinfer.make_cache(model, system, host_budget=0, drive=tmp_path, engine=engine) as cache:
         with torch.no_grad():
             model(prompt, past_key_values=cache)
-        assert ("io_uring" in cache.run.why_split()) == ring
+        assert ("io_uring" in cache.run.why_split()) == (engine == "io_uring")
         for tensor in cache.run.tensors.tensors:
             tensor.settle()
-        monkeypatch.setattr(uring.Transfer, "done", broken)
+        monkeypatch.setattr(ring.Rings, "transfer", broken)
         monkeypatch.setattr(os, "preadv", broken)
         with pytest.raises(hillinfer.DriveError, match=r"read failed at layer \d, sequence 0, position \d+"):
             generate(model, torch.cat((prompt, prompt[:, :1]), 1), cache)
@@ -252,7 +247,7 @@ def test_the_report_names_budget_rung_and_pipeline(models, prompt, tmp_path):
     with hillinfer.make_cache(model, "dualblade", drive=tmp_path, host_budget=110_000) as cache:
         generate(model, prompt, cache)
         told = cache.run.why_split()
-    assert "of 6 K and V tensors in page cache" in told and "O_DIRECT on a preallocated file" in told
+    assert "of 6 K and V tensors in the page cache" in told and "O_DIRECT on a preallocated file" in told
     assert "path pipeline kept" in told and "ms a step" in told
     hillinfer.disable(model)
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from hillinfer.config import Settings, UsageError
 from hillinfer.pipeline.lookahead import Trial
-from hillinfer.tiers.direct_file import DirectFile
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.planner import NEAR, read_memory
 from hillinfer.tiers.raw_device import DeviceRefused, check_path, open_device
@@ -31,9 +30,9 @@ def open_tensors(settings: Settings, geometry: Geometry, layers: int, staggered:
     direct = near = None
     try:
         if settings.device is None:
-            direct = DirectFile(settings.drive, settings.io_threads)
+            direct = RecordFile(settings.drive, BLOCK, 1, threads=settings.io_threads, engine=settings.engine)
         else:
-            direct = open_device(settings.device, settings.io_threads)
+            direct = open_device(settings.device, settings.io_threads, settings.engine)
         if settings.stream == "host":
             near = HostPath()
         else:

@@ -9,19 +9,21 @@ import os
 import re
 import stat
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
 
 from hillinfer.tiers.raw_device import STAMP, BlockDevice, DeviceRefused, _stamp
 from hillinfer.tiers.record_file import BLOCK, aligned
-from hillinfer.tiers.uring import Ring, Transfer
+from hillinfer.tiers.uring import Ring
 
 URING_CMD = 46  # io_uring opcode
 CMD_IO = 0xC0484E80  # NVME_URING_CMD_IO: _IOWR('N', 0x80, struct nvme_uring_cmd)
 NVME_ID = 0x4E40  # ioctl: the namespace's number
 WRITE, READ, MANAGE = 0x01, 0x02, 0x09  # NVMe opcodes; the last is Dataset Management
 DEALLOCATE = 1 << 2
+DEPTH = 32  # commands in flight
 COMMAND = np.dtype(  # struct nvme_uring_cmd, 72 bytes, at byte 48 of a wide submission entry
     [
         ("opcode", "u1"),
@@ -40,11 +42,12 @@ COMMAND = np.dtype(  # struct nvme_uring_cmd, 72 bytes, at byte 48 of a wide sub
 )
 
 
-class Command(Transfer):
+class Command:
     """One NVMe command as a job of a ring; all or nothing, there are no short transfers."""
 
     def __init__(self, opcode: int, offset: int, buffer: np.ndarray, lba: int):
-        super().__init__(opcode, -1, offset, buffer)
+        self.opcode, self.offset = opcode, offset
+        self.buffer, self.address = buffer, buffer.ctypes.data  # held while it is written to
         self.words = [offset // lba & 0xFFFFFFFF, offset // lba >> 32, len(buffer) // lba - 1]
 
     def done(self, result: int) -> bool:
@@ -59,8 +62,6 @@ class Command(Transfer):
 class NvmeDevice(BlockDevice):
     """A namespace by its character device /dev/ngXnY. Stamp and guard are those of its block device /dev/nvmeXnY."""
 
-    wide = True
-
     def __init__(self, path: str | Path, threads: int = 16):
         self.path = Path(path)
         block, queue = check_namespace(self.path)
@@ -69,9 +70,9 @@ class NvmeDevice(BlockDevice):
         self.command_fd = os.open(self.path, os.O_RDWR)
         try:
             self.nsid = fcntl.ioctl(self.command_fd, NVME_ID)
-            super().__init__(block, threads)
+            super().__init__(block, threads, "threads")
             try:
-                self._prove()
+                self._start()
             except BaseException:
                 super().close()
                 raise
@@ -83,12 +84,15 @@ class NvmeDevice(BlockDevice):
     def about(self) -> str:
         return f"NVMe passthrough (io_uring_cmd) to {self.path}"
 
-    def _prove(self) -> None:
+    def _start(self) -> None:
         """Read the stamp by a command: the character device must be the namespace whose block device was checked."""
-        if self.by != "io_uring":
+        self._free, self._lend = [], threading.Lock()  # rings that nobody uses; threads take one each
+        try:
+            self._free.append(self._ring())
+        except OSError:
             raise DeviceRefused(
                 f"{self.path} needs io_uring with wide entries (Linux 5.19): name {self.folder} instead"
-            )
+            ) from None
         start = aligned(STAMP)
         self.transfer("read", [(0, start)], 0, 0)
         if start.tobytes() != _stamp(self.limit):
@@ -96,11 +100,29 @@ class NvmeDevice(BlockDevice):
 
     def transfer(self, verb, jobs, stream, position, share=1) -> None:
         cut = min(self.most, 65536 * self.lba)
-        pieces = [(offset + at, buffer[at : at + cut]) for offset, buffer in jobs for at in range(0, len(buffer), cut)]
-        super().transfer(verb, pieces, stream, position, share)
+        opcode = READ if verb == "read" else WRITE
+        pieces = [
+            Command(opcode, offset + at, buffer[at : at + cut], self.lba)
+            for offset, buffer in jobs
+            for at in range(0, len(buffer), cut)
+        ]
+        try:
+            self._run(pieces, share)
+        except OSError as error:
+            raise self._failure(verb, stream, position, error) from error
 
-    def _job(self, verb: str, offset: int, buffer: np.ndarray) -> Command:
-        return Command(READ if verb == "read" else WRITE, offset, buffer, self.lba)
+    def _run(self, commands: list[Command], share: float = 1) -> None:
+        with self._lend:
+            ring = self._free.pop() if self._free else None
+        ring = ring or self._ring()
+        try:
+            ring.run(commands, self.encode, int(ring.depth * share))
+        finally:
+            with self._lend:
+                self._free.append(ring)
+
+    def _ring(self) -> Ring:
+        return Ring(DEPTH)
 
     def encode(self, ring: Ring, slot: int, job: Command) -> None:
         ring.fill(slot, URING_CMD, self.command_fd, CMD_IO, 0, 0)
@@ -121,7 +143,7 @@ class NvmeDevice(BlockDevice):
         job = Command(MANAGE, 0, ranges, self.lba)
         job.words = [len(jobs) - 1, DEALLOCATE, 0]
         try:
-            self._rings[0].run([job], self.encode)
+            self._run([job])
             self.trimmed = True
         except OSError:
             pass  # a hint only
@@ -130,6 +152,8 @@ class NvmeDevice(BlockDevice):
     def close(self) -> None:
         if self.fd is not None:
             os.close(self.command_fd)
+            for ring in self._free:
+                ring.close()
         super().close()
 
 

@@ -14,8 +14,7 @@ import stat
 import struct
 from pathlib import Path
 
-from hillinfer.tiers.direct_file import DirectFile
-from hillinfer.tiers.record_file import BLOCK, DriveError
+from hillinfer.tiers.record_file import BLOCK, DriveError, RecordFile
 
 STAMP = 1 << 20  # bytes at the start that are ours to recognise; data follows
 GETSIZE64, DISCARD = 0x80081272, 0x1277  # ioctls BLKGETSIZE64, BLKDISCARD
@@ -114,13 +113,13 @@ def check_stamped(path: str | Path) -> int:
     return size
 
 
-class BlockDevice(DirectFile):
+class BlockDevice(RecordFile):
     """A stamped block device, opened for us alone."""
 
-    def __init__(self, path: str | Path, threads: int = 16):
+    def __init__(self, path: str | Path, threads: int = 16, engine: str = "auto"):
         self.limit = check_stamped(path)
         self.what = f"the raw block device {path}"
-        super().__init__(Path(path), threads)
+        super().__init__(Path(path), BLOCK, 1, threads=threads, engine=engine)
         self.size, self.trimmed = STAMP, False
 
     def _open(self, direct: bool) -> tuple[int, bool]:
@@ -153,13 +152,13 @@ class BlockDevice(DirectFile):
             self.size = STAMP
 
 
-def open_device(path: str | Path, threads: int = 16) -> DirectFile:
+def open_device(path: str | Path, threads: int = 16, engine: str = "auto") -> BlockDevice:
     """NVMe passthrough where the path is a character device of that kind, else O_DIRECT on a block device."""
     if re.fullmatch(r"ng\d+n\d+", Path(path).name):
         from hillinfer.tiers.nvme import NvmeDevice
 
         return NvmeDevice(path, threads)
-    return BlockDevice(path, threads)
+    return BlockDevice(path, threads, engine)
 
 
 def check_path(path: str | Path) -> None:

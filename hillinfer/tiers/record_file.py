@@ -47,6 +47,8 @@ class RecordFile:
     engine   how pieces are moved: `io_uring`, `threads` (preadv), or `auto`: io_uring where it can be had
     """
 
+    what = "a preallocated file"
+
     def __init__(
         self,
         folder: Path,
@@ -79,7 +81,8 @@ class RecordFile:
 
     @property
     def about(self) -> str:
-        return "O_DIRECT on a preallocated file" if self.direct else "page cache of a preallocated file"
+        by = "io_uring" if self.engine == "io_uring" else f"{self._threads} threads"
+        return f"{'O_DIRECT on' if self.direct else 'the page cache of'} {self.what}, by {by}"
 
     @property
     def capacity(self) -> int:

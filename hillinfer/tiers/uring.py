@@ -1,9 +1,8 @@
-"""io_uring by its raw system calls: many reads or writes in flight from one thread, with no Python for each but its
-submission. No binding on PyPI is fit to depend on, and this needs three system calls.
+"""io_uring with entries wide enough for device commands, which `native.ring` has not: some Python for each command, a
+MiB or so. No binding on PyPI is fit to depend on, and this needs two system calls.
 """
 
 import ctypes
-import errno
 import mmap
 import os
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import numpy as np
 SETUP, ENTER = 425, 426  # the same numbers on every architecture
 SQE128, CQE32 = 1 << 10, 1 << 11  # setup flags: entries wide enough for device commands
 GETEVENTS = 1
-READ, WRITE = 22, 23  # opcodes
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -40,13 +38,13 @@ class Ring:
     OSError when the kernel has none (ENOSYS) or forbids it (EPERM).
     """
 
-    def __init__(self, depth: int = 32, wide: bool = False):
+    def __init__(self, depth: int):
         params = np.zeros(30, np.uint32)  # struct io_uring_params, 120 bytes
-        params[2] = SQE128 | CQE32 if wide else 0
+        params[2] = SQE128 | CQE32
         self.fd = _call(SETUP, depth, ctypes.c_void_p(params.ctypes.data))
         self.depth = int(params[0])
         sq, cq = params[10:20], params[20:30]  # offsets within the two queues
-        sqe_bytes, cqe_bytes = (128, 32) if wide else (64, 16)
+        sqe_bytes, cqe_bytes = 128, 32
         sq_bytes, cq_bytes = int(sq[6] + 4 * params[0]), int(cq[5] + cqe_bytes * params[1])
         try:
             queues = [
@@ -99,7 +97,7 @@ class Ring:
                 flying -= len(list(self._reap()))
 
     def fill(self, slot: int, opcode: int, fd: int, offset: int, address: int, length: int) -> None:
-        """A plain read or write into submission entry `slot`."""
+        """The common part of submission entry `slot`."""
         self._sqes[slot] = (opcode, 0, 0, fd, offset, address, length, 0, 0, np.zeros(24, np.uint8))
 
     def close(self) -> None:
@@ -132,26 +130,3 @@ def _call(number: int, *arguments) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"io_uring: {os.strerror(code)}")
     return result
-
-
-class Transfer:
-    """One read or write of a buffer, as a job of a ring."""
-
-    def __init__(self, opcode: int, fd: int, offset: int, buffer: np.ndarray):
-        self.opcode, self.fd, self.offset = opcode, fd, offset
-        self.buffer, self.address, self.left = buffer, buffer.ctypes.data, len(buffer)  # held while it is written to
-
-    def done(self, result: int) -> bool:
-        if result in (-errno.EAGAIN, -errno.EINTR):
-            return True
-        if result < 0:
-            raise OSError(-result, os.strerror(-result))
-        if result == 0:
-            raise OSError(f"{self.left} bytes are missing at offset {self.offset}")
-        self.offset, self.address, self.left = self.offset + result, self.address + result, self.left - result
-        return self.left > 0
-
-
-def plain(ring: Ring, slot: int, job: Transfer) -> None:
-    """`encode` of `Ring.run` for plain reads and writes."""
-    ring.fill(slot, job.opcode, job.fd, job.offset, job.address, job.left)

@@ -1,6 +1,6 @@
 """`make show-hillinfer`: what is claimed of the hillinfer system and a machine can check, measured again.
 
-N=100 asks 100 questions in each cell instead of 40.
+N=100 asks 100 questions in each cell instead of 40. Parts can be named: `python -m benchmarks.show_hillinfer accuracy`.
 """
 
 import os
@@ -146,15 +146,26 @@ def peak_bytes(*words: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | eager).stdout)
 
 
-def main() -> int:
-    logging.disable_progress_bar()
-    claims = [
+def same_tokens() -> list[Claim]:
+    """What tests show."""
+    return [
         tests("same tokens with lookahead on and off", "tests/test_lookahead.py").show(),
         tests("same tokens in one process or two, paced or not", "tests/test_hie.py").show(),
         tests("the computational drive keeps its contract", "tests/test_computational.py").show(),
         tests("200 random runs: right, never stuck, nothing left", "-m", "slow", "tests/test_stress.py").show(),
     ]
-    return verdict([*claims, memory(), *balance_of_sides(), *gain_with_context(), *hit_table(), *accuracy()])
+
+
+PARTS = {
+    "tests": same_tokens, "memory": lambda: [memory()], "balance": balance_of_sides, "context": gain_with_context,
+    "placement": hit_table, "accuracy": accuracy,
+}  # fmt: skip
+
+
+def main() -> int:
+    logging.disable_progress_bar()
+    chosen = sys.argv[1:] or PARTS
+    return verdict([claim for name in chosen for claim in PARTS[name]()])
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ class RecordFile:
         """Move pieces, int64 (m,) each, and note or compare their checksums. `keep` holds their memory."""
         try:
             if self.stuck:
-                raise OSError(errno.ETIMEDOUT, "the drive is stuck; this run cannot go on")
+                raise OSError(errno.ETIMEDOUT, "it was stuck before")
             if self.sums and verb == "write":
                 self.sums.note(offsets, addresses, lengths)
             self._move(verb, offsets, addresses, lengths, keep, share)
@@ -203,6 +203,8 @@ class RecordFile:
                 error.offset = bad
                 raise error
         except OSError as error:
+            if not hasattr(error, "offset"):
+                error.offset = int(offsets[0])
             raise self._failure(verb, stream, position, error) from error
 
     def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1) -> None:
@@ -239,15 +241,13 @@ class RecordFile:
             done, waiting = wait(waiting, self.timeout, FIRST_COMPLETED)
             if not done and moved[0] == before:
                 self.stuck, self._stuck = True, self._stuck + list(waiting)
-                error = OSError(errno.ETIMEDOUT, f"no answer for {self.timeout:g} s")
-                error.offset = int(offsets[0])
-                raise error
+                raise OSError(errno.ETIMEDOUT, "no answer")
         for future in everyone:
             future.result()
 
     def _failure(self, verb: str, stream: int, position, error: OSError) -> DriveError:
         if callable(position):
-            position = position(getattr(error, "offset", 0))
+            position = position(error.offset)
         if error.errno == errno.ETIMEDOUT:
             error = f"no answer for {self.timeout:g} s: the drive is stuck, or too slow (timeout)"
         layer, row = divmod(stream, self.batch)

@@ -45,6 +45,7 @@ class Ring:
     """
 
     def __init__(self, depth: int = 32, wide: bool = False, timeout: float = 60.0):
+        release_stuck()
         seconds, rest = divmod(timeout, 1)
         self._wait = np.array([int(seconds), int(rest * 1e9)], np.int64)  # struct __kernel_timespec
         self._about = np.array([0, 0, self._wait.ctypes.data], np.uint64)  # struct io_uring_getevents_arg
@@ -103,6 +104,7 @@ class Ring:
                         waiting.append(index)
         finally:
             if self.stuck:
+                self.flying = flying
                 _stuck.append((self, jobs))
             while flying and not self.stuck:  # the kernel must not write into buffers that are no longer ours
                 self._enter(0, 1)
@@ -142,6 +144,18 @@ class Ring:
             head = (head + 1) & 0xFFFFFFFF
             self._head[0] = head
             yield index, result
+
+
+def release_stuck() -> int:
+    """Close the rings whose requests have come back after all, and let go of their memory; how many have not."""
+    for entry in list(_stuck):
+        ring = entry[0]
+        ring.flying -= len(list(ring._reap()))
+        if not ring.flying and entry in _stuck:
+            _stuck.remove(entry)
+            ring.stuck = False
+            ring.close()
+    return len(_stuck)
 
 
 def _call(number: int, *arguments) -> int:

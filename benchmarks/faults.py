@@ -1,7 +1,7 @@
 """Faults of drives against every system that has one: the table of docs/faults.md, and a sweep of random ones.
 
-    python -m benchmarks.faults 10000                      # as many random faults
-    python -m benchmarks.faults --table docs/faults.md     # every fault x every system
+python -m benchmarks.faults 10000                      # as many random faults
+python -m benchmarks.faults --table docs/faults.md     # every fault x every system
 """
 
 import argparse
@@ -183,7 +183,7 @@ def faults(aside: Path, kind: str, fault: str | None, at: int, seed: int):
         try:
             yield drive.counts, drive.remove
         finally:
-            drive.released.set() or drive.undo and drive.remove()
+            drive.released.set() or (drive.undo and drive.remove())
         return
     killed = fault == "process killed"
     counts, path = faulty_drive.share(aside, None if killed else fault, at, seed), os.environ.get("PYTHONPATH")

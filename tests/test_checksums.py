@@ -1,12 +1,10 @@
 """A block that is not what was written is an error that names its place, on every path to a drive; never data."""
 
 import os
-import re
 import zlib
 
 import numpy as np
 import pytest
-import torch
 
 from hillinfer import native
 from hillinfer.tiers import checksums

@@ -10,6 +10,7 @@ from hillinfer.native import ring
 from hillinfer.pipeline.balance import Chosen, Speeds
 from hillinfer.pipeline.compression import Compression
 from hillinfer.pipeline.lookahead import Lookahead, Trial
+from hillinfer.pipeline.needs import FIX, needs, refuse
 from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
 from hillinfer.pipeline.timeline import Counters, Timeline
@@ -58,9 +59,13 @@ class Run:
         if self.settings.engine == "io_uring" and (reason := ring.why_not()):
             raise UsageError(f"{reason} (engine io_uring was asked for; auto takes what there is)")
 
-    def start(self, geometry: Geometry) -> None:
-        """Fix the shape at the first append, and open the drive if there is one."""
+    def start(self, geometry: Geometry, tokens: int = 0) -> None:
+        """Fix the shape at the first append, of `tokens` tokens, and open the drive if there is one. UsageError where
+        there is not the memory for what they need.
+        """
         if self.geometry is None:
+            fits = needs(replace(self, geometry=geometry), None, max(tokens, self.settings.max_tokens or 0))
+            refuse(fits, FIX)
             self.geometry = geometry
             if self.settings.stream is not None:
                 self.trial = staggering(self.settings)

@@ -15,7 +15,9 @@ __all__ = ["MAX_READ", "DirectDrive", "DriveError"]
 class DirectDrive(RecordFile):
     """Records of `streams` streams, stream = layer * batch + row, in one private file."""
 
-    def __init__(self, folder: Path, geometry: Geometry, streams: int, threads: int = 16, engine: str = "auto", **options):
+    def __init__(
+        self, folder: Path, geometry: Geometry, streams: int, threads: int = 16, engine: str = "auto", **options
+    ):
         super().__init__(folder, geometry.record_bytes, streams, geometry.batch, threads, engine, **options)
         self.geometry = geometry
 

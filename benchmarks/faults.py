@@ -275,18 +275,25 @@ def table(path: Path | None) -> int:
 
 PAGE = """# Faults
 
-What a run does when its drive fails, measured by `make faults`, which writes this page: a tiny random model, each fault at the first and at
-the last operation of its kind. `error` is one `DriveError` of one line, which names layer, sequence and position (of a full drive: the
-folder; of a killed process: that); tokens that came before it are those of a run without faults. `right` is the run without a fault, to the
-token; `right, unnoticed` is a fault in what no token depends on (a write behind the last step, or a read that was only a guess). `-`: the
-system has no such operation. After each, no file, thread, process or descriptor is left; the table is not written otherwise.
+What a run does when its drive fails, measured by `make faults`, which writes this page: a tiny random model, each fault at
+the first and at the last operation of its kind.
+
+- `error` is one `DriveError` of one line, which names layer, sequence and position (of a full or vanished drive, or a
+  killed process: that). Tokens that came before it are those of a run without faults.
+- `right` is the run without a fault, to the token. `right, unnoticed` is a fault in what no token depends on: a write
+  behind the last step, or a read that was only a guess.
+- `-`: the system has no such operation.
+
+After each run no file, thread, process or descriptor is left.
 
 {table}
 
-- **read error, write error**: EIO. **short read**: the file really ends in the midst of what is read. **full**: no room to reserve; **full at a
-  write**: ENOSPC. **flipped bit**: one bit of the file itself, anywhere in what is read; every 4 KiB block has a checksum in host memory.
-- **slow**: an answer that comes late. **stuck**: the kernel (io_uring) or the call (threads) never comes back; the run ends after `timeout`.
-  Memory that a stuck request may still write to is kept until it returns, and so is a thread that waits in the kernel.
+- **read error, write error**: EIO. **short read**: the file really ends in the midst of what is read. **full**: no room
+  to reserve; **full at a write**: ENOSPC. **flipped bit**: one bit of the file itself, anywhere in what is read; every
+  4 KiB block has a checksum in host memory.
+- **slow**: an answer that comes late. **stuck**: the kernel (io_uring) or the call (threads) never comes back; the run
+  ends after `timeout`. Memory that a stuck request may still write to is kept until it returns, and so is a thread that
+  waits in the kernel.
 - **gone**: from then on the device does not exist (ENODEV). **process killed**: SIGKILL to the emulated drive.
 
 `python -m benchmarks.faults 10000` injects as many at random places and counts what comes of them.

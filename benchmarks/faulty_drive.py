@@ -1,5 +1,5 @@
-"""A drive that fails on purpose: every `RecordFile` that is opened while one is installed, in this process or in that of
-an emulated drive, fails at a chosen transfer. numpy only.
+"""A drive that fails on purpose: every `RecordFile` that is opened while one is installed, in this process or in that
+of an emulated drive, fails at a chosen transfer. numpy only.
 """
 
 import contextlib

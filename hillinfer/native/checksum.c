@@ -33,24 +33,44 @@ static uint32_t by_table(uint32_t state, const uint8_t *from, int64_t n) {
 static uint32_t crc_generic(const uint8_t *from) { return ~by_table(~0u, from, BLOCK); }
 
 #if defined(__x86_64__)
+#define FAR 0x01c6e41596, 0x0154442bd4
 #define CLMUL __attribute__((target("pclmul,sse4.1")))
 CLMUL INLINE __m128i fold(__m128i lane, __m128i by, __m128i next) {
     __m128i low = _mm_clmulepi64_si128(lane, by, 0x00), high = _mm_clmulepi64_si128(lane, by, 0x11);
     return _mm_xor_si128(_mm_xor_si128(low, high), next);
 }
 
+/* The checksum, from four lanes that stand for the whole block. */
+CLMUL INLINE uint32_t finish(const __m128i *lanes) {
+    const __m128i near = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
+    __m128i last = lanes[0];
+    for (int i = 1; i < 4; i++) last = fold(last, near, lanes[i]);
+    uint8_t rest[16];
+    _mm_storeu_si128((__m128i *)rest, last);
+    return ~by_table(0, rest, 16);
+}
+
 CLMUL static uint32_t crc_clmul(const uint8_t *from) {
-    const __m128i *at = (const __m128i *)from, *end = (const __m128i *)(from + BLOCK);
-    const __m128i far = _mm_set_epi64x(0x01c6e41596, 0x0154442bd4), near = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
+    const __m128i *at = (const __m128i *)from, *end = (const __m128i *)(from + BLOCK), far = _mm_set_epi64x(FAR);
     __m128i lanes[4];
     for (int i = 0; i < 4; i++) lanes[i] = _mm_loadu_si128(at + i);
     lanes[0] = _mm_xor_si128(lanes[0], _mm_cvtsi32_si128(-1));
     for (at += 4; at < end; at += 4)
         for (int i = 0; i < 4; i++) lanes[i] = fold(lanes[i], far, _mm_loadu_si128(at + i));
-    for (int i = 1; i < 4; i++) lanes[i] = fold(lanes[i - 1], near, lanes[i]);
-    uint8_t rest[16];
-    _mm_storeu_si128((__m128i *)rest, lanes[3]);
-    return ~by_table(0, rest, 16);
+    return finish(lanes);
+}
+
+/* The same with the four lanes in one register. */
+__attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1"))) static uint32_t crc_wide(const uint8_t *from) {
+    const __m512i far = _mm512_broadcast_i32x4(_mm_set_epi64x(FAR));
+    __m512i lanes = _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_zextsi128_si512(_mm_cvtsi32_si128(-1)));
+    for (int at = 64; at < BLOCK; at += 64) {
+        __m512i low = _mm512_clmulepi64_epi128(lanes, far, 0x00), high = _mm512_clmulepi64_epi128(lanes, far, 0x11);
+        lanes = _mm512_ternarylogic_epi64(low, high, _mm512_loadu_si512(from + at), 0x96);
+    }
+    __m128i apart[4];
+    _mm512_storeu_si512(apart, lanes);
+    return finish(apart);
 }
 #endif
 
@@ -62,6 +82,7 @@ int64_t hi_checksums(int isa, int write, int64_t n, const int64_t *offsets, cons
     uint32_t (*crc)(const uint8_t *) = crc_generic;
 #if defined(__x86_64__)
     if (isa != GENERIC && __builtin_cpu_supports("pclmul")) crc = crc_clmul;
+    if (isa == ISA_AVX512 && __builtin_cpu_supports("vpclmulqdq")) crc = crc_wide;
 #endif
     (void)isa;
     pthread_once(&once, fill);

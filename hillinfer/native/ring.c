@@ -92,9 +92,10 @@ int64_t hi_ring_flying(struct ring *ring) {
 
 /* Moves n pieces between fd at offsets and memory at addresses; done (n,) counts bytes. Short transfers go on where
  * they ended. Returns 0; or an errno, -1 where the file ended, and in *failed which piece: the rest that was under way
- * has then come to its end, too. ETIMEDOUT: nothing came for timeout_ms, and `hi_ring_flying` are still under way. */
+ * has then come to its end, too. ETIMEDOUT: nothing came for timeout_ms, and `hi_ring_flying` are still under way.
+ * What is read is compared with `sums`, if given, as soon as it is there; EBADMSG where it differs, at done[*failed]. */
 int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
-                const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms) {
+                const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms, int isa, uint32_t *sums) {
     int64_t again[4096], waiting = 0, next = 0, flying = 0;
     unsigned depth = ring->depth < 4096 ? ring->depth : 4096, queued = 0;
     int error = 0;
@@ -141,6 +142,13 @@ int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *
             } else if (done[i] < lengths[i] && !error) {
                 error = result->res ? -result->res : -1;
                 *failed = i;
+            } else if (sums && !write && !error) {  /* while it is in the core's cache, and others are under way */
+                int64_t bad = hi_checksums(isa, 0, 1, offsets + i, addresses + i, lengths + i, sums);
+                if (bad >= 0) {
+                    error = EBADMSG;
+                    *failed = i;
+                    done[i] = bad - offsets[i];
+                }
             }
         }
         __atomic_store_n(ring->cq_head, head, __ATOMIC_RELEASE);
@@ -160,8 +168,8 @@ int64_t hi_ring_flying(struct ring *ring) {
     return 0;
 }
 int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
-                const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms) {
-    (void)timeout_ms, (void)ring, (void)fd, (void)write, (void)n, (void)offsets, (void)addresses, (void)lengths, (void)done, (void)failed;
+                const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms, int isa, uint32_t *sums) {
+    (void)timeout_ms, (void)isa, (void)sums, (void)ring, (void)fd, (void)write, (void)n, (void)offsets, (void)addresses, (void)lengths, (void)done, (void)failed;
     return ENOSYS;
 }
 #endif

@@ -42,18 +42,21 @@ class Rings:
         lengths: np.ndarray,
         timeout: float = 0,
         keep: object = None,
+        sums: np.ndarray | None = None,
     ) -> None:
         """Move pieces between file and memory; all int64 (m,). Raises OSError whose `offset` says which one failed.
 
         timeout  seconds in which nothing happened, after which it is ETIMEDOUT; 0 waits for ever
         keep     what holds the memory: the kernel may still write to it after a timeout, so it is then kept
+        sums     checksums of the file's blocks, which what is read must have (EBADMSG)
         """
         pieces = [np.ascontiguousarray(part, np.int64) for part in (offsets, addresses, lengths)]
         done, failed = np.empty(len(offsets), np.int64), ctypes.c_int64(0)
         ring, error = self._take(), 0
         try:
             where = *map(native.pointer, (*pieces, done)), ctypes.byref(failed)
-            error = native.call("hi_ring_run", ring, fd, int(write), len(done), *where, int(timeout * 1000))
+            rest = int(timeout * 1000), native.isa_number(), None if sums is None else native.pointer(sums)
+            error = native.call("hi_ring_run", ring, fd, int(write), len(done), *where, *rest)
         finally:
             if error == errno.ETIMEDOUT and failed.value < 0:
                 _stuck.append((ring, keep))
@@ -67,7 +70,7 @@ class Rings:
                 piece = int(np.argmin(done >= pieces[2]))  # the first that is not through
             where = f"{done[piece]} of {pieces[2][piece]} bytes at offset {pieces[0][piece]}"
             raised = Short(f"only {where}") if error < 0 else OSError(error, f"{os.strerror(error)}, after {where}")
-            raised.offset = int(pieces[0][piece])
+            raised.offset = int(pieces[0][piece]) + (int(done[piece]) if error == errno.EBADMSG else 0)
             raise raised
 
     def _take(self) -> int:

@@ -19,8 +19,11 @@ def check_libraries(root: Path = Path("/")) -> None:
 
 
 def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -> dict[str, int]:
-    """Bytes of host memory by part, from above. `run` (`pipeline.run.Run`) has settings and geometry, `shape`
-    (`pipeline.shapes.ModelShape`) the model's, or None for the KV alone; `tokens` of each sequence in all, prefilled `chunk` at once.
+    """Bytes of host memory by part, from above.
+
+    run     `pipeline.run.Run` with settings and geometry
+    shape   `pipeline.shapes.ModelShape` of the model; None for the KV alone
+    tokens  of each sequence in all, prefilled `chunk` at once
     """
     settings, size = run.settings, run.geometry
     batch, record = size.batch, run.layers * size.batch * size.record_bytes  # one token, all layers

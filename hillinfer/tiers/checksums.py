@@ -30,10 +30,13 @@ class Checksums:
 
     def check(self, offsets: np.ndarray, addresses: np.ndarray, lengths: np.ndarray) -> int | None:
         """The offset of the first block read that is not what was written there; None if all are."""
-        with self._lock:
-            sums = self._grow(offsets, lengths)
-        bad = run(sums, False, offsets, addresses, lengths)
+        bad = run(self.covering(offsets, lengths), False, offsets, addresses, lengths)
         return None if bad < 0 else bad
+
+    def covering(self, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The table, for comparing these pieces; it may be replaced by a longer one at any time."""
+        with self._lock:
+            return self._grow(offsets, lengths)
 
     def _grow(self, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The table, made to cover these pieces."""

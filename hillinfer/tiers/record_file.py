@@ -198,10 +198,12 @@ class RecordFile:
             if self.sums and verb == "write":
                 self.sums.note(offsets, addresses, lengths)
             self._move(verb, offsets, addresses, lengths, keep, share)
-            if self.sums and verb == "read" and (bad := self.sums.check(offsets, addresses, lengths)) is not None:
-                error = OSError(f"the block at offset {bad} is not what was written there; check or replace the drive")
-                error.offset = bad
-                raise error
+            if self.sums and verb == "read" and not self._rings:  # which have compared it already
+                bad = self.sums.check(offsets, addresses, lengths)
+                if bad is not None:
+                    error = OSError(errno.EBADMSG, "damaged")
+                    error.offset = bad
+                    raise error
         except OSError as error:
             if not hasattr(error, "offset"):
                 error.offset = int(offsets[0])
@@ -210,8 +212,9 @@ class RecordFile:
     def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1) -> None:
         """The transfer itself, by either engine. Raises OSError, whose `offset` says which piece failed."""
         if self._rings:
+            sums = self.sums.covering(offsets, lengths) if self.sums and verb == "read" else None
             try:
-                self._rings.transfer(verb == "write", self.fd, offsets, addresses, lengths, self.timeout, keep)
+                self._rings.transfer(verb == "write", self.fd, offsets, addresses, lengths, self.timeout, keep, sums)
             except OSError as error:
                 self.stuck = self.stuck or error.errno == errno.ETIMEDOUT
                 raise
@@ -250,6 +253,8 @@ class RecordFile:
             position = position(error.offset)
         if error.errno == errno.ETIMEDOUT:
             error = f"no answer for {self.timeout:g} s: the drive is stuck, or too slow (timeout)"
+        elif error.errno == errno.EBADMSG:
+            error = f"the block at offset {error.offset} is not what was written there; check or replace the drive"
         layer, row = divmod(stream, self.batch)
         return DriveError(f"{verb} failed at layer {layer}, sequence {row}, position {position}: {error}")
 

@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay
+.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay show-trust faults
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -69,6 +69,12 @@ show-workbench: $(VENV)/.browser ## every claim about the workbench, measured ag
 show-replay: $(VENV)/.ready ## every claim about profiles, replay and sweeps; ROUNDS=n for more rounds of measuring
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,cluster]'
 	$(BIN)/python -m benchmarks.show_replay
+
+show-trust: $(VENV)/.ready ## every claim about faults, memory and trust, measured again
+	$(BIN)/python -m benchmarks.show_trust
+
+faults: $(VENV)/.ready ## docs/faults.md: every fault x every system, run now
+	$(BIN)/python -m benchmarks.faults --table docs/faults.md
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

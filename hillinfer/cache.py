@@ -23,7 +23,9 @@ from hillinfer.evaluator.policies import TopK
 from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
 from hillinfer.pipeline.balance import Speeds
+from hillinfer.pipeline.needs import FIX, needs, refuse
 from hillinfer.pipeline.run import Run
+from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.streaming import check_device
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.tiers.geometry import Geometry
@@ -117,10 +119,13 @@ def check_supported(config: PretrainedConfig) -> list[int]:
     return tiered
 
 
-def plan(config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch.dtype) -> int:
+def plan(
+    config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch.dtype, chunk: int | None = None
+) -> int:
     """KV bytes of `tokens` tokens of one sequence, after proof from the config alone that they can be placed.
 
-    Raises UsageError for an unsupported family, a budget that is too small or a drive that is too full.
+    Raises UsageError for an unsupported family, a budget that is too small, a drive that is too full, or a run that
+    needs more host memory, prefilled `chunk` tokens at once, than there is.
     """
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -138,6 +143,9 @@ def plan(config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch
         raise UsageError(
             f"{need:,} bytes of KV do not fit in {settings.drive}, which has {free:,} free; name another folder"
         )
+    shape = shape_of(text, dtype.itemsize)
+    tied = shape.head_weights * shape.width if getattr(text, "tie_word_embeddings", False) else 0
+    refuse(needs(run, shape, tokens, chunk, shape.weight_bytes - tied), FIX)
     return need
 
 

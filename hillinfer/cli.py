@@ -23,6 +23,7 @@ from hillinfer import doctor
 from hillinfer.bench import bench
 from hillinfer.config import Settings, UsageError
 from hillinfer.evaluation import evaluate
+from hillinfer.pipeline.needs import check_libraries
 from hillinfer.replay_command import replay
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -199,6 +200,7 @@ def run(
         if not text.strip():
             raise UsageError("the prompt is empty; give the text to continue")
         before = None if document is None else read_prompt(document)
+        check_libraries()
         from hillinfer import continuation
 
         job = continuation.Job(text, before, session, max_new_tokens, num_beams, dtype, prefill_chunk)

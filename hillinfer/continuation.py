@@ -69,7 +69,7 @@ def run(name: str, job: Job, system: str, options: dict) -> Continuation:
             f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones exceed the model's window of {window}: "
             "shorten the prompt or lower --max-new-tokens"
         )
-    plan(config, settings, total, width)
+    plan(config, settings, total, width, job.chunk)
     if settings.stream is not None:
         options = options | {"max_tokens": total}
     model = _load(AutoModelForCausalLM, path, name, dtype=width).eval()

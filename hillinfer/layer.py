@@ -242,7 +242,7 @@ class Layer:
             )
         run, settings = self.run, self.run.settings
         geometry = Geometry(batch, kv_heads, dim, keys.dtype, keys.device)
-        run.start(geometry)
+        run.start(geometry, keys.shape[2])
         if run.tensors is not None:
             self.store = TensorStore(run.tensors, self.index)
         elif run.drive is None:

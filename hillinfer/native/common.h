@@ -25,3 +25,5 @@ enum { FP32, BF16, FP16 };
 struct share { void (*work)(void *, int); void *job; int index; };
 void *run_share(void *share);
 void split(void (*work)(void *, int), void *job, int threads);
+int64_t hi_checksums(int isa, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
+                     const int64_t *lengths, uint32_t *sums);

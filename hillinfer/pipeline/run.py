@@ -10,6 +10,7 @@ from hillinfer.native import ring
 from hillinfer.pipeline.balance import Chosen, Speeds
 from hillinfer.pipeline.compression import Compression
 from hillinfer.pipeline.lookahead import Lookahead, Trial
+from hillinfer.pipeline.needs import FIX, needs, refuse
 from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
 from hillinfer.pipeline.timeline import Counters, Timeline
@@ -58,9 +59,13 @@ class Run:
         if self.settings.engine == "io_uring" and (reason := ring.why_not()):
             raise UsageError(f"{reason} (engine io_uring was asked for; auto takes what there is)")
 
-    def start(self, geometry: Geometry) -> None:
-        """Fix the shape at the first append, and open the drive if there is one."""
+    def start(self, geometry: Geometry, tokens: int = 0) -> None:
+        """Fix the shape at the first append, of `tokens` tokens, and open the drive if there is one. UsageError where
+        there is not the memory for what they need.
+        """
         if self.geometry is None:
+            fits = needs(replace(self, geometry=geometry), None, max(tokens, self.settings.max_tokens or 0))
+            refuse(fits, FIX)
             self.geometry = geometry
             if self.settings.stream is not None:
                 self.trial = staggering(self.settings)
@@ -73,7 +78,9 @@ class Run:
                 self.drive = self._open_drive(geometry)
                 if self.settings.compress and self.settings.drive_kind == "ssd":
                     own, streams = packed_geometry(geometry), self.layers * geometry.batch
-                    self.packed = DirectDrive(self.settings.drive, own, streams, self.settings.io_threads)
+                    self.packed = DirectDrive(
+                        self.settings.drive, own, streams, self.settings.io_threads, **self._safety
+                    )
                     self.compression = Compression(self.settings.compress)
                 self.lookahead, self.trial = Lookahead(), Trial(self.settings.lookahead)
                 budget = self.settings.host_budget
@@ -152,18 +159,23 @@ class Run:
             self.chosen = Chosen(host / pool, drive / rest)
 
     def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive | XrtDrive:
-        settings, streams = self.settings, self.layers * geometry.batch
+        settings, streams, safety = self.settings, self.layers * geometry.batch, self._safety
         if settings.drive_kind == "ssd":
-            return DirectDrive(settings.drive, geometry, streams, settings.io_threads, settings.engine)
+            return DirectDrive(settings.drive, geometry, streams, settings.io_threads, settings.engine, **safety)
         coded = 0 if self.in_drive else geometry.head_dim
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
         if settings.drive_kind == "xrt":
-            own = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads)
+            own = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads, **safety)
             return XrtDrive(settings.drive, shape, own)
         kernel = cec.choose(settings.bits, geometry.head_dim)
         rates = replace(SMARTSSD, kernel=kernel.code_rate(geometry.head_dim), call=kernel.call_seconds)
-        own = Emulation(rates=rates, paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
+        how = dict(paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
+        own = Emulation(rates=rates, **how, **safety)
         return EmulatedDrive(settings.drive, shape, own)
+
+    @property
+    def _safety(self) -> dict:
+        return dict(checksums=self.settings.checksums, timeout=self.settings.timeout)
 
     def stream(self, index: int) -> Stream | RemoteStream:
         """Stream layer * batch + row of the drive."""

@@ -42,6 +42,7 @@ class Emulation:
     engine: str = "auto"  # of `RecordFile`
     shared_bytes: int = 64 << 20  # for what is under way between host and worker; used only as far as needed
     timeout: float = 60.0  # seconds without an answer after which the worker counts as dead
+    checksums: bool = True  # of `RecordFile`
 
 
 class RemoteDrive:
@@ -278,7 +279,8 @@ class _Link:
     def close(self) -> None:
         self.process.kill()  # it has nothing to save
         self._fail("the emulated drive is closed")
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel may hold it in a read that never ends
+            self.process.wait(self.timeout)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         if self.listener.is_alive() and threading.current_thread() is not self.listener:

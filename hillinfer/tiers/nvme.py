@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hillinfer.tiers.checksums import memory_at
 from hillinfer.tiers.raw_device import STAMP, BlockDevice, DeviceRefused, _stamp
 from hillinfer.tiers.record_file import BLOCK, aligned
 from hillinfer.tiers.uring import Ring
@@ -62,7 +63,7 @@ class Command:
 class NvmeDevice(BlockDevice):
     """A namespace by its character device /dev/ngXnY. Stamp and guard are those of its block device /dev/nvmeXnY."""
 
-    def __init__(self, path: str | Path, threads: int = 16):
+    def __init__(self, path: str | Path, threads: int = 16, **options):
         self.path = Path(path)
         block, queue = check_namespace(self.path)
         self.lba = int((queue / "logical_block_size").read_text())
@@ -70,7 +71,7 @@ class NvmeDevice(BlockDevice):
         self.command_fd = os.open(self.path, os.O_RDWR)
         try:
             self.nsid = fcntl.ioctl(self.command_fd, NVME_ID)
-            super().__init__(block, threads, "threads")
+            super().__init__(block, threads, **options | {"engine": "threads"})
             try:
                 self._start()
             except BaseException:
@@ -100,29 +101,28 @@ class NvmeDevice(BlockDevice):
 
     def transfer(self, verb, jobs, stream, position, share=1) -> None:
         cut = min(self.most, 65536 * self.lba)
-        opcode = READ if verb == "read" else WRITE
-        pieces = [
-            Command(opcode, offset + at, buffer[at : at + cut], self.lba)
-            for offset, buffer in jobs
-            for at in range(0, len(buffer), cut)
-        ]
-        try:
-            self._run(pieces, share)
-        except OSError as error:
-            raise self._failure(verb, stream, position, error) from error
+        pieces = [(offset + at, buffer[at : at + cut]) for offset, buffer in jobs for at in range(0, len(buffer), cut)]
+        super().transfer(verb, pieces, stream, position, share)
 
-    def _run(self, commands: list[Command], share: float = 1) -> None:
+    def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1) -> None:
+        opcode, pieces = READ if verb == "read" else WRITE, np.stack((offsets, addresses, lengths), 1).tolist()
+        commands = [Command(opcode, at, np.asarray(memory_at(*where)), self.lba) for at, *where in pieces]
+        self._run(commands, share, keep)
+
+    def _run(self, commands: list[Command], share: float = 1, keep: object = None) -> None:
         with self._lend:
             ring = self._free.pop() if self._free else None
         ring = ring or self._ring()
         try:
+            ring.keep = keep
             ring.run(commands, self.encode, int(ring.depth * share))
         finally:
+            self.stuck = self.stuck or ring.stuck
             with self._lend:
                 self._free.append(ring)
 
     def _ring(self) -> Ring:
-        return Ring(DEPTH)
+        return Ring(DEPTH, self.timeout)
 
     def encode(self, ring: Ring, slot: int, job: Command) -> None:
         ring.fill(slot, URING_CMD, self.command_fd, CMD_IO, 0, 0)

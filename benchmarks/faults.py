@@ -1,0 +1,314 @@
+"""Faults of drives against every system that has one: the table of docs/faults.md, and a sweep of random ones.
+
+python -m benchmarks.faults 10000                      # as many random faults
+python -m benchmarks.faults --table docs/faults.md     # every fault x every system
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+
+import hillinfer
+from benchmarks import faulty_drive
+from benchmarks.faulty_drive import FAULTS, FaultyDrive
+from hillinfer.native import ring
+from hillinfer.tiers import uring
+from hillinfer.tiers.emulated import _Link
+
+PROMPT, NEW = 150, 5
+SURVIVED = {"slow"}  # what must not even be noticed
+PLACE = re.compile(r"layer \d+, sequence \d+, position \d+")
+
+
+def places() -> dict[str, dict]:
+    """Every system that has a drive, on each kind of drive that needs no card, with its settings."""
+    found = {}
+    for name in hillinfer.list_systems():
+        for kind in ("ssd", "emulated"):
+            options = dict(drive=tempfile.gettempdir(), drive_kind=kind)
+            with contextlib.suppress(hillinfer.UsageError):
+                settings = hillinfer.systems.find_system(name, options)[1]
+                if settings.drive_kind != kind:
+                    continue
+                own = dict(alpha=0.15, recent=4, sinks=2, drive_kind=kind)
+                if settings.stream is not None:
+                    own["host_budget"] = {"flexgen": 0, "dualblade": 50_000}.get(name, 0)
+                if settings.compress:
+                    own["compress"] = 0.5  # "auto" need not repeat to the bit
+                found[f"{name}, {kind}"] = own
+    return found
+
+
+@dataclass
+class Outcome:
+    """Of one run: what came out, and what it left behind."""
+
+    injected: bool
+    error: BaseException | None
+    tokens: list[int]
+    counts: np.ndarray
+    left: tuple = ()
+
+    def verdict(self, want: list[int], fault: str) -> str:
+        """`error`, `right`, or what is wrong with it. Tokens that came before an error must be right as well."""
+        if self.tokens != want[: len(self.tokens)] or (self.error is None and self.tokens != want):
+            return "WRONG TOKENS"
+        if self.left:
+            return f"LEFT BEHIND {self.left}"
+        if self.error is None:
+            return "right" if fault in SURVIVED or not self.injected else "right, unnoticed"
+        text = str(self.error)
+        named = PLACE.search(text) or fault in ("full", "process killed") or fault.startswith("gone")
+        if not isinstance(self.error, hillinfer.DriveError) or "\n" in text or not named or fault in SURVIVED:
+            return f"UNCLEAR {self.error!r}"
+        return "error"
+
+
+class Watch(LogitsProcessor):
+    """Every token as soon as it is chosen."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+
+    def __call__(self, input_ids, scores):
+        self.tokens = input_ids[0, PROMPT:].tolist()
+        return scores
+
+
+@dataclass
+class Bench:
+    """A tiny model, and what each system answers without faults."""
+
+    folder: Path
+    known: dict[tuple, tuple[list[int], np.ndarray]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        torch.manual_seed(7)
+        shape = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+        rest = dict(num_key_value_heads=2, max_position_embeddings=512, eos_token_id=None, pad_token_id=0)
+        self.model = LlamaForCausalLM(LlamaConfig(**shape, **rest)).eval()
+        for parameter in self.model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+        self.ids = torch.randint(2, 97, (1, PROMPT))
+        self.drive, self.aside = self.folder / "drive", self.folder / "aside"
+        self.drive.mkdir()
+        self.aside.mkdir()
+        self.places = places()
+
+    def run(self, place: str, engine: str, fault: str | None = None, at: int = 0, seed: int = 0) -> Outcome:
+        """One generation, with a fault at operation `at` of its kind."""
+        name, kind = place.split(", ")
+        before = resources()
+        stuck = bool(fault) and fault.startswith("stuck")
+        timeout = (5.0 if kind == "emulated" else 0.15) if stuck else 60.0
+        options = self.places[place] | dict(drive=self.drive, engine=engine, timeout=timeout)
+        watch, error = Watch(), None
+        with faults(self.aside, kind, fault, at, seed) as (counts, undo):
+            try:
+                with hillinfer.make_cache(self.model, name, **options) as cache:
+                    chosen = dict(max_new_tokens=NEW, do_sample=False)
+                    steps = LogitsProcessorList([watch])
+                    out = self.model.generate(self.ids, past_key_values=cache, logits_processor=steps, **chosen)
+                    watch.tokens = out[0, PROMPT:].tolist()
+            except Exception as raised:
+                error = raised.with_traceback(None)
+                error.__cause__ = error.__context__ = None  # frames would keep buffers and threads
+            cache = None
+            undo()
+        hillinfer.disable(self.model)
+        counts = np.array(counts)
+        return Outcome(bool(counts[3]), error, watch.tokens, counts, self.left(before))
+
+    def want(self, place: str, engine: str) -> tuple[list[int], np.ndarray]:
+        """Tokens without a fault, and how many operations of each kind there were."""
+        if (place, engine) not in self.known:
+            first, again = self.run(place, engine), self.run(place, engine)
+            if first.error or first.left or first.tokens != again.tokens:
+                raise RuntimeError(f"{place} is not right even without a fault: {first.error}, {first.left}")
+            self.known[place, engine] = first.tokens, first.counts
+        return self.known[place, engine]
+
+    def try_fault(self, place: str, engine: str, fault: str, share: float, seed: int) -> tuple[str, Outcome] | None:
+        """A fault at that share of the operations of its kind; None where the system has none of them."""
+        want, counts = self.want(place, engine)
+        verb = FAULTS[fault]
+        total = 2 * NEW if verb == "command" else counts[faulty_drive.COUNTS.index(verb)]
+        if not total or (verb == "command" and "emulated" not in place):
+            return None
+        outcome = self.run(place, engine, fault, min(int(share * total), int(total) - 1), seed)
+        return outcome.verdict(want, fault), outcome
+
+    def left(self, before: tuple) -> tuple:
+        """What is there that was not; what was stuck gets some time to end."""
+        until = time.monotonic() + 5
+        while (now := resources(self.drive)) != before and time.monotonic() < until:
+            time.sleep(0.01)
+        return tuple(f"{a} was {b}" for a, b in zip(now, before, strict=True) if a != b)
+
+
+def resources(folder: Path | None = None) -> tuple:
+    gc.collect(0)
+    ring.release_stuck(), uring.release_stuck()
+    threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("hillinfer"))
+    children = "".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    files = sorted(os.listdir(folder)) if folder else []  # noqa: PTH208
+    return threads, children, len(os.listdir("/proc/self/fd")), files  # noqa: PTH208
+
+
+@contextlib.contextmanager
+def faults(aside: Path, kind: str, fault: str | None, at: int, seed: int):
+    """The counts of operations, and a function that ends the faults; for drives opened within."""
+    if kind == "ssd":
+        drive = FaultyDrive(fault, at, seed, np.zeros(4, np.int64))
+        drive.install()
+        try:
+            yield drive.counts, drive.remove
+        finally:
+            drive.released.set() or (drive.undo and drive.remove())
+        return
+    killed = fault == "process killed"
+    counts, path = faulty_drive.share(aside, None if killed else fault, at, seed), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(aside), path)))
+    send, sent = _Link.send, iter(range(10**9))
+
+    def killing(link, *args, **more):
+        if next(sent) == at:
+            os.kill(link.process.pid, signal.SIGKILL)
+            counts[3] = 1
+        return send(link, *args, **more)
+
+    try:
+        _Link.send = killing if killed else send
+        yield counts, lambda: None
+    finally:
+        _Link.send = send
+        del os.environ[faulty_drive.VARIABLE]
+        os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+
+
+def sweep(total: int, seed: int = 0) -> int:
+    """So many faults at random places; prints what came of them, by fault. 1 where anything was not as it should."""
+    rng, table, bad, after = random.Random(seed), Counter(), [], 0
+    start, done = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        disks = [place for place in bench.places if place.endswith("ssd")]
+        drives = [place for place in bench.places if place.endswith("emulated")]
+        engines = ["threads"] if ring.why_not() else ["io_uring", "threads"]
+        common = [f for f in FAULTS if f != "process killed" and not f.startswith("stuck")]
+        stuck = [f for f in FAULTS if f.startswith("stuck")]
+        while done < total:
+            place = rng.choice(drives if rng.random() < 0.02 else disks)
+            fault = rng.choice(stuck if rng.random() < 0.03 and place in disks else common)
+            if place in drives and rng.random() < 0.3:
+                fault = "process killed"
+            engine = rng.choice(engines)
+            tried = bench.try_fault(place, engine, fault, rng.random(), rng.randrange(2**32))
+            if tried is None or not tried[1].injected:
+                continue
+            verdict, outcome = tried
+            done += 1
+            table[fault, verdict] += 1
+            if verdict not in ("error", "right", "right, unnoticed"):
+                bad.append(f"{place}, {engine}, {fault}: {verdict} ({outcome.error})")
+                print(bad[-1], flush=True)
+            if done % 20 == 0:
+                follow = bench.run(place, engine)
+                after += 1
+                if follow.error or follow.left or follow.tokens != bench.want(place, engine)[0]:
+                    bad.append(f"{place}, {engine}: the run after {fault} is not right ({follow.error})")
+    for (fault, verdict), count in sorted(table.items()):
+        print(f"{fault:16} {verdict:18} {count:6,}")
+    wrong = sum(count for (_, verdict), count in table.items() if verdict == "WRONG TOKENS")
+    left = sum(count for (_, verdict), count in table.items() if verdict.startswith("LEFT"))
+    errors = sum(count for (_, verdict), count in table.items() if verdict == "error")
+    print(
+        f"{done:,} faults injected, {errors:,} ended in one clear error, {done - errors - len(bad):,} changed nothing; "
+        f"{wrong} with wrong tokens, {left} left something behind, {len(bad)} not as they should be; "
+        f"{after:,} following runs compared; {time.monotonic() - start:.0f} s"
+    )
+    return int(bool(bad))
+
+
+def table(path: Path | None) -> int:
+    """Every fault x every system, at the first and at the last operation of its kind."""
+    rows, bad = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for place in bench.places:
+            cells = []
+            for fault in FAULTS:
+                tries = [bench.try_fault(place, "auto", fault, share, 1) for share in (0, 0.999)]
+                found = sorted({verdict for verdict, outcome in filter(None, tries)})
+                bad += any(word not in ("error", "right", "right, unnoticed") for word in found)
+                cells.append(" / ".join(found) or "-")
+            again = bench.run(place, "auto")
+            fine = again.error is None and again.tokens == bench.want(place, "auto")[0] and not again.left
+            bad += not fine
+            rows.append([place, *cells, "right" if fine else f"NOT RIGHT {again.error}"])
+            print(" | ".join(rows[-1]), flush=True)
+    header = ["system, drive", *FAULTS, "a following run"]
+    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    if path is not None:
+        path.write_text(PAGE.format(table="\n".join(lines)))
+    return int(bool(bad))
+
+
+PAGE = """# Faults
+
+What a run does when its drive fails, measured by `make faults`, which writes this page: a tiny random model, each
+fault at the first and at the last operation of its kind.
+
+- `error` is one `DriveError` of one line, which names layer, sequence and position (of a full or vanished drive, or a
+  killed process: that). Tokens that came before it are those of a run without faults.
+- `right` is the run without a fault, to the token. `right, unnoticed` is a fault in what no token depends on: a write
+  behind the last step, or a read that was only a guess.
+- `-`: the system has no such operation.
+
+After each run no file, thread, process or descriptor is left.
+
+{table}
+
+- **read error, write error**: EIO. **short read**: the file really ends in the midst of what is read. **full**: no room
+  to reserve; **full at a write**: ENOSPC. **flipped bit**: one bit of the file itself, anywhere in what is read; every
+  4 KiB block has a checksum in host memory.
+- **slow**: an answer that comes late. **stuck**: the kernel (io_uring) or the call (threads) never comes back; the run
+  ends after `timeout`. Memory that a stuck request may still write to is kept until it returns, and so is a thread that
+  waits in the kernel.
+- **gone**: from then on the device does not exist (ENODEV). **process killed**: SIGKILL to the emulated drive.
+
+`python -m benchmarks.faults 10000` injects as many at random places and counts what comes of them.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("count", type=int, nargs="?", default=10_000)
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    return table(args.table) if args.table else sweep(args.count, args.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

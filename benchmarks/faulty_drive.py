@@ -1,0 +1,152 @@
+"""A drive that fails on purpose: every `RecordFile` that is opened while one is installed, in this process or in that
+of an emulated drive, fails at a chosen transfer. numpy only.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from hillinfer.tiers import record_file
+from hillinfer.tiers.record_file import BLOCK, RecordFile
+
+VARIABLE = "HILLINFER_TEST_FAULT"
+COUNTS = ("read", "write", "extend", "injected")
+FAULTS = {  # name -> which operation it waits for
+    "read error": "read",
+    "write error": "write",
+    "short read": "read",
+    "full": "extend",
+    "full at a write": "write",
+    "flipped bit": "read",
+    "slow": "read",
+    "stuck read": "read",
+    "stuck write": "write",
+    "gone at a read": "read",
+    "gone at a write": "write",
+    "process killed": "command",  # of the emulated drive
+}
+
+
+class FaultyDrive:
+    """`fault` happens at operation number `at` of its kind. `counts`, int64 (4,), may be shared between processes."""
+
+    def __init__(self, fault: str | None, at: int, seed: int, counts: np.ndarray):
+        self.fault, self.verb, self.at = fault, FAULTS.get(fault), at
+        self.rng, self.counts, self.lock = np.random.default_rng(seed), counts, threading.Lock()
+        self.gone, self.released, self.pipes, self.undo = False, threading.Event(), [], []
+
+    def install(self) -> None:
+        make = RecordFile.__init__
+
+        def faulty(file: RecordFile, *args, **options) -> None:
+            make(file, *args, **options)
+            move, extend = file._move, file._extend
+            file._move = lambda verb, *rest, **more: self.move(file, move, verb, *rest, **more)
+            file._extend = lambda nbytes: self.extend(extend, nbytes)
+
+        RecordFile.__init__ = faulty
+        self.undo.append(lambda: setattr(RecordFile, "__init__", make))
+
+    def remove(self) -> None:
+        """No more faults; what is stuck comes back."""
+        self.released.set()
+        for end in self.pipes:
+            os.close(end)
+        while self.undo:
+            self.undo.pop()()
+
+    def due(self, verb: str) -> bool:
+        """Count an operation; whether the fault happens at it."""
+        with self.lock:
+            index = COUNTS.index(verb)
+            self.counts[index] += 1
+            now = verb == self.verb and self.counts[index] == self.at + 1
+            self.counts[3] += now
+            return now
+
+    def extend(self, real, nbytes: int) -> int:
+        if self.due("extend") or self.gone:
+            with full():
+                return real(nbytes)
+        return real(nbytes)
+
+    def move(self, file: RecordFile, real, verb: str, offsets, addresses, lengths, *rest, **more) -> None:
+        due = self.due(verb)
+        if self.gone:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        if due:
+            piece = int(self.rng.integers(len(offsets)))
+            self.inject(file, verb, int(offsets[piece]), int(lengths[piece]))
+        real(verb, offsets, addresses, lengths, *rest, **more)
+
+    def inject(self, file: RecordFile, verb: str, offset: int, length: int) -> None:
+        fault = self.fault
+        if fault in ("read error", "write error"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if fault == "full at a write":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if fault.startswith("gone"):
+            self.gone = True
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        if fault == "slow":
+            time.sleep(0.03)
+        elif fault == "short read":  # the file really ends in the midst of this piece
+            os.ftruncate(file.fd, offset + int(self.rng.integers(length // BLOCK)) * BLOCK)
+        elif fault == "flipped bit":  # of the file itself
+            fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDWR)
+            at, bit = offset + int(self.rng.integers(length)), int(self.rng.integers(8))
+            os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 1 << bit]), at)
+            os.fsync(fd)
+            os.close(fd)
+        elif file.engine == "io_uring" or getattr(file, "by", "") == "io_uring":  # the kernel itself waits for ever
+            ends = os.pipe()
+            self.pipes += ends
+            if verb == "write":
+                fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, BLOCK)
+                os.write(ends[1], bytes(BLOCK))
+            os.dup2(ends[verb == "write"], file.fd)
+        else:
+            name = {"read": "preadv", "write": "pwritev"}[verb]
+            call = getattr(os, name)
+            setattr(os, name, lambda *args: self.released.wait() and call(*args))
+            self.undo.append(lambda: setattr(os, name, call))
+
+
+@contextlib.contextmanager
+def full():
+    """The file system has no room, as `RecordFile` meets it."""
+    real = record_file.os.posix_fallocate
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    record_file.os.posix_fallocate = refuse
+    try:
+        yield
+    finally:
+        record_file.os.posix_fallocate = real
+
+
+def install_from_environment() -> None:
+    """In an emulated drive's process, by a `sitecustomize` that stands in its path."""
+    about = json.loads(os.environ[VARIABLE])
+    counts = np.memmap(about.pop("counts"), np.int64, "r+", shape=(len(COUNTS),))
+    FaultyDrive(**about, counts=counts).install()
+
+
+def share(folder: Path, fault: str | None, at: int, seed: int) -> np.ndarray:
+    """Have emulated drives started from now on fail; returns the counts."""
+    (folder / "sitecustomize.py").write_text(
+        "from benchmarks.faulty_drive import install_from_environment as install\ninstall()\n"
+    )
+    path = folder / "counts"
+    path.write_bytes(bytes(8 * len(COUNTS)))
+    os.environ[VARIABLE] = json.dumps(dict(counts=str(path), fault=fault, at=at, seed=seed))
+    return np.memmap(path, np.int64, "r+", shape=(len(COUNTS),))

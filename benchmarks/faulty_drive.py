@@ -3,6 +3,7 @@ of an emulated drive, fails at a chosen transfer. numpy only.
 """
 
 import contextlib
+import copy
 import errno
 import fcntl
 import json
@@ -41,6 +42,7 @@ class FaultyDrive:
         self.fault, self.verb, self.at = fault, FAULTS.get(fault), at
         self.rng, self.counts, self.lock = np.random.default_rng(seed), counts, threading.Lock()
         self.gone, self.released, self.pipes, self.undo = False, threading.Event(), [], []
+        self.ends: dict[str, int] = {}  # what a stuck drive waits for
 
     def install(self) -> None:
         make = RecordFile.__init__
@@ -57,8 +59,8 @@ class FaultyDrive:
     def remove(self) -> None:
         """No more faults; what is stuck comes back."""
         self.released.set()
-        for end in self.pipes:
-            os.close(end)
+        while self.pipes:
+            os.close(self.pipes.pop())
         while self.undo:
             self.undo.pop()()
 
@@ -84,6 +86,8 @@ class FaultyDrive:
         if due:
             piece = int(self.rng.integers(len(offsets)))
             self.inject(file, verb, int(offsets[piece]), int(lengths[piece]))
+        if self.ends:
+            return self.wait(file, verb, offsets, addresses, lengths, *rest, **more)
         real(verb, offsets, addresses, lengths, *rest, **more)
 
     def inject(self, file: RecordFile, verb: str, offset: int, length: int) -> None:
@@ -105,18 +109,30 @@ class FaultyDrive:
             os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 1 << bit]), at)
             os.fsync(fd)
             os.close(fd)
-        elif file.engine == "io_uring" or getattr(file, "by", "") == "io_uring":  # the kernel itself waits for ever
-            ends = os.pipe()
-            self.pipes += ends
-            if verb == "write":
-                fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, BLOCK)
-                os.write(ends[1], bytes(BLOCK))
-            os.dup2(ends[verb == "write"], file.fd)
         else:
-            name = {"read": "preadv", "write": "pwritev"}[verb]
+            self.stick(verb)
+
+    def stick(self, verb: str) -> None:
+        """From now on no transfer comes back: the kernel waits for an empty pipe's data, or a full one's room; and
+        `preadv` and `pwritev`, which pipes do not have, wait themselves."""
+        empty, full = os.pipe(), os.pipe()
+        self.pipes += [*empty, *full]
+        fcntl.fcntl(full[1], fcntl.F_SETPIPE_SZ, BLOCK)
+        os.write(full[1], bytes(BLOCK))
+        for name in ("preadv", "pwritev"):
             call = getattr(os, name)
-            setattr(os, name, lambda *args: self.released.wait() and call(*args))
-            self.undo.append(lambda: setattr(os, name, call))
+            setattr(os, name, lambda *args: self.released.wait() and 0)
+            self.undo.append(lambda name=name, call=call: setattr(os, name, call))
+        self.ends = {"read": empty[0], "write": full[1]}
+
+    def wait(self, file: RecordFile, verb: str, *rest, **more) -> None:
+        """The drive's own transfer, but with a file that never answers."""
+        stand = copy.copy(file)
+        stand.fd = self.ends[verb]
+        try:
+            type(file)._move(stand, verb, *rest, **more)
+        finally:
+            file.stuck, file._stuck = file.stuck or stand.stuck, stand._stuck
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *
                 const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms, int isa, uint32_t *sums) {
     int64_t again[4096], waiting = 0, next = 0, flying = 0;
     unsigned depth = ring->depth < 4096 ? ring->depth : 4096, queued = 0;
-    int error = 0;
+    int error = 0, silent = 0;
     memset(done, 0, n * sizeof *done);
     while (flying || (!error && (next < n || waiting))) {
         unsigned tail = *ring->sq_tail;
@@ -118,18 +118,18 @@ int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *
         }
         __atomic_store_n(ring->sq_tail, tail, __ATOMIC_RELEASE);
         unsigned most = (unsigned)flying, some = next < n ? (depth + 3) / 4 : most;  /* a quarter, then refill */
-        long taken = enter(ring, queued, most < some ? most : some, timeout_ms);
-        if (taken >= 0) {
-            queued -= (unsigned)taken;
-        } else if (errno == ETIME) {
-            if (*ring->cq_head == __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE)) {
-                *failed = -1;
-                ring->flying = flying - queued;
-                return ETIMEDOUT;
-            }
-        } else if (errno != EINTR && errno != EAGAIN && errno != EBUSY) {
+        long taken = enter(ring, queued, most < some ? most : some, (timeout_ms + 1) / 2);
+        int code = taken < 0 ? errno : 0, came = *ring->cq_head != __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE);
+        if (taken >= 0) queued -= (unsigned)taken;
+        if (came) silent = 0;
+        else if ((taken >= 0 || code == ETIME) && ++silent == 2 && ring->timed && timeout_ms > 0) {
+            *failed = -1;  /* twice half of the time: after a submission the call does not say that time ran out */
+            ring->flying = flying - queued;
+            return ETIMEDOUT;
+        }
+        if (taken < 0 && code != ETIME && code != EINTR && code != EAGAIN && code != EBUSY) {
             *failed = -1;  /* the ring is of no use any more */
-            return errno;
+            return code;
         }
         unsigned head = *ring->cq_head;
         for (; head != __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE); head++, flying--) {

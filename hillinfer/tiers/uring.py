@@ -45,10 +45,10 @@ class Ring:
 
     def __init__(self, depth: int, timeout: float = 60.0):
         release_stuck()
-        seconds, rest = divmod(timeout, 1)
+        seconds, rest = divmod(timeout / 2, 1)  # waited for twice: after a submission a call does not say it ran out
         self._wait = np.array([int(seconds), int(rest * 1e9)], np.int64)  # struct __kernel_timespec
         self._about = np.array([0, 0, self._wait.ctypes.data], np.uint64)  # struct io_uring_getevents_arg
-        self.stuck = False
+        self.stuck, self._silent = False, 0
         params = np.zeros(30, np.uint32)  # struct io_uring_params, 120 bytes
         params[2] = SQE128 | CQE32
         self.fd = _call(SETUP, depth, ctypes.c_void_p(params.ctypes.data))
@@ -102,12 +102,14 @@ class Ring:
                     if jobs[index].done(result):
                         waiting.append(index)
         finally:
-            if self.stuck:
-                self.flying = flying
-                _stuck.append((self, jobs))
-            while flying and not self.stuck:  # the kernel must not write into buffers that are no longer ours
-                self._enter(0, 1)
-                flying -= len(list(self._reap()))
+            try:
+                while flying and not self.stuck:  # the kernel must not write into buffers that are no longer ours
+                    self._enter(0, 1)
+                    flying -= len(list(self._reap()))
+            finally:
+                if self.stuck:
+                    self.flying = flying
+                    _stuck.append((self, jobs))
 
     def fill(self, slot: int, opcode: int, fd: int, offset: int, address: int, length: int) -> None:
         """The common part of submission entry `slot`."""
@@ -128,10 +130,10 @@ class Ring:
             except OSError as error:
                 if error.errno != errno.ETIME:
                     raise
-                if int(self._head[0]) != int(self._filled[0]):
-                    return
+            self._silent = self._silent + 1 if int(self._head[0]) == int(self._filled[0]) else 0
+            if self._silent == 2:
                 self.stuck = True
-                raise OSError(errno.ETIMEDOUT, "no answer") from None
+                raise OSError(errno.ETIMEDOUT, "no answer")
             if submit <= 0:
                 return
 

@@ -185,6 +185,8 @@ class TieredLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove that many newest tokens where it is negative; keep that many where positive (the older form)."""
         self.layer.crop(self.layer.n + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
+        if self.layer.index == self.layer.run.layers - 1:
+            self.layer.run.turns.free()
 
     def reset(self) -> None:
         self.layer.reset()

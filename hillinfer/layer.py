@@ -48,6 +48,7 @@ class Layer:
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take in keys and values (B, Hkv, n, D)."""
         run = self.run
+        run.turns.take(self.index, keys.shape[2])
         if self.store is None:
             self._start(keys, values)
         run.note_dense(self.index, keys.shape[2])
@@ -198,6 +199,7 @@ class Layer:
 
     def crop(self, n: int) -> None:
         """Forget all tokens from n on."""
+        self.run.turns.check()
         if self.guess is not None:
             self.guess.chosen()  # it reads what is about to change
             self.guess = None

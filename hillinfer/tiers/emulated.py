@@ -46,6 +46,7 @@ class _Link:
     """
 
     def __init__(self, folder: Path, shape: Shape, settings: Emulation):
+        self.pid = os.getpid()
         self.timeout, self.size = settings.timeout, settings.shared_bytes
         self.failure, self.heard, self.number = None, 0, 0
         # No Condition: a Ctrl-C inside its Python code can leave it locked for good. These locks and queues are C.
@@ -117,6 +118,8 @@ class _Link:
             self.process.kill()
 
     def close(self) -> None:
+        if os.getpid() != self.pid:  # in a forked process: the worker is its parent's
+            return
         self.process.kill()  # it has nothing to save
         self._fail("the emulated drive is closed")
         self.process.wait()
@@ -178,7 +181,7 @@ class _Link:
                 break
             try:
                 self._answer(*wire.answered(message))
-            except (wire.WireError, IndexError) as error:
+            except (wire.WireError, TypeError, ValueError) as error:
                 self._fail(f"the emulated drive (process {self.process.pid}) said what cannot be: {error}")
                 self.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -21,6 +21,7 @@ def measure(systems: tuple[str, ...], tokens: int = TOKENS, rounds: int = ROUNDS
     """System -> tokens, seconds of the prefill (median of 3), of opening with the file in the page cache and out of it
     (medians of `rounds`), bytes of the file.
     """
+    torch.set_num_threads(os.cpu_count() or 1)
     model, tokenizer = load_embedded()
     ids = own_prompt(tokenizer, demo_records({"lines_8k": 1})[0])[1].ids[:tokens]
     out = {}

@@ -139,6 +139,7 @@ def check_folder(path: str | Path) -> Path:
             f"drive path {folder} is not a folder; name a folder on the drive that should hold the KV cache"
         )
     try:
+        files.reclaim(folder, ".hillinfer-", ".drive")
         fd, proof = files.scratch(folder, ".hillinfer-", ".drive")
         proof.unlink()
         os.close(fd)

@@ -43,7 +43,12 @@ class Layer:
     @property
     def looks_ahead(self) -> bool:
         """Whether a guess would be of use: there is a drive to read from, and the policy can be asked twice."""
-        return isinstance(self.store, DriveStore) and self.policy.can_speculate and self.run.trial.on
+        return (
+            isinstance(self.store, DriveStore)
+            and self.policy.can_speculate
+            and self.run.trial.on
+            and self.run.turns.here
+        )
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take in keys and values (B, Hkv, n, D)."""

@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak
+.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -79,6 +79,12 @@ fuzz: $(VENV)/.ready ## a million broken inputs for everything that is parsed; C
 
 soak: $(VENV)/.ready ## a thousand generations with random systems and settings; RUNS=n for fewer
 	$(BIN)/python -m benchmarks.soak --runs $(or $(RUNS),1000)
+
+show-trust: $(VENV)/.ready ## every claim about faults, memory and trust, measured again
+	$(BIN)/python -m benchmarks.show_trust
+
+faults: $(VENV)/.ready ## docs/faults.md: every fault x every system, run now
+	$(BIN)/python -m benchmarks.faults --table docs/faults.md
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

@@ -44,6 +44,8 @@ class Settings:
     recent       last tokens that stay on the model's device
     engine       how the drive is read: `io_uring`, `threads`, or `auto`, which takes io_uring where it can be had
     io_threads   threads that read the drive at once, where they do
+    checksums    whether every 4 KiB block that is read from the drive is compared with what was written to it
+    timeout      seconds without any answer from the drive after which it counts as stuck, and the run ends
     placement    what the hot pool keeps: `hits` (a counter for each token and layer), `shared-hits` (the paper's one
                  table for all layers), or as controls `lru` and `importance`
     precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
@@ -73,6 +75,8 @@ class Settings:
     recent: int = 16
     engine: str = "auto"
     io_threads: int = 16
+    checksums: bool = True
+    timeout: float = 60.0
     placement: str = "hits"
     precision: str = "int8"
     compress: float | str = 0.0
@@ -88,7 +92,10 @@ class Settings:
         for name, least in (("sinks", 0), ("recent", 1), ("io_threads", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number of at least {least}")
+        if not isinstance(self.timeout, (int, float)) or not 0 < self.timeout < 1e6:
+            raise UsageError(f"timeout is {self.timeout!r}; give the seconds that the drive may be silent")
         for name, known in (
+            ("checksums", (True, False)),
             ("drive_kind", ("ssd", "emulated", "xrt")),
             ("placement", ("hits", "shared-hits", "lru", "importance")),
             ("precision", ("int8", "int4")),

@@ -26,7 +26,9 @@ _SIGNATURES = {
     "hi_read": (ctypes.c_uint64, [_I, _P, _L, _I]),
     "hi_ring_open": (_P, [_I, _P]),
     "hi_ring_close": (None, [_P]),
-    "hi_ring_run": (_I, [_P, _I, _I, _L, _P, _P, _P, _P, _P]),
+    "hi_ring_run": (_I, [_P, _I, _I, _L, _P, _P, _P, _P, _P, _L]),
+    "hi_ring_flying": (_L, [_P]),
+    "hi_checksums": (_L, [_I, _I, _L, _P, _P, _P, _P]),
     "hi_encode": (_I, [_I, _P, _L, _L, _L, _I, _I, _L, _I, _I, _P, _P, _L, _L, _L, _P]),
 }
 
@@ -192,6 +194,14 @@ def quantise_query(query, scale, out) -> None:
     (Hkv, G, D); all contiguous.
     """
     _library.hi_query(pointer(query), pointer(scale), *out.shape, pointer(out))
+
+
+def checksums(write: bool, offsets, addresses, lengths, sums: np.ndarray) -> int:
+    """As `tiers.checksums.reference`: CRC-32 of each 4 KiB block of pieces int64 (m,), noted in or compared with sums
+    uint32. Returns -1, or the offset of the first block that differs.
+    """
+    where = map(pointer, (offsets, addresses, lengths, sums))
+    return _library.hi_checksums(_library.isa, int(write), len(offsets), *where)
 
 
 def pointer(array) -> int:

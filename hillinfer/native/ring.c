@@ -10,7 +10,8 @@
 #include <unistd.h>
 
 struct ring {
-    int fd;
+    int fd, timed;
+    int64_t flying;  /* what a run that gave up left under way */
     unsigned depth, *sq_tail, *sq_mask, *sq_array, *cq_head, *cq_tail, *cq_mask;
     struct io_uring_sqe *entries;
     struct io_uring_cqe *results;
@@ -54,6 +55,9 @@ struct ring *hi_ring_open(unsigned depth, int *error) {
     }
     char *base = ring->maps[0];
     ring->depth = about.sq_entries;
+#ifdef IORING_ENTER_EXT_ARG
+    ring->timed = !!(about.features & IORING_FEAT_EXT_ARG);  /* Linux 5.11 */
+#endif
     ring->sq_tail = (unsigned *)(base + about.sq_off.tail);
     ring->sq_mask = (unsigned *)(base + about.sq_off.ring_mask);
     ring->sq_array = (unsigned *)(base + about.sq_off.array);
@@ -65,11 +69,32 @@ struct ring *hi_ring_open(unsigned depth, int *error) {
     return ring;
 }
 
+/* Submits what is queued and waits for `least` completions, or until nothing happens for so long. As the call itself. */
+static long enter(struct ring *ring, unsigned queued, unsigned least, int64_t timeout_ms) {
+#ifdef IORING_ENTER_EXT_ARG
+    if (ring->timed && timeout_ms > 0) {
+        struct __kernel_timespec wait = {.tv_sec = timeout_ms / 1000, .tv_nsec = timeout_ms % 1000 * 1000000};
+        struct io_uring_getevents_arg about = {.ts = (uint64_t)(uintptr_t)&wait};
+        return syscall(__NR_io_uring_enter, ring->fd, queued, least, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG,
+                       &about, sizeof about);
+    }
+#endif
+    return syscall(__NR_io_uring_enter, ring->fd, queued, least, IORING_ENTER_GETEVENTS, NULL, 0);
+}
+
+/* How many requests of a run that gave up are still under way: until 0 the kernel may write to their memory. */
+int64_t hi_ring_flying(struct ring *ring) {
+    unsigned head = *ring->cq_head, tail = __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE);
+    ring->flying -= tail - head;
+    __atomic_store_n(ring->cq_head, tail, __ATOMIC_RELEASE);
+    return ring->flying;
+}
+
 /* Moves n pieces between fd at offsets and memory at addresses; done (n,) counts bytes. Short transfers go on where
  * they ended. Returns 0; or an errno, -1 where the file ended, and in *failed which piece: the rest that was under way
- * has then come to its end, too. */
+ * has then come to its end, too. ETIMEDOUT: nothing came for timeout_ms, and `hi_ring_flying` are still under way. */
 int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
-                const int64_t *lengths, int64_t *done, int64_t *failed) {
+                const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms) {
     int64_t again[4096], waiting = 0, next = 0, flying = 0;
     unsigned depth = ring->depth < 4096 ? ring->depth : 4096, queued = 0;
     int error = 0;
@@ -92,10 +117,15 @@ int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *
         }
         __atomic_store_n(ring->sq_tail, tail, __ATOMIC_RELEASE);
         unsigned most = (unsigned)flying, some = next < n ? (depth + 3) / 4 : most;  /* a quarter, then refill */
-        long taken = syscall(__NR_io_uring_enter, ring->fd, queued, most < some ? most : some, IORING_ENTER_GETEVENTS,
-                             NULL, 0);
+        long taken = enter(ring, queued, most < some ? most : some, timeout_ms);
         if (taken >= 0) {
             queued -= (unsigned)taken;
+        } else if (errno == ETIME) {
+            if (*ring->cq_head == __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE)) {
+                *failed = -1;
+                ring->flying = flying - queued;
+                return ETIMEDOUT;
+            }
         } else if (errno != EINTR && errno != EAGAIN && errno != EBUSY) {
             *failed = -1;  /* the ring is of no use any more */
             return errno;
@@ -125,9 +155,13 @@ struct ring *hi_ring_open(unsigned depth, int *error) {
     *error = ENOSYS;
     return NULL;
 }
+int64_t hi_ring_flying(struct ring *ring) {
+    (void)ring;
+    return 0;
+}
 int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
-                const int64_t *lengths, int64_t *done, int64_t *failed) {
-    (void)ring, (void)fd, (void)write, (void)n, (void)offsets, (void)addresses, (void)lengths, (void)done, (void)failed;
+                const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms) {
+    (void)timeout_ms, (void)ring, (void)fd, (void)write, (void)n, (void)offsets, (void)addresses, (void)lengths, (void)done, (void)failed;
     return ENOSYS;
 }
 #endif

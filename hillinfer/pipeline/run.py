@@ -77,7 +77,9 @@ class Run:
                 self.drive = self._open_drive(geometry)
                 if self.settings.compress and self.settings.drive_kind == "ssd":
                     own, streams = packed_geometry(geometry), self.layers * geometry.batch
-                    self.packed = DirectDrive(self.settings.drive, own, streams, self.settings.io_threads)
+                    self.packed = DirectDrive(
+                        self.settings.drive, own, streams, self.settings.io_threads, **self._safety
+                    )
                     self.compression = Compression(self.settings.compress)
                 self.lookahead, self.trial = Lookahead(), Trial(self.settings.lookahead)
                 budget = self.settings.host_budget
@@ -156,18 +158,23 @@ class Run:
             self.chosen = Chosen(host / pool, drive / rest)
 
     def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive | XrtDrive:
-        settings, streams = self.settings, self.layers * geometry.batch
+        settings, streams, safety = self.settings, self.layers * geometry.batch, self._safety
         if settings.drive_kind == "ssd":
-            return DirectDrive(settings.drive, geometry, streams, settings.io_threads, settings.engine)
+            return DirectDrive(settings.drive, geometry, streams, settings.io_threads, settings.engine, **safety)
         coded = 0 if self.in_drive else geometry.head_dim
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
         if settings.drive_kind == "xrt":
-            own = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads)
+            own = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads, **safety)
             return XrtDrive(settings.drive, shape, own)
         kernel = cec.choose(settings.bits, geometry.head_dim)
         rates = replace(SMARTSSD, kernel=kernel.code_rate(geometry.head_dim), call=kernel.call_seconds)
-        own = Emulation(rates=rates, paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
+        how = dict(paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
+        own = Emulation(rates=rates, **how, **safety)
         return EmulatedDrive(settings.drive, shape, own)
+
+    @property
+    def _safety(self) -> dict:
+        return dict(checksums=self.settings.checksums, timeout=self.settings.timeout)
 
     def stream(self, index: int) -> Stream | RemoteStream:
         """Stream layer * batch + row of the drive."""

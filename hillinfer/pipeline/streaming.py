@@ -29,16 +29,17 @@ def check_device(settings: Settings) -> None:
 def open_tensors(settings: Settings, geometry: Geometry, layers: int, staggered: Callable[[], bool]) -> Tensors:
     """Paths and budget of `settings.stream`. UsageError for a device that must not be written to."""
     direct = near = None
+    safety = dict(checksums=settings.checksums, timeout=settings.timeout)
     try:
         if settings.device is None:
-            direct = DirectFile(settings.drive, settings.io_threads)
+            direct = DirectFile(settings.drive, settings.io_threads, **safety)
         else:
-            direct = open_device(settings.device, settings.io_threads)
+            direct = open_device(settings.device, settings.io_threads, **safety)
         if settings.stream == "host":
             near = HostPath()
         else:
             near = RecordFile(
-                settings.drive, BLOCK, 1, threads=settings.io_threads, engine=settings.engine, direct=False
+                settings.drive, BLOCK, 1, threads=settings.io_threads, engine=settings.engine, direct=False, **safety
             )
     except DeviceRefused as error:
         raise UsageError(str(error)) from None

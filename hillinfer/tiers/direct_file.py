@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hillinfer.tiers.record_file import BLOCK, DriveError, RecordFile
+from hillinfer.tiers.checksums import memory_at
+from hillinfer.tiers.record_file import BLOCK, RecordFile
 from hillinfer.tiers.uring import READ, WRITE, Ring, Transfer, plain
 
 DEPTH = 32  # reads of up to 1 MiB in flight
@@ -17,12 +18,12 @@ class DirectFile(RecordFile):
     wide = False  # whether ring entries carry device commands
     what = "a preallocated file"
 
-    def __init__(self, folder: Path, threads: int = 16):
-        super().__init__(folder, BLOCK, 1, threads=threads)
-        self._rings: list[Ring] = []  # those that nobody uses; threads take one each
+    def __init__(self, folder: Path, threads: int = 16, **options):
+        super().__init__(folder, BLOCK, 1, threads=threads, engine="threads", **options)
+        self._own: list[Ring] = []  # those that nobody uses; threads take one each
         self._lend = threading.Lock()
         try:
-            self._rings.append(self._ring())
+            self._own.append(self._ring())
             self.by = "io_uring"
         except OSError:
             self.by = f"{threads} threads"
@@ -31,33 +32,33 @@ class DirectFile(RecordFile):
     def about(self) -> str:
         return f"{'O_DIRECT' if self.direct else 'the page cache'} on {self.what}, {self.by}"
 
-    def transfer(
-        self, verb: str, jobs: list[tuple[int, np.ndarray]], stream: int, position: int, share: float = 1
-    ) -> None:
+    def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1) -> None:
         if self.by != "io_uring":
-            return super().transfer(verb, jobs, stream, position, share)
+            return super()._move(verb, offsets, addresses, lengths, keep, share)
         with self._lend:
-            ring = self._rings.pop() if self._rings else None
+            ring = self._own.pop() if self._own else None
         try:
             ring = ring or self._ring()
-            ring.run([self._job(verb, offset, buffer) for offset, buffer in jobs], self.encode, int(ring.depth * share))
-        except OSError as error:
-            raise DriveError(f"{verb} failed at layer {stream}, sequence 0, position {position}: {error}") from error
+            pieces = zip(offsets.tolist(), addresses.tolist(), lengths.tolist(), strict=True)
+            jobs = [self._job(verb, offset, np.asarray(memory_at(at, length))) for offset, at, length in pieces]
+            ring.keep = keep
+            ring.run(jobs, self.encode, int(ring.depth * share))
         finally:
             if ring is not None:
+                self.stuck = self.stuck or ring.stuck
                 with self._lend:
-                    self._rings.append(ring)
+                    self._own.append(ring)
 
     encode = staticmethod(plain)
 
     def close(self) -> None:
-        for ring in self._rings:
+        for ring in self._own:
             ring.close()
-        self._rings = []
+        self._own = []
         super().close()
 
     def _ring(self) -> Ring:
-        return Ring(DEPTH, self.wide)
+        return Ring(DEPTH, self.wide, self.timeout)
 
     def _job(self, verb: str, offset: int, buffer: np.ndarray) -> Transfer:
         return Transfer(READ if verb == "read" else WRITE, self.fd, offset, buffer)

@@ -15,8 +15,8 @@ __all__ = ["MAX_READ", "DirectDrive", "DriveError"]
 class DirectDrive(RecordFile):
     """Records of `streams` streams, stream = layer * batch + row, in one private file."""
 
-    def __init__(self, folder: Path, geometry: Geometry, streams: int, threads: int = 16, engine: str = "auto"):
-        super().__init__(folder, geometry.record_bytes, streams, geometry.batch, threads, engine)
+    def __init__(self, folder: Path, geometry: Geometry, streams: int, threads: int = 16, engine: str = "auto", **options):
+        super().__init__(folder, geometry.record_bytes, streams, geometry.batch, threads, engine, **options)
         self.geometry = geometry
 
     def write(self, stream: int, start: int, records: torch.Tensor) -> None:

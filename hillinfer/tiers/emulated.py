@@ -122,7 +122,8 @@ class _Link:
             return
         self.process.kill()  # it has nothing to save
         self._fail("the emulated drive is closed")
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel may hold it in a read that never ends
+            self.process.wait(self.timeout)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         if self.listener.is_alive() and threading.current_thread() is not self.listener:

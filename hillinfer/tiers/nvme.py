@@ -61,7 +61,7 @@ class NvmeDevice(BlockDevice):
 
     wide = True
 
-    def __init__(self, path: str | Path, threads: int = 16):
+    def __init__(self, path: str | Path, threads: int = 16, **options):
         self.path = Path(path)
         block, queue = check_namespace(self.path)
         self.lba = int((queue / "logical_block_size").read_text())
@@ -69,7 +69,7 @@ class NvmeDevice(BlockDevice):
         self.command_fd = os.open(self.path, os.O_RDWR)
         try:
             self.nsid = fcntl.ioctl(self.command_fd, NVME_ID)
-            super().__init__(block, threads)
+            super().__init__(block, threads, **options)
             try:
                 self._prove()
             except BaseException:
@@ -121,7 +121,7 @@ class NvmeDevice(BlockDevice):
         job = Command(MANAGE, 0, ranges, self.lba)
         job.words = [len(jobs) - 1, DEALLOCATE, 0]
         try:
-            self._rings[0].run([job], self.encode)
+            self._own[0].run([job], self.encode)
             self.trimmed = True
         except OSError:
             pass  # a hint only

@@ -117,10 +117,10 @@ def check_stamped(path: str | Path) -> int:
 class BlockDevice(DirectFile):
     """A stamped block device, opened for us alone."""
 
-    def __init__(self, path: str | Path, threads: int = 16):
+    def __init__(self, path: str | Path, threads: int = 16, **options):
         self.limit = check_stamped(path)
         self.what = f"the raw block device {path}"
-        super().__init__(Path(path), threads)
+        super().__init__(Path(path), threads, **options)
         self.size, self.trimmed = STAMP, False
 
     def _open(self, direct: bool) -> tuple[int, bool]:
@@ -153,13 +153,13 @@ class BlockDevice(DirectFile):
             self.size = STAMP
 
 
-def open_device(path: str | Path, threads: int = 16) -> DirectFile:
+def open_device(path: str | Path, threads: int = 16, **options) -> DirectFile:
     """NVMe passthrough where the path is a character device of that kind, else O_DIRECT on a block device."""
     if re.fullmatch(r"ng\d+n\d+", Path(path).name):
         from hillinfer.tiers.nvme import NvmeDevice
 
-        return NvmeDevice(path, threads)
-    return BlockDevice(path, threads)
+        return NvmeDevice(path, threads, **options)
+    return BlockDevice(path, threads, **options)
 
 
 def check_path(path: str | Path) -> None:

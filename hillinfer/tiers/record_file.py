@@ -7,29 +7,32 @@ and io_uring, where there is one, that by 1.1 to 1.6 times with half the CPU.
 """
 
 import ctypes
+import errno
 import math
 import mmap
 import os
 import sys
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 
 from hillinfer import files, native
 from hillinfer.native.ring import Rings
+from hillinfer.tiers.checksums import BLOCK, Checksums, memory_at
 
-BLOCK = 4096  # bytes; O_DIRECT offsets, lengths and buffers are multiples of it
+# BLOCK: O_DIRECT offsets, lengths and buffers are multiples of it, and each has a checksum.
 GAP = 8 * 1024  # bytes read and thrown away rather than starting another read
 MAX_READ = 1 << 20
 SCRATCH = ".hillinfer-"  # names of drive files, for the moment that they have one
 HEADROOM = 1024  # tokens reserved beyond those asked for, so that decode rarely grows the file
+TIMEOUT = 60.0  # seconds without any answer after which a drive counts as stuck
 
 
 class DriveError(OSError):
-    """The drive failed in mid-run: full, gone, short or unreadable. Says which layer and position."""
+    """The drive failed in mid-run: full, gone, short, stuck or damaged. Says which layer and position."""
 
 
 def aligned(nbytes: int) -> np.ndarray:
@@ -44,7 +47,9 @@ class RecordFile:
     has no name, or loses it as soon as it is open: no crash, signal or power cut can leave it behind. Its mode is 0600.
     A segment holds a range of tokens of every stream; the first is one contiguous allocation, growth adds more.
 
-    engine   how pieces are moved: `io_uring`, `threads` (preadv), or `auto`: io_uring where it can be had
+    engine     how pieces are moved: `io_uring`, `threads` (preadv), or `auto`: io_uring where it can be had
+    checksums  whether every block read is compared with what was written there
+    timeout    seconds without any answer after which the drive counts as stuck: every call then fails
     """
 
     def __init__(
@@ -56,7 +61,12 @@ class RecordFile:
         threads: int = 16,
         engine: str = "auto",
         direct: bool = True,
+        checksums: bool = True,
+        timeout: float = TIMEOUT,
     ):
+        self.sums, self.timeout = Checksums() if checksums else None, timeout
+        self.stuck = False
+        self._stuck: list[Future] = []  # what did not come back in time
         self._rings = _rings(engine)
         self.engine = "io_uring" if self._rings else "threads"
         self._buffers: list[np.ndarray] = []  # free ones, for reads
@@ -158,17 +168,15 @@ class RecordFile:
         pieces = starts[of] + at, places[of] + at, np.minimum(lengths[of] - at, MAX_READ)
         buffer = self._take_buffer(nbytes)
         try:
-            if self._rings:
-                self._by_ring("read", pieces[0], pieces[1] + native.pointer(buffer), pieces[2], stream, position)
-            else:
-                jobs = [(start, buffer[place : place + length]) for start, place, length in zip(*pieces, strict=True)]
-                self.transfer("read", jobs, stream, position)
+            addresses = pieces[1] + native.pointer(buffer)
+            self._transfer("read", pieces[0], addresses, pieces[2], buffer, stream, position)
             # Records sit at multiples of `unit` in the buffer, so rows of `unit` bytes can be picked without a loop.
             unit = int(np.gcd(width, BLOCK))
             rows = ((places[run] + offsets - starts[run])[:, None] + np.arange(0, width, unit)) // unit
             np.take(buffer.reshape(-1, unit), rows.reshape(-1), axis=0, out=out.reshape(-1, unit), mode="clip")
         finally:
-            self._buffers.append(buffer)
+            if not self.stuck:  # else it may still be written to
+                self._buffers.append(buffer)
         self.bytes_read += nbytes
         self.reads += len(of)
         return nbytes
@@ -179,47 +187,69 @@ class RecordFile:
         position   what to name: a token's, or a function that finds it by the offset that failed
         share      of the threads take part, so that others can go on beside this one
         """
-        if self._rings:
-            parts = [(offset, native.pointer(buffer), len(buffer)) for offset, buffer in jobs]
-            return self._by_ring(verb, *np.array(parts, np.int64).T, stream, position)
-        call = {"read": os.preadv, "write": os.pwritev}[verb]
+        parts = [(offset, native.pointer(buffer), len(buffer)) for offset, buffer in jobs]
+        self._transfer(verb, *np.array(parts, np.int64).reshape(-1, 3).T, jobs, stream, position, share)
 
-        def work(jobs):
-            for offset, buffer in jobs:
+    def _transfer(self, verb: str, offsets, addresses, lengths, keep, stream: int, position, share: float = 1) -> None:
+        """Move pieces, int64 (m,) each, and note or compare their checksums. `keep` holds their memory."""
+        try:
+            if self.stuck:
+                raise OSError(errno.ETIMEDOUT, "the drive is stuck; this run cannot go on")
+            if self.sums and verb == "write":
+                self.sums.note(offsets, addresses, lengths)
+            self._move(verb, offsets, addresses, lengths, keep, share)
+            if self.sums and verb == "read" and (bad := self.sums.check(offsets, addresses, lengths)) is not None:
+                error = OSError(f"the block at offset {bad} is not what was written there; check or replace the drive")
+                error.offset = bad
+                raise error
+        except OSError as error:
+            raise self._failure(verb, stream, position, error) from error
+
+    def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1) -> None:
+        """The transfer itself, by either engine. Raises OSError, whose `offset` says which piece failed."""
+        if self._rings:
+            try:
+                self._rings.transfer(verb == "write", self.fd, offsets, addresses, lengths, self.timeout, keep)
+            except OSError as error:
+                self.stuck = self.stuck or error.errno == errno.ETIMEDOUT
+                raise
+            return
+        call, moved = {"read": os.preadv, "write": os.pwritev}[verb], [0]
+
+        def work(pieces: np.ndarray, keep=keep) -> None:  # the memory lives for as long as a thread may touch it
+            for offset, address, length in pieces.tolist():
                 try:
-                    done = 0
-                    while done < len(buffer):  # short transfers are legal: go on where one ended
-                        n = call(self.fd, [buffer[done:]], int(offset) + done)
+                    done, buffer = 0, memory_at(address, length)
+                    while done < length:  # short transfers are legal: go on where one ended
+                        n = call(self.fd, [buffer[done:]], offset + done)
                         if n <= 0:
-                            raise OSError(f"only {done} of {len(buffer)} bytes at offset {offset}")
+                            raise OSError(f"only {done} of {length} bytes at offset {offset}")
                         done += n
+                        moved[0] += 1
                 except OSError as error:
                     error.offset = offset
                     raise
 
-        threads = min(max(1, int(self._threads * share)), len(jobs))
-        shares = [jobs[i::threads] for i in range(threads)]
-        try:
-            if len(shares) <= 2:
-                for part in shares:
-                    work(part)
-            else:
-                futures = [self._pool.submit(work, part) for part in shares]
-                wait(futures)  # none may still fill a buffer that is given back
-                for future in futures:
-                    future.result()
-        except OSError as error:
-            raise self._failure(verb, stream, position, error) from error
-
-    def _by_ring(self, verb: str, offsets, addresses, lengths, stream: int, position) -> None:
-        try:
-            self._rings.transfer(verb == "write", self.fd, offsets, addresses, lengths)
-        except OSError as error:
-            raise self._failure(verb, stream, position, error) from error
+        pieces = np.stack((offsets, addresses, lengths), 1)
+        threads = min(max(1, int(self._threads * share)), len(pieces))
+        waiting = {self._pool.submit(work, pieces[i::threads]) for i in range(threads)}
+        everyone = list(waiting)
+        while waiting:  # none may still fill a buffer that is given back
+            before = moved[0]
+            done, waiting = wait(waiting, self.timeout, FIRST_COMPLETED)
+            if not done and moved[0] == before:
+                self.stuck, self._stuck = True, self._stuck + list(waiting)
+                error = OSError(errno.ETIMEDOUT, f"no answer for {self.timeout:g} s")
+                error.offset = int(offsets[0])
+                raise error
+        for future in everyone:
+            future.result()
 
     def _failure(self, verb: str, stream: int, position, error: OSError) -> DriveError:
         if callable(position):
             position = position(getattr(error, "offset", 0))
+        if error.errno == errno.ETIMEDOUT:
+            error = f"no answer for {self.timeout:g} s: the drive is stuck, or too slow (timeout)"
         layer, row = divmod(stream, self.batch)
         return DriveError(f"{verb} failed at layer {layer}, sequence {row}, position {position}: {error}")
 
@@ -234,7 +264,7 @@ class RecordFile:
 
     def trim(self) -> None:
         """Give all space back at once: a hole where the data was."""
-        if self.size and sys.platform == "linux":
+        if self.size and not self.stuck and sys.platform == "linux":
             keep_size_and_punch_hole = 0x03
             ctypes.CDLL(None).fallocate64(
                 self.fd, keep_size_and_punch_hole, ctypes.c_int64(0), ctypes.c_int64(self.size)
@@ -242,12 +272,21 @@ class RecordFile:
 
     def close(self) -> None:
         if self.fd is not None:
-            self._pool.shutdown(wait=True)
+            late = [future for future in self._stuck if not future.done()]
+            self._pool.shutdown(wait=not late)
             if self._rings:
                 self._rings.close()
-            os.close(self.fd)
+            if late:  # a thread that comes back must not meet another file under this number
+                threading.Thread(target=_close_after, args=(late, self.fd), name="hillinfer-stuck", daemon=True).start()
+            else:
+                os.close(self.fd)
             self.fd = None
             self._buffers.clear()
+
+
+def _close_after(late: list[Future], fd: int) -> None:
+    wait(late)
+    os.close(fd)
 
 
 def _join(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

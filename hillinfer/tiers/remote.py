@@ -28,6 +28,7 @@ class Emulation:
     engine: str = "auto"  # of `RecordFile`
     shared_bytes: int = 64 << 20  # for what is under way between host and worker; used only as far as needed
     timeout: float = 60.0  # seconds without an answer after which the worker counts as dead
+    checksums: bool = True  # of `RecordFile`
 
 
 class Link(Protocol):

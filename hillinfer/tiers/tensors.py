@@ -164,7 +164,11 @@ class Tensors:
         brought = {}
         for path, offset, low, high in self.plan.spans(tensor.index, start, end, BLOCK):
             jobs = _pieces(offset, out[low - start : high - start])
-            self.paths[path].transfer("read", jobs, tensor.layer, low // self.token_bytes, share)
+
+            def token(at: int, low: int = low, offset: int = offset) -> int:
+                return (low + max(0, at - offset)) // self.token_bytes
+
+            self.paths[path].transfer("read", jobs, tensor.layer, token, share)
             brought[path] = brought.get(path, 0) + high - low
         return brought
 

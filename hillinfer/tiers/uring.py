@@ -12,8 +12,10 @@ import numpy as np
 
 SETUP, ENTER = 425, 426  # the same numbers on every architecture
 SQE128, CQE32 = 1 << 10, 1 << 11  # setup flags: entries wide enough for device commands
-GETEVENTS = 1
+GETEVENTS, EXT_ARG = 1, 8  # of ENTER; the second is in Linux 5.11
 READ, WRITE = 22, 23  # opcodes
+
+_stuck: list[tuple] = []  # rings whose requests never came back, and their jobs: the kernel may still write to them
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -38,9 +40,15 @@ class Ring:
     """A submission and a completion queue. For one thread at a time.
 
     OSError when the kernel has none (ENOSYS) or forbids it (EPERM).
+
+    timeout   seconds without any answer after which a run ends with ETIMEDOUT; the ring is then of no more use
     """
 
-    def __init__(self, depth: int = 32, wide: bool = False):
+    def __init__(self, depth: int = 32, wide: bool = False, timeout: float = 60.0):
+        seconds, rest = divmod(timeout, 1)
+        self._wait = np.array([int(seconds), int(rest * 1e9)], np.int64)  # struct __kernel_timespec
+        self._about = np.array([0, 0, self._wait.ctypes.data], np.uint64)  # struct io_uring_getevents_arg
+        self.stuck = False
         params = np.zeros(30, np.uint32)  # struct io_uring_params, 120 bytes
         params[2] = SQE128 | CQE32 if wide else 0
         self.fd = _call(SETUP, depth, ctypes.c_void_p(params.ctypes.data))
@@ -87,14 +95,16 @@ class Ring:
                     self._sqes["user_data"][slot] = index
                     self._tail[0] += 1
                     new += 1
-                self._enter(new, max(1, (flying + new) // 4))
                 flying += new
+                self._enter(new, max(1, flying // 4))
                 for index, result in self._reap():
                     flying -= 1
                     if jobs[index].done(result):
                         waiting.append(index)
         finally:
-            while flying:  # the kernel must not write into buffers that are no longer ours
+            if self.stuck:
+                _stuck.append((self, jobs))
+            while flying and not self.stuck:  # the kernel must not write into buffers that are no longer ours
                 self._enter(0, 1)
                 flying -= len(list(self._reap()))
 
@@ -103,16 +113,24 @@ class Ring:
         self._sqes[slot] = (opcode, 0, 0, fd, offset, address, length, 0, 0, np.zeros(24, np.uint8))
 
     def close(self) -> None:
-        if self.fd is not None:
+        if self.fd is not None and not self.stuck:
             os.close(self.fd)
             self.fd = None
 
     def _enter(self, submit: int, wait: int) -> None:
         while True:
             try:
-                submit -= _call(ENTER, self.fd, submit, wait, GETEVENTS, None, 0)
+                about = ctypes.c_void_p(self._about.ctypes.data), ctypes.c_size_t(self._about.nbytes)
+                submit -= _call(ENTER, self.fd, submit, wait, GETEVENTS | EXT_ARG, *about)
             except InterruptedError:
                 continue
+            except OSError as error:
+                if error.errno != errno.ETIME:
+                    raise
+                if int(self._head[0]) != int(self._filled[0]):
+                    return
+                self.stuck = True
+                raise OSError(errno.ETIMEDOUT, "no answer") from None
             if submit <= 0:
                 return
 

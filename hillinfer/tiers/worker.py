@@ -27,7 +27,14 @@ class Worker:
     def __init__(self, connection: socket.socket | None, folder: Path, shape: Shape, settings: Emulation):
         self.connection, self.shape, self.settings = connection, shape, settings
         self.file = RecordFile(
-            folder, shape.record_bytes, shape.streams, shape.batch, settings.threads, settings.engine
+            folder,
+            shape.record_bytes,
+            shape.streams,
+            shape.batch,
+            settings.threads,
+            settings.engine,
+            checksums=settings.checksums,
+            timeout=settings.timeout / 2,  # so that its word, which names the place, comes before the host gives up
         )
         self.codes = self._memory()
         self.tails = [np.empty((0, shape.record_bytes), np.uint8) for _ in range(shape.streams)]

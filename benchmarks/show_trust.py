@@ -1,0 +1,43 @@
+"""`make show-trust`: every claim about faults, memory and trust that a machine can check, measured again."""
+
+import subprocess
+import sys
+
+from benchmarks.claims import ROOT, Claim, tests, verdict
+
+
+def faults() -> list[Claim]:
+    """What happens when a drive fails."""
+    return [
+        tests("a block that is not what was written is an error with its place", "tests/test_checksums.py").show(),
+        tests("every fault x every system with a drive: one clear error or the right tokens, nothing left",
+              "tests/test_faults.py", "-m", "slow or not slow", "-k", "not sweep").show(),
+        sweep().show(),
+    ]  # fmt: skip
+
+
+def sweep(faults: int = 10_000) -> Claim:
+    """Random faults at random places of random systems."""
+    command = [sys.executable, "-m", "benchmarks.faults", str(faults)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    figure = (done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]])[-1]
+    return Claim(f"{faults:,} injected faults", figure, "0 wrong, 0 left, all injected", done.returncode == 0)
+
+
+def memory() -> list[Claim]:
+    """Budgets under a real limit."""
+    return [
+        tests("under a memory limit a run ends well or is refused at the start, and is never killed",
+              "tests/test_memory.py", "-m", "slow or not slow").show(),
+    ]  # fmt: skip
+
+
+CLAIMS = [faults, memory]
+
+
+def main() -> int:
+    return verdict([claim for part in CLAIMS for claim in part()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,12 +8,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hillinfer.cache import TieredCache, TieredLayer
+from hillinfer.cache import TieredCache, TieredLayer, chunk_ends
 from hillinfer.config import UsageError
 from hillinfer.systems import find_system, make_cache
 from hillinfer.tiers import saved
@@ -102,6 +103,37 @@ def _ahead(file: Saved, layers: range, start: int, end: int) -> Iterator[torch.T
             if index + 1 < len(layers):
                 coming = pool.submit(file.read, index + 1, start, end)
             yield records
+
+
+@torch.no_grad()
+def keep_session(
+    path: str | Path,
+    model: PreTrainedModel,
+    document: Sequence[int],
+    system: str = "hillinfer",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chunk: int | None = None,
+    **options,
+) -> TieredCache:
+    """A cache that holds the document's KV: opened where a session is there, else prefilled (in chunks) and saved.
+
+    Raises UsageError as `save_session` and `open_session` do, and where another document is kept there.
+    """
+    path, document = Path(path).expanduser(), list(document)
+    if path.exists():
+        session_ids(path, document)
+        return open_session(path, model, system, tokenizer, **options)[0]
+    check_session(path)
+    cache = make_cache(model, system, **options)
+    try:
+        for start, end in pairwise(chunk_ends(len(document), chunk)):
+            part = torch.tensor([document[start:end]], device=model.device)
+            model(part, past_key_values=cache, logits_to_keep=1)
+        save_session(cache, path, model, document, tokenizer)
+    except BaseException:
+        cache.close()
+        raise
+    return cache
 
 
 def check_session(path: str | Path) -> None:

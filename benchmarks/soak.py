@@ -46,7 +46,7 @@ class Soak:
 
     @property
     def growth(self) -> float:
-        """Of the resident memory: the mean of the last fifth over that of the first after the warm-up, less one."""
+        """Of the resident memory: the mean of the last quarter after the warm-up over that of the first, less one."""
         values = [nbytes for run, nbytes in self.rss if run >= WARM * self.runs]
         part = max(1, len(values) // 4)
         return sum(values[-part:]) / sum(values[:part]) - 1

@@ -154,6 +154,22 @@ class TestRefused:
             with pytest.raises(UsageError, match=r"damaged: layer \d+, tokens"):
                 open_session(path, model, "full")
 
+    def test_a_header_in_which_anything_differs(self, model, prompt, tmp_path):
+        path = tmp_path / "doc.kv"
+        ids = saved(model, prompt, path)
+        whole = path.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        for at in torch.randint(0, start, (200,), generator=torch.Generator().manual_seed(0)).tolist():
+            bad = bytearray(whole)
+            bad[at] ^= 1 << at % 7
+            path.write_bytes(bad)
+            try:
+                cache, back = open_session(path, model, "full")
+            except UsageError:
+                continue
+            assert back == ids and whole[at : at + 1] == b" ", "only a blank may differ"
+            cache.close()
+
     @pytest.mark.parametrize("cut", [0, 7, 100, -1, -5000])
     def test_a_truncated_file(self, model, prompt, tmp_path, cut):
         path = tmp_path / "doc.kv"

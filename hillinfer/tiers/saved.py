@@ -1,7 +1,7 @@
 """A document's KV in one file: written as it is read, replaced as a whole, checked as it is loaded.
 
 The file is in the safetensors format, so that any tool can look at it. Each layer is one tensor (B, n, 2, Hkv, D); the
-last tensor, `crc32`, has a checksum of each part of each layer. It is read by plain reads and not mapped: a file that
+last tensor, `crc32`, has a checksum of each part of each layer; the header has one of the facts. It is read by plain reads and not mapped: a file that
 somebody cuts short meanwhile is then an error and not a signal.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from hillinfer import files
 
-VERSION = "1"
+VERSION = "2"  # 1 had no checksum of the facts
 PART = 1024  # tokens under one checksum
 LONGEST = 1 << 28  # bytes of a header that is still read
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -61,14 +61,14 @@ def _header(shape: tuple[int, ...], dtype: str, facts: dict) -> dict:
     """What a file of this shape begins with."""
     count, own, parts = shape[0], list(shape[1:]), -(-shape[2] // PART)
     nbytes = math.prod(own) * DTYPES[dtype].itemsize
-    end = count * nbytes
+    end, text = count * nbytes, json.dumps(facts)
     return {
         **{
             f"layer.{i}": {"dtype": dtype, "shape": own, "data_offsets": [i * nbytes, (i + 1) * nbytes]}
             for i in range(count)
         },
         "crc32": {"dtype": "I64", "shape": [count, parts], "data_offsets": [end, end + count * parts * 8]},
-        "__metadata__": {"hillinfer": VERSION, "facts": json.dumps(facts)},
+        "__metadata__": {"hillinfer": VERSION, "facts": text, "facts_crc32": str(zlib.crc32(text.encode()))},
     }
 
 

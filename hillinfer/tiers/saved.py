@@ -1,8 +1,8 @@
 """A document's KV in one file: written as it is read, replaced as a whole, checked as it is loaded.
 
 The file is in the safetensors format, so that any tool can look at it. Each layer is one tensor (B, n, 2, Hkv, D); the
-last tensor, `crc32`, has a checksum of each part of each layer; the header has one of the facts. It is read by plain reads and not mapped: a file that
-somebody cuts short meanwhile is then an error and not a signal.
+last tensor, `crc32`, has a checksum of each part of each layer, and the header has one of the facts. It is read by
+plain reads and not mapped: a file that somebody cuts short meanwhile is then an error and not a signal.
 """
 
 import json

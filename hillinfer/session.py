@@ -78,7 +78,8 @@ def open_session(
             start, layers = 0, range(len(cache.layers))
             for piece in pieces:
                 for index, records in zip(layers, _ahead(file, layers, start, start + piece), strict=True):
-                    cache.layers[index].update(*records.permute(2, 0, 3, 1, 4).to(model.device))
+                    records = records.to(model.device)
+                    cache.layers[index].fill(*records.permute(2, 0, 3, 1, 4), records)
                 start += piece
             cache.timeline.clear()
             cache.counters.clear()

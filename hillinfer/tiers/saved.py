@@ -100,7 +100,11 @@ class Saved:
             self.facts = json.loads(metadata["facts"])
             self.shape, self.dtype = tuple(header["layer.0"]["shape"]), DTYPES[header["layer.0"]["dtype"]]
             self.layers = len(header) - 2
-            if len(self.shape) != 5 or not all(type(i) is int and 0 < i < 1 << 40 for i in self.shape):
+            if (
+                len(self.shape) != 5
+                or self.shape[2] != 2
+                or not all(type(i) is int and 0 < i < 1 << 40 for i in self.shape)
+            ):
                 raise ValueError("layers have another shape")
             if header != _header((self.layers, *self.shape), NAMES[self.dtype], self.facts):
                 raise ValueError("its parts do not fit together")

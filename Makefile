@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay show-trust faults
+.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -69,6 +69,16 @@ show-workbench: $(VENV)/.browser ## every claim about the workbench, measured ag
 show-replay: $(VENV)/.ready ## every claim about profiles, replay and sweeps; ROUNDS=n for more rounds of measuring
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,cluster]'
 	$(BIN)/python -m benchmarks.show_replay
+
+audit: $(VENV)/.ready ## known weaknesses of the installed packages; needs the network
+	$(BIN)/pip install -q -c constraints.txt -e '.[audit]'
+	$(BIN)/python -m benchmarks.audit
+
+fuzz: $(VENV)/.ready ## a million broken inputs for everything that is parsed; CASES=n for fewer
+	$(BIN)/python -m benchmarks.fuzz --cases $(or $(CASES),1000000)
+
+soak: $(VENV)/.ready ## a thousand generations with random systems and settings; RUNS=n for fewer
+	$(BIN)/python -m benchmarks.soak --runs $(or $(RUNS),1000)
 
 show-trust: $(VENV)/.ready ## every claim about faults, memory and trust, measured again
 	$(BIN)/python -m benchmarks.show_trust

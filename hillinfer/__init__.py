@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from hillinfer.config import Settings, UsageError
     from hillinfer.evaluator.policies import POLICIES
     from hillinfer.evaluator.policy import Policy, Step
-    from hillinfer.session import open_session, save_session
+    from hillinfer.session import keep_session, open_session, save_session
     from hillinfer.systems import list_systems, make_cache
     from hillinfer.tiers.drive import DriveError
 
@@ -23,6 +23,7 @@ _HOME = {
     "POLICIES": "evaluator.policies",
     "Policy": "evaluator.policy",
     "Step": "evaluator.policy",
+    "keep_session": "session",
     "open_session": "session",
     "save_session": "session",
     "make_cache": "systems",
@@ -39,6 +40,7 @@ __all__ = [
     "UsageError",
     "disable",
     "enable",
+    "keep_session",
     "list_systems",
     "make_cache",
     "open_session",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hillinfer import files
 from hillinfer.config import Settings, UsageError
 
 if TYPE_CHECKING:
@@ -58,10 +59,10 @@ def bench(
         "Memory: KV records, codes and tables; and the process's peak while it answers, less what it held before.",
         *left_out,
     ]
-    frame.to_csv(out_dir / "answers.csv", index=False)
-    table.to_csv(out_dir / "table.csv", index=False)
+    files.write_text(out_dir / "answers.csv", frame.to_csv(index=False))
+    files.write_text(out_dir / "table.csv", table.to_csv(index=False))
     rows = json.loads(table.to_json(orient="records"))
-    (out_dir / "table.json").write_text(json.dumps({"setting": facts, "systems": rows}, indent=1))
+    files.write_text(out_dir / "table.json", json.dumps({"setting": facts, "systems": rows}, indent=1))
     console = Console()
     console.width = max(console.width, WIDTH)  # rather wrapped on a narrow terminal than cut
     console.print(show(table))

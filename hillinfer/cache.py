@@ -176,6 +176,11 @@ class TieredLayer(CacheLayerMixin):
             keys.watcher = self.layer  # the attention function shows it the queries
         return keys, values
 
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
+        """Take in what was computed before: see `Layer.append`."""
+        self.is_initialized = True
+        self.layer.append(keys, values, kv)
+
     def get_seq_length(self, *args) -> int:
         return self.layer.n
 
@@ -193,6 +198,8 @@ class TieredLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove that many newest tokens where it is negative; keep that many where positive (the older form)."""
         self.layer.crop(self.layer.n + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
+        if self.layer.index == self.layer.run.layers - 1:
+            self.layer.run.turns.free()
 
     def reset(self) -> None:
         self.layer.reset()
@@ -280,8 +287,7 @@ class TieredCache(Cache):
         for start, end in pairwise(chunk_ends(n, chunk)):
             for own, other in zip(self.layers, source.layers, strict=True):
                 if isinstance(own, TieredLayer):
-                    own.lazy_initialization(other.keys, other.values)
-                    own.layer.append(*(part[:, :, start:end].to(device) for part in (other.keys, other.values)))
+                    own.fill(*(part[:, :, start:end].to(device) for part in (other.keys, other.values)))
         for index, own in enumerate(self.layers):
             if not isinstance(own, TieredLayer):  # a sliding window has forgotten its past: its state is copied
                 self.layers[index] = copy.deepcopy(source.layers[index])

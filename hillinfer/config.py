@@ -1,10 +1,12 @@
 """What a user sets, checked before any work starts."""
 
 import math
+import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from hillinfer import files
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -144,7 +146,10 @@ def check_folder(path: str | Path) -> Path:
             f"drive path {folder} is not a folder; name a folder on the drive that should hold the KV cache"
         )
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        files.reclaim(folder, ".hillinfer-", ".drive")
+        fd, proof = files.scratch(folder, ".hillinfer-", ".drive")
+        proof.unlink()
+        os.close(fd)
     except OSError as error:
         raise UsageError(
             f"no file can be made in {folder} ({error.strerror}); free or unlock it, or name another folder"

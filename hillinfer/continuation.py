@@ -14,7 +14,7 @@ from hillinfer.longbench.runner import feed, measured
 from hillinfer.pipeline.replay import describe
 from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.timeline import Timeline
-from hillinfer.session import check_session, open_session, save_session, session_ids
+from hillinfer.session import check_session, keep_session, session_ids
 from hillinfer.systems import find_system, make_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +76,7 @@ def run(name: str, job: Job, system: str, options: dict) -> Continuation:
     if torch.cuda.is_available():
         model = model.cuda()
     start = time.perf_counter()
-    with _filled_cache(model, job, system, options, document, kept) as cache:
+    with _filled_cache(model, tokenizer, job, system, options, document) as cache:
         if (rest := ids[cache.get_seq_length() : -1]) and job.num_beams == 1:
             feed(model, cache, rest, job.chunk)  # the last prompt token is a decode step like those after it
         prefilled = time.perf_counter()
@@ -99,16 +99,14 @@ def run(name: str, job: Job, system: str, options: dict) -> Continuation:
     return Continuation(answer, [*tell(system, figures, cache), why], cache.timeline)
 
 
-def _filled_cache(model, job: Job, system: str, options: dict, document: list[int], kept: bool) -> TieredCache:
-    """A cache that holds the document, from its session or by prefill; a new session is saved."""
-    if kept:
-        return open_session(job.session, model, system, **options)[0]
+def _filled_cache(model, tokenizer, job: Job, system: str, options: dict, document: list[int]) -> TieredCache:
+    """A cache that holds the document, from its session or by prefill."""
+    if job.session is not None:
+        return keep_session(job.session, model, document, system, tokenizer, job.chunk, **options)
     cache = make_cache(model, system, **options)
     try:
         if document:
             feed(model, cache, document, job.chunk)
-        if job.session is not None:
-            save_session(cache, job.session, model, document)
     except BaseException:
         cache.close()
         raise
@@ -139,7 +137,7 @@ def tell(system: str, figures: dict, cache: TieredCache) -> list[str]:
 
 def _load(loader, path, name: str, **options):
     try:
-        return loader.from_pretrained(path, **options)
+        return loader.from_pretrained(path, trust_remote_code=False, **options)  # a model is data, not code
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(

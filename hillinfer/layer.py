@@ -43,11 +43,17 @@ class Layer:
     @property
     def looks_ahead(self) -> bool:
         """Whether a guess would be of use: there is a drive to read from, and the policy can be asked twice."""
-        return isinstance(self.store, DriveStore) and self.policy.can_speculate and self.run.trial.on
+        return (
+            isinstance(self.store, DriveStore)
+            and self.policy.can_speculate
+            and self.run.trial.on
+            and self.run.turns.here
+        )
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in keys and values (B, Hkv, n, D)."""
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
+        """Take in keys and values (B, Hkv, n, D); kv is both as records (B, n, 2, Hkv, D), where they are at hand."""
         run = self.run
+        run.turns.take(self.index, keys.shape[2])
         if self.store is None:
             self._start(keys, values)
         run.note_dense(self.index, keys.shape[2])
@@ -58,7 +64,8 @@ class Layer:
             self.guess.chosen()  # the guess reads codes and pool; they may change from here on
         if keys.requires_grad or values.requires_grad:
             keys, values = keys.detach(), values.detach()  # what is cached is never trained through
-        kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2)  # (B, n, 2, Hkv, D)
+        if kv is None:
+            kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2)
         coded = None
         if self.codes is not None:
             with run.timeline.span("cpu", "encode", self.index, run.step, keys.nbytes):
@@ -198,6 +205,7 @@ class Layer:
 
     def crop(self, n: int) -> None:
         """Forget all tokens from n on."""
+        self.run.turns.check()
         if self.guess is not None:
             self.guess.chosen()  # it reads what is about to change
             self.guess = None

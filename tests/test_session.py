@@ -1,6 +1,7 @@
 """A saved document answers as a fresh prefill does, whatever the system; what is no whole session is refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -89,6 +90,46 @@ def test_a_session_opens_in_another_process(model, prompt, tmp_path):
     assert json.loads(ran.stdout.splitlines()[-1]) == want
 
 
+def test_one_line_keeps_a_document(model, models, prompt, tmp_path):
+    """The first call prefills and saves, the later ones open: the answers are the same, another document is refused."""
+    path, ids = tmp_path / "doc.kv", prompt[0].tolist()
+    answers = []
+    for _ in range(2):
+        with hillinfer.keep_session(path, model, ids, "topk", alpha=0.3, chunk=60) as cache:
+            answers.append(answer(model, cache, ids, [5, 6, 7]))
+    assert answers[0] == answers[1]
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="another document"):
+        hillinfer.keep_session(path, model, ids[:-1], "topk")
+    assert path.read_bytes() == before
+
+
+def test_another_tokenizer_is_refused(model, prompt, tmp_path):
+    class Tokenizer:
+        def __init__(self, *words):
+            self.words = words
+
+        def get_vocab(self):
+            return {word: i for i, word in enumerate(self.words)}
+
+    ids = prompt[0].tolist()
+    hillinfer.keep_session(tmp_path / "doc.kv", model, ids, "full", Tokenizer("a", "b")).close()
+    open_session(tmp_path / "doc.kv", model, "full", Tokenizer("a", "b"))[0].close()
+    with pytest.raises(UsageError, match="another tokenizer"):
+        open_session(tmp_path / "doc.kv", model, "full", Tokenizer("b", "a"))
+
+
+def test_a_file_that_is_cut_short_while_it_is_open_is_an_error_and_no_signal(tmp_path):
+    from hillinfer.tiers.saved import SavedError, save
+
+    records = torch.randn(2, 1, 300, 2, 1, 4)
+    save(tmp_path / "x.kv", [[r] for r in records], tuple(records.shape), records.dtype, {})
+    file = Saved(tmp_path / "x.kv")
+    os.truncate(tmp_path / "x.kv", 5000)
+    with pytest.raises(SavedError, match="cut short"):
+        file.read(1, 0, 300)
+
+
 class TestRefused:
     @pytest.mark.parametrize("system", [name for name in ALL if name not in SYSTEMS])
     def test_systems_that_need_the_prompts_queries(self, model, prompt, tmp_path, system):
@@ -113,6 +154,22 @@ class TestRefused:
             with pytest.raises(UsageError, match=r"damaged: layer \d+, tokens"):
                 open_session(path, model, "full")
 
+    def test_a_header_in_which_anything_differs(self, model, prompt, tmp_path):
+        path = tmp_path / "doc.kv"
+        ids = saved(model, prompt, path)
+        whole = path.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        for at in torch.randint(0, start, (200,), generator=torch.Generator().manual_seed(0)).tolist():
+            bad = bytearray(whole)
+            bad[at] ^= 1 << at % 7
+            path.write_bytes(bad)
+            try:
+                cache, back = open_session(path, model, "full")
+            except UsageError:
+                continue
+            assert back == ids and whole[at : at + 1] == b" ", "only a blank may differ"
+            cache.close()
+
     @pytest.mark.parametrize("cut", [0, 7, 100, -1, -5000])
     def test_a_truncated_file(self, model, prompt, tmp_path, cut):
         path = tmp_path / "doc.kv"
@@ -127,6 +184,8 @@ class TestRefused:
             saved(model, prompt, tmp_path / "notes.txt")
         assert (tmp_path / "notes.txt").read_text() == "mine"
         (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UsageError, match="link"):  # neither followed to be read
+            open_session(tmp_path / "link", model, "full")
         with pytest.raises(UsageError, match="link"):
             saved(model, prompt, tmp_path / "link")
         for special in (tmp_path, "/dev/null"):

@@ -16,7 +16,7 @@ def describe(name: str, chat: bool | None) -> dict:
     from hillinfer.cache import check_supported
 
     path = model_path(name)
-    reach = {"local_files_only": Path(path).is_dir() or not hub_answers()}
+    reach = {"local_files_only": Path(path).is_dir() or not hub_answers(), "trust_remote_code": False}
     try:
         config, tokenizer = AutoConfig.from_pretrained(path, **reach), AutoTokenizer.from_pretrained(path, **reach)
     except (OSError, ValueError, KeyError) as error:
@@ -52,7 +52,7 @@ def load_model(path: str, dtype: str, threads: int, seed: int):
     width = dtype if dtype == "auto" else getattr(torch, dtype)
     if path == model_path("embedded") and dtype == "auto":
         width = torch.float32  # as it was evaluated
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=width).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=width, trust_remote_code=False).eval()
     model = model.cuda() if torch.cuda.is_available() else model
     enable(model)
-    return model, AutoTokenizer.from_pretrained(path)
+    return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from hillinfer import files
 from hillinfer.config import UsageError
 from hillinfer.longbench.reference import warnings_of
 from hillinfer.longbench.results import read, read_manifest
@@ -158,13 +159,13 @@ def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         *(f"Source: {source}" for source in manifest["sources"]),
         *warnings_of(frame, table, manifest),
     ]
-    table.to_csv(folder / "scores.csv", index=False)
-    cost.to_csv(folder / "costs.csv", index=False)
+    files.write_text(folder / "scores.csv", table.to_csv(index=False))
+    files.write_text(folder / "costs.csv", cost.to_csv(index=False))
     tables = [summary(table, cost), wide(table)]
     if (buckets := table[table.bucket != ""]).size:
         tables.append(buckets[[*WAY, "task", "bucket", "n", "score", "low", "high"]])
     text = ["# hillinfer eval", *facts, *map(markdown, tables)]
-    (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    files.write_text(folder / "report.md", "\n\n".join(text) + "\n")
     return table, cost, facts
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from hillinfer import files
 from hillinfer.config import UsageError
 
 KEY = ("model", "task", "id", "system", "alpha")  # what a result is known by
@@ -26,7 +27,7 @@ class Results:
     def __enter__(self) -> "Results":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = (self.folder / "results.jsonl").open("a+b")
+            self.file = files.plain(self.folder / "results.jsonl").open("a+b")
         except OSError as error:
             raise UsageError(
                 f"cannot write in {self.folder} ({error.strerror}); name another folder with --out"
@@ -85,22 +86,26 @@ class Results:
                 {"started": time.strftime("%FT%TZ", time.gmtime())} | environment(command, hardware),
             ],
         }
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-        draft.replace(path)
+        files.write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def parse(content: bytes, folder: Path) -> list[dict]:
     """Rows of a results file."""
     rows = []
-    for number, line in enumerate(content.decode("utf-8").split("\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         try:
-            rows += [json.loads(line)] if line else []
-        except ValueError:
+            rows += [_result(json.loads(line.decode("utf-8")))] if line else []
+        except (LookupError, TypeError, ValueError, RecursionError):
             raise UsageError(
                 f"line {number} of {folder}/results.jsonl is no result; remove it, and run again"
             ) from None
     return rows
+
+
+def _result(row: dict) -> dict:
+    if not isinstance(row, dict) or any(isinstance(row[name], (dict, list)) for name in KEY):
+        raise TypeError("a result is a table, known by plain values")
+    return row
 
 
 def read(folder: Path) -> list[dict]:
@@ -114,8 +119,11 @@ def read(folder: Path) -> list[dict]:
 
 def read_manifest(folder: Path) -> dict:
     try:
-        return json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if not all(isinstance(manifest[name], kind) for name, kind in (("settings", dict), ("sources", list))):
+            raise TypeError("not what begin wrote")
+        return manifest
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
         raise UsageError(f"{folder} has no readable manifest.json; name the --out folder of an eval") from None
 
 

@@ -50,10 +50,10 @@ def load(task: Task, data: Sequence[Path] = (), revision: str = "main") -> tuple
         found = _local(task, data) or _hub(task, revision)
     source, content = found
     try:
-        records = [_record(task, row) for row in _rows(content)]
+        records = [_whole(_record(task, row)) for row in _rows(content)]
         if task.suite in ("longbench", "longbench-e"):
             records = checked(records)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{source.path} has no rows of {task.name} ({error!r}); give the official file") from None
@@ -182,6 +182,17 @@ def _record(task: Task, row: dict) -> dict:
         return common | text | {"length": row.get("length", 0), "_id": str(row["index"])}
     names = ("input", "context", "answers", "length", "dataset", "language", "all_classes", "_id")
     return {name: row[name] for name in names}
+
+
+def _whole(record: dict) -> dict:
+    """The record, if its fields are of the types that prompts and metrics take."""
+    lists = [record["answers"], record["all_classes"] or [], record.get("kinds", [])]
+    if not all(isinstance(own, list) for own in lists) or type(record["length"]) is not int:
+        raise TypeError("answers and classes are lists, length is a whole number")
+    texts = [record[name] for name in ("input", "context", "dataset", "language", "_id")]
+    for text in [*texts, *(text for own in lists for text in own)]:
+        text.encode()  # half a surrogate pair would fail in the tokenizer
+    return record
 
 
 def _numbered(records: list[dict]) -> list[dict]:

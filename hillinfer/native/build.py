@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def build(command: list[str], folder: Path) -> Path:
     target = folder / f"kernels-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
+    for orphan in folder.glob("*.tmp"):  # of a build that was killed: none takes half as long
+        if orphan.lstat().st_mtime < time.time() - 600:
+            orphan.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
     os.close(handle)
     try:

@@ -1,9 +1,11 @@
 """How much of the KV the host should hold for the shortest step (HillInfer APP, section 1.4)."""
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hillinfer import files
 from hillinfer.config import UsageError
 
 
@@ -59,18 +61,17 @@ class Speeds:
     def save(self, path: Path, facts: list[str]) -> None:
         """Write as TOML, with the setting of the measurement as comments."""
         lines = [f"# {fact}" for fact in facts] + [f"{name} = {value:.4g}" for name, value in asdict(self).items()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
+        files.write_text(path, "\n".join(lines) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Speeds":
         try:
             values = tomllib.loads(Path(path).read_text())
             speeds = cls(**{name: float(values[name]) for name in cls.__dataclass_fields__})
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise UsageError(
                 f"{path} is no profile ({error!r}); make one with: hillinfer profile --out {path}"
             ) from None
-        if min(asdict(speeds).values()) <= 0:
-            raise UsageError(f"{path} has a speed that is not above zero; measure again with: hillinfer profile")
+        if not all(0 < speed < math.inf for speed in asdict(speeds).values()):
+            raise UsageError(f"{path} has a speed that is no number above zero; measure again with: hillinfer profile")
         return speeds

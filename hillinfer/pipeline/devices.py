@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hillinfer import files
 from hillinfer.config import UsageError
 from hillinfer.pipeline.balance import Speeds
 
@@ -150,16 +151,14 @@ class Profile:
             sizes, took = (", ".join(f"{value:.6g}" for value in own) for own in (cost.sizes, cost.seconds))
             source = json.dumps(cost.source)
             lines.append(f'"{kind}" = {{ size = [{sizes}], seconds = [{took}], source = {source} }}')
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
-        return path
+        return files.write_text(path, "\n".join(lines) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Profile":
         """UsageError, which names the place and the fix, for a file that is no profile."""
         try:
             data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} is no profile ({error}); name one of {', '.join(list_profiles())}") from None
 
         def refuse(what: str):
@@ -170,7 +169,11 @@ class Profile:
                 refuse(f'add {name} = "..." at the top')
         if unknown := set(data) - {"name", "about", "kinds", *PARTS}:
             refuse(f"no part '{min(unknown)}'; the parts are {', '.join(PARTS)}")
-        parts = {part: data[part] for part in PARTS if part in data}
+        parts = {part: data[part] for part in (*PARTS, "kinds") if part in data}
+        for part, numbers in parts.items():
+            if not isinstance(numbers, dict):
+                refuse(f"{part} is no table: write [{part}]")
+        costs = parts.pop("kinds", {})
         for part in (*NEEDED, *(["link"] if "gpu" in parts else [])):
             if part not in parts:
                 refuse(f"add a part [{part}]")
@@ -181,7 +184,7 @@ class Profile:
             if unknown := set(numbers) - must - may:
                 refuse(f"[{part}] has no '{min(unknown)}'; it may have {', '.join(sorted(must | may))}")
             parts[part] = {number: _rate(value, f"{part}.{number}", refuse) for number, value in numbers.items()}
-        kinds = {kind: _cost(value, f"kinds.{kind}", refuse) for kind, value in data.get("kinds", {}).items()}
+        kinds = {kind: _cost(value, f"kinds.{kind}", refuse) for kind, value in costs.items()}
         return cls(data["name"], data["about"], parts, kinds)
 
 
@@ -223,7 +226,7 @@ def _source(value, where: str, refuse) -> str:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e300  # neither nan nor infinite, and an integer fits a float
 
 
 def list_profiles() -> list[str]:

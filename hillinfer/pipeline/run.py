@@ -14,6 +14,7 @@ from hillinfer.pipeline.needs import FIX, needs, refuse
 from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
 from hillinfer.pipeline.timeline import Counters, Timeline
+from hillinfer.pipeline.turns import Turns
 from hillinfer.tiers.abstracts import Pages
 from hillinfer.tiers.computational import SMARTSSD, Shape
 from hillinfer.tiers.drive import DirectDrive
@@ -55,7 +56,10 @@ class Run:
     tensors: Tensors | None = None  # of a system that streams
     observer: AttentionRecord | None = None  # who watches what is attended to
 
+    turns: Turns = field(init=False)
+
     def __post_init__(self):
+        self.turns = Turns(self.layers)
         if self.settings.engine == "io_uring" and (reason := ring.why_not()):
             raise UsageError(f"{reason} (engine io_uring was asked for; auto takes what there is)")
 
@@ -240,7 +244,8 @@ class Run:
             self.hits.age()
 
     def stop(self) -> None:
-        """Give back the drive's space and the threads; `start` may follow."""
+        """Give back the drive's space and the threads; `start` may follow. In a forked process they are not ours."""
+        self.turns.free()
         for part in (
             self.lookahead,
             self.writer,
@@ -248,7 +253,7 @@ class Run:
             self.drive,
             self.tensors,
         ):
-            if part is not None:
+            if part is not None and self.turns.here:
                 part.close()
         self.geometry = self.drive = self.packed = self.hits = self.writer = self.lookahead = self.trial = None
         self.tensors = self.chosen = None

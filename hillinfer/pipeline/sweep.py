@@ -2,7 +2,6 @@
 
 import math
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from pathlib import Path
 import joblib
 import pandas as pd
 
+from hillinfer import files
 from hillinfer.config import UsageError, parse_bytes
 from hillinfer.pipeline import modelled, replay, work
 from hillinfer.pipeline.devices import Profile, find_profile
@@ -146,7 +146,4 @@ def load_run(path: Path) -> Timeline:
 
 def save(frame: pd.DataFrame, folder: Path) -> Path:
     """The table as CSV, written whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, suffix=".tmp") as file:
-        frame.to_csv(file, index=False)
-    return Path(file.name).replace(folder / "replay.csv")
+    return files.write_text(folder / "replay.csv", frame.to_csv(index=False))

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hillinfer import files
+
 if TYPE_CHECKING:
     import pandas
 
@@ -119,10 +121,7 @@ class Timeline:
 
     def save(self, path: str | Path) -> Path:
         """Write the Chrome trace as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.chrome_trace()))
-        return path
+        return files.write_text(path, json.dumps(self.chrome_trace()))
 
     @classmethod
     def load(cls, path: str | Path) -> "Timeline":
@@ -136,9 +135,11 @@ class Timeline:
                     detail = dict(event["args"])
                     own = [detail.pop(name) for name in ("layer", "step", "bytes", "thread")]
                     start, end = round(event["ts"] * 1e3), round((event["ts"] + event["dur"]) * 1e3)
-                    span = Span(LANES[event["pid"]], event["name"], *own[:2], start, end, own[2], detail, own[3])
+                    if not all(type(number) is int for number in (event["pid"], *own[:3])) or event["pid"] < 0:
+                        raise TypeError("a span's numbers are no integers")
+                    span = Span(LANES[event["pid"]], str(event["name"]), *own[:2], start, end, own[2], detail, own[3])
                     timeline.spans.append(span)
-        except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no trace of this project ({error!r})") from None
         timeline.spans.sort(key=lambda span: span.end_ns)
         return timeline

@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import sys
-import tempfile
 import threading
 import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hillinfer import native
+from hillinfer import files, native
 from hillinfer.native.ring import Rings
 from hillinfer.tiers.checksums import BLOCK, Checksums, memory_at
 
 # BLOCK: O_DIRECT offsets, lengths and buffers are multiples of it, and each has a checksum.
 GAP = 8 * 1024  # bytes read and thrown away rather than starting another read
 MAX_READ = 1 << 20
+SCRATCH = ".hillinfer-"  # names of drive files, for the moment that they have one
 HEADROOM = 1024  # tokens reserved beyond those asked for, so that decode rarely grows the file
 TIMEOUT = 60.0  # seconds without any answer after which a drive counts as stuck
 
@@ -328,20 +328,16 @@ def _open_private(folder: Path, direct: bool = True) -> tuple[int, bool]:
             return os.open(folder, os.O_TMPFILE | os.O_RDWR | (os.O_DIRECT if direct else 0), 0o600), direct
         except OSError:
             pass  # not every file system has nameless files
-    fd, name = tempfile.mkstemp(prefix=".hillinfer-", dir=folder)
+    files.reclaim(folder, SCRATCH, ".drive")  # what a kill before the last line of this has left
+    fd, path = files.scratch(folder, SCRATCH, ".drive")
     try:
         if not direct:
             return fd, False
-        try:
-            direct = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
-        except OSError:
-            direct = None
-        if direct is not None and hasattr(os, "O_DIRECT"):
-            os.close(fd)
-            return direct, True
-        if direct is not None:
-            os.close(direct)
+        own = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_DIRECT)
+        os.close(fd)
+        return own, True
+    except (OSError, AttributeError):
         warnings.warn(f"{folder} has no O_DIRECT: its reads go through the page cache", stacklevel=2)
         return fd, False
     finally:
-        Path(name).unlink()
+        path.unlink()

@@ -3,7 +3,6 @@
 import contextlib
 import mmap
 import os
-import pickle
 import select
 import signal
 import socket
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hillinfer.tiers.computational import CodeMemory, Meter, Shape, Work
-from hillinfer.tiers.emulated import MESSAGE, Emulation
+from hillinfer.tiers import wire
+from hillinfer.tiers.computational import CodeMemory, Meter, Rates, Shape, Work
 from hillinfer.tiers.record_file import DriveError, RecordFile
+from hillinfer.tiers.remote import Emulation
 
 PART = 1024  # records that attention reads at once
 HELD = 64  # records gathered in memory before a write: one large write beats many of one block
@@ -161,6 +161,11 @@ def _floats(raw: np.ndarray, dtype: str) -> np.ndarray:
     return raw.view(dtype).astype(np.float32)
 
 
+def _config(about: dict) -> tuple[Path, Shape, Emulation]:
+    settings = about["settings"] | {"rates": Rates(**about["settings"]["rates"])}
+    return Path(about["folder"]), Shape(**about["shape"]), Emulation(**settings)
+
+
 def main(connection: int, memory: int) -> None:
     """The worker: take commands from this socket, with arrays in this memory file, until the host closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -168,17 +173,17 @@ def main(connection: int, memory: int) -> None:
     number = 0
 
     def tell(kind: str, payload=None) -> None:
-        host.send(pickle.dumps((number, kind, payload)))
+        host.send(wire.answer(number, kind, payload))
 
     with contextlib.suppress(EOFError, ConnectionError):  # the host is gone, and with it whoever could be told
         try:
-            worker = Worker(host, *pickle.loads(host.recv(MESSAGE)))
+            worker = Worker(host, *_config(wire.unpack(host.recv(wire.MESSAGE))[1]))
             tell("done", worker.file.direct)
         except (OSError, ValueError) as error:
             tell("error", str(error))
             return
-        while message := host.recv(MESSAGE):
-            number, op, args, arrays = pickle.loads(message)
+        while message := host.recv(wire.MESSAGE):
+            number, op, args, arrays = wire.command(message, len(shared))
             try:
                 arrays = [np.ndarray(shape, dtype, shared, at) for at, shape, dtype in arrays]
                 tell("done", getattr(worker, op)(tell, *args, *arrays))

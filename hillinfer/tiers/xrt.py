@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from hillinfer.tiers.computational import CodeMemory, Shape, Work
-from hillinfer.tiers.emulated import Emulation, RemoteDrive, _Call
 from hillinfer.tiers.record_file import BLOCK, MAX_READ, DriveError, RecordFile
+from hillinfer.tiers.remote import Call, Emulation, RemoteDrive
 from hillinfer.tiers.worker import Worker
 
 KERNEL = "cec_kernel"
@@ -290,9 +290,9 @@ class _Thread:
         self.thread = threading.Thread(target=self._serve, args=(worker,), name="hillinfer-xrt", daemon=True)
         self.thread.start()
 
-    def send(self, op: str, *args, give: tuple[np.ndarray, ...] = (), take: int = 0, sink=None) -> _Call:
-        """See `_Link.send` of the emulated drive."""
-        call = _Call(self, out=np.empty(take, np.uint8), sink=sink)
+    def send(self, op: str, *args, give: tuple[np.ndarray, ...] = (), take: int = 0, sink=None) -> Call:
+        """See `Link.send`."""
+        call = Call(self, out=np.empty(take, np.uint8), sink=sink)
         with self.lock:
             if self.failure:
                 raise DriveError(self.failure)
@@ -313,7 +313,7 @@ class _Thread:
         while (command := self.commands.get()) is not None:
             call, op, args, arrays = command
 
-            def tell(kind: str, payload, call: _Call = call) -> None:
+            def tell(kind: str, payload, call: Call = call) -> None:
                 call.answers.put((kind, call.sink(call.out, *payload)))
 
             try:

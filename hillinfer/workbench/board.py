@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import re
 import threading
 from collections.abc import Sequence
 from html import escape
@@ -161,9 +162,8 @@ class Board(anywidget.AnyWidget):
             message["tokens"] = [list(token) for token in source.tokens]
         data = json.dumps({"traits": traits, "message": message, "buffers": parts}).replace("<", "\\u003c")
         page = (STATIC / "page.html").read_text()
-        for mark, text in (("TITLE", escape(title)), ("CSS", self._css), ("DATA", data), ("ESM", self._esm)):
-            page = page.replace(f"/*{mark}*/", text)
-        return page
+        parts = dict(TITLE=escape(title), CSS=self._css, DATA=data, ESM=self._esm)
+        return re.sub(r"/\*(TITLE|CSS|DATA|ESM)\*/", lambda mark: parts[mark[1]], page)  # once: a text may hold marks
 
 
 class _Recorded:

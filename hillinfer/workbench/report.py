@@ -6,6 +6,8 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from hillinfer import files
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .35em .8em; border-bottom: 1px solid #ddd }
@@ -32,6 +34,4 @@ def write_report(
         *(figure.to_html(full_html=False, include_plotlyjs=i == 0) for i, figure in enumerate(figures)),
         "</html>",
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(parts), encoding="utf-8")
-    return path
+    return files.write_text(path, "\n".join(parts))

@@ -1,0 +1,63 @@
+"""What a session saves: seconds to open one, against those of the prefill: python -m benchmarks.reopen"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from hillinfer.demo import demo_records, load_embedded
+from hillinfer.longbench.runner import feed, own_prompt
+from hillinfer.session import open_session, save_session
+from hillinfer.systems import make_cache
+
+TOKENS, ROUNDS = 8000, 5
+
+
+def measure(systems: tuple[str, ...], tokens: int = TOKENS, rounds: int = ROUNDS) -> dict[str, dict]:
+    """System -> tokens, seconds of the prefill (median of 3), of opening with the file in the page cache and out of it
+    (medians of `rounds`), bytes of the file.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
+    model, tokenizer = load_embedded()
+    ids = own_prompt(tokenizer, demo_records({"lines_8k": 1})[0])[1].ids[:tokens]
+    out = {}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for system in systems:
+            path, options = Path(folder) / "doc.kv", dict(alpha=0.2, drive=folder)
+            prefill, opened = [], {"warm": [], "cold": []}
+            for number in range(3):
+                with make_cache(model, system, **options) as cache:
+                    start = time.perf_counter()
+                    feed(model, cache, ids)
+                    prefill.append(time.perf_counter() - start)
+                    if number == 2:
+                        save_session(cache, path, model, ids)
+            for _ in range(rounds):
+                for state, seconds in opened.items():
+                    if state == "cold":
+                        with path.open("rb") as file:
+                            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    start = time.perf_counter()
+                    cache, _ = open_session(path, model, system, **options)
+                    seconds.append(time.perf_counter() - start)
+                    cache.close()
+            figures = {name: statistics.median(seconds) for name, seconds in opened.items()}
+            out[system] = figures | dict(prefill=statistics.median(prefill), n=len(ids), bytes=path.stat().st_size)
+    return out
+
+
+def main() -> int:
+    for system, own in measure(("full", "topk", "hillinfer")).items():
+        print(
+            f"{system}: {own['n']:,} tokens, {own['bytes'] / 2**20:.0f} MiB; prefill {own['prefill']:.2f} s, opened in "
+            f"{own['warm']:.3f} s ({own['prefill'] / own['warm']:.0f} x faster), from the disk {own['cold']:.3f} s"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Two caches on one model, two models, threads and a fork: each right, or refused with a clear error."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import hillinfer
+from hillinfer import UsageError
+from hillinfer.longbench.runner import feed
+
+ROOT = Path(__file__).parents[1]
+NEW = 8
+
+
+@pytest.fixture
+def enabled(models):
+    names = ("llama", "qwen3")
+    before = {name: hillinfer.enable(models(name)) for name in names}
+    yield [models(name) for name in names]
+    for name, was in before.items():
+        hillinfer.disable(models(name), was)
+
+
+def generate(model, cache, ids: torch.Tensor) -> list[int]:
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=NEW, do_sample=False
+    )
+    return out[0, ids.shape[1] :].tolist()
+
+
+def alone(model, ids: torch.Tensor, **options) -> list[int]:
+    with hillinfer.make_cache(model, "hillinfer", **options) as cache:
+        return generate(model, cache, ids)
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_two_caches_take_turns_on_one_model(enabled, prompt, tmp_path, lookahead):
+    model, prompts = enabled[0], [prompt, prompt.flip(1)[:, :120]]
+    options = dict(alpha=0.3, drive=tmp_path, lookahead=lookahead)
+    want = [alone(model, ids, **options) for ids in prompts]
+    caches = [hillinfer.make_cache(model, "hillinfer", **options) for _ in prompts]
+    got: list[list[int]] = [[], []]
+    with caches[0], caches[1], torch.no_grad():
+        for cache, ids in zip(caches, prompts, strict=True):
+            feed(model, cache, ids[0, :-1].tolist())
+        last = [ids[:, -1:] for ids in prompts]
+        for _ in range(NEW):  # token by token
+            for i, cache in enumerate(caches):
+                last[i] = model(last[i], past_key_values=cache).logits[:, -1:].argmax(-1)
+                got[i].append(int(last[i]))
+    assert got == want
+
+
+@pytest.mark.parametrize("kind", ["ssd", "emulated"])
+def test_threads_with_caches_of_their_own_on_two_models(enabled, prompt, tmp_path, kind):
+    options = dict(alpha=0.3, drive=tmp_path, drive_kind=kind)
+    jobs = [(model, prompt.roll(i, 1)) for i in range(3) for model in enabled]
+    want = [alone(model, ids, **options) for model, ids in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(lambda job: alone(*job, **options), jobs)) == want
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_thread_in_the_middle_of_another_ones_step_is_refused(enabled, prompt):
+    model = enabled[0]
+    with hillinfer.make_cache(model, "topk", alpha=0.3) as cache, ThreadPoolExecutor(1) as pool:
+        feed(model, cache, prompt[0].tolist())
+        kv = torch.randn(1, 2, 1, 16)
+        cache.layers[0].update(kv, kv)  # a step has begun
+        for call in (lambda: cache.layers[0].update(kv, kv), lambda: cache.layers[1].update(kv, kv)):
+            with pytest.raises(UsageError, match="a cache of its own"):
+                pool.submit(call).result()
+        with pytest.raises(UsageError, match="uses this cache"):
+            pool.submit(cache.crop, -1).result()
+        for layer in cache.layers[1:]:
+            layer.update(kv, kv)
+        assert cache.get_seq_length() == prompt.shape[1] + 1
+
+
+def test_of_two_threads_that_mix_their_answers_one_is_refused(enabled, prompt):
+    """What the other thread generated comes right after what was there when it began; nobody gets a mixture."""
+    model, errors, out = enabled[0], [], []
+    for _ in range(5):
+        with hillinfer.make_cache(model, "topk", alpha=0.3) as cache:
+            feed(model, cache, prompt[0, :-1].tolist())
+            barrier = threading.Barrier(2)
+
+            def work(cache=cache, barrier=barrier):
+                barrier.wait()
+                try:
+                    out.append(generate(model, cache, prompt))
+                except UsageError as error:
+                    errors.append(str(error))
+                except (RuntimeError, ValueError, IndexError) as error:  # transformers' own refusal of a longer cache
+                    errors.append(str(error))
+
+            threads = [threading.Thread(target=work) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert errors and len(errors) + len(out) == 10
+
+
+def test_a_thread_may_go_on_where_another_has_ended(enabled, prompt):
+    model = enabled[0]
+    want = alone(model, prompt, alpha=0.3, drive="/tmp", lookahead=False)
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.3, drive="/tmp", lookahead=False) as cache:
+        feed(model, cache, prompt[0, :-1].tolist())
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(generate, model, cache, prompt).result() == want
+
+
+FORK = """
+import os, sys, torch, hillinfer
+from hillinfer.longbench.runner import feed
+from tests.conftest import FAMILIES
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = FAMILIES["llama"]().eval()
+ids = list(range(2, 90)) * 2
+system, options = sys.argv[1], dict(alpha=0.3, drive=sys.argv[2])
+def rest(cache):
+    out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), past_key_values=cache,
+                         max_new_tokens=6, do_sample=False)
+    return out[0].tolist()
+with hillinfer.make_cache(model, system, **options) as cache:
+    feed(model, cache, ids[:-1])
+    want = rest(cache)
+with hillinfer.make_cache(model, system, **options) as cache:
+    feed(model, cache, ids[:-1])
+    pid = os.fork()
+    if pid == 0:
+        try:
+            rest(cache)
+            sys.exit(3)
+        except hillinfer.UsageError as error:
+            print(error, flush=True)
+        cache.close()
+        del cache
+        sys.exit(0)  # with all that runs at an exit
+    assert os.waitpid(pid, 0)[1] == 0
+    assert rest(cache) == want, "the child has done harm"
+    child = os.fork()
+    if child == 0:
+        with hillinfer.make_cache(model, system, **options) as own:
+            feed(model, own, ids[:-1])
+            os._exit(0 if rest(own) == want else 4)
+    assert os.waitpid(child, 0)[1] == 0
+print("right")
+"""
+
+
+@pytest.mark.parametrize("system", ["hillinfer", "flexgen", "instattention"])
+def test_a_forked_process_is_refused_and_does_no_harm(tmp_path, system):
+    command = [sys.executable, "-c", FORK, system, tmp_path]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "before a fork" in ran.stdout and ran.stdout.endswith("right\n")
+    assert not list(tmp_path.iterdir())

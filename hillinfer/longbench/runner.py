@@ -93,7 +93,7 @@ def ask_each(
     """The same question answered in several ways over one prefill, all KV in memory."""
     task, prompt = own_prompt(tokenizer, record)
     start = time.perf_counter()
-    source = prefill(model, prompt)
+    source = prefill(model, prompt, policies=[policy for policy, _ in ways.values() if policy.watches])
     prefill_s = time.perf_counter() - start
     answers = {}
     for name, (policy, settings) in ways.items():

@@ -167,14 +167,13 @@ class Prefilled(DynamicCache):
 
     def __init__(self, config: PretrainedConfig, policies: Iterable[type[Policy]] = ()):
         super().__init__(config=config)
-        self.tiered, self.kinds = check_supported(config), list(dict.fromkeys(policies))
-        self.learned = {index: [kind() for kind in self.kinds] for index in self.tiered}
-        self.seconds = dict.fromkeys(self.kinds, 0.0)  # that looking took, by kind
+        self.seconds = dict.fromkeys(policies, 0.0)  # that looking took, by kind
+        self.learned = {index: [kind() for kind in self.seconds] for index in check_supported(config)}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        policies, first = self.learned.get(layer_idx), self.get_seq_length(layer_idx) == 0
+        policies, first = self.learned.get(layer_idx, ()), self.get_seq_length(layer_idx) == 0
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        for policy in policies or ():
+        for policy in policies:
             if first:
                 policy.start(*key_states.shape[:2], key_states.shape[3], None)
             policy.append(key_states)
@@ -185,7 +184,7 @@ class Prefilled(DynamicCache):
 
     def rest(self) -> "Prefilled":
         """Move what will be copied to host memory. Layers that stay ordinary are copied as they are."""
-        for layer in (self.layers[index] for index in self.tiered):
+        for layer in (self.layers[index] for index in self.learned):
             layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
         return self
 

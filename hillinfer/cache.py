@@ -7,8 +7,10 @@ step of several tokens (prefill, a new turn) is exact: it gets tensors where all
 
 import copy
 import shutil
+import time
 import weakref
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -21,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from hillinfer.config import Settings, UsageError
 from hillinfer.evaluator.policies import TopK
 from hillinfer.evaluator.policy import Policy
-from hillinfer.layer import Layer
+from hillinfer.layer import Layer, attendable
 from hillinfer.pipeline.balance import Speeds
 from hillinfer.pipeline.needs import FIX, needs, refuse
 from hillinfer.pipeline.run import Run
@@ -147,6 +149,52 @@ def plan(
     tied = shape.head_weights * shape.width if getattr(text, "tie_word_embeddings", False) else 0
     refuse(needs(run, shape, tokens, chunk, shape.weight_bytes - tied), FIX)
     return need
+
+
+@dataclass
+class Watcher:
+    """Shows policies a pass of several tokens; `seconds` counts what each takes for it."""
+
+    policies: list[Policy]
+    seconds: dict[type[Policy], float]
+
+    def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
+        valid = None if mask is None else attendable(mask)[:, 0, -1].expand(len(queries), -1)
+        for policy in self.policies:
+            start = time.perf_counter()
+            policy.observe(queries, keys, valid, scaling)
+            self.seconds[type(policy)] += time.perf_counter() - start
+
+
+class Prefilled(DynamicCache):
+    """An ordinary cache for `TieredCache.fill` to copy from, in host memory after `rest`.
+
+    Policies that look at the prefill are shown this one, one of each kind in each layer; `fill` copies what they
+    learned.
+    """
+
+    def __init__(self, config: PretrainedConfig, policies: Iterable[type[Policy]] = ()):
+        super().__init__(config=config)
+        self.seconds = dict.fromkeys(policies, 0.0)  # that looking took, by kind
+        self.learned = {index: [kind() for kind in self.seconds] for index in check_supported(config)}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        policies, first = self.learned.get(layer_idx, ()), self.get_seq_length(layer_idx) == 0
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        for policy in policies:
+            if first:
+                policy.start(*key_states.shape[:2], key_states.shape[3], None)
+            policy.append(key_states)
+        if policies:
+            keys = keys.view(keys.shape)  # the watcher is for this pass, and the layer keeps its tensor
+            keys.watcher = Watcher(policies, self.seconds)
+        return keys, values
+
+    def rest(self) -> "Prefilled":
+        """Move what will be copied to host memory. Layers that stay ordinary are copied as they are."""
+        for layer in (self.layers[index] for index in self.learned):
+            layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
+        return self
 
 
 class TieredLayer(CacheLayerMixin):
@@ -279,9 +327,9 @@ class TieredCache(Cache):
         changed = dict(alpha=settings.alpha, sinks=settings.sinks, recent=settings.recent)
         self.run.settings = replace(self.run.settings, **changed)
 
-    def fill(self, source: DynamicCache, device: torch.device, chunk: int | None = None) -> None:
+    def fill(self, source: Prefilled, device: torch.device, chunk: int | None = None) -> None:
         """Take in what an ordinary cache of this model holds, as a prefill on `device` (in chunks) would: a copy,
-        to the bit. Only for policies that do not look at the prefill itself.
+        to the bit. A policy that looks at the prefill must have been shown that one.
         """
         n = source.get_seq_length()
         for start, end in pairwise(chunk_ends(n, chunk)):
@@ -291,6 +339,10 @@ class TieredCache(Cache):
         for index, own in enumerate(self.layers):
             if not isinstance(own, TieredLayer):  # a sliding window has forgotten its past: its state is copied
                 self.layers[index] = copy.deepcopy(source.layers[index])
+                continue
+            for learned in source.learned[index]:
+                if type(learned) is type(own.layer.policy):
+                    own.layer.policy = copy.deepcopy(learned)
 
     def memory(self) -> dict[str, int]:
         """Bytes held now: `device` and `host` records, key `codes`, `hits` table, what is meant to stay in the

@@ -145,7 +145,7 @@ class Layer:
         if mask is None:
             visible = torch.ones((1, 1, rows, n), dtype=torch.bool, device=query.device).tril_(n - rows)
         else:
-            visible = _visible(mask)
+            visible = attendable(mask)
         return attention.over_parts(query, self.records(), visible, scaling).transpose(1, 2)
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
@@ -280,7 +280,7 @@ class Layer:
         """Which cached tokens may be attended to, (B, n) bool, or None for all."""
         if mask is None:
             return None
-        return _visible(mask)[:, 0, 0, : self.n].expand(batch, self.n)
+        return attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)
 
     def _select_rows(self, query: torch.Tensor, valid, scaling: float, kind: str = "select") -> list[np.ndarray | None]:
         """Each row's selection; query (B, H, 1, D), valid (B, n) or None."""
@@ -398,7 +398,8 @@ class Layer:
         run.counters.rows.append(Hits(run.step, self.index, self.n, queries, attended, *counts, swapped))
 
 
-def _visible(mask: torch.Tensor) -> torch.Tensor:
+def attendable(mask: torch.Tensor) -> torch.Tensor:
+    """A mask as bool, whether it came so or as numbers to be added to logits."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 

@@ -59,7 +59,7 @@ def done(place, common):
 
 @pytest.mark.parametrize("system", list(list_systems()))
 def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system):
-    """A system that looks at the prefill must say so (`Policy.watches`, `Policy.late`), and then has its own."""
+    """A system that looks at the prefill must say so (`Policy.watches`), and is then shown the shared one."""
     ways = sweep.ways_of([system], [0.1, 0.4], {})
     task = find_task("needle_1k")
     record = report_record(task)
@@ -67,9 +67,11 @@ def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system)
     for share in (True, False):
         asking = sweep.Asking(share_prefill=share, max_length=600)
         job = sweep.Job("m", model_path(str(place / "model")), task, record, tuple(ways), asking, str(place))
+        results = sweep.run_job(job)
+        assert {row["shared"] for row in results} == {share and len(ways) > 1}
         answers[share] = [  # what streams everything may take it from where there is room at the time
             (row["system"], row["alpha"], row["pred"], row["attended"], row["rates"] if row["alpha"] else None)
-            for row in sweep.run_job(job)
+            for row in results
         ]
     assert answers[True] == answers[False]
     attended = [attended for _, alpha, _, attended, _ in answers[True] if alpha]

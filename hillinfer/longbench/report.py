@@ -94,14 +94,11 @@ def prefill_saving(frame: pd.DataFrame) -> str:
     shared = frame[frame.shared]
     if shared.empty:
         return "no prefill was shared"
-    prefills = (
-        shared.drop_duplicates(["model", "task", "id", "prefill_ms"]).prefill_ms / 1e3
-    )  # a resumed sample has two
-    copied, each = shared.fill_ms.sum() / 1e3, shared.prefill_ms.sum() / 1e3
-    took = prefills.sum() + copied
+    paid, copied, each = (shared[name].sum() / 1e3 for name in ("paid_ms", "fill_ms", "prefill_ms"))
     return (
-        f"{len(shared)} answers shared {len(prefills)} prefills; measured: {took:.0f} s ({copied:.0f} for copies), "
-        f"estimated with a prefill for each: {each:.0f} s, {each / took:.1f} times as long"
+        f"{len(shared)} answers shared {(shared.paid_ms > 0).sum()} prefills; measured: {paid + copied:.0f} s "
+        f"({copied:.0f} for copies), estimated with a prefill for each: {each:.0f} s, {each / (paid + copied):.1f} "
+        "times as long"
     )
 
 
@@ -155,6 +152,7 @@ def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         INTRO,
         f"Costs are measured on {last['hardware']}; times are medians over samples.",
         f"Settings: {', '.join(f'{k} {v}' for k, v in manifest['settings'].items())}.",
+        f"Work: {len(frame)} answers took {frame.seconds.sum() / 60:.1f} minutes, summed over processes.",
         f"Prefill: {prefill_saving(frame)}.",
         *(f"Source: {source}" for source in manifest["sources"]),
         *warnings_of(frame, table, manifest),

@@ -6,13 +6,14 @@ first token).
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hillinfer.cache import TieredCache, check_supported, chunk_ends
+from hillinfer.cache import Prefilled, TieredCache, chunk_ends
 from hillinfer.config import Settings
 from hillinfer.evaluator.policy import Policy
 from hillinfer.longbench.metrics import exact
@@ -57,7 +58,7 @@ def split_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[list
 
 
 @torch.inference_mode()
-def feed(model: PreTrainedModel, cache: TieredCache | DynamicCache, ids: list[int], chunk: int | None = None) -> None:
+def feed(model: PreTrainedModel, cache: TieredCache | Prefilled, ids: list[int], chunk: int | None = None) -> None:
     """Put further tokens into the cache: several are attended to exactly, a single one as the system selects.
 
     In chunks of `chunk` tokens, if given: what prefill holds beside the cache then stays small, but the cache is read
@@ -92,7 +93,7 @@ def ask_each(
     """The same question answered in several ways over one prefill, all KV in memory."""
     task, prompt = own_prompt(tokenizer, record)
     start = time.perf_counter()
-    source = prefill(model, prompt)
+    source = prefill(model, prompt, policies=[policy for policy, _ in ways.values() if policy.watches])
     prefill_s = time.perf_counter() - start
     answers = {}
     for name, (policy, settings) in ways.items():
@@ -102,20 +103,16 @@ def ask_each(
     return answers
 
 
-def prefill(model: PreTrainedModel, prompt: Prompt, chunk: int | None = None) -> DynamicCache:
-    """The document's KV, to be copied into a cache for each way of answering; held in host memory.
+def prefill(
+    model: PreTrainedModel, prompt: Prompt, chunk: int | None = None, policies: Iterable[type[Policy]] = ()
+) -> Prefilled:
+    """The document's KV, to be copied into a cache for each way of answering, and shown to `policies` that look at it.
 
     Exact: a prefill does not depend on how decode steps select.
     """
-    source = DynamicCache(config=model.config)
+    source = Prefilled(model.config, policies)
     feed(model, source, prompt.ids[: prompt.document], chunk)
-    for index in check_supported(model.config):
-        layer = source.layers[index]
-        layer.keys, layer.values = (
-            layer.keys.cpu(),
-            layer.values.cpu(),
-        )  # layers that stay ordinary are copied as they are
-    return source
+    return source.rest()
 
 
 def answer(

@@ -146,15 +146,22 @@ def backend(joblib, workers: int, cluster: str | None):
 
 
 def run_job(job: Job) -> list[dict]:
-    """One sample's rows, a row for each way."""
+    """One sample's rows, a row for each way; `seconds` of all of them are the job's."""
     import torch
 
     from hillinfer.longbench import runner
     from hillinfer.longbench.metrics import score
+    from hillinfer.systems import list_systems
+
+    began = time.perf_counter()
 
     model, tokenizer = load_model(job.path, job.asking.dtype, job.asking.threads, job.asking.seed)
     prompt = prompt_of(job, model.config, tokenizer)
-    source, rows, layers = None, [], model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    systems = list_systems()
+    sharing = [systems[way.system].policy for way in job.ways if shares_prefill(systems[way.system].policy)]
+    shared_by = sharing if job.asking.share_prefill and len(sharing) > 1 else []
+    source, rows = None, []
     common = dict(model=job.model, task=job.task.name, id=job.record["_id"], suite=job.task.suite)
     common |= {name: job.record[name] for name in ("answers", "all_classes", "length")}
     common |= dict(
@@ -166,38 +173,46 @@ def run_job(job: Job) -> list[dict]:
     common |= dict(question_tokens=len(prompt.ids) - prompt.document)
     for way in job.ways:
         with torch.inference_mode(), cache_for(model, job, way) as cache:
-            shared = job.asking.share_prefill and len(job.ways) > 1 and shares_prefill(way.system)
-            began = time.perf_counter()
-            if shared:
+            policy, paid_s, fill_s = systems[way.system].policy, 0.0, 0.0
+            if shared := policy in shared_by:
                 if source is None:
-                    source = runner.prefill(model, prompt, job.asking.prefill_chunk)
-                    prefill_s = time.perf_counter() - began
-                    began = time.perf_counter()
-                cache.fill(source, model.device, job.asking.prefill_chunk)
+                    looking = [kind for kind in shared_by if kind.watches]
+                    source, paid_s = timed(runner.prefill, model, prompt, job.asking.prefill_chunk, looking)
+                    plain_s = paid_s - sum(source.seconds.values())
+                prefill_s = plain_s + source.seconds.get(policy, 0.0)
+                _, fill_s = timed(cache.fill, source, model.device, job.asking.prefill_chunk)
             else:
-                runner.feed(model, cache, prompt.ids[: prompt.document], job.asking.prefill_chunk)
-            filled_s = time.perf_counter() - began
-            answer = runner.answer(model, tokenizer, job.task, prompt, cache, prefill_s if shared else filled_s)
+                document = prompt.ids[: prompt.document]
+                _, paid_s = timed(runner.feed, model, cache, document, job.asking.prefill_chunk)
+                prefill_s = paid_s
+            answer = runner.answer(model, tokenizer, job.task, prompt, cache, prefill_s)
             record_bytes = cache.run.geometry.record_bytes
         rows.append(common | {
             "system": way.system, "alpha": way.alpha, "pred": answer.text,
             "score": score(job.task, answer.text, job.record["answers"], job.record["all_classes"]),
             "prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens,
             "attended": answer.attended, "cached": answer.cached, "rates": answer.rates,
-            "prefill_ms": answer.prefill_ms, "shared": shared, "fill_ms": filled_s * 1e3 if shared else 0.0,
+            "shared": shared, "prefill_ms": answer.prefill_ms, "paid_ms": paid_s * 1e3, "fill_ms": fill_s * 1e3,
             "ms_per_token": answer.ms_per_token, "drive_bytes_per_token": answer.drive_bytes_per_token,
             "kv_bytes_per_token": answer.attended * record_bytes * layers,
             "memory_bytes": sum(size for kind, size in answer.memory.items() if kind != "drive"),
+            "seconds": (now := time.perf_counter()) - began,
         })  # fmt: skip
+        began = now
     return rows
 
 
-def shares_prefill(system: str) -> bool:
-    """Whether a copied prefill is as good as its own: not where a policy looks at the prefill's queries."""
-    from hillinfer.systems import list_systems
+def shares_prefill(policy: type) -> bool:
+    """Whether a copied prefill is as good as its own: the policy does not look at it, or can be shown the copied one
+    (not with an index in pages, which lies on the drive of one cache).
+    """
+    return not policy.paged if policy.watches else policy.late
 
-    policy = list_systems()[system].policy
-    return policy.late
+
+def timed(function, *arguments):
+    """What the call returns, and its seconds."""
+    start = time.perf_counter()
+    return function(*arguments), time.perf_counter() - start
 
 
 def cache_for(model, job: Job, way: Way):

@@ -61,18 +61,21 @@ class Eviction(Policy):
 
 
 def causal_weights(queries, keys, valid, scaling: float, last: int | None = None) -> Iterator[torch.Tensor]:
-    """Attention weights (B, Hkv, G, m, n) of the `last` (all, if None) of queries (B, H, q, D), newest of keys
-    (B, Hkv, n, D), a block of queries at a time. valid (B, n) bool, False for padding, or None.
+    """Attention weights (B, Hkv, G, m, e) of the `last` (all, if None) of queries (B, H, q, D), newest of keys
+    (B, Hkv, n, D), a block of m queries at a time over the e keys that the block's last query sees. valid (B, n) bool,
+    False for padding, or None.
     """
     n, new = keys.shape[2], queries.shape[2]
     keys = keys.float().transpose(2, 3)[:, :, None]
     queries = queries.float().unflatten(1, (keys.shape[1], -1)) * scaling
     for at in range(0 if last is None else max(0, new - last), new, BLOCK):
         part = queries[:, :, :, at : at + BLOCK]
-        logits = part @ keys
-        place = torch.arange(n - new + at, n - new + at + part.shape[3], device=keys.device)
-        hidden = torch.arange(n, device=keys.device) > place[:, None]  # (m, n)
+        end = n - new + at + part.shape[3]
+        logits = part @ keys[..., :end]
+        places = torch.arange(end, device=keys.device)
+        own = places[end - part.shape[3] :, None]
+        hidden = places > own  # (m, e)
         if valid is not None:
-            hidden = hidden | ~valid[:, None, None, None]
-            hidden = hidden & (torch.arange(n, device=keys.device) != place[:, None])  # a padded query sees itself
+            hidden = hidden | ~valid[:, None, None, None, :end]
+            hidden = hidden & (places != own)  # a padded query sees itself
         yield logits.masked_fill_(hidden, -torch.inf).softmax(-1)

@@ -15,7 +15,7 @@ class H2O(Eviction):
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
         for weights in causal_weights(queries, keys, valid, scaling):
-            self.worth[:, : self.n] += weights.sum((1, 2, 3)).numpy(force=True)
+            self.worth[:, : weights.shape[-1]] += weights.sum((1, 2, 3)).numpy(force=True)
 
     def attended(self, row: int, picked: np.ndarray, weights: np.ndarray) -> None:
         self.worth[row, picked] += weights.sum(0)

@@ -67,9 +67,10 @@ class Board(anywidget.AnyWidget):
             self.source, self._run = source, self._run + 1
             self._sent = dict(spans=0, hits=0, tokens=0)
             self._kinds: dict[str, int] = {}
+            self._looked: tuple | None = None  # what `detail` is of
             self._origin: int | None = None
-            self.cursor = dict.fromkeys(("step", "layer", "head"))
             self.detail = {}
+            self.cursor = dict.fromkeys(("step", "layer", "head"))
             if source is not None:
                 self.flush()
 
@@ -105,9 +106,10 @@ class Board(anywidget.AnyWidget):
         if spans and self._origin is None:
             self._origin = min(span.start_ns for span in spans)
         origin, kinds = self._origin or 0, self._kinds
+        start = np.array([span.start_ns for span in spans], np.int64)
         return [
-            np.array([(span.start_ns - origin) / 1e6 for span in spans], np.float64),
-            np.array([(span.end_ns - span.start_ns) / 1e6 for span in spans], np.float64),
+            (start - origin) / 1e6,
+            (np.array([span.end_ns for span in spans], np.int64) - start) / 1e6,
             np.array([span.bytes for span in spans], np.float64),
             np.array([LANES.index(span.lane) for span in spans], np.uint8),
             np.array([kinds.setdefault(span.kind, len(kinds)) for span in spans], np.uint8),
@@ -123,6 +125,10 @@ class Board(anywidget.AnyWidget):
         if found is None:
             return
         step, layers = found
+        where = (self._run, step, self.cursor["layer"], self.cursor["head"])
+        if where == self._looked:  # it is there already
+            return
+        self._looked = where
         rows = [layers[layer] for layer in sorted(layers)]
         heat = {"step": step, "exact": record.exact, "needed": [_list(row.needed / row.n) for row in rows]}
         heat["caught"] = [_list(row.caught) for row in rows] if record.exact else None

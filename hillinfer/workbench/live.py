@@ -14,6 +14,8 @@ from hillinfer.config import UsageError
 from hillinfer.longbench.runner import feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
 from hillinfer.pipeline.observe import AttentionRecord
+from hillinfer.pipeline.replay import describe
+from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.systems import find_system, make_cache
 
@@ -184,6 +186,8 @@ class LiveRun:
         self._ended = time.perf_counter()
         self.figures = measured(cache, prefill_s, self._ended - self._decoding)
         self.memory = self.figures["memory"]
+        shape = shape_of(self.model.config.get_text_config(), self.model.dtype.itemsize)
+        self.timeline.about = describe(cache.run, shape, self.system)  # so that a saved trace can be replayed
         if self.case.record is not None and not self._stop.is_set():
             self.right = is_right(self.case.record, self.answer)
 

@@ -46,26 +46,21 @@ class Store {
 
 const PART = { step: 0, layer: 1, queries: 2, device: 3, host: 4, drive: 5, demoted: 6, prefetched: 7 };
 class Hits { // who served which step and layer: sums for each step over all layers, and for each layer over all steps
-  constructor() { this.n = 0; this.steps = new Map(); this.layers = []; this.first = null; this.last = null; }
+  constructor() { this.n = 0; this.steps = new Map(); this.sums = new Map(); this.layers = []; this.first = null; this.last = null; }
   add(rows) {
     for (let i = 0; i < rows.length; i += 8) {
       const step = rows[i], layer = rows[i + 1];
       this.first ??= step; this.last = step;
-      if (!this.steps.has(step)) this.steps.set(step, []);
+      if (!this.steps.has(step)) { this.steps.set(step, []); this.sums.set(step, new Float64Array(6)); }
       const r = rows.subarray(i + 2, i + 8), mine = this.steps.get(step);
       mine[layer] = r;
-      const sum = (this.layers[layer] ??= new Float64Array(6));
-      for (let k = 0; k < 6; k++) sum[k] += r[k];
+      const sum = (this.layers[layer] ??= new Float64Array(6)), all = this.sums.get(step);
+      for (let k = 0; k < 6; k++) { sum[k] += r[k]; all[k] += r[k]; }
       this.n++;
     }
   }
   at(step, layer) {
-    const rows = this.steps.get(step);
-    if (!rows) return null;
-    if (layer != null) return rows[layer] ?? null;
-    const sum = new Float64Array(6);
-    for (const r of rows) if (r) for (let k = 0; k < 6; k++) sum[k] += r[k];
-    return sum;
+    return (layer == null ? this.sums.get(step) : this.steps.get(step)?.[layer]) ?? null;
   }
 }
 const shares = (r) => { const q = Math.max(1, r[0]); return [r[1] / q, r[2] / q, (r[3] - r[4]) / q, r[4] / q]; }; // parallel to palette.tiers
@@ -99,6 +94,7 @@ function canvasPanel(parent, height, label, draw) {
   return panel;
 }
 
+const NEWEST = 2000; // tokens in the page at once: to lay out more of them at every paint would slow the run down
 function axisText(ctx, theme, x, y, text, align = "left") { ctx.fillStyle = theme.faint; ctx.textAlign = align; ctx.fillText(text, x, y); ctx.textAlign = "left"; }
 
 class Board {
@@ -127,7 +123,16 @@ class Board {
   panel(parent, height, label, draw) { const p = canvasPanel(parent, height, label, draw); this.panels.push(p); return p; }
   get cursor() { return this.model.get("cursor"); }
   point(change) { this.model.set("cursor", { ...this.cursor, ...change }); this.model.save_changes(); }
-  refresh() { this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.follow(); this.reachStep(); for (const p of this.panels) p.redraw(); this.measure(); }
+  refresh(all) { // only panels whose data changed are drawn again: the run that is watched needs the processor
+    this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.follow(); this.reachStep();
+    const { spans, hits, run } = this.store, detail = this.model.get("detail");
+    for (const p of this.panels) {
+      const seen = [run, this.cursor, ...(p === this.heat || p === this.dist ? [detail] : p === this.time ? [spans.n] : [hits.n])];
+      if (all || !p.seen || seen.some((value, i) => value !== p.seen[i])) p.redraw();
+      p.seen = seen;
+    }
+    this.measure();
+  }
 
   buildHead() {
     const head = make("div", "hi-head", this.root);
@@ -158,7 +163,9 @@ class Board {
   buildText(section) {
     this.text = make("div", "hi-text", section);
     this.text.tabIndex = 0; this.text.setAttribute("role", "listbox"); this.text.setAttribute("aria-label", "tokens; left and right choose one");
-    section.note.textContent = "question in grey, answer in black; click a token to mark its step everywhere";
+    section.note.textContent = "question in grey, answer in bold; click a token to mark its step everywhere";
+    this.older = make("button", "hi-button", section.bar); this.older.type = "button"; this.older.hidden = true;
+    this.older.addEventListener("click", () => { this.wholeText = true; this.shownRun = null; this.drawText(); });
     this.text.addEventListener("click", (e) => { const i = e.target.dataset?.i; if (i) this.pick(+i); });
     this.text.addEventListener("keydown", (e) => {
       const go = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
@@ -170,13 +177,20 @@ class Board {
   pick(i) { const t = this.store.tokens[i]; if (t) this.point({ step: t[1] === this.cursor.step ? null : t[1] }); }
   drawText() {
     if (!this.text) return;
-    if (this.shown > this.store.tokens.length || this.shownRun !== this.store.run) { this.text.replaceChildren(); this.shown = 0; this.shownRun = this.store.run; }
+    if (this.shown > this.store.tokens.length || this.shownRun !== this.store.run) {
+      if (this.shownRun != null) this.wholeText = false;
+      this.text.replaceChildren(); this.shown = 0; this.shownRun = this.store.run;
+    }
     const grew = this.shown < this.store.tokens.length;
+    if (!this.wholeText) this.shown = Math.max(this.shown, this.store.tokens.length - NEWEST);
     for (; this.shown < this.store.tokens.length; this.shown++) {
       const [text, step, ms, asked] = this.store.tokens[this.shown];
       const el = make("span", asked ? "hi-asked" : "hi-answer", this.text, text || "·");
       el.dataset.i = this.shown; el.dataset.step = step; el.title = `step ${step}, at ${number(ms, 1)} ms`; el.setAttribute("role", "option");
     }
+    if (!this.wholeText) while (this.text.childElementCount > NEWEST) this.text.firstChild.remove();
+    const hidden = this.store.tokens.length - this.text.childElementCount;
+    this.older.hidden = !hidden; this.older.textContent = `show ${number(hidden)} older tokens`;
     for (const el of this.text.querySelectorAll(".hi-on")) if (+el.dataset.step !== this.cursor.step) el.classList.remove("hi-on");
     if (this.cursor.step != null) for (const el of this.text.querySelectorAll(`[data-step="${this.cursor.step}"]`)) el.classList.add("hi-on");
     if (grew) this.text.scrollTop = this.text.scrollHeight;
@@ -275,7 +289,7 @@ class Board {
     const hits = this.store.hits, n = hits.layers.length, x = 46, y = 4, w = width - x - 12;
     if (!n) { this.layersFrame = null; return; }
     this.height = Math.max(90, Math.min(420, n * 14 + 34));
-    if (this.hitsByLayer.height !== this.height) { this.hitsByLayer.height = this.height; this.hitsByLayer.redraw(); return; }
+    if (this.hitsByLayer.height !== this.height) { this.hitsByLayer.height = this.height; this.hitsByLayer.now(); return; }
     const h = (height - y - 30) / n, colours = Object.values(this.palette.tiers), step = this.cursor.step;
     this.layersFrame = { y, h, n };
     for (let l = 0; l < n; l++) {
@@ -357,7 +371,7 @@ class Board {
     const spans = this.store.spans;
     if (!this.view) this.view = { from: spans.t0, to: spans.t1 };
     const need = timelineHeight(spans);
-    if (this.time.height !== need) { this.time.height = need; this.time.redraw(); return; }
+    if (this.time.height !== need) { this.time.height = need; this.time.now(); return; }
     const before = this.stat?.shown;
     this.stat = drawTimeline(ctx, width, spans, this.view, { theme, palette: this.palette, cursor: this.cursor.step });
     if (this.stat.shown !== before) this.measure();
@@ -372,7 +386,7 @@ class Board {
       const from = Math.max(v.from, spans.t0), to = Math.min(v.to, spans.t1);
       this.overlap = spans.overlap(from, to);
       const busy = LANES.map((name) => [name, spans.busy([name], from, to)]).filter(([, ms]) => ms > 0).map(([name, ms]) => `${name} ${percent(ms / (to - from))}`).join(", ");
-      const some = spans.lanes.some((l) => l.modelled.subarray(0, l.n).some(Boolean));
+      const some = spans.lanes.some((l) => l.holdsModelled);
       this.line.note.textContent = `${number(to - from, to - from < 10 ? 2 : 0)} ms in view; overlap ${percent(this.overlap)} of the shorter side; busy: ${busy}${some ? "; holds modelled spans" : ""}`;
       const stat = this.stat ?? { shown: 0, merged: 0 };
       this.spoken.textContent = this.marked ? this.describe(this.marked) : `${number(stat.shown)} of ${number(spans.n)} spans in view` + (stat.merged ? `, ${number(stat.merged)} of them narrower than a pixel and drawn as one with a neighbour` : "") + "; none left out";
@@ -472,7 +486,7 @@ const board = {
   render({ model, el }) {
     const store = storeOf(model), board = new Board(model, store, make("div", "", el));
     store.views.add(board);
-    const theme = new MutationObserver(() => board.refresh());
+    const theme = new MutationObserver(() => board.refresh(true));
     theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
     board.refresh();
     return () => { store.views.delete(board); theme.disconnect(); for (const p of board.panels) p.watch.disconnect(); };

@@ -44,7 +44,7 @@ MAY = {
     "session": {"config", "cache", "systems", "tiers"},
     "assets": {"config"},
     "longbench": {"config", "assets", "cache", "systems", "evaluator", "pipeline"},
-    "workbench": {"assets", "cache", "config", "demo", "evaluator", "longbench", "pipeline", "systems"},
+    "workbench": {"assets", "cache", "config", "demo", "evaluator", "longbench", "pipeline", "session", "systems"},
     "calibrate": {"cache", "demo", "pipeline", "systems", "tiers"},
     "replay_command": {"cli", "config", "pipeline", "workbench"},
 }

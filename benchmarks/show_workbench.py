@@ -1,13 +1,14 @@
 """`make show-workbench`: every claim about the workbench that a machine can check, measured again.
 
 MINUTES=10 makes the long run that long (default 1); PAIRS sets how many pairs of windows the slow-down
-is measured with. `python -m benchmarks.show_workbench canvas live sizes tests` does some of it.
+is measured with. `python -m benchmarks.show_workbench canvas cost traffic sizes tests` does some of it.
 """
 
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def peak(at: list[float], amount: list[float], seconds: float = 3.0) -> float:
     return best / seconds
 
 
-def live() -> list[Claim]:
+def in_lab(*checks: Callable[[Notebook], list[Claim]]) -> list[Claim]:
     """A dashboard in a real JupyterLab, seen by a real Chromium on the same cores that generate."""
     import jupytext
 
@@ -113,16 +114,15 @@ def live() -> list[Claim]:
                 notebook.run_cell(index)
             notebook.wait_board("b.time")
             page.evaluate("() => document.querySelector('.hi-board').scrollIntoView()")
-            claims += slowdown(notebook)
-            page.evaluate(WATCH)
-            claims += long_run(notebook) + ten_minutes(notebook)
+            notebook.ask("from benchmarks import watching")
+            for check in checks:
+                claims += check(notebook)
     return claims
 
 
 def slowdown(notebook: Notebook) -> list[Claim]:
     """ms/token with the dashboard in view against nobody watching, in turns within one run."""
     claims = []
-    notebook.ask("from benchmarks import watching")
     for system in ("hillinfer", "full"):
         notebook.ask(f"watching.own_text(workbench, '{system}', 6000)")
         said = notebook.ask(f"watching.windows(workbench, {PAIRS}, 2.0)").split()
@@ -138,6 +138,7 @@ def slowdown(notebook: Notebook) -> list[Claim]:
 def long_run(notebook: Notebook) -> list[Claim]:
     """Generation for minutes: how often the page paints, what Jupyter carries, and whether the end arrives."""
     notebook.ask("watching.own_text(workbench, 'hillinfer', 6000)")
+    notebook.page.evaluate(WATCH)
     held = notebook.ask(f"watching.for_minutes(workbench, {MINUTES})")
     paints = notebook.page.evaluate("() => window.seen.paints")
     gaps = [b - a for a, b in pairwise(paints)]
@@ -195,7 +196,8 @@ def all_tests() -> list[Claim]:
 
 
 def main(wanted: list[str]) -> int:
-    parts = {"canvas": canvas, "live": live, "sizes": sizes, "tests": all_tests}
+    parts = {"canvas": canvas, "cost": lambda: in_lab(slowdown), "traffic": lambda: in_lab(long_run, ten_minutes)}
+    parts |= {"sizes": sizes, "tests": all_tests}
     return verdict([claim for name in wanted or parts for claim in parts[name]()])
 
 

@@ -79,8 +79,9 @@ class Board(anywidget.AnyWidget):
         with self._writing:
             while self._send_rows():
                 pass
-            self.state = self.source.status()
-            self._look()
+            with self.hold_sync():  # one message for both
+                self.state = self.source.status()
+                self._look()
 
     def _send_rows(self) -> bool:
         """One message of new rows; whether there may be more."""

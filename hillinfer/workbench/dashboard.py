@@ -21,7 +21,7 @@ from hillinfer.workbench.differences import differences
 from hillinfer.workbench.interrupt import stop_at_interrupt, where_shown
 from hillinfer.workbench.live import Case, LiveRun
 
-HZ = 3  # paints a second: a page that is watched while both cores compute
+HZ = 2.5  # paints a second: a page that is watched while both cores compute
 LOOKS = {
     "sampled (2 % of time)": (0.02, False),
     "every step": (None, False),

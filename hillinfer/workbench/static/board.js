@@ -87,7 +87,7 @@ function canvasPanel(parent, height, label, draw) {
       draw(ctx, width, h, theme);
       panel.drawMs = performance.now() - began; panel.frame++;
     },
-    redraw() { if (!queued) { queued = true; requestAnimationFrame(panel.now); } },
+    redraw() { if (!queued) { queued = true; requestAnimationFrame(() => { if (queued) panel.now(); }); } },
   };
   panel.watch = new ResizeObserver(panel.redraw);
   panel.watch.observe(canvas);
@@ -123,15 +123,15 @@ class Board {
   panel(parent, height, label, draw) { const p = canvasPanel(parent, height, label, draw); this.panels.push(p); return p; }
   get cursor() { return this.model.get("cursor"); }
   point(change) { this.model.set("cursor", { ...this.cursor, ...change }); this.model.save_changes(); }
-  refresh(all) { // only panels whose data changed are drawn again: the run that is watched needs the processor
+  refresh(all) { // all in one frame, and only panels whose data changed: the run that is watched needs the processor
     this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.follow(); this.reachStep();
     const { spans, hits, run } = this.store, detail = this.model.get("detail");
     for (const p of this.panels) {
       const seen = [run, this.cursor, ...(p === this.heat || p === this.dist ? [detail] : p === this.time ? [spans.n] : [hits.n])];
-      if (all || !p.seen || seen.some((value, i) => value !== p.seen[i])) p.redraw();
+      if (all || !p.seen || seen.some((value, i) => value !== p.seen[i])) p.now();
       p.seen = seen;
     }
-    this.measure();
+    this.measureNow();
   }
 
   buildHead() {
@@ -377,21 +377,20 @@ class Board {
     if (this.stat.shown !== before) this.measure();
     if (this.marked) { const { lane, i } = this.marked, l = spans.lanes[lane], k = this.plot() / (this.view.to - this.view.from); let y = TOP; for (let a = 0; a < lane; a++) y += spans.lanes[a].tracks * ROW + 6; ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(LEFT + (l.start[i] - this.view.from) * k, y + l.track[i] * ROW, Math.max(2, (l.end[i] - l.start[i]) * k), ROW - 3); ctx.lineWidth = 1; }
   }
-  measure() { // numbers of what is in view; not at every frame
-    if (!this.time || this.measuring) return;
-    this.measuring = setTimeout(() => {
-      this.measuring = null;
-      const spans = this.store.spans, v = this.view;
-      if (!v || !spans.n) { this.line.note.textContent = ""; return; }
-      const from = Math.max(v.from, spans.t0), to = Math.min(v.to, spans.t1);
-      this.overlap = spans.overlap(from, to);
-      const busy = LANES.map((name) => [name, spans.busy([name], from, to)]).filter(([, ms]) => ms > 0).map(([name, ms]) => `${name} ${percent(ms / (to - from))}`).join(", ");
-      const some = spans.lanes.some((l) => l.holdsModelled);
-      this.line.note.textContent = `${number(to - from, to - from < 10 ? 2 : 0)} ms in view; overlap ${percent(this.overlap)} of the shorter side; busy: ${busy}${some ? "; holds modelled spans" : ""}`;
-      const stat = this.stat ?? { shown: 0, merged: 0 };
-      this.spoken.textContent = this.marked ? this.describe(this.marked) : `${number(stat.shown)} of ${number(spans.n)} spans in view` + (stat.merged ? `, ${number(stat.merged)} of them narrower than a pixel and drawn as one with a neighbour` : "") + "; none left out";
-      if (!this.table.hidden) this.fillTable();
-    }, 120);
+  measure() { if (this.time) this.measuring ??= setTimeout(() => this.measureNow(), 120); } // not at every frame of a zoom
+  measureNow() { // numbers of what is in view
+    clearTimeout(this.measuring); this.measuring = null;
+    const spans = this.store.spans, v = this.view;
+    if (!this.time) return;
+    if (!v || !spans.n) { this.line.note.textContent = ""; return; }
+    const from = Math.max(v.from, spans.t0), to = Math.min(v.to, spans.t1);
+    this.overlap = spans.overlap(from, to);
+    const busy = LANES.map((name) => [name, spans.busy([name], from, to)]).filter(([, ms]) => ms > 0).map(([name, ms]) => `${name} ${percent(ms / (to - from))}`).join(", ");
+    const some = spans.lanes.some((l) => l.holdsModelled);
+    this.line.note.textContent = `${number(to - from, to - from < 10 ? 2 : 0)} ms in view; overlap ${percent(this.overlap)} of the shorter side; busy: ${busy}${some ? "; holds modelled spans" : ""}`;
+    const stat = this.stat ?? { shown: 0, merged: 0 };
+    this.spoken.textContent = this.marked ? this.describe(this.marked) : `${number(stat.shown)} of ${number(spans.n)} spans in view` + (stat.merged ? `, ${number(stat.merged)} of them narrower than a pixel and drawn as one with a neighbour` : "") + "; none left out";
+    if (!this.table.hidden) this.fillTable();
   }
   describe({ lane, i }) {
     const spans = this.store.spans, l = spans.lanes[lane];
@@ -457,27 +456,35 @@ class Board {
     const steps = Math.max(1, this.store.hits.steps.size), cell = (name, value, hint) => { const d = make("div", "", null); make("b", "", d, value); make("span", "", d, name); d.title = hint ?? ""; return d; };
     const held = Object.entries(s.memory ?? {}).filter(([, v]) => v).map(([k, v]) => cell(k === "drive" ? "on the drive (reserved)" : `in memory: ${k === "device" || k === "host" ? "KV, " + k : k === "hits" ? "hit table" : "key codes"}`, bytes(v), `${number(v)} bytes`));
     const lanes = LANES.map((name, i) => [name, spans.lanes[i].bytes]).filter(([, v]) => v).map(([name, v]) => cell(`${name} lane, per token`, bytes(v / steps), `${number(v)} bytes in ${steps} steps`));
-    this.memory.replaceChildren(...held, ...lanes);
+    const cells = [...held, ...lanes], said = cells.map((one) => one.textContent).join();
+    if (said !== this.memorySaid) { this.memorySaid = said; this.memory.replaceChildren(...cells); }
     this.memorySection.note.textContent = "held now; and bytes that the spans of each lane handled, measured";
   }
 }
 
+const TOGETHER = 40; // ms
 const stores = new WeakMap();
 function storeOf(model) {
   if (stores.has(model)) return stores.get(model);
   const store = new Store();
   stores.set(model, store);
   store.views = new Set();
-  store.refresh = () => { if (!store.queued) { store.queued = true; requestAnimationFrame(() => { store.queued = false; for (const board of store.views) board.refresh(); }); } };
+  store.refresh = (wait = 0) => { // rows, state and attention come as three messages: wait for all, and draw once
+    if (store.queued) return;
+    store.queued = true;
+    const draw = () => requestAnimationFrame(() => { store.queued = false; for (const board of store.views) board.refresh(); });
+    if (wait) setTimeout(draw, wait); else draw();
+  };
   model.on("msg:custom", (message, buffers) => {
     if (message.kind === "file") return save(message.name, new Blob(buffers, { type: message.type }));
     if (message.kind !== "more") return;
     const began = performance.now();
     if (!store.take(message, buffers)) { if (!store.asked) { store.asked = true; model.send({ kind: "have", run: store.run, have: store.have() }); } return; }
     store.asked = false; store.tookMs = performance.now() - began; store.messages = (store.messages ?? 0) + 1;
-    store.refresh();
+    store.refresh(store.messages > 1 ? TOGETHER : 0);
   });
-  for (const name of ["state", "cursor", "detail"]) model.on("change:" + name, store.refresh);
+  for (const name of ["state", "detail"]) model.on("change:" + name, () => store.refresh(TOGETHER));
+  model.on("change:cursor", () => store.refresh());
   model.send({ kind: "have", run: null, have: store.have() });
   return store;
 }

@@ -96,6 +96,7 @@ function canvasPanel(parent, height, label, draw) {
 
 const NEWEST = 2000; // tokens in the page at once: to lay out more of them at every paint would slow the run down
 function axisText(ctx, theme, x, y, text, align = "left") { ctx.fillStyle = theme.faint; ctx.textAlign = align; ctx.fillText(text, x, y); ctx.textAlign = "left"; }
+function upright(ctx, theme, x, y, text) { ctx.save(); ctx.translate(x, y); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, text, "center"); ctx.restore(); }
 
 class Board {
   constructor(model, store, root) {
@@ -233,7 +234,7 @@ class Board {
     for (let l = 0; l < layers; l += every(layers, (height - y - 30) / 13)) axisText(ctx, theme, x - 6, y + (l + 0.5) * h, l, "right");
     for (let k = 0; k < heads; k += every(heads, (width - x - 76) / 22)) axisText(ctx, theme, x + (k + 0.5) * w, height - 22, k, "center");
     axisText(ctx, theme, x + heads * w / 2, height - 8, "head", "center");
-    ctx.save(); ctx.translate(9, y + layers * h / 2); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, "layer", "center"); ctx.restore();
+    upright(ctx, theme, 9, y + layers * h / 2, "layer");
     const bx = width - 62, bh = height - y - 30;
     for (let i = 0; i < bh; i++) { ctx.fillStyle = cividis(1 - i / bh); ctx.fillRect(bx, y + i, 10, 1.5); }
     [["100 %", 0], ["10 %", 1 / 3], ["1 %", 2 / 3], ["0.1 %", 1]].forEach(([label, f]) => axisText(ctx, theme, bx + 14, y + 5 + f * (bh - 10), label));
@@ -292,6 +293,7 @@ class Board {
     if (this.hitsByLayer.height !== this.height) { this.hitsByLayer.height = this.height; this.hitsByLayer.now(); return; }
     const h = (height - y - 30) / n, colours = Object.values(this.palette.tiers), step = this.cursor.step;
     this.layersFrame = { y, h, n };
+    upright(ctx, theme, 9, y + n * h / 2, "layer");
     for (let l = 0; l < n; l++) {
       const r = step == null ? hits.layers[l] : hits.at(step, l);
       if (!r) continue;

@@ -8,8 +8,8 @@ from hillinfer.workbench.figures import LAYOUT
 
 
 def sweep_figure(frame: pd.DataFrame, x: str = "context", title: str = "") -> go.Figure:
-    """Milliseconds per step against `x`: a colour and a marker for each system, a dash for each batch; one profile and model at a
-    time, chosen by the menu.
+    """Milliseconds per step against `x`: a colour and a marker for each system, a dash for each batch; one
+    profile and model at a time, chosen by the menu.
     """
     figure, views = go.Figure(), []
     looks = {system: palette.line(i) for i, system in enumerate(frame.system.unique())}

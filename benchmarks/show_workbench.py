@@ -83,7 +83,7 @@ WATCH = """() => {
         seen.bytes.push(JSON.stringify(m.content).length + (m.buffers ?? []).reduce((n, b) => n + b.byteLength, 0));
     });
     const draw = board.refresh.bind(board);
-    const now = () => { if (board.model.get("state").phase === "decode") seen.paints.push(performance.now()); };
+    const now = () => { if (board.store.state.phase === "decode") seen.paints.push(performance.now()); };
     board.refresh = () => { draw(); now(); };
     window.seen = seen;
 }"""

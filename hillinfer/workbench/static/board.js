@@ -26,10 +26,11 @@ function cividis(x) {
 // Rows that only grow: what Python sends once, and again from where we ask.
 class Store {
   constructor() { this.spans = new Spans(); this.clear(); }
-  clear() { this.spans.clear(); this.tokens = []; this.hits = new Hits(); this.asked = false; }
+  clear() { this.spans.clear(); this.tokens = []; this.hits = new Hits(); this.asked = false; this.state = {}; this.detail = {}; }
   have() { return { spans: this.spans.n, hits: this.hits.n, tokens: this.tokens.length }; }
   take(message, buffers) { // false where something before it is missing
     if (message.run !== this.run) { this.clear(); this.run = message.run; }
+    this.state = message.state; this.detail = message.detail ?? this.detail;
     const have = this.have();
     if (["spans", "hits", "tokens"].some((k) => message.from[k] > have[k])) return false;
     if (["spans", "hits", "tokens"].some((k) => message.from[k] < have[k])) return true; // seen
@@ -126,7 +127,7 @@ class Board {
   point(change) { this.model.set("cursor", { ...this.cursor, ...change }); this.model.save_changes(); }
   refresh(all) { // all in one frame, and only panels whose data changed: the run that is watched needs the processor
     this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.follow(); this.reachStep();
-    const { spans, hits, run } = this.store, detail = this.model.get("detail");
+    const { spans, hits, run } = this.store, detail = this.store.detail;
     for (const p of this.panels) {
       const seen = [run, this.cursor, ...(p === this.heat || p === this.dist ? [detail] : p === this.time ? [spans.n] : [hits.n])];
       if (all || !p.seen || seen.some((value, i) => value !== p.seen[i])) p.now();
@@ -143,7 +144,7 @@ class Board {
     this.setting = make("div", "hi-note hi-setting", this.root);
   }
   drawHead() {
-    const s = this.model.get("state");
+    const s = this.store.state;
     if (!this.title || !s.phase) return;
     this.title.textContent = s.title;
     this.setting.textContent = s.setting;
@@ -204,7 +205,7 @@ class Board {
     canvas.tabIndex = 0;
     const cell = (e) => { const b = this.cells; if (!b) return null; const head = Math.floor((e.offsetX - b.x) / b.w), layer = Math.floor((e.offsetY - b.y) / b.h); return head >= 0 && head < b.heads && layer >= 0 && layer < b.layers ? { layer, head } : null; };
     canvas.addEventListener("click", (e) => { const at = cell(e); if (at) this.point(at.layer === this.cursor.layer && at.head === this.cursor.head ? { layer: null, head: null } : at); });
-    canvas.addEventListener("mousemove", (e) => { const at = cell(e), d = this.model.get("detail").heat; canvas.title = at && d ? `layer ${at.layer}, head ${at.head}: ${percent(d.needed[at.layer][at.head], 1)} of the tokens hold 90 % of the attention` + (d.caught ? `; the chosen ones hold ${percent(d.caught[at.layer][at.head], 1)}` : "") : ""; });
+    canvas.addEventListener("mousemove", (e) => { const at = cell(e), d = this.store.detail.heat; canvas.title = at && d ? `layer ${at.layer}, head ${at.head}: ${percent(d.needed[at.layer][at.head], 1)} of the tokens hold 90 % of the attention` + (d.caught ? `; the chosen ones hold ${percent(d.caught[at.layer][at.head], 1)}` : "") : ""; });
     canvas.addEventListener("keydown", (e) => {
       const go = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[e.key], b = this.cells;
       if (!go || !b) return;
@@ -216,13 +217,13 @@ class Board {
   }
   drawSparsityNote() {
     if (!this.sparsity) return;
-    const d = this.model.get("detail").heat;
-    const one = this.model.get("detail").distribution;
+    const d = this.store.detail.heat;
+    const one = this.store.detail.distribution;
     this.distNote.textContent = one ? `layer ${one.layer}, ${one.head == null ? "mean of the heads" : "head " + one.head}, step ${one.step}: share of the attention in blocks of ${one.block} tokens` : "";
-    this.sparsity.note.textContent = d ? `step ${d.step}; share of tokens that holds 90 % of ${d.exact ? "all" : "the chosen tokens'"} attention` : this.model.get("state").looks === false ? "off" : "nothing seen yet";
+    this.sparsity.note.textContent = d ? `step ${d.step}; share of tokens that holds 90 % of ${d.exact ? "all" : "the chosen tokens'"} attention` : this.store.state.looks === false ? "off" : "nothing seen yet";
   }
   drawHeat(ctx, width, height, theme) {
-    const d = this.model.get("detail").heat;
+    const d = this.store.detail.heat;
     if (!d) { axisText(ctx, theme, width / 2, height / 2, "fills while tokens come", "center"); this.cells = null; return; }
     const layers = d.needed.length, heads = d.needed[0].length, x = 46, y = 8, w = (width - x - 76) / heads, h = (height - y - 30) / layers;
     this.cells = { x, y, w, h, layers, heads };
@@ -242,7 +243,7 @@ class Board {
     if (layer != null && layer < layers) { ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(x + (head ?? 0) * w, y + layer * h, (head == null ? heads : 1) * w - 1, h - 1); ctx.lineWidth = 1; }
   }
   drawDistribution(ctx, width, height, theme) {
-    const d = this.model.get("detail").distribution;
+    const d = this.store.detail.distribution;
     if (!d) return;
     const x = 46, y = 6, w = width - x - 12, h = height - y - 42, n = d.mass.length, bw = w / n;
     const floor = -4; // of the logarithm: attention below 0.01 % is not drawn
@@ -355,7 +356,7 @@ class Board {
   pan(share) { const by = share * (this.view.to - this.view.from); this.look(this.view.from + by, this.view.to + by); }
   follow() { // the newest six steps while a run goes on, everything before one has been seen
     if (!this.time) return;
-    const spans = this.store.spans, live = ["prefill", "decode"].includes(this.model.get("state").phase);
+    const spans = this.store.spans, live = ["prefill", "decode"].includes(this.store.state.phase);
     if (!this.following && this.view && this.viewRun === this.store.run) return;
     if (this.viewRun !== this.store.run) { this.following = true; this.viewRun = this.store.run; }
     const step = spans.stepStart.length - 6, from = step > 0 && (live || this.model.get("parts").length > 1) ? spans.stepStart[step] : undefined;
@@ -453,7 +454,7 @@ class Board {
 
   buildMemory(section) { this.memory = make("div", "hi-memory", section); this.memorySection = section; }
   drawMemory() {
-    const s = this.model.get("state"), spans = this.store.spans;
+    const s = this.store.state, spans = this.store.spans;
     if (!this.memory || !s.phase) return;
     const steps = Math.max(1, this.store.hits.steps.size), cell = (name, value, hint) => { const d = make("div", "", null); make("b", "", d, value); make("span", "", d, name); d.title = hint ?? ""; return d; };
     const held = Object.entries(s.memory ?? {}).filter(([, v]) => v).map(([k, v]) => cell(k === "drive" ? "on the drive (reserved)" : `in memory: ${k === "device" || k === "host" ? "KV, " + k : k === "hits" ? "hit table" : "key codes"}`, bytes(v), `${number(v)} bytes`));
@@ -464,29 +465,21 @@ class Board {
   }
 }
 
-const TOGETHER = 40; // ms
 const stores = new WeakMap();
 function storeOf(model) {
   if (stores.has(model)) return stores.get(model);
   const store = new Store();
   stores.set(model, store);
   store.views = new Set();
-  store.refresh = (wait = 0) => { // rows, state and attention come as three messages: wait for all, and draw once
-    if (store.queued) return;
-    store.queued = true;
-    const draw = () => requestAnimationFrame(() => { store.queued = false; for (const board of store.views) board.refresh(); });
-    if (wait) setTimeout(draw, wait); else draw();
-  };
+  store.refresh = () => { if (!store.queued) { store.queued = true; requestAnimationFrame(() => { store.queued = false; for (const board of store.views) board.refresh(); }); } };
   model.on("msg:custom", (message, buffers) => {
     if (message.kind === "file") return save(message.name, new Blob(buffers, { type: message.type }));
     if (message.kind !== "more") return;
-    const began = performance.now();
     if (!store.take(message, buffers)) { if (!store.asked) { store.asked = true; model.send({ kind: "have", run: store.run, have: store.have() }); } return; }
-    store.asked = false; store.tookMs = performance.now() - began; store.messages = (store.messages ?? 0) + 1;
-    store.refresh(store.messages > 1 ? TOGETHER : 0);
+    store.asked = false;
+    store.refresh();
   });
-  for (const name of ["state", "detail"]) model.on("change:" + name, () => store.refresh(TOGETHER));
-  model.on("change:cursor", () => store.refresh());
+  model.on("change:cursor", store.refresh);
   model.send({ kind: "have", run: null, have: store.have() });
   return store;
 }

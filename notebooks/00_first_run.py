@@ -76,4 +76,7 @@ for name, one, other, form in compared(first, second):
 # Workbench(model, tokenizer, drive="/mnt/nvme").show()
 # ```
 #
-# Choose *own text* as the task and paste a document, or keep the synthetic tasks. Next: `01_attention_sparsity`.
+# Choose *own text* as the task and paste a document, or keep the synthetic tasks. A long document is read once if its
+# KV is kept: `workbench.session.value = "report.kv"`, made by the first run and opened by all later ones.
+#
+# Next: `01_attention_sparsity`.

@@ -1,5 +1,7 @@
 """What a watcher sees is what the run did, and the run does not notice."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -80,3 +82,16 @@ def test_a_budget_leaves_steps_out_and_counts_them(models, prompt, tmp_path, mon
     assert max(short.steps) == max(range(1, 8))  # the newest are kept
     step, layers = short.at()
     assert step == 7 and set(layers) == {0, 1, 2} and short.at(0)[0] == min(short.steps)
+
+
+def test_a_look_costs_what_its_step_took_longer(monkeypatch):
+    """Not only what is spent in `take`: records that are shown cannot be attended to in place."""
+    now = [0]
+    monkeypatch.setattr(observe, "time", SimpleNamespace(perf_counter_ns=lambda: now[0]))
+    record, looks = AttentionRecord(budget=0.1), 0
+    for step in range(1000):
+        on = record.wants(0, step)
+        assert record.wants(0, step) == on  # it is asked more than once
+        looks, record._took = looks + on, record._took + on  # 1 in `take`, 10 in all
+        now[0] += 20 if on else 10
+    assert looks + record.left_out == 1000 and looks * 10 / now[0] == pytest.approx(0.1, abs=0.01)

@@ -11,7 +11,7 @@ import pytest
 from hillinfer import UsageError
 from hillinfer.cache import enable
 from hillinfer.demo import load_embedded
-from hillinfer.longbench.runner import ask
+from hillinfer.longbench.runner import ask, feed
 from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.systems import make_cache
 from hillinfer.workbench.differences import compared, differences, first_difference
@@ -113,6 +113,19 @@ def test_differences_are_those_of_the_figures(ended):
     assert sum(rows[f"served by {tier}"][0] for tier in ("device", "host", "drive")) == pytest.approx(1)
     assert "equal, token for token" in differences(ended, ended)
     assert first_difference(ended, ended).endswith("token for token")
+
+
+def test_a_session_takes_the_place_of_the_prefill(embedded, case, ended, tmp_path, monkeypatch):
+    options, kept = dict(alpha=0.2, drive=tmp_path), tmp_path / "document.kv"
+    first = LiveRun(*embedded, case, "hillinfer", options, session=kept)
+    assert first.start().result() == ended.answer and kept.stat().st_mode & 0o777 == 0o600
+    other = LiveRun(*embedded, Case.text(embedded[1], "something else", "", 4), "hillinfer", options, session=kept)
+    with pytest.raises(UsageError, match="another document"):
+        other.start()
+    fed = []
+    monkeypatch.setattr("hillinfer.workbench.live.feed", lambda *args: fed.append(len(args[2])) or feed(*args))
+    again = LiveRun(*embedded, case, "hillinfer", options, session=kept)
+    assert again.start().result() == ended.answer and set(fed) == {1}
 
 
 # What follows needs the widgets.

@@ -37,16 +37,28 @@ class AttentionRecord:
         self.blocks, self.exact, self.budget = blocks, exact, budget
         self.steps: dict[int, dict[int, Seen]] = {}  # complete or growing, oldest first
         self.left_out = 0  # steps that were not looked at, or are kept no longer
-        self._on, self._spent, self._began, self._bytes = False, 0, None, 0
+        self._on, self._bytes, self._step = False, 0, None
+        self._began = self._at = self._spent = self._plain = self._took = 0  # ns
 
     def wants(self, layer: int, step: int) -> bool:
-        """Whether this layer should be shown; decided once a step, at its first layer."""
-        if layer == 0:
-            self._began = self._began or time.perf_counter_ns()
-            elapsed = time.perf_counter_ns() - self._began
-            self._on = self.budget is None or self._spent <= self.budget * elapsed
+        """Whether this layer should be shown; decided once a step, when it is first asked."""
+        if step != self._step:
+            now = time.perf_counter_ns()
+            self._began = self._began or now
+            self._pay(now - self._at)
+            self._step, self._at, self._took = step, now, 0
+            self._on = self.budget is None or self._spent <= self.budget * (now - self._began)
             self.left_out += not self._on
         return self._on
+
+    def _pay(self, took: int) -> None:
+        """What the step before cost: what looking took, or what the step took more than those that nobody looked at,
+        which cannot attend to records in place either.
+        """
+        if self._on:
+            self._spent += max(self._took, took - self._plain if self._plain else 0)
+        elif self._step is not None:
+            self._plain = took if not self._plain else (7 * self._plain + took) // 8
 
     def take(
         self,
@@ -86,7 +98,7 @@ class AttentionRecord:
             oldest = self.steps.pop(next(iter(self.steps)))
             self._bytes -= sum(part.mass.nbytes + part.chosen.nbytes for part in oldest.values())
             self.left_out += 1
-        self._spent += time.perf_counter_ns() - start
+        self._took += time.perf_counter_ns() - start
 
     def at(self, step: int | None = None) -> tuple[int, dict[int, Seen]] | None:
         """The nearest step at or before this one (the newest, by default) and its layers; None before the first."""

@@ -46,57 +46,59 @@ class Board(anywidget.AnyWidget):
     _css = (STATIC / "board.css").read_text()
     parts = traitlets.List().tag(sync=True)
     palette = traitlets.Dict().tag(sync=True)
-    state = traitlets.Dict().tag(sync=True)
     cursor = traitlets.Dict().tag(sync=True)
-    detail = traitlets.Dict().tag(sync=True)
 
     def __init__(self, source: Source | None = None, parts: Sequence[str] = PARTS):
         if unknown := set(parts) - set(PARTS):
             raise UsageError(f"no view {', '.join(sorted(unknown))}; choose of {', '.join(PARTS)}")
-        cursor = dict.fromkeys(("step", "layer", "head"))
-        super().__init__(parts=list(parts), palette=palette.for_browser(), cursor=cursor, detail={}, state={})
+        super().__init__(parts=list(parts), palette=palette.for_browser())
         self._writing = threading.RLock()  # callbacks come from other threads than the painter
         self._run = 0
-        self.messages = self.sent_bytes = 0
         self.show_run(source)
         self.on_msg(self._asked)
-        self.observe(lambda change: self._look(), "cursor")
+        self.observe(lambda change: self._pointed(), "cursor")
 
     def show_run(self, source: Source | None) -> None:
         """Show another run, from its beginning."""
         with self._writing:
-            self.source, self._run = source, self._run + 1
+            self.source, self._run = None, self._run + 1
             self._sent = dict(spans=0, hits=0, tokens=0)
             self._kinds: dict[str, int] = {}
+            self._looked: tuple | None = None  # what `detail` is of
             self._origin: int | None = None
+            self.state, self.detail = {}, {}
+            self._told: tuple | None = None  # state and detail, as they were last sent
             self.cursor = dict.fromkeys(("step", "layer", "head"))
-            self.detail = {}
+            self.source = source
             if source is not None:
                 self.flush()
 
     def flush(self) -> None:
         """Send what came since the last time, and how things stand."""
         with self._writing:
-            while self._send_rows():
-                pass
             self.state = self.source.status()
             self._look()
+            while self._send_news():
+                pass
 
-    def _send_rows(self) -> bool:
-        """One message of new rows; whether there may be more."""
+    def _send_news(self) -> bool:
+        """One message of new rows and how things stand, if any of it is new; whether there may be more.
+
+        One, because each costs the page more than what is in it.
+        """
         source, at = self.source, self._sent
         spans = source.timeline.spans[at["spans"] : at["spans"] + BATCH]
         hits = source.counters.rows[at["hits"] : at["hits"] + BATCH]
         tokens = list(source.tokens[at["tokens"] : at["tokens"] + BATCH])
-        if not (spans or hits or tokens or self.messages == 0):
+        detail = None if self._told and self._told[1] is self.detail else self.detail
+        if not (spans or hits or tokens or detail is not None or self.state != self._told[0]):
             return False
         buffers = [column.tobytes() for column in self._columns(spans)]
         rows = [[getattr(row, name) for name in HITS] for row in hits]
         buffers.append(np.array(rows, np.int32).tobytes())
         message = {"kind": "more", "run": self._run, "from": dict(at), "kinds": list(self._kinds), "tokens": tokens}
-        self.send(message, buffers)
-        self.messages += 1
-        self.sent_bytes += sum(map(len, buffers)) + len(json.dumps(message))
+        self.send(message | {"state": self.state, "detail": detail}, buffers)
+        self._told = self.state, self.detail
         for name, new in (("spans", spans), ("hits", hits), ("tokens", tokens)):
             at[name] += len(new)
         return BATCH in (len(spans), len(hits), len(tokens))
@@ -106,9 +108,10 @@ class Board(anywidget.AnyWidget):
         if spans and self._origin is None:
             self._origin = min(span.start_ns for span in spans)
         origin, kinds = self._origin or 0, self._kinds
+        start = np.array([span.start_ns for span in spans], np.int64)
         return [
-            np.array([(span.start_ns - origin) / 1e6 for span in spans], np.float64),
-            np.array([(span.end_ns - span.start_ns) / 1e6 for span in spans], np.float64),
+            (start - origin) / 1e6,
+            (np.array([span.end_ns for span in spans], np.int64) - start) / 1e6,
             np.array([span.bytes for span in spans], np.float64),
             np.array([LANES.index(span.lane) for span in spans], np.uint8),
             np.array([kinds.setdefault(span.kind, len(kinds)) for span in spans], np.uint8),
@@ -117,19 +120,29 @@ class Board(anywidget.AnyWidget):
             np.array([bool(span.detail.get("modelled")) for span in spans], np.uint8),
         ]
 
+    def _pointed(self) -> None:
+        """A person chose a step, layer or head."""
+        with self._writing:
+            self._look()
+            if self.source is not None:
+                self._send_news()
+
     def _look(self) -> None:
-        """Send the attention at the cursor: a heat map of layers by heads, and one distribution over blocks."""
+        """Take up the attention at the cursor: a heat map of layers by heads, and one distribution over blocks."""
         record = getattr(self.source, "record", None)
         found = record.at(self.cursor["step"]) if record is not None else None
         if found is None:
             return
         step, layers = found
+        where = (self._run, step, self.cursor["layer"], self.cursor["head"])
+        if where == self._looked:  # it is there already
+            return
+        self._looked = where
         rows = [layers[layer] for layer in sorted(layers)]
         heat = {"step": step, "exact": record.exact, "needed": [_list(row.needed / row.n) for row in rows]}
         heat["caught"] = [_list(row.caught) for row in rows] if record.exact else None
         layer = self.cursor["layer"] if self.cursor["layer"] in layers else max(layers)
-        with self._writing:
-            self.detail = {"heat": heat, "distribution": _distribution(step, layer, self.cursor["head"], layers[layer])}
+        self.detail = {"heat": heat, "distribution": _distribution(step, layer, self.cursor["head"], layers[layer])}
 
     def _asked(self, _, message: dict, buffers) -> None:
         """The browser lacks rows (it was loaded, or a message was lost), or a person wants a file."""
@@ -139,7 +152,8 @@ class Board(anywidget.AnyWidget):
             if message["kind"] == "have":
                 current = message["run"] == self._run
                 self._sent = dict(message["have"]) if current else dict(spans=0, hits=0, tokens=0)
-                while self._send_rows():
+                self._told = None
+                while self._send_news():
                     pass
             elif message["what"] == "trace":
                 data = gzip.compress(json.dumps(self.source.timeline.chrome_trace()).encode(), 3)
@@ -157,8 +171,9 @@ class Board(anywidget.AnyWidget):
             columns = self._columns(source.timeline.spans)
             rows = [[getattr(row, name) for name in HITS] for row in source.counters.rows]
             parts = [base64.b64encode(part.tobytes()).decode() for part in [*columns, np.array(rows, np.int32)]]
-            traits = {name: getattr(self, name) for name in ("parts", "palette", "state", "cursor", "detail")}
+            traits = {name: getattr(self, name) for name in ("parts", "palette", "cursor")}
             message = {"kind": "more", "run": 1, "from": dict(spans=0, hits=0, tokens=0), "kinds": list(self._kinds)}
+            message |= {"state": self.state, "detail": self.detail}
             message["tokens"] = [list(token) for token in source.tokens]
         data = json.dumps({"traits": traits, "message": message, "buffers": parts}).replace("<", "\\u003c")
         page = (STATIC / "page.html").read_text()

@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 
 from hillinfer.evaluator.cec import CLOCK, DEVICE, MEMORIES, configurations
 from hillinfer.workbench.figures import LAYOUT
+from hillinfer.workbench.palette import COLOURS
 
 
 def cec_frame(clock: float = CLOCK) -> pd.DataFrame:
@@ -27,19 +28,20 @@ def cec_frame(clock: float = CLOCK) -> pd.DataFrame:
 def pareto_figure(memory: str = "DDR4 measured", clock: float = CLOCK) -> go.Figure:
     """Rate against the largest share of the device; a line joins those that no other beats in both, by precision."""
     figure = go.Figure()
-    for bits in (8, 4):
+    for bits, colour in ((8, COLOURS["link"]), (4, COLOURS["choose"])):
         own = sorted((c for c in configurations() if c.bits == bits), key=lambda c: c.share())
         rates = [c.tokens_per_second(MEMORIES[memory], clock) / 1e6 for c in own]
         best = [i for i, rate in enumerate(rates) if rate > max(rates[:i], default=0)]
         shares = [100 * c.share() for c in own]
         names = [f"{c.name}<br>recall {c.recall['0.1']:.3f}" for c in own]
         figure.add_scatter(x=shares, y=rates, mode="markers", name=f"INT{bits}", text=names, hoverinfo="text+x+y")
+        figure.data[-1].marker = dict(color=colour, size=10)
         figure.add_scatter(
             x=[shares[i] for i in best],
             y=[rates[i] for i in best],
             mode="lines",
             name=f"INT{bits} best",
-            line_shape="hv",
+            line=dict(shape="hv", color=colour),
         )
     title = f"Evaluation kernel, keys from {memory}, {clock / 1e6:.0f} MHz assumed (rates modelled)"
     figure.update_layout(**LAYOUT, title=title)

@@ -21,7 +21,7 @@ from hillinfer.workbench.differences import differences
 from hillinfer.workbench.interrupt import stop_at_interrupt, where_shown
 from hillinfer.workbench.live import Case, LiveRun
 
-HZ = 4  # paints a second: a page that is watched while both cores compute
+HZ = 2.5  # paints a second: a page that is watched while both cores compute
 LOOKS = {
     "sampled (2 % of time)": (0.02, False),
     "every step": (None, False),
@@ -92,6 +92,7 @@ class Workbench:
         self.kind = chosen("drive kind", {"an SSD": "ssd", "emulated SmartSSD": "emulated"}, "ssd")
         self.pacing = chosen("pacing", {"as fast as it is": False, "a SmartSSD's rates": True}, False)
         self.folder = control(w.Text, "drive folder", value=drive)
+        self.session = control(w.Text, "session file", placeholder="none: the document is read anew")
         self.looks = chosen("attention", list(LOOKS), next(iter(LOOKS)))
         self.run_button = w.Button(description="Run", button_style="primary", icon="play", tooltip="run these settings")
         self.stop_button = w.Button(description="Stop", icon="stop", disabled=True, tooltip="after the token under way")
@@ -135,9 +136,9 @@ class Workbench:
         _shown[where] = self
         stop_at_interrupt(self)
         columns = [
-            [self.task, self.tokens, self.seed, self.text, self.question, self.new_tokens],
-            [self.system, self.alpha, self.precision, self.budget],
-            [self.kind, self.pacing, self.folder, self.looks],
+            [self.task, self.tokens, self.seed, self.text, self.question, self.new_tokens, self.session],
+            [self.system, self.alpha, self.precision, self.looks],
+            [self.kind, self.pacing, self.folder, self.budget],
         ]
         grid = w.GridBox(
             [w.VBox(column) for column in columns],
@@ -177,12 +178,12 @@ class Workbench:
             raise UsageError("a run is under way: stop it first")
         looks = LOOKS[self.looks.value]
         record = AttentionRecord(budget=looks[0], exact=looks[1]) if looks else None
-        run = LiveRun(self.model, self.tokenizer, self.case(), self.system.value, self.options(), record)
+        kept = Path(self.session.value).expanduser() if self.session.value.strip() else None
+        run = LiveRun(self.model, self.tokenizer, self.case(), self.system.value, self.options(), record, kept)
         run.check()
         self.close_painter()
         self.table.value = ""
-        kept = self.runs[-1:] if beside else []
-        self.runs = [*kept, run]
+        self.runs = [*(self.runs[-1:] if beside else []), run]
         boards = self._boards[-1:] if beside else self._boards[:1]
         if len(boards) < len(self.runs):
             boards = [*boards, Board()]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.colors import qualitative
 
+from hillinfer.workbench import palette
 from hillinfer.workbench.figures import LAYOUT
 from hillinfer.workbench.report import write_report
 
@@ -32,7 +32,8 @@ def budget_figure(table: pd.DataFrame, title: str) -> go.Figure:
             x=[rows.alpha.min(), 1] if level else own.alpha,
             y=[*own.score] * (2 if level else 1),
             mode="lines" if level else "lines+markers",
-            line=dict(dash="dot" if level else "solid", color=_colour(i)),
+            line=dict(dash="dot" if level else "solid", color=palette.line(i)[0]),
+            marker_symbol=palette.line(i)[1],
             error_y=None if level else bars,
         )
     figure.update_layout(LAYOUT, title=title, yaxis_title="score (95 % interval)", height=460)
@@ -50,7 +51,8 @@ def bytes_figure(table: pd.DataFrame, title: str) -> go.Figure:
             x=own.KV_attended_KiB_per_token,
             y=own.score,
             mode="lines+markers",
-            line_color=_colour(i),
+            line_color=palette.line(i)[0],
+            marker_symbol=palette.line(i)[1],
             customdata=own[["alpha", "ms_per_token", "drive_KiB_per_token"]],
             hovertemplate="alpha %{customdata[0]}<br>score %{y:.1f}<br>%{x:,.0f} KiB of KV, %{customdata[1]:.1f} ms "
             "and %{customdata[2]:,.0f} KiB from the drive per token",
@@ -65,10 +67,16 @@ def tasks_figure(table: pd.DataFrame, title: str) -> go.Figure:
     rows = table[table.bucket == ""]
     grid = rows.assign(way=rows.system + rows.alpha.map(" {:g}".format))
     grid = grid.pivot_table(index="way", columns="task", values="score", sort=False)
-    figure = go.Figure(go.Heatmap(z=grid, x=list(grid.columns), y=list(grid.index), colorscale="Viridis", zmin=0))
+    figure = go.Figure(
+        go.Heatmap(
+            z=grid,
+            x=list(grid.columns),
+            y=list(grid.index),
+            colorscale="Cividis",
+            zmin=0,
+            zmax=100,
+            colorbar_title="score",
+        )
+    )
     figure.update_layout(LAYOUT, title=title, height=200 + 18 * len(grid), yaxis_autorange="reversed")
     return figure
-
-
-def _colour(i: int) -> str:
-    return qualitative.Dark24[i % 24]

@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,10 @@ from hillinfer.config import UsageError
 from hillinfer.longbench.runner import feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
 from hillinfer.pipeline.observe import AttentionRecord
+from hillinfer.pipeline.replay import describe
+from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.timeline import Counters, Timeline
+from hillinfer.session import check_session, open_session, save_session, session_ids
 from hillinfer.systems import find_system, make_cache
 
 CHUNK = 1024  # tokens that are prefilled between two looks at the stop event
@@ -75,6 +79,7 @@ class LiveRun:
     system: str
     options: dict
     record: AttentionRecord | None = None
+    session: Path | None = None  # file of the document's KV: opened if it is there, else made
     phase: str = "waiting"  # prefill, decode, done, stopped, failed
     tokens: list[Token] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
@@ -98,6 +103,10 @@ class LiveRun:
         if window and total > window:
             raise UsageError(f"{total:,} tokens exceed the model's window of {window:,}: take a shorter document")
         plan(self.model.config, settings, total, self.model.dtype)
+        if self.session is not None and self.session.exists():
+            session_ids(self.session, self.case.context)
+        elif self.session is not None:
+            check_session(self.session)
 
     def start(self) -> "LiveRun":
         self.check()
@@ -156,7 +165,7 @@ class LiveRun:
     def _work(self) -> None:
         before = enable(self.model)
         try:
-            with torch.inference_mode(), make_cache(self.model, self.system, **self.options) as cache:
+            with torch.inference_mode(), self._cache() as cache:
                 self._run(cache)
             self.phase = "stopped" if self._stop.is_set() else "done"
         except BaseException as error:
@@ -166,14 +175,24 @@ class LiveRun:
             disable(self.model, before)
             self._finished.set()
 
+    def _cache(self) -> TieredCache:
+        self.phase = "prefill"
+        if self.session is None or not self.session.exists():
+            return make_cache(self.model, self.system, **self.options)
+        cache, ids = open_session(self.session, self.model, self.system, **self.options)
+        self.prefilled = len(ids)
+        return cache
+
     def _run(self, cache: TieredCache) -> None:
-        self.phase, context, start = "prefill", self.case.context, time.perf_counter()
+        context, start = self.case.context, time.perf_counter()
         ends = [0, *range(CHUNK, len(context) - 1, CHUNK), len(context)]  # never a chunk of one: a decode step
-        for first, last in pairwise(ends):
+        for first, last in pairwise(ends if self.prefilled == 0 else ()):
             if self._stop.is_set():
                 return
             feed(self.model, cache, context[first:last])
             self.prefilled = last
+            if self.session is not None and last == len(context):
+                save_session(cache, self.session, self.model, context)
         prefill_s = time.perf_counter() - start
         cache.timeline.clear()  # the figures are of decode steps
         cache.counters.clear()
@@ -184,6 +203,8 @@ class LiveRun:
         self._ended = time.perf_counter()
         self.figures = measured(cache, prefill_s, self._ended - self._decoding)
         self.memory = self.figures["memory"]
+        shape = shape_of(self.model.config.get_text_config(), self.model.dtype.itemsize)
+        self.timeline.about = describe(cache.run, shape, self.system)  # so that a saved trace can be replayed
         if self.case.record is not None and not self._stop.is_set():
             self.right = is_right(self.case.record, self.answer)
 

@@ -33,6 +33,15 @@ TIERS = {
     "drive: demoted before": "#E69F00",
 }
 
+# Lines of many systems: seven colours, and another marker where they begin again.
+LINES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#111111")
+MARKERS = ("circle", "square", "diamond", "cross", "triangle-up")
+
+
+def line(i: int) -> tuple[str, str]:
+    """Colour and marker of the i-th of many lines."""
+    return LINES[i % len(LINES)], MARKERS[i // len(LINES) % len(MARKERS)]
+
 
 def colour(kind: str) -> str:
     """Of a kind of span."""

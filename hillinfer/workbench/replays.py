@@ -2,17 +2,17 @@
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.colors import qualitative
 
+from hillinfer.workbench import palette
 from hillinfer.workbench.figures import LAYOUT
 
 
 def sweep_figure(frame: pd.DataFrame, x: str = "context", title: str = "") -> go.Figure:
-    """Milliseconds per step against `x`: a colour for each system, a dash for each batch; one profile and model at a
-    time, chosen by the menu.
+    """Milliseconds per step against `x`: a colour and a marker for each system, a dash for each batch; one
+    profile and model at a time, chosen by the menu.
     """
     figure, views = go.Figure(), []
-    colours = dict(zip(frame.system.unique(), qualitative.Dark24 * 4, strict=False))
+    looks = {system: palette.line(i) for i, system in enumerate(frame.system.unique())}
     dashes = dict(zip(sorted(frame.batch.unique()), ("solid", "dash", "dot", "dashdot", "longdash") * 9, strict=False))
     for key, part in frame.groupby(["profile", "model", "alpha"], sort=False):
         before = len(figure.data)
@@ -20,7 +20,8 @@ def sweep_figure(frame: pd.DataFrame, x: str = "context", title: str = "") -> go
             own = own.groupby(x, as_index=False).agg({"ms": "first", "note": "first"})
             figure.add_scatter(
                 x=own[x], y=own.ms, name=f"{system}, batch {batch}", mode="lines+markers", text=own.note,
-                visible=not views, line=dict(color=colours[system], dash=dashes[batch]),
+                visible=not views, line=dict(color=looks[system][0], dash=dashes[batch]),
+                marker_symbol=looks[system][1],
                 hovertemplate="%{fullData.name}<br>" + x + " %{x:,}<br>%{y:,.1f} ms<br>%{text}<extra></extra>",
             )  # fmt: skip
         views.append((f"{key[0]}, {key[1]}, alpha {key[2]:g}", before, len(figure.data)))

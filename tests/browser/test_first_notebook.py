@@ -16,7 +16,7 @@ pytestmark = [
 SHOTS = Path(os.environ.get("HILLINFER_SHOTS", ROOT / "out" / "browser"))
 CELL = 3  # of the notebook: the one that shows the dashboard
 OURS = "import threading; print([t.name for t in threading.enumerate() if t.name.startswith('hillinfer')])"
-DONE, LIVE = "b.model.get('state').phase === 'done'", "b.model.get('state').phase === 'decode'"
+DONE, LIVE = "b.store.state.phase === 'done'", "b.store.state.phase === 'decode'"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_step_chosen_in_one_view_is_marked_in_all(fresh):
     fresh.button("Run").click()
     fresh.wait_board(DONE)
     fresh.page.locator(".hi-text span").nth(10).click()
-    fresh.wait_board("b.cursor.step !== null && b.model.get('detail').heat.step <= b.cursor.step")
+    fresh.wait_board("b.cursor.step !== null && b.store.detail.heat.step <= b.cursor.step")
     [step] = fresh.boards("b.cursor.step")
     assert int(fresh.ask("print(workbench.runs[-1].tokens[10].step)")) == step
     fresh.wait_board(
@@ -97,11 +97,11 @@ def test_a_step_chosen_in_one_view_is_marked_in_all(fresh):
     )
     box = fresh.page.locator(".hi-section canvas").first.bounding_box()
     fresh.page.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + 0.4 * box["height"])
-    fresh.wait_board("b.cursor.layer !== null && b.model.get('detail').distribution.head === b.cursor.head")
+    fresh.wait_board("b.cursor.layer !== null && b.store.detail.distribution.head === b.cursor.head")
     shot(fresh, "linked")
     wanted = "s = workbench.runs[-1].record.at({0[step]})[1][{0[layer]}]; print(s.mass[{0[head]}].tolist())"
     [cursor] = fresh.boards("b.cursor")
-    [mass] = fresh.boards("b.model.get('detail').distribution.mass")
+    [mass] = fresh.boards("b.store.detail.distribution.mass")
     assert json.loads(fresh.ask(wanted.format(cursor))) == pytest.approx(mass, abs=1e-3)
 
 
@@ -168,7 +168,7 @@ def test_stop_ends_within_one_token(fresh):
         "r.stop = noted"
     )
     fresh.button("Stop").click()
-    fresh.wait_board("b.model.get('state').phase === 'stopped'")
+    fresh.wait_board("b.store.state.phase === 'stopped'")
     asked, ended = map(int, fresh.ask("print(r.at_stop, len(r.tokens))").split())
     assert 30 < ended <= asked + 1
     assert fresh.ask(OURS) == "[]"
@@ -189,7 +189,7 @@ def test_interrupt_stops_a_run_between_cells_and_in_one(fresh):
     fresh.button("Run").click()
     fresh.wait_board(f"{LIVE} && b.store.tokens.length > 10")
     fresh.interrupt()
-    fresh.wait_board("b.model.get('state').phase === 'stopped'")
+    fresh.wait_board("b.store.state.phase === 'stopped'")
     fresh.page.wait_for_timeout(500)
     assert fresh.ask(OURS) == "[]"
     fresh.page.evaluate(

@@ -26,10 +26,11 @@ function cividis(x) {
 // Rows that only grow: what Python sends once, and again from where we ask.
 class Store {
   constructor() { this.spans = new Spans(); this.clear(); }
-  clear() { this.spans.clear(); this.tokens = []; this.hits = new Hits(); this.asked = false; }
+  clear() { this.spans.clear(); this.tokens = []; this.hits = new Hits(); this.asked = false; this.state = {}; this.detail = {}; }
   have() { return { spans: this.spans.n, hits: this.hits.n, tokens: this.tokens.length }; }
   take(message, buffers) { // false where something before it is missing
     if (message.run !== this.run) { this.clear(); this.run = message.run; }
+    this.state = message.state; this.detail = message.detail ?? this.detail;
     const have = this.have();
     if (["spans", "hits", "tokens"].some((k) => message.from[k] > have[k])) return false;
     if (["spans", "hits", "tokens"].some((k) => message.from[k] < have[k])) return true; // seen
@@ -46,26 +47,21 @@ class Store {
 
 const PART = { step: 0, layer: 1, queries: 2, device: 3, host: 4, drive: 5, demoted: 6, prefetched: 7 };
 class Hits { // who served which step and layer: sums for each step over all layers, and for each layer over all steps
-  constructor() { this.n = 0; this.steps = new Map(); this.layers = []; this.first = null; this.last = null; }
+  constructor() { this.n = 0; this.steps = new Map(); this.sums = new Map(); this.layers = []; this.first = null; this.last = null; }
   add(rows) {
     for (let i = 0; i < rows.length; i += 8) {
       const step = rows[i], layer = rows[i + 1];
       this.first ??= step; this.last = step;
-      if (!this.steps.has(step)) this.steps.set(step, []);
+      if (!this.steps.has(step)) { this.steps.set(step, []); this.sums.set(step, new Float64Array(6)); }
       const r = rows.subarray(i + 2, i + 8), mine = this.steps.get(step);
       mine[layer] = r;
-      const sum = (this.layers[layer] ??= new Float64Array(6));
-      for (let k = 0; k < 6; k++) sum[k] += r[k];
+      const sum = (this.layers[layer] ??= new Float64Array(6)), all = this.sums.get(step);
+      for (let k = 0; k < 6; k++) { sum[k] += r[k]; all[k] += r[k]; }
       this.n++;
     }
   }
   at(step, layer) {
-    const rows = this.steps.get(step);
-    if (!rows) return null;
-    if (layer != null) return rows[layer] ?? null;
-    const sum = new Float64Array(6);
-    for (const r of rows) if (r) for (let k = 0; k < 6; k++) sum[k] += r[k];
-    return sum;
+    return (layer == null ? this.sums.get(step) : this.steps.get(step)?.[layer]) ?? null;
   }
 }
 const shares = (r) => { const q = Math.max(1, r[0]); return [r[1] / q, r[2] / q, (r[3] - r[4]) / q, r[4] / q]; }; // parallel to palette.tiers
@@ -92,14 +88,16 @@ function canvasPanel(parent, height, label, draw) {
       draw(ctx, width, h, theme);
       panel.drawMs = performance.now() - began; panel.frame++;
     },
-    redraw() { if (!queued) { queued = true; requestAnimationFrame(panel.now); } },
+    redraw() { if (!queued) { queued = true; requestAnimationFrame(() => { if (queued) panel.now(); }); } },
   };
   panel.watch = new ResizeObserver(panel.redraw);
   panel.watch.observe(canvas);
   return panel;
 }
 
+const NEWEST = 2000; // tokens in the page at once: to lay out more of them at every paint would slow the run down
 function axisText(ctx, theme, x, y, text, align = "left") { ctx.fillStyle = theme.faint; ctx.textAlign = align; ctx.fillText(text, x, y); ctx.textAlign = "left"; }
+function upright(ctx, theme, x, y, text) { ctx.save(); ctx.translate(x, y); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, text, "center"); ctx.restore(); }
 
 class Board {
   constructor(model, store, root) {
@@ -127,7 +125,16 @@ class Board {
   panel(parent, height, label, draw) { const p = canvasPanel(parent, height, label, draw); this.panels.push(p); return p; }
   get cursor() { return this.model.get("cursor"); }
   point(change) { this.model.set("cursor", { ...this.cursor, ...change }); this.model.save_changes(); }
-  refresh() { this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.follow(); this.reachStep(); for (const p of this.panels) p.redraw(); this.measure(); }
+  refresh(all) { // all in one frame, and only panels whose data changed: the run that is watched needs the processor
+    this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.follow(); this.reachStep();
+    const { spans, hits, run } = this.store, detail = this.store.detail;
+    for (const p of this.panels) {
+      const seen = [run, this.cursor, ...(p === this.heat || p === this.dist ? [detail] : p === this.time ? [spans.n] : [hits.n])];
+      if (all || !p.seen || seen.some((value, i) => value !== p.seen[i])) p.now();
+      p.seen = seen;
+    }
+    this.measureNow();
+  }
 
   buildHead() {
     const head = make("div", "hi-head", this.root);
@@ -137,7 +144,7 @@ class Board {
     this.setting = make("div", "hi-note hi-setting", this.root);
   }
   drawHead() {
-    const s = this.model.get("state");
+    const s = this.store.state;
     if (!this.title || !s.phase) return;
     this.title.textContent = s.title;
     this.setting.textContent = s.setting;
@@ -158,7 +165,9 @@ class Board {
   buildText(section) {
     this.text = make("div", "hi-text", section);
     this.text.tabIndex = 0; this.text.setAttribute("role", "listbox"); this.text.setAttribute("aria-label", "tokens; left and right choose one");
-    section.note.textContent = "question in grey, answer in black; click a token to mark its step everywhere";
+    section.note.textContent = "question in grey, answer in bold; click a token to mark its step everywhere";
+    this.older = make("button", "hi-button", section.bar); this.older.type = "button"; this.older.hidden = true;
+    this.older.addEventListener("click", () => { this.wholeText = true; this.shownRun = null; this.drawText(); });
     this.text.addEventListener("click", (e) => { const i = e.target.dataset?.i; if (i) this.pick(+i); });
     this.text.addEventListener("keydown", (e) => {
       const go = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
@@ -170,13 +179,20 @@ class Board {
   pick(i) { const t = this.store.tokens[i]; if (t) this.point({ step: t[1] === this.cursor.step ? null : t[1] }); }
   drawText() {
     if (!this.text) return;
-    if (this.shown > this.store.tokens.length || this.shownRun !== this.store.run) { this.text.replaceChildren(); this.shown = 0; this.shownRun = this.store.run; }
+    if (this.shown > this.store.tokens.length || this.shownRun !== this.store.run) {
+      if (this.shownRun != null) this.wholeText = false;
+      this.text.replaceChildren(); this.shown = 0; this.shownRun = this.store.run;
+    }
     const grew = this.shown < this.store.tokens.length;
+    if (!this.wholeText) this.shown = Math.max(this.shown, this.store.tokens.length - NEWEST);
     for (; this.shown < this.store.tokens.length; this.shown++) {
       const [text, step, ms, asked] = this.store.tokens[this.shown];
       const el = make("span", asked ? "hi-asked" : "hi-answer", this.text, text || "·");
       el.dataset.i = this.shown; el.dataset.step = step; el.title = `step ${step}, at ${number(ms, 1)} ms`; el.setAttribute("role", "option");
     }
+    if (!this.wholeText) while (this.text.childElementCount > NEWEST) this.text.firstChild.remove();
+    const hidden = this.store.tokens.length - this.text.childElementCount;
+    this.older.hidden = !hidden; this.older.textContent = `show ${number(hidden)} older tokens`;
     for (const el of this.text.querySelectorAll(".hi-on")) if (+el.dataset.step !== this.cursor.step) el.classList.remove("hi-on");
     if (this.cursor.step != null) for (const el of this.text.querySelectorAll(`[data-step="${this.cursor.step}"]`)) el.classList.add("hi-on");
     if (grew) this.text.scrollTop = this.text.scrollHeight;
@@ -189,7 +205,7 @@ class Board {
     canvas.tabIndex = 0;
     const cell = (e) => { const b = this.cells; if (!b) return null; const head = Math.floor((e.offsetX - b.x) / b.w), layer = Math.floor((e.offsetY - b.y) / b.h); return head >= 0 && head < b.heads && layer >= 0 && layer < b.layers ? { layer, head } : null; };
     canvas.addEventListener("click", (e) => { const at = cell(e); if (at) this.point(at.layer === this.cursor.layer && at.head === this.cursor.head ? { layer: null, head: null } : at); });
-    canvas.addEventListener("mousemove", (e) => { const at = cell(e), d = this.model.get("detail").heat; canvas.title = at && d ? `layer ${at.layer}, head ${at.head}: ${percent(d.needed[at.layer][at.head], 1)} of the tokens hold 90 % of the attention` + (d.caught ? `; the chosen ones hold ${percent(d.caught[at.layer][at.head], 1)}` : "") : ""; });
+    canvas.addEventListener("mousemove", (e) => { const at = cell(e), d = this.store.detail.heat; canvas.title = at && d ? `layer ${at.layer}, head ${at.head}: ${percent(d.needed[at.layer][at.head], 1)} of the tokens hold 90 % of the attention` + (d.caught ? `; the chosen ones hold ${percent(d.caught[at.layer][at.head], 1)}` : "") : ""; });
     canvas.addEventListener("keydown", (e) => {
       const go = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[e.key], b = this.cells;
       if (!go || !b) return;
@@ -201,13 +217,13 @@ class Board {
   }
   drawSparsityNote() {
     if (!this.sparsity) return;
-    const d = this.model.get("detail").heat;
-    const one = this.model.get("detail").distribution;
+    const d = this.store.detail.heat;
+    const one = this.store.detail.distribution;
     this.distNote.textContent = one ? `layer ${one.layer}, ${one.head == null ? "mean of the heads" : "head " + one.head}, step ${one.step}: share of the attention in blocks of ${one.block} tokens` : "";
-    this.sparsity.note.textContent = d ? `step ${d.step}; share of tokens that holds 90 % of ${d.exact ? "all" : "the chosen tokens'"} attention` : this.model.get("state").looks === false ? "off" : "nothing seen yet";
+    this.sparsity.note.textContent = d ? `step ${d.step}; share of tokens that holds 90 % of ${d.exact ? "all" : "the chosen tokens'"} attention` : this.store.state.looks === false ? "off" : "nothing seen yet";
   }
   drawHeat(ctx, width, height, theme) {
-    const d = this.model.get("detail").heat;
+    const d = this.store.detail.heat;
     if (!d) { axisText(ctx, theme, width / 2, height / 2, "fills while tokens come", "center"); this.cells = null; return; }
     const layers = d.needed.length, heads = d.needed[0].length, x = 46, y = 8, w = (width - x - 76) / heads, h = (height - y - 30) / layers;
     this.cells = { x, y, w, h, layers, heads };
@@ -219,7 +235,7 @@ class Board {
     for (let l = 0; l < layers; l += every(layers, (height - y - 30) / 13)) axisText(ctx, theme, x - 6, y + (l + 0.5) * h, l, "right");
     for (let k = 0; k < heads; k += every(heads, (width - x - 76) / 22)) axisText(ctx, theme, x + (k + 0.5) * w, height - 22, k, "center");
     axisText(ctx, theme, x + heads * w / 2, height - 8, "head", "center");
-    ctx.save(); ctx.translate(9, y + layers * h / 2); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, "layer", "center"); ctx.restore();
+    upright(ctx, theme, 9, y + layers * h / 2, "layer");
     const bx = width - 62, bh = height - y - 30;
     for (let i = 0; i < bh; i++) { ctx.fillStyle = cividis(1 - i / bh); ctx.fillRect(bx, y + i, 10, 1.5); }
     [["100 %", 0], ["10 %", 1 / 3], ["1 %", 2 / 3], ["0.1 %", 1]].forEach(([label, f]) => axisText(ctx, theme, bx + 14, y + 5 + f * (bh - 10), label));
@@ -227,7 +243,7 @@ class Board {
     if (layer != null && layer < layers) { ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(x + (head ?? 0) * w, y + layer * h, (head == null ? heads : 1) * w - 1, h - 1); ctx.lineWidth = 1; }
   }
   drawDistribution(ctx, width, height, theme) {
-    const d = this.model.get("detail").distribution;
+    const d = this.store.detail.distribution;
     if (!d) return;
     const x = 46, y = 6, w = width - x - 12, h = height - y - 42, n = d.mass.length, bw = w / n;
     const floor = -4; // of the logarithm: attention below 0.01 % is not drawn
@@ -275,9 +291,10 @@ class Board {
     const hits = this.store.hits, n = hits.layers.length, x = 46, y = 4, w = width - x - 12;
     if (!n) { this.layersFrame = null; return; }
     this.height = Math.max(90, Math.min(420, n * 14 + 34));
-    if (this.hitsByLayer.height !== this.height) { this.hitsByLayer.height = this.height; this.hitsByLayer.redraw(); return; }
+    if (this.hitsByLayer.height !== this.height) { this.hitsByLayer.height = this.height; this.hitsByLayer.now(); return; }
     const h = (height - y - 30) / n, colours = Object.values(this.palette.tiers), step = this.cursor.step;
     this.layersFrame = { y, h, n };
+    upright(ctx, theme, 9, y + n * h / 2, "layer");
     for (let l = 0; l < n; l++) {
       const r = step == null ? hits.layers[l] : hits.at(step, l);
       if (!r) continue;
@@ -339,7 +356,7 @@ class Board {
   pan(share) { const by = share * (this.view.to - this.view.from); this.look(this.view.from + by, this.view.to + by); }
   follow() { // the newest six steps while a run goes on, everything before one has been seen
     if (!this.time) return;
-    const spans = this.store.spans, live = ["prefill", "decode"].includes(this.model.get("state").phase);
+    const spans = this.store.spans, live = ["prefill", "decode"].includes(this.store.state.phase);
     if (!this.following && this.view && this.viewRun === this.store.run) return;
     if (this.viewRun !== this.store.run) { this.following = true; this.viewRun = this.store.run; }
     const step = spans.stepStart.length - 6, from = step > 0 && (live || this.model.get("parts").length > 1) ? spans.stepStart[step] : undefined;
@@ -357,27 +374,26 @@ class Board {
     const spans = this.store.spans;
     if (!this.view) this.view = { from: spans.t0, to: spans.t1 };
     const need = timelineHeight(spans);
-    if (this.time.height !== need) { this.time.height = need; this.time.redraw(); return; }
+    if (this.time.height !== need) { this.time.height = need; this.time.now(); return; }
     const before = this.stat?.shown;
     this.stat = drawTimeline(ctx, width, spans, this.view, { theme, palette: this.palette, cursor: this.cursor.step });
     if (this.stat.shown !== before) this.measure();
     if (this.marked) { const { lane, i } = this.marked, l = spans.lanes[lane], k = this.plot() / (this.view.to - this.view.from); let y = TOP; for (let a = 0; a < lane; a++) y += spans.lanes[a].tracks * ROW + 6; ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(LEFT + (l.start[i] - this.view.from) * k, y + l.track[i] * ROW, Math.max(2, (l.end[i] - l.start[i]) * k), ROW - 3); ctx.lineWidth = 1; }
   }
-  measure() { // numbers of what is in view; not at every frame
-    if (!this.time || this.measuring) return;
-    this.measuring = setTimeout(() => {
-      this.measuring = null;
-      const spans = this.store.spans, v = this.view;
-      if (!v || !spans.n) { this.line.note.textContent = ""; return; }
-      const from = Math.max(v.from, spans.t0), to = Math.min(v.to, spans.t1);
-      this.overlap = spans.overlap(from, to);
-      const busy = LANES.map((name) => [name, spans.busy([name], from, to)]).filter(([, ms]) => ms > 0).map(([name, ms]) => `${name} ${percent(ms / (to - from))}`).join(", ");
-      const some = spans.lanes.some((l) => l.modelled.subarray(0, l.n).some(Boolean));
-      this.line.note.textContent = `${number(to - from, to - from < 10 ? 2 : 0)} ms in view; overlap ${percent(this.overlap)} of the shorter side; busy: ${busy}${some ? "; holds modelled spans" : ""}`;
-      const stat = this.stat ?? { shown: 0, merged: 0 };
-      this.spoken.textContent = this.marked ? this.describe(this.marked) : `${number(stat.shown)} of ${number(spans.n)} spans in view` + (stat.merged ? `, ${number(stat.merged)} of them narrower than a pixel and drawn as one with a neighbour` : "") + "; none left out";
-      if (!this.table.hidden) this.fillTable();
-    }, 120);
+  measure() { if (this.time) this.measuring ??= setTimeout(() => this.measureNow(), 120); } // not at every frame of a zoom
+  measureNow() { // numbers of what is in view
+    clearTimeout(this.measuring); this.measuring = null;
+    const spans = this.store.spans, v = this.view;
+    if (!this.time) return;
+    if (!v || !spans.n) { this.line.note.textContent = ""; return; }
+    const from = Math.max(v.from, spans.t0), to = Math.min(v.to, spans.t1);
+    this.overlap = spans.overlap(from, to);
+    const busy = LANES.map((name) => [name, spans.busy([name], from, to)]).filter(([, ms]) => ms > 0).map(([name, ms]) => `${name} ${percent(ms / (to - from))}`).join(", ");
+    const some = spans.lanes.some((l) => l.holdsModelled);
+    this.line.note.textContent = `${number(to - from, to - from < 10 ? 2 : 0)} ms in view; overlap ${percent(this.overlap)} of the shorter side; busy: ${busy}${some ? "; holds modelled spans" : ""}`;
+    const stat = this.stat ?? { shown: 0, merged: 0 };
+    this.spoken.textContent = this.marked ? this.describe(this.marked) : `${number(stat.shown)} of ${number(spans.n)} spans in view` + (stat.merged ? `, ${number(stat.merged)} of them narrower than a pixel and drawn as one with a neighbour` : "") + "; none left out";
+    if (!this.table.hidden) this.fillTable();
   }
   describe({ lane, i }) {
     const spans = this.store.spans, l = spans.lanes[lane];
@@ -438,12 +454,13 @@ class Board {
 
   buildMemory(section) { this.memory = make("div", "hi-memory", section); this.memorySection = section; }
   drawMemory() {
-    const s = this.model.get("state"), spans = this.store.spans;
+    const s = this.store.state, spans = this.store.spans;
     if (!this.memory || !s.phase) return;
     const steps = Math.max(1, this.store.hits.steps.size), cell = (name, value, hint) => { const d = make("div", "", null); make("b", "", d, value); make("span", "", d, name); d.title = hint ?? ""; return d; };
     const held = Object.entries(s.memory ?? {}).filter(([, v]) => v).map(([k, v]) => cell(k === "drive" ? "on the drive (reserved)" : `in memory: ${k === "device" || k === "host" ? "KV, " + k : k === "hits" ? "hit table" : "key codes"}`, bytes(v), `${number(v)} bytes`));
     const lanes = LANES.map((name, i) => [name, spans.lanes[i].bytes]).filter(([, v]) => v).map(([name, v]) => cell(`${name} lane, per token`, bytes(v / steps), `${number(v)} bytes in ${steps} steps`));
-    this.memory.replaceChildren(...held, ...lanes);
+    const cells = [...held, ...lanes], said = cells.map((one) => one.textContent).join();
+    if (said !== this.memorySaid) { this.memorySaid = said; this.memory.replaceChildren(...cells); }
     this.memorySection.note.textContent = "held now; and bytes that the spans of each lane handled, measured";
   }
 }
@@ -458,12 +475,11 @@ function storeOf(model) {
   model.on("msg:custom", (message, buffers) => {
     if (message.kind === "file") return save(message.name, new Blob(buffers, { type: message.type }));
     if (message.kind !== "more") return;
-    const began = performance.now();
     if (!store.take(message, buffers)) { if (!store.asked) { store.asked = true; model.send({ kind: "have", run: store.run, have: store.have() }); } return; }
-    store.asked = false; store.tookMs = performance.now() - began; store.messages = (store.messages ?? 0) + 1;
+    store.asked = false;
     store.refresh();
   });
-  for (const name of ["state", "cursor", "detail"]) model.on("change:" + name, store.refresh);
+  model.on("change:cursor", store.refresh);
   model.send({ kind: "have", run: null, have: store.have() });
   return store;
 }
@@ -472,7 +488,7 @@ const board = {
   render({ model, el }) {
     const store = storeOf(model), board = new Board(model, store, make("div", "", el));
     store.views.add(board);
-    const theme = new MutationObserver(() => board.refresh());
+    const theme = new MutationObserver(() => board.refresh(true));
     theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
     board.refresh();
     return () => { store.views.delete(board); theme.disconnect(); for (const p of board.panels) p.watch.disconnect(); };

@@ -5,7 +5,7 @@ const ROW = 16, TOP = 22, LEFT = 56, BOTTOM = 18;
 
 class Lane {
   constructor() {
-    this.n = 0; this.tracks = 1; this.longest = 0; this.busy = 0; this.bytes = 0;
+    this.n = 0; this.tracks = 1; this.longest = 0; this.bytes = 0; this.holdsModelled = false;
     this.grow(1024);
   }
   grow(size) {
@@ -16,7 +16,8 @@ class Lane {
     this.modelled = bigger(this.modelled, Uint8Array); this.track = bigger(this.track, Uint8Array);
   }
   add(rows, c) { // row numbers of the batch c; kept sorted by start, and each span on the first track that is free
-    rows.sort((a, b) => c.start[a] - c.start[b] || c.dur[b] - c.dur[a]);
+    const order = (a, b) => c.start[a] - c.start[b] || c.dur[b] - c.dur[a];
+    if (rows.some((row, i) => i && order(rows[i - 1], row) > 0)) rows.sort(order); // most batches come in order
     let size = this.start.length;
     while (this.n + rows.length > size) size *= 2;
     if (size > this.start.length) this.grow(size);
@@ -33,7 +34,7 @@ class Lane {
         const r = rows[j++];
         this.start[at] = c.start[r]; this.end[at] = c.start[r] + c.dur[r]; this.nbytes[at] = c.bytes[r];
         this.kind[at] = c.kind[r]; this.layer[at] = c.layer[r]; this.step[at] = c.step[r];
-        this.modelled[at] = c.modelled[r];
+        this.modelled[at] = c.modelled[r]; this.holdsModelled ||= c.modelled[r] > 0;
         this.longest = Math.max(this.longest, c.dur[r]); this.bytes += c.bytes[r];
       }
       at++;
@@ -63,15 +64,18 @@ export class Spans {
     this.firstStep = null; this.stepStart = [];
   }
   add(c) { // columns start, dur (ms), bytes, lane, kind, layer, step, modelled
-    const rows = LANES.map(() => []);
+    const rows = LANES.map(() => new Uint32Array(c.start.length)), counts = LANES.map(() => 0);
+    if (this.n === 0) { this.t0 = this.t1 = c.start[0]; this.firstStep = c.step[0]; }
+    let { t0, t1 } = this;
     for (let i = 0; i < c.start.length; i++) {
-      rows[c.lane[i]].push(i);
-      if (this.n === 0 && i === 0) { this.t0 = c.start[0]; this.t1 = c.start[0]; this.firstStep = c.step[0]; }
-      this.t0 = Math.min(this.t0, c.start[i]); this.t1 = Math.max(this.t1, c.start[i] + c.dur[i]);
-      const s = c.step[i] - this.firstStep;
-      if (s >= 0 && !(this.stepStart[s] <= c.start[i])) this.stepStart[s] = c.start[i];
+      const lane = c.lane[i], start = c.start[i], end = start + c.dur[i], s = c.step[i] - this.firstStep;
+      rows[lane][counts[lane]++] = i;
+      if (start < t0) t0 = start;
+      if (end > t1) t1 = end;
+      if (s >= 0 && !(this.stepStart[s] <= start)) this.stepStart[s] = start;
     }
-    rows.forEach((own, lane) => own.length && this.lanes[lane].add(own, c));
+    this.t0 = t0; this.t1 = t1;
+    rows.forEach((own, lane) => counts[lane] && this.lanes[lane].add(own.subarray(0, counts[lane]), c));
     this.n += c.start.length;
   }
   stepAt(time) {

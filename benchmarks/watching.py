@@ -1,0 +1,115 @@
+"""What runs in the notebook's kernel while `show_workbench` looks at the page: runs as long as they are told to be."""
+
+import os
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import replace
+
+import psutil
+
+from hillinfer.longbench.synthetic import make_records, prompt_of
+from hillinfer.workbench import dashboard, live
+
+
+def own_text(workbench, system: str, new: int) -> None:
+    """Set the controls to a text of 1,500 tokens and an answer of exactly so many."""
+    workbench.model.generation_config.eos_token_id = None
+    workbench.text.value = prompt_of(make_records("lines", 1500, 1, 5)[0])
+    workbench.system.value, workbench.task.value, workbench.new_tokens.value = system, "own text", new
+
+
+def spent() -> tuple[float, ...]:
+    """CPU seconds so far: of the kernel, of Jupyter's server, of the browser."""
+    browser = [p for p in psutil.process_iter(["name"]) if "chrom" in (p.info["name"] or "")]
+    return tuple(
+        sum(sum(process.cpu_times()[:2]) for process in own)
+        for own in ([psutil.Process()], [psutil.Process(os.getppid())], browser)
+    )
+
+
+def windows(workbench, pairs: int, seconds: float) -> None:
+    """In one run, watched and not watched in turns. Prints the quartiles of the ratios of ms/token, how many there are,
+    and CPU seconds a second by process, watched and not.
+    """
+    run, board, on = workbench.start(), workbench._boards[-1], [True]
+    flush, wants = board.flush, run.record.wants
+    board.flush = lambda: on[0] and flush()
+    run.record.wants = lambda *where: on[0] and wants(*where)
+    while len(run.tokens) < 20:
+        time.sleep(0.1)
+    ratios, cpu = [], {True: [], False: []}
+    for pair in range(pairs):
+        took = {}
+        for watched in (True, False) if pair % 2 else (False, True):
+            on[0] = watched
+            time.sleep(0.3)  # what was under way at the switch belongs to neither
+            first, before, began = run.tokens[-1], spent(), time.perf_counter()
+            at = len(run.tokens)
+            time.sleep(seconds)
+            lasted, after = time.perf_counter() - began, spent()
+            took[watched] = (run.tokens[-1].ms - first.ms) / max(1, len(run.tokens) - at)
+            cpu[watched].append([(b - a) / lasted for a, b in zip(before, after, strict=True)])
+        if not run.alive:
+            break
+        ratios.append(took[True] / took[False])
+    del board.flush
+    workbench.close()
+    means = [statistics.mean(column) for on in (True, False) for column in zip(*cpu[on], strict=True)]
+    print(*statistics.quantiles(ratios, n=4), len(ratios), *means)
+
+
+def held(workbench) -> None:
+    """Print how many tokens, spans and hits the last run has."""
+    run = workbench.runs[-1]
+    print(len(run.tokens), len(run.timeline.spans), len(run.counters.rows))
+
+
+def again(workbench, minutes: float, faster: float) -> None:
+    """Show the last run's rows again and again, `faster` times as fast, until they are those of so many minutes."""
+    once = workbench.runs[-1]
+    lap_ms = once.tokens[-1].ms
+    spans, rows = defaultdict(list), defaultdict(list)
+    for span in once.timeline.spans:
+        spans[span.step].append(span)
+    for row in once.counters.rows:
+        rows[row.step].append(row)
+
+    class Again(live.LiveRun):
+        def _work(self):
+            self.phase, self._decoding = "decode", time.perf_counter()
+            for new in range(round(minutes * 60e3 / lap_ms * len(once.tokens))):
+                lap, at = divmod(new, len(once.tokens))
+                token = once.tokens[at]
+                due = lap * lap_ms + token.ms
+                time.sleep(max(0, self._decoding + due / 1e3 / faster - time.perf_counter()))
+                shift = round(lap * lap_ms * 1e6)
+                self.timeline.spans += [
+                    replace(span, step=new, start_ns=span.start_ns + shift, end_ns=span.end_ns + shift)
+                    for span in spans[token.step]
+                ]
+                self.counters.rows += [replace(row, step=new) for row in rows[token.step]]
+                if token.step in once.record.steps:
+                    self.record.steps[new] = once.record.steps[token.step]
+                self.tokens.append(token._replace(step=new, ms=due))
+            self.phase, self._ended = "done", time.perf_counter()
+            self._finished.set()
+
+    dashboard.LiveRun = Again
+    try:
+        workbench.start().join()
+        workbench.close()
+    finally:
+        dashboard.LiveRun = live.LiveRun
+    held(workbench)
+
+
+def for_minutes(workbench, minutes: float) -> None:
+    """Runs of the present settings, one after another."""
+    until = time.time() + 60 * minutes
+    while time.time() < until:
+        run = workbench.start()
+        while run.alive and time.time() < until:
+            time.sleep(0.5)
+        workbench.close()
+    held(workbench)

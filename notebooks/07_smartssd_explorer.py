@@ -1,0 +1,148 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # SmartSSD explorer
+#
+# **What you will see:** what the evaluation kernel inside a SmartSSD costs in silicon and how fast it scores keys
+# (HillInfer's CEC), for each configuration that was built; when the drive beats a plain SSD and when it does not;
+# how much of the KV should stay in the host; and the whole pipeline over an emulated card.
+#
+# Three kinds of numbers, each marked: cycles are **simulated** and areas **synthesised** from the Verilog in
+# `fpga/`; rates are **modelled** from them at an assumed clock; the last section is **measured** here, with an
+# emulated drive. No card took part.
+
+# %% tags=["parameters"]
+clock = 300e6  # Hz, assumed: no timing tool took part
+memory = "DDR4 measured"  # or "DDR4 peak", "NAND", "NAND, one stream"
+shape = "llama-3.1-8b"
+alpha = 0.2
+seed = 2
+drive = "/tmp"  # a folder on the drive, for the emulated card
+
+# %% [markdown]
+# ## The configurations
+#
+# Area in parentheses is the share of the card's FPGA. Recall is the share of the truly best 10 % and 20 % of the
+# tokens that the key codes find, on the embedded model.
+
+# %%
+from hillinfer.workbench.cec import cec_frame, pareto_figure
+
+cec_frame(clock).set_index("kernel").transpose()
+
+# %% [markdown]
+# ## Rate against area
+#
+# Up and left is better. INT4 is twice as fast for each byte that the memory gives, and misses more.
+
+# %%
+pareto_figure(memory, clock)
+
+# %% [markdown]
+# ## What a decode step would wait for
+#
+# The time to score every cached key once, all layers and KV heads. Dotted where the codes no longer fit into the
+# card's 4 GB of DRAM: from there on they come from flash.
+
+# %%
+import plotly.graph_objects as go
+
+from hillinfer.evaluator.cec import MEMORIES, choose
+from hillinfer.pipeline.devices import find_profile
+from hillinfer.pipeline.shapes import find_shape
+from hillinfer.workbench.figures import LAYOUT
+from hillinfer.workbench.palette import COLOURS
+
+model_shape, room = find_shape(shape), find_profile("rtx4090-smartssd").get("scorer.memory")
+contexts = [2**i * 1024 for i in range(2, 10)]
+figure = go.Figure()
+for bits, colour in ((8, COLOURS["link"]), (4, COLOURS["choose"])):
+    kernel = choose(bits, model_shape.head_dim)
+    fits = [n for n in contexts if n * model_shape.code_bytes(bits) * model_shape.layers <= room]
+    for place, own in ((memory, fits), ("NAND", contexts[max(0, len(fits) - 1) :])):
+        rate = kernel.tokens_per_second(MEMORIES[place], clock)
+        ms = [1e3 * n * model_shape.layers * model_shape.kv_heads / rate for n in own]
+        dash = "solid" if place == memory else "dot"
+        figure.add_scatter(x=own, y=ms, name=f"INT{bits}, {place}", line=dict(color=colour, dash=dash))
+title = f"Scoring all keys of {shape} in the drive, {clock / 1e6:.0f} MHz assumed"
+figure.update_layout(LAYOUT, title=title)
+ticks = [f"{n // 1024}K" for n in contexts]
+figure.update_xaxes(type="log", title="cached tokens", tickvals=contexts, ticktext=ticks)
+figure.update_yaxes(type="log", title="ms per step (modelled)")
+
+# %% [markdown]
+# ## Against a plain drive
+#
+# Seconds to score every cold key once, with 4 GiB of host memory for KV: a plain Gen4 drive reads twice as fast as
+# the card's flash, so the card wins only where its codes lie in its DRAM. The shortest of each row is marked.
+
+# %%
+from hillinfer.pipeline import claims
+
+truth = claims.awkward_truth(hosts=(4 * 2**30,)).set_index(["model", "context", "batch"])
+ways = ["card, keys on NAND", "card, codes on NAND", "card, codes in DRAM", "Gen4, keys to host", "Gen4, codes to host"]
+truth[ways].style.format("{:.2f}").highlight_min(axis=1, props="font-weight: bold; text-decoration: underline")
+
+# %% [markdown]
+# ## How much should the host hold?
+#
+# A step's time against the host pool's share of the tokens (APP's balance): in the paper's form each side sends as
+# soon as it has scored; with a barrier nothing is chosen before both have.
+
+# %%
+balance = claims.balance()
+figure = go.Figure()
+for form, colour in (("paper", COLOURS["compute"]), ("barrier", COLOURS["drive read"])):
+    figure.add_scatter(x=balance.share, y=balance[form], name=form, line_color=colour)
+predicted = balance.predicted[0]
+note = f"the paper's closed form: {predicted:.0%}"
+figure.add_vline(x=predicted, line_dash="dot", annotation_text=note, annotation_position="bottom left")
+figure.update_layout(LAYOUT, title="qwen-7b, 12K tokens: one layer's scoring and sending, modelled")
+figure.update_xaxes(title="share of the tokens in the host's pool", tickformat=".0%")
+figure.update_yaxes(title="ms (modelled)", rangemode="tozero")
+
+# %% [markdown]
+# ## The pipeline over an emulated card
+#
+# A process on this machine stands for the drive: real files, real codes, exact scores in blocks, paced to a
+# SmartSSD's rates. It takes time from a core here that a real drive would not.
+
+# %%
+import pandas as pd
+from transformers import logging
+
+from hillinfer.demo import load_embedded, machine
+from hillinfer.workbench import Case, LiveRun, show_timeline
+
+logging.disable_progress_bar()
+model, tokenizer = load_embedded()
+case, runs = Case.task(tokenizer, "chain", 2048, seed), {}
+for precision in ("int8", "int4"):
+    options = dict(alpha=alpha, drive=drive, drive_kind="emulated", paced=True, precision=precision)
+    runs[precision] = LiveRun(model, tokenizer, case, "hillinfer", options)
+    runs[precision].start().result()
+print("emulated drive; measured on", machine())
+rows = []
+for precision, run in runs.items():
+    busy, nbytes = run.figures["lanes"]["drive"]
+    row = {"key codes": precision, "answer": run.answer, "right": run.right}
+    row |= {"ms per token": run.figures["ms_per_token"], "drive busy, ms per token": busy}
+    rows.append(row | {"from the drive, KiB per token": nbytes / 1024, "overlap": run.figures["overlap"]})
+table = pd.DataFrame(rows).set_index("key codes")
+table.style.format("{:,.1f}", subset=list(table)[2:5]).format("{:.0%}", subset=["overlap"])
+
+# %%
+show_timeline(runs["int8"].timeline)
+
+# %% [markdown]
+# ## With your own model, and with a card
+#
+# Replace the line that loads the model. With a real SmartSSD the drive kind is `xrt` and `xclbin` names the kernel
+# that `make -C fpga link` built: that path is written and tested over the simulated kernel, and never ran on a card
+# (`fpga/README.md`). `make -C fpga table` measures the configurations again.

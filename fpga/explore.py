@@ -20,8 +20,7 @@ from hillinfer.evaluator import cec
 
 TOKENS, K, HEADS = 131_072, 4_096, 8
 EXPLORED = [Config(8, 128), Config(4, 128), Config(8, 64), Config(4, 64)]
-EXPLORED += [Config(8, 128, lanes=32), Config(8, 128, lanes=16), Config(4, 128, lanes=32), Config(4, 128, lanes=16)]
-EXPLORED += [Config(8, 128, group=8), Config(8, 128, group=2), Config(8, 64, group=2), Config(4, 64, lanes=32, group=2)]
+EXPLORED += [Config(8, 128, lanes=32), Config(8, 128, lanes=16), Config(4, 128, lanes=32), Config(8, 128, group=8)]
 
 
 def cycles(kernel: Kernel, n: int, k: int, mode: int, rate: float = 1.0, heads: int = HEADS) -> int:

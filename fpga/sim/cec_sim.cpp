@@ -222,14 +222,16 @@ struct Sim {
 
     void reset() {
         auto& t = *top;
-        t.ap_rst_n = 0;
-        reads.clear();
+        t.ap_rst_n = t.ap_clk = 0;
+        t.s_axi_control_awvalid = t.s_axi_control_wvalid = t.s_axi_control_bready = 0;
+        t.s_axi_control_arvalid = t.s_axi_control_rready = t.m_axi_gmem_rvalid = t.m_axi_gmem_bvalid = 0;
+        for (int i = 0; i < 20; i++) cycle();
+        reads.clear();  // also of what the kernel seemed to say before the reset reached it
         writes.clear();
         beats.clear();
         lasts.clear();
         responses.clear();
-        r_held = b_held = false;
-        for (int i = 0; i < 20; i++) cycle();
+        r_held = b_held = ar.valid = aw.valid = w.valid = false;
         t.ap_rst_n = 1;
         cycle();
         write_register(0x04, 1);

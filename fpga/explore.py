@@ -1,13 +1,15 @@
-"""Measure configurations of the kernel: `python -m fpga.explore [NAME ...]` or `make -C fpga table`.
+"""Measure configurations of the kernel: `python -m fpga.explore [--again] [NAME ...]`, or all by `make -C fpga table`.
 
 Cycles by simulation, area by yosys, recall on the embedded model's keys. Rows go to hillinfer/evaluator/cec.json,
-the table and its Pareto plot to out/fpga/cec.html. A row is measured again when the kernel's source has changed.
+the table and its Pareto plot to out/fpga/cec.html. A row that is there is measured again when the kernel's source or a
+tool has changed, or with --again.
 """
 
 import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -20,8 +22,7 @@ from hillinfer.evaluator import cec
 
 TOKENS, K, HEADS = 131_072, 4_096, 8
 EXPLORED = [Config(8, 128), Config(4, 128), Config(8, 64), Config(4, 64)]
-EXPLORED += [Config(8, 128, lanes=32), Config(8, 128, lanes=16), Config(4, 128, lanes=32), Config(4, 128, lanes=16)]
-EXPLORED += [Config(8, 128, group=8), Config(8, 128, group=2), Config(8, 64, group=2), Config(4, 64, lanes=32, group=2)]
+EXPLORED += [Config(8, 128, lanes=32), Config(8, 128, lanes=16), Config(4, 128, lanes=32), Config(8, 128, group=8)]
 
 
 def cycles(kernel: Kernel, n: int, k: int, mode: int, rate: float = 1.0, heads: int = HEADS) -> int:
@@ -57,29 +58,31 @@ def source() -> str:
 
 
 def main() -> None:
-    wanted = [c for c in EXPLORED if not sys.argv[1:] or c.name in sys.argv[1:]]
+    names = set(sys.argv[1:]) - {"--again"}
+    again = "--again" in sys.argv
+    if unknown := names - {c.name for c in EXPLORED}:
+        sys.exit(f"no configuration {', '.join(unknown)}; there are {', '.join(c.name for c in EXPLORED)}")
+    wanted = [c for c in EXPLORED if not names or c.name in names]
     verilator = subprocess.run(["verilator", "--version"], capture_output=True, text=True).stdout.strip()
     now = {"kernel source": source(), "simulation": verilator, "synthesis": area.version()}
-    kept = json.loads(cec.TABLE.read_text()) if cec.TABLE.exists() else {"tools": {}, "rows": []}
-    rows = {} if kept["tools"] != now else {cec.Configuration(**row).name: row for row in kept["rows"]}
     recalls = {bits: {str(share): recall(bits, share) for share in (0.1, 0.2)} for bits in (8, 4)}
     for config in wanted:
-        if config.name not in rows:
-            rows[config.name] = measure(config, recalls[config.bits])
-            print(config.name, rows[config.name], flush=True)
-            order = [c.name for c in EXPLORED]
-            text = json.dumps(
-                {"tools": now, "rows": sorted(rows.values(), key=lambda row: order.index(key(row)))}, indent=1
-            )
-            cec.TABLE.write_text(text + "\n")
-    show()
+        if again or config.name not in measured(now):
+            row = measure(config, recalls[config.bits])
+            print(config.name, row, flush=True)
+            rows = measured(now) | {config.name: row}  # read again: another process may have added its own
+            ordered = [rows[c.name] for c in EXPLORED if c.name in rows]
+            cec.TABLE.write_text(json.dumps({"tools": now, "rows": ordered}, indent=1) + "\n")
+    print(show())
 
 
-def key(row: dict) -> str:
-    return cec.Configuration(**row).name
+def measured(now: dict) -> dict[str, dict]:
+    """Rows of the table by name, if they are of this source and of these tools."""
+    kept = json.loads(cec.TABLE.read_text()) if cec.TABLE.exists() else {}
+    return {cec.Configuration(**row).name: row for row in kept["rows"]} if kept.get("tools") == now else {}
 
 
-def show() -> None:
+def show(folder: Path = sim.CACHE) -> Path:
     """The table on the terminal; table and Pareto plot as a page."""
     from hillinfer.workbench.cec import cec_frame, pareto_figure
     from hillinfer.workbench.report import write_report
@@ -91,14 +94,14 @@ def show() -> None:
         f"Clock {cec.CLOCK / 1e6:.0f} MHz assumed. Cycles simulated, area by yosys; shares are of the whole xcku15p."
     ]
     page = write_report(
-        sim.CACHE / "cec.html",
+        folder / "cec.html",
         "The evaluation kernel's configurations",
         facts,
         list(frame),
-        frame.values.tolist(),
+        frame.astype(str).values.tolist(),
         [pareto_figure()],
     )
-    print(page)
+    return page
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from hillinfer.pipeline.run import Run
 from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.streaming import check_device
 from hillinfer.pipeline.timeline import Counters, Timeline
+from hillinfer.tiers.card import check_card
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.xrt import check_card
 
 ATTENTION = "hillinfer"
 

@@ -26,15 +26,17 @@ class xclBOSyncDirection(enum.Enum):
 
 class ert_cmd_state(enum.Enum):
     ERT_CMD_STATE_NEW = 1
-    ERT_CMD_STATE_RUNNING = 3
     ERT_CMD_STATE_COMPLETED = 4
     ERT_CMD_STATE_ERROR = 5
     ERT_CMD_STATE_ABORT = 6
     ERT_CMD_STATE_TIMEOUT = 8
 
 
+RUNNING = object()  # the real binding has no name for this state
+
+
 class device:
-    backend = None  # callable(memory, arguments): one run of the kernel; set by the test
+    backend = None  # callable(memory, arguments) -> false, true or a state: one run of the kernel; set by the test
 
     def __init__(self, index: int):
         if type(index) is not int:
@@ -120,9 +122,9 @@ class run:
     def start(self) -> None:
         if sorted(self.arguments) != list(range(10)):
             raise RuntimeError("kernel arguments are not set")
-        if self.now is ert_cmd_state.ERT_CMD_STATE_RUNNING:
+        if self.now is RUNNING:
             raise RuntimeError("run is already started")
-        self.now = ert_cmd_state.ERT_CMD_STATE_RUNNING
+        self.now = RUNNING
         given = [value.address if isinstance(value, bo) else value for _, value in sorted(self.arguments.items())]
         self.kept = list(self.arguments.values())  # the real one holds its buffers, too
         self.thread = threading.Thread(target=self._work, args=(given,), name="fake-xrt", daemon=True)
@@ -131,7 +133,8 @@ class run:
     def _work(self, given: list[int]) -> None:
         with self.kernel.device.busy:
             done = device.backend(self.kernel.device.memory, given)
-        self.now = ert_cmd_state.ERT_CMD_STATE_COMPLETED if done else self.now  # a kernel that hangs stays running
+        if done:  # a kernel that hangs stays running
+            self.now = done if isinstance(done, ert_cmd_state) else ert_cmd_state.ERT_CMD_STATE_COMPLETED
 
     def state(self) -> ert_cmd_state:
         return self.now

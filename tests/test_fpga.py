@@ -106,20 +106,22 @@ def refused(config: Config) -> None:
     assert call({3: 1 << 20})[0] in (sim.READ_ERROR, sim.READ_ERROR | sim.QUERY_RANGE)
 
 
-def test_the_committed_table_is_of_this_kernel():
+def test_the_committed_table_is_of_this_kernel(tmp_path):
     """Cached results are those of the source as it is, and hold what the package draws from them."""
-    from fpga.explore import source
+    from fpga.explore import EXPLORED, show, source
     from hillinfer.evaluator import cec
     from hillinfer.workbench.cec import cec_frame, pareto_figure
 
     assert cec.tools()["kernel source"] == source(), "the kernel changed: make -C fpga table"
-    assert {config.name for config in CONFIGS} <= set(cec_frame()["kernel"])
+    assert [config.name for config in EXPLORED] == list(cec_frame()["kernel"])
     for row in cec.configurations():
         assert 0 <= row.overhead < 0.1 and 0 < row.share() < 1 and 0.5 < row.recall["0.1"] <= 1
     assert cec.choose(8, 16).name == "int8-d64-g4-l64" and cec.choose(4, 128).name == "int4-d128-g4-l64"
     slow, fast = (cec.choose(8, 128).tokens_per_second(cec.MEMORIES[name]) for name in ("NAND", "DDR4 peak"))
     assert slow == 3.2e9 / 128 < fast
     assert len(pareto_figure().data) == 4
+    page = show(tmp_path).read_text()
+    assert all(config.name in page for config in EXPLORED)
 
 
 def test_the_emulated_drive_models_the_tables_kernel(tmp_path):
@@ -143,6 +145,16 @@ def test_the_emulated_drive_models_the_tables_kernel(tmp_path):
     assert modelled[1] > kernel.call_seconds + 2 * 3000 * 64 / kernel.code_rate(64)
     assert kernel.name in run.why_split() and "assumed" in run.why_split()
     run.stop()
+
+
+def test_nothing_to_score_is_an_answer_too():
+    """No tokens, none wanted, and more wanted than there are, in each mode."""
+    kernel, config = opened(CONFIGS[0]), CONFIGS[0]
+    kernel.memory(stall=100)
+    for n, k in [(0, 5), (5, 0), (5, 9), (0, 0), (1, 1)]:
+        for mode in (sim.INDICES, sim.PAIRS, sim.ALL):
+            result, answers = sim.call(kernel, image := simple(config, n, k=k, mode=mode))
+            assert result.status == 0 and not differences(image, answers)
 
 
 def test_a_query_code_without_a_negative_is_reported():

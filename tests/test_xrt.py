@@ -16,9 +16,10 @@ import hillinfer
 from fpga.sim import kernel as sim
 from fpga.sim.kernel import Config, Kernel
 from hillinfer.evaluator.codes import group_scores_reference
+from hillinfer.tiers.card import Xrt
 from hillinfer.tiers.computational import Shape
 from hillinfer.tiers.record_file import DriveError
-from hillinfer.tiers.xrt import Xrt, XrtDrive
+from hillinfer.tiers.xrt import XrtDrive
 from tests import fake_pyxrt
 from tests.test_computational import SMALL, Model, check_blocks, filled
 from tests.test_fpga import CONFIGS, opened
@@ -187,7 +188,7 @@ def test_blocks_come_while_the_kernel_works(card, tmp_path):
         (lambda patch, setting: patch.setattr(fake_pyxrt, "P2P", False), "P2P is off.*p2p enable"),
         (lambda patch, setting: setting.xclbin.write_bytes(b"other"), "wrong shell"),
         (lambda patch, setting: setting.xclbin.unlink(), "no xclbin"),
-        (lambda patch, setting: patch.setattr("hillinfer.tiers.xrt.KERNEL", "other"), "has no other"),
+        (lambda patch, setting: patch.setattr("hillinfer.tiers.card.KERNEL", "other"), "has no other"),
     ],
 )
 def test_what_is_missing_is_named(card, tmp_path, monkeypatch, break_it, words):
@@ -221,6 +222,7 @@ def test_a_card_that_fails_or_hangs_is_an_error(card, tmp_path):
     for backend, words in [
         (lambda *_: False, "no answer for 0.2 s"),
         (lambda *_: True, "no answer written"),
+        (lambda *_: fake_pyxrt.ert_cmd_state.ERT_CMD_STATE_ERROR, "ended a run"),
         (failed, "failed read"),
     ]:
         drive = XrtDrive(tmp_path, SMALL, card(INT8, backend, timeout=0.2))

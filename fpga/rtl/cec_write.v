@@ -1,5 +1,6 @@
 // Packs a head's answer into beats and writes it: data from byte 64 of the head's region on, in bursts of up to 16
 // beats that end at 4 KiB; then, after all responses, the header. So a header in memory vouches for what follows it.
+// Data does not wait for its address to be taken: AXI lets a memory wait for both.
 //   header  u32 entries, i32 threshold, u32 status, u32 cycles; the rest of its beat means nothing
 //   data    u32 positions, or with `pairs` u32 position and i32 score
 module cec_write #(
@@ -76,13 +77,14 @@ module cec_write #(
         .clk(clk), .rst(rst), .push(push), .din(beat), .pop(pop), .dout(fifo_data), .count(count));
 
     // ---- writing
-    localparam IDLE = 0, SIZE = 1, ADDRESS = 2, DATA = 3, HEADER = 4, HEADER_DATA = 5, RESPONSE = 6, NEXT = 7;
+    localparam IDLE = 0, SIZE = 1, DATA = 2, ADDRESS = 3, HEADER = 4, HEADER_DATA = 5, RESPONSE = 6, NEXT = 7;
     reg [2:0] state /*verilator public_flat_rd*/;
     reg [63-LB:0] at, head_at;            // in beats
     reg [4:0] left;
     reg [15:0] awaited;                   // responses
     wire [PAGE:0] to_page = (1 << PAGE) - {1'b0, at[PAGE-1:0]};
     wire [5:0] have = count > 16 ? 6'd16 : count;
+    wire [4:0] burst = (have < to_page ? have : to_page) - 1'b1;
     wire complete = finish && !flush && !push;  // nothing more comes
     assign awaddr = {at, {LB{1'b0}}};
     assign wvalid = state == DATA || state == HEADER_DATA;
@@ -96,7 +98,10 @@ module cec_write #(
         finished <= 0;
         bad_response <= bvalid && bresp[1];
         awaited <= awaited + addressed - bvalid;
-        if (addressed) awvalid <= 0;
+        if (addressed) begin
+            awvalid <= 0;
+            at <= at + awlen + 1'b1;
+        end
         case (state)
             IDLE: if (count >= 16 || (complete && count != 0)) state <= SIZE;
                 else if (complete && awaited == 0 && !finished) begin
@@ -105,26 +110,23 @@ module cec_write #(
                     state <= HEADER;
                 end
             SIZE: begin
-                awlen <= (have < to_page ? have : to_page) - 1'b1;
+                awlen <= burst;
+                left <= burst;
                 awvalid <= 1;
-                state <= ADDRESS;
-            end
-            ADDRESS: if (addressed) begin
-                left <= awlen[4:0];
-                at <= at + awlen + 1'b1;
                 state <= DATA;
             end
             DATA: if (wready) begin
                 left <= left - 1'b1;
-                if (left == 0) state <= IDLE;
+                if (left == 0) state <= ADDRESS;
             end
+            ADDRESS: if (!awvalid) state <= IDLE;
             HEADER: begin
-                awvalid <= !addressed;
+                awvalid <= 1;
                 header <= {cycles, status, threshold, entries};
-                if (addressed) state <= HEADER_DATA;
+                state <= HEADER_DATA;
             end
             HEADER_DATA: if (wready) state <= RESPONSE;
-            RESPONSE: if (awaited == 0) begin
+            RESPONSE: if (!awvalid && awaited == 0) begin
                 finished <= 1;
                 head_at <= head_at + out_stride[31:LB];
                 state <= NEXT;

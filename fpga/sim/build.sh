@@ -3,7 +3,7 @@
 set -eu
 out=$(realpath -m "$1"); here=$(cd "$(dirname "$0")" && pwd); work="$out.build"
 mkdir -p "$work"
-verilator --cc --build -O3 --x-assign fast --x-initial fast --noassert -Wno-fatal -Wno-WIDTH -Wno-UNUSED -Wno-SYMRSVDWORD \
+verilator --cc --build -O3 --x-assign unique --x-initial unique --noassert -Wno-fatal -Wno-WIDTH -Wno-UNUSED -Wno-SYMRSVDWORD \
     --top-module cec_kernel -GLANES=$2 -GKW=$3 -GHEAD_DIM=$4 -GG=$5 -GNMAX=$6 \
     -CFLAGS "-fPIC -O2 -DLANES=$2" --Mdir "$work" "$here"/../rtl/*.v > "$work/log" 2>&1 || { tail -20 "$work/log" >&2; exit 1; }
 root=$(verilator --getenv VERILATOR_ROOT)

@@ -1,5 +1,6 @@
 // The kernel in simulation, as a library: one call of the host is one run of the hardware model, with an AXI memory
 // whose latency, rate, stalls and errors are set, and which checks the kernel's side of the protocol.
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -18,7 +19,7 @@ struct Options {
     uint32_t jitter;         // more cycles, at random up to this
     uint32_t rate;           // bytes a cycle that the memory gives, times 256
     uint32_t stall;          // chance of not being ready or valid in a cycle, of 256; each channel by itself
-    uint32_t seed;
+    uint32_t seed;           // also decides in which order the memory takes a write's address and data
     uint32_t max_cycles;     // after which a run counts as hung
     uint64_t bad_read, bad_write;  // addresses whose burst gets an error
 };
@@ -41,13 +42,22 @@ struct Burst {
     bool bad;
 };
 
+VerilatedContext* unknown() {  // registers and memories start at random, as those of a chip may
+    auto* context = new VerilatedContext;
+    context->randReset(2);
+    context->randSeed(1);
+    return context;
+}
+
 struct Sim {
-    std::unique_ptr<VerilatedContext> context{new VerilatedContext};
+    std::unique_ptr<VerilatedContext> context{unknown()};
     std::unique_ptr<Vcec_kernel> top{new Vcec_kernel{context.get()}};
     std::map<uint64_t, std::pair<uint8_t*, uint64_t>> memory;  // address -> bytes
     Options options{60, 0, 64 * 256, 0, 1, 100000000, ~0ull, ~0ull};
     std::mt19937 random{1};
     std::deque<Burst> reads, writes;
+    std::deque<std::array<uint8_t, LANES>> beats;  // written data, whose address may still come
+    std::deque<bool> lasts;
     std::deque<std::pair<uint64_t, bool>> responses;
     uint64_t now = 0;
     int64_t credit = 0;
@@ -80,8 +90,11 @@ struct Sim {
     bool r_held = false, b_held = false;
     void offer() {
         top->m_axi_gmem_arready = reads.size() < 16 && !chance();
-        top->m_axi_gmem_awready = writes.size() < 8 && !chance();
-        top->m_axi_gmem_wready = !writes.empty() && !chance();
+        // A write's data after its address; the address only beside its data; data at any time: AXI allows all three.
+        enum { ADDRESS_FIRST, ADDRESS_WITH_DATA, ANY };
+        uint32_t order = options.seed % 3;
+        top->m_axi_gmem_awready = writes.size() < 8 && (order != ADDRESS_WITH_DATA || top->m_axi_gmem_wvalid) && !chance();
+        top->m_axi_gmem_wready = (order == ADDRESS_FIRST ? !writes.empty() : beats.size() < 32) && !chance();
         if (credit < int64_t(LANES) * 256) credit += options.rate;
         if (!r_held) {
             bool have = !reads.empty() && reads.front().ready <= now && credit >= int64_t(LANES) * 256 && !chance();
@@ -135,23 +148,29 @@ struct Sim {
         result.read_waits += t.m_axi_gmem_rready && !t.m_axi_gmem_rvalid;
         result.kernel_waits += r_held;
         if (t.m_axi_gmem_wvalid && t.m_axi_gmem_wready) {
-            auto& burst = writes.front();
-            if (t.m_axi_gmem_wlast != (burst.left == 1)) complain("wlast in the wrong place");
-            uint8_t* to = at(burst.address, LANES);
-            if (to && !burst.bad) memcpy(to, &t.m_axi_gmem_wdata, LANES);
-            burst.bad |= !to;
+            lasts.push_back(t.m_axi_gmem_wlast);
+            memcpy(beats.emplace_back().data(), &t.m_axi_gmem_wdata, LANES);
             result.written_bytes += LANES;
-            burst.address += LANES;
-            if (!--burst.left) {
-                responses.push_back({now + late(), burst.bad});
-                writes.pop_front();
-            }
         }
         if (t.m_axi_gmem_awvalid && t.m_axi_gmem_awready) {
             check(t.m_axi_gmem_awaddr, t.m_axi_gmem_awlen, t.m_axi_gmem_awsize);
             uint64_t end = t.m_axi_gmem_awaddr + (t.m_axi_gmem_awlen + 1ull) * LANES;
             bool bad = t.m_axi_gmem_awaddr <= options.bad_write && options.bad_write < end;
             writes.push_back({t.m_axi_gmem_awaddr, 0, t.m_axi_gmem_awlen + 1u, bad});
+        }
+        while (!beats.empty() && !writes.empty()) {
+            auto& burst = writes.front();
+            if (lasts.front() != (burst.left == 1)) complain("wlast in the wrong place");
+            uint8_t* to = at(burst.address, LANES);
+            if (to && !burst.bad) memcpy(to, beats.front().data(), LANES);
+            burst.bad |= !to;
+            burst.address += LANES;
+            if (!--burst.left) {
+                responses.push_back({now + late(), burst.bad});
+                writes.pop_front();
+            }
+            beats.pop_front();
+            lasts.pop_front();
         }
         b_held = t.m_axi_gmem_bvalid && !t.m_axi_gmem_bready;
         if (t.m_axi_gmem_bvalid && t.m_axi_gmem_bready) responses.pop_front();
@@ -203,12 +222,16 @@ struct Sim {
 
     void reset() {
         auto& t = *top;
-        t.ap_rst_n = 0;
-        reads.clear();
-        writes.clear();
-        responses.clear();
-        r_held = b_held = false;
+        t.ap_rst_n = t.ap_clk = 0;
+        t.s_axi_control_awvalid = t.s_axi_control_wvalid = t.s_axi_control_bready = 0;
+        t.s_axi_control_arvalid = t.s_axi_control_rready = t.m_axi_gmem_rvalid = t.m_axi_gmem_bvalid = 0;
         for (int i = 0; i < 20; i++) cycle();
+        reads.clear();  // also of what the kernel seemed to say before the reset reached it
+        writes.clear();
+        beats.clear();
+        lasts.clear();
+        responses.clear();
+        r_held = b_held = ar.valid = aw.valid = w.valid = false;
         t.ap_rst_n = 1;
         cycle();
         write_register(0x04, 1);

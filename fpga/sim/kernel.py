@@ -22,7 +22,7 @@ MACHINES = {  # the state machines and their states, as the RTL numbers them
     "kernel": "IDLE CHECK START RUN DONE".split(),
     "reader": "IDLE QUERY WAIT KEYS DRAINING".split(),
     "topk": "CLEAR IDLE WALK1 REFINE WALK2 EMIT FINISH".split(),
-    "writer": "IDLE SIZE ADDRESS DATA HEADER HEADER_DATA RESPONSE NEXT".split(),
+    "writer": "IDLE SIZE DATA ADDRESS HEADER HEADER_DATA RESPONSE NEXT".split(),
 }
 
 
@@ -131,7 +131,9 @@ class Kernel:
         self.memory(latency=60)
 
     def memory(self, latency=60, jitter=0, rate=None, stall=0, seed=1, max_cycles=1 << 30, bad_read=-1, bad_write=-1):
-        """How the memory behaves from now on. rate: bytes a cycle; stall: chance of 256 to wait, in every channel."""
+        """How the memory behaves from now on. rate: bytes a cycle; stall: chance of 256 to wait, in every channel.
+        The seed's remainder by 3 is the order in which it takes a write's address and data: see `offer` in cec_sim.cpp.
+        """
         rate = int((rate or self.config.lanes) * 256)
         mask = (1 << 64) - 1
         options = Options(latency, jitter, rate, stall, seed, max_cycles, bad_read & mask, bad_write & mask)

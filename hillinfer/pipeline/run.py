@@ -16,6 +16,7 @@ from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.pipeline.turns import Turns
 from hillinfer.tiers.abstracts import Pages
+from hillinfer.tiers.card import Xrt
 from hillinfer.tiers.computational import SMARTSSD, Shape
 from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.emulated import EmulatedDrive, Emulation
@@ -25,7 +26,7 @@ from hillinfer.tiers.packed import packed_geometry
 from hillinfer.tiers.scoring_store import RemoteStream
 from hillinfer.tiers.stream import BEHIND, Stream, Writer
 from hillinfer.tiers.tensors import Tensors
-from hillinfer.tiers.xrt import Xrt, XrtDrive
+from hillinfer.tiers.xrt import XrtDrive
 
 CORRECT = 16  # decode steps after which the split is corrected by what they selected
 

@@ -55,6 +55,8 @@ def seconds(
     latency = kernels * profile.get(f"{part}.call", default=0.0) if size or flops else 0.0
     if part == "gpu" or (kind in MODEL and part == "cpu"):
         work = max(size / profile.get(f"{part}.bandwidth"), flops / profile.get(f"{part}.flops"))
+    elif kind == "gather" and not profile.has("gpu"):
+        work = 0.0  # attended to where it lies: no byte moves
     elif kind in RATES:
         work = size / profile.get(RATES[kind], block)
     elif part in ("drive", "link"):  # what a drive or a link does otherwise: it moves the bytes

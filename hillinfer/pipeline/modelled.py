@@ -7,10 +7,11 @@ import math
 from dataclasses import replace
 
 from hillinfer.pipeline import costs
+from hillinfer.pipeline.case import Case
 from hillinfer.pipeline.engine import Task, play, schedule, step_seconds
 from hillinfer.pipeline.lookahead import Trial
 from hillinfer.pipeline.timeline import Timeline
-from hillinfer.pipeline.work import RULES, Case, Work
+from hillinfer.pipeline.work import RULES, Work
 
 # What lookahead brings: measured on the embedded model (docs/experiments.md), and assumed for every model.
 COVER = ACCURACY = 0.73

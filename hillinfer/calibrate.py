@@ -92,7 +92,7 @@ def samples(timeline: Timeline) -> dict[str, tuple[float, float]]:
             beside = [(span, (span.end_ns - span.start_ns) / 1e9) for span in own if span.kind in BESIDE]
             for span, took in own_seconds(own) + beside:
                 calls[span.kind].append((size_of(span.kind, span.bytes, about), took))
-        calls["other"] = [(about.cached, max(0.0, step.other) / about.shape.layers)] * about.shape.layers
+        calls["other"] = [(size_of("other", 0, about), max(0.0, step.other) / about.shape.layers)] * about.shape.layers
         for kind, own in calls.items():
             found[kind].append(np.mean(own, 0))
     return {kind: tuple(np.median(own, 0)) for kind, own in found.items() if kind != "wait"}

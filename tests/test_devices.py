@@ -48,6 +48,7 @@ def test_a_measured_cost():
     cost = Cost((10, 1000), (1e-5, 1e-3))
     assert cost.at(1) == cost.at(10) == 1e-5  # a call takes at least that
     assert cost.at(100) == pytest.approx(1e-4)
+    assert Cost((10, 1000), (5e-4, 1e-3)).at(505) == pytest.approx(7.5e-4)  # a fixed part and one that grows
     assert cost.at(3000) == pytest.approx(3e-3) and cost.at(2000, calls=2) == pytest.approx(2e-3)
 
 

@@ -32,7 +32,7 @@ class _Steps:
         case, profile = self.case, self.case.profile
         moved = round(size)
         if kind in ("select", "guess") and profile.kinds:
-            size = case.context  # that is what the measured cost of choosing grows with
+            size = case.context * case.batch * case.shape.code_bytes()  # what its measured cost grows with
         if kind in PER_ROW:
             how["calls"] = case.batch
         if kind in ("read", "prefetch") and not case.deep and profile.has("drive", "read_one"):

@@ -121,9 +121,9 @@ def own_seconds(spans: Iterable[Span]) -> list[tuple[Span, float]]:
 
 
 def size_of(span_kind: str, nbytes: float, about: Recorded) -> float:
-    """What a kind's cost grows with: its bytes; parameters for the model's own work; else the cached tokens."""
+    """What a kind's cost grows with: its bytes; the model's weights for its own work; else the cached tokens' codes."""
     if span_kind == "dense":
         return about.shape.layer_weights * about.shape.width
     if span_kind == "head":
         return about.shape.head_weights * about.shape.width
-    return nbytes or about.cached
+    return nbytes or about.cached * about.shape.code_bytes()

@@ -20,13 +20,21 @@ import pandas as pd
 from hillinfer import demo
 from hillinfer.calibrate import CONTEXTS, costs, machine, measure_parts, random_models, record, ways
 from hillinfer.pipeline.devices import THIS, Profile
-from hillinfer.pipeline.replay import decode_steps, modelled_seconds, replay
+from hillinfer.pipeline.recording import decode_steps
+from hillinfer.pipeline.replay import modelled_seconds, replay
+from hillinfer.pipeline.timeline import Timeline
 
 MEASURED = (1536, 3072, 7168)  # tokens; none of them is calibrated at
 
 
 def measure(folder: Path, rounds: int = 3, names: list[str] | None = None, contexts=MEASURED) -> pd.DataFrame:
     """A row for each system and context: measured and modelled ms of a step, medians, and the relative error."""
+    calibrated, runs = run(folder, rounds, names, contexts)
+    return compare(Profile(THIS, machine(), measure_parts(folder), costs(calibrated, "measured: in this run")), runs)
+
+
+def run(folder: Path, rounds: int, names: list[str] | None, contexts) -> tuple[list[Timeline], dict]:
+    """What is calibrated with, and what is to be predicted: (system, context) -> the timeline of each round."""
     model, tokenizer = demo.load_embedded()
     document = tokenizer(demo.demo_records({"lines_8k": 1})[0]["context"]).input_ids
     rng, calibrated, runs = np.random.default_rng(0), [], defaultdict(list)
@@ -39,7 +47,10 @@ def measure(folder: Path, rounds: int = 3, names: list[str] | None = None, conte
             for context in contexts:
                 runs[way.name, context].append(record(model, way, document[:context]))
             print(".", end="", file=sys.stderr, flush=True)
-    profile = Profile(THIS, machine(), measure_parts(folder), costs(calibrated, "measured: in this run"))
+    return calibrated, runs
+
+
+def compare(profile: Profile, runs: dict[tuple[str, int], list[Timeline]]) -> pd.DataFrame:
     rows = []
     for (name, context), own in runs.items():
         took = [statistics.median(step.seconds for step in decode_steps(line) if step.seconds) for line in own]

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hillinfer.cache import disable, enable
 from hillinfer.demo import machine
 from hillinfer.pipeline.devices import THIS, Cost, Profile, Rate
-from hillinfer.pipeline.replay import decode_steps, describe, own_seconds, recorded, size_of
+from hillinfer.pipeline.recording import BESIDE, decode_steps, describe, own_seconds, recorded, size_of
 from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.timeline import Timeline
 from hillinfer.systems import list_systems, make_cache
-from hillinfer.tiers.record_file import RecordFile
+from hillinfer.tiers.record_file import BLOCK, MAX_READ, RecordFile, aligned
 
 CONTEXTS = (1024, 6144)
 STEPS = 12
-BLOCKS = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)  # of reads, bytes
+BLOCKS = tuple(1 << bits for bits in (12, 14, 16, 18, 20, 24, 27))  # bytes of a piece: 4 KiB to 128 MiB
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ def samples(timeline: Timeline) -> dict[str, tuple[float, float]]:
             continue
         calls = defaultdict(list)
         for own in step.threads.values():
-            for span, took in own_seconds(own):
+            beside = [(span, (span.end_ns - span.start_ns) / 1e9) for span in own if span.kind in BESIDE]
+            for span, took in own_seconds(own) + beside:
                 calls[span.kind].append((size_of(span.kind, span.bytes, about), took))
-        calls["other"] = [(about.cached, max(0.0, step.other) / about.shape.layers)] * about.shape.layers
+        calls["other"] = [(size_of("other", 0, about), max(0.0, step.other) / about.shape.layers)] * about.shape.layers
         for kind, own in calls.items():
             found[kind].append(np.mean(own, 0))
     return {kind: tuple(np.median(own, 0)) for kind, own in found.items() if kind != "wait"}
@@ -146,7 +148,7 @@ def calibrate(
 
 
 def measure_parts(folder: Path) -> dict[str, dict[str, Rate]]:
-    """Memory, bandwidth and operations of host and GPU; the drive's reads by size of a piece, with O_DIRECT."""
+    """Memory, bandwidth and operations of host and GPU; the drive by size of a piece, with O_DIRECT."""
     source = f"measured: {time.strftime('%Y-%m-%d')}, by hillinfer profile"
 
     def rate(value: float) -> Rate:
@@ -182,31 +184,32 @@ def _compute(device: str) -> Mapping[str, float]:
 
 
 def _link(source: str, to: str, how: str) -> Rate:
-    blocks, rates = [1 << bits for bits in (12, 16, 20, 24, 27)], []
-    for size in blocks:
+    rates = []
+    for size in BLOCKS:
         data = torch.ones(size, dtype=torch.uint8, device=source)
         data = data.pin_memory() if source == "cpu" else data
         goal = torch.empty_like(data, device=to)
         rates.append(size / _seconds(lambda goal=goal, data=data: goal.copy_(data)))
-    return Rate(tuple(rates), how, tuple(map(float, blocks)))
+    return Rate(tuple(rates), how, tuple(map(float, BLOCKS)))
 
 
 def _drive(folder: Path, source: str) -> dict[str, Rate]:
-    """Reads of scattered pieces as `RecordFile` makes them, 16 at a time and one at a time; and large writes."""
-    many, one = [], []
-    for block in BLOCKS:
-        pieces = min(256, (32 << 20) // block)
-        for threads, rates in ((16, many), (1, one)):
-            file = RecordFile(folder, block, 1, threads=threads)
-            try:
-                data = np.ones((4 * pieces, block), np.uint8)
-                wrote = _seconds(lambda file=file, data=data: file.write(0, 0, data), 1)
-                chosen = np.arange(0, 4 * pieces, 4)  # too far apart to be read at once
-                out = np.empty((pieces, block), np.uint8)
-                took = _seconds(lambda file=file, chosen=chosen, out=out: file.read(0, chosen, out), 3)
-                rates.append(out.nbytes / took)
-            finally:
-                file.close()
-    blocks = tuple(map(float, BLOCKS))
-    write = Rate((data.nbytes / wrote,), source)
-    return {"read": Rate(tuple(many), source, blocks), "read_one": Rate(tuple(one), source, blocks), "write": write}
+    """Scattered pieces as this project moves them, with many under way and one at a time; none larger than MAX_READ."""
+    whole, rates = aligned(BLOCKS[-1]), {}
+    for name, engine, threads in (("read", "auto", 16), ("read_one", "threads", 1)):
+        file = RecordFile(folder, BLOCK, 1, threads=threads, engine=engine)
+        try:
+            base = file.allocate(len(whole))
+            for block in reversed(BLOCKS):  # the largest first: what was never written is read for nothing
+                step = min(block, MAX_READ)
+                places = range(0, len(whole), max(block, len(whole) // 256))
+                jobs = [(base + at, whole[at : at + step]) for p in places for at in range(p, p + block, step)]
+                for verb, own in (("write", "write"), ("read", name)):
+                    took = _seconds(partial(file.transfer, verb, jobs, 0, 0), 3)
+                    rates.setdefault(own, {}).setdefault(block, len(jobs) * step / took)
+        finally:
+            file.close()
+    return {
+        name: Rate(tuple(own[block] for block in BLOCKS), source, tuple(map(float, BLOCKS)))
+        for name, own in rates.items()
+    }

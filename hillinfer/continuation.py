@@ -11,7 +11,7 @@ from hillinfer.assets import data_folder
 from hillinfer.cache import TieredCache, check_supported, plan
 from hillinfer.config import UsageError
 from hillinfer.longbench.runner import feed, measured
-from hillinfer.pipeline.replay import describe
+from hillinfer.pipeline.recording import describe
 from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.timeline import Timeline
 from hillinfer.session import check_session, keep_session, session_ids

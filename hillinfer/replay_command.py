@@ -22,7 +22,7 @@ def replay(
     model_shape: Annotated[str, typer.Option(help="llama-3.1-8b, opt-6.7b, qwen-7b, ...")] = "llama-3.1-8b",
     context: Annotated[str, typer.Option(help="4096, 4k,16k, or 4k..128k, which doubles.")] = "4k..128k",
     batch: Annotated[str, typer.Option(help="Sequences at once, such as 1,8.")] = "1,8",
-    systems: Annotated[str, typer.Option(help="all, or names separated by commas.")] = "all",
+    systems: Annotated[str, typer.Option(help="all, or names separated by commas; not used with --run.")] = "all",
     alpha: Annotated[str, typer.Option(help="Shares of the tokens that a step attends to.")] = "0.2",
     host_budget: Annotated[
         str | None, typer.Option(help="Host memory that may hold KV, such as 4GiB,16GiB; all there is by default.")
@@ -77,8 +77,9 @@ def cluster(scheduler: str | None):
 
 
 def show(frame, wanted, recording, folder: Path) -> None:
-    from hillinfer.pipeline import modelled, sweep, work
+    from hillinfer.pipeline import modelled, sweep
     from hillinfer.pipeline import replay as replays
+    from hillinfer.pipeline.case import Case
     from hillinfer.pipeline.devices import find_profile
     from hillinfer.pipeline.shapes import find_shape
     from hillinfer.workbench.replays import sweep_figure
@@ -114,7 +115,7 @@ def show(frame, wanted, recording, folder: Path) -> None:
             target = replays.Target(shape, last.context, last.batch, last.alpha)
             trace = replays.replay(recording, own, target, most=2)
         else:
-            case = work.Case(own, shape, last.context, last.batch, last.alpha, last.host)
+            case = Case(own, shape, last.context, last.batch, last.alpha, last.host)
             trace = modelled.timeline(case, last.system)
         facts.append(f"timeline of the last cell ({last.system}): {trace.save(folder / 'timeline.json')}")
     table_file = sweep.save(frame, folder)

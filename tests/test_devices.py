@@ -17,11 +17,25 @@ def test_a_shipped_profile(name, tmp_path):
     profile = find_profile(name)
     assert profile.name == name and profile.about
     assert sum(profile.sources().values()) == sum(map(len, profile.parts.values()))
-    for path in ("drive.read", "drive.read_one", "link.to_gpu"):
-        rates = [profile.get(path, 4096 << i) for i in range(16)]  # 4 KiB to 128 MiB
+    for path in ("drive.read", "drive.read_one", "drive.write", "link.to_gpu", "link.from_gpu"):
+        part, number = path.split(".")
+        blocks = profile.parts[part][number].blocks
+        assert (blocks[0], blocks[-1]) == (4 << 10, 128 << 20), path
+        rates = [profile.get(path, 4096 << i) for i in range(16)]
         assert rates == pytest.approx(sorted(rates)), path  # a larger piece is never slower
     assert profile.get("drive.read_one", 4096) < profile.get("drive.read_one", 128 << 20) / 10
     assert Profile.load(profile.save(tmp_path / "copy.toml")) == profile
+
+
+def test_this_drive_is_measured_by_size(tmp_path, monkeypatch):
+    from hillinfer import calibrate
+
+    monkeypatch.setattr(calibrate, "BLOCKS", (4096, 1 << 16, 1 << 22))
+    found = calibrate._drive(tmp_path, "measured: here")
+    assert set(found) == {"read", "read_one", "write"} and not list(tmp_path.iterdir())
+    for name, rate in found.items():
+        assert rate.blocks == (4096, 1 << 16, 1 << 22)
+        assert rate.values[0] < rate.values[-1], name
 
 
 def test_between_points_a_curve_is_straight_in_logarithms():
@@ -34,6 +48,7 @@ def test_a_measured_cost():
     cost = Cost((10, 1000), (1e-5, 1e-3))
     assert cost.at(1) == cost.at(10) == 1e-5  # a call takes at least that
     assert cost.at(100) == pytest.approx(1e-4)
+    assert Cost((10, 1000), (5e-4, 1e-3)).at(505) == pytest.approx(7.5e-4)  # a fixed part and one that grows
     assert cost.at(3000) == pytest.approx(3e-3) and cost.at(2000, calls=2) == pytest.approx(2e-3)
 
 

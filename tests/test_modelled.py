@@ -10,12 +10,13 @@ from typer.testing import CliRunner
 
 from hillinfer import UsageError
 from hillinfer.cli import app
-from hillinfer.pipeline import claims, sweep
-from hillinfer.pipeline.devices import Rate, find_profile
+from hillinfer.pipeline import claims, costs, sweep
+from hillinfer.pipeline.case import Case, DoesNotFit
+from hillinfer.pipeline.devices import Profile, Rate, find_profile
 from hillinfer.pipeline.engine import schedule
 from hillinfer.pipeline.modelled import model, seconds, timeline
 from hillinfer.pipeline.shapes import SHAPES
-from hillinfer.pipeline.work import RULES, Case, DoesNotFit
+from hillinfer.pipeline.work import RULES
 
 SMART = find_profile("rtx4090-smartssd")
 SHAPE = SHAPES["llama-3.1-8b"]
@@ -96,6 +97,15 @@ def test_a_step_solved_by_hand():
 def test_streaming_everything_is_bound_by_the_drive():
     own = case(32_768, 8, 0)
     assert seconds(own, "flexgen") == pytest.approx(own.kv / 3.2e9, rel=0.02)
+
+
+def test_without_a_gpu_nothing_is_gathered():
+    """The kernel attends to the pool's records where they lie; with a GPU they are first put side by side."""
+    own = {name: SMART.parts[name] for name in ("cpu", "drive")}
+    bare = Profile("no gpu", "a test", own)
+    call = bare.get("cpu.call")
+    assert costs.seconds(bare, "cpu", "gather", 1e9) == call
+    assert costs.seconds(SMART, "cpu", "gather", 1e9) == pytest.approx(1e9 / SMART.gather_rate + call)
 
 
 def test_where_everything_fits_the_paths_are_equal():
@@ -197,6 +207,8 @@ def test_the_command_replays_a_recorded_run(tmp_path):
         (["--alpha", "2"], "alpha is 2.0"),
         (["--alpha", "x"], "'x' is no list of numbers"),
         (["--host-budget", "much"], "'much' is no amount of memory"),
+        (["--systems", "recorded"], "name its trace with --run"),
+        (["--jobs", "0"], "no sweep with 0 jobs"),
         (["--run", "nowhere.json"], "hillinfer run ... --trace nowhere.json"),
     ],
 )

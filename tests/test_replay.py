@@ -1,7 +1,7 @@
 """Recorded runs on other hardware: against cases solved by hand, what is conserved, what scales, what is monotone."""
 
 from collections import Counter, defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +9,7 @@ import pytest
 import hillinfer
 from hillinfer.pipeline import replay as R
 from hillinfer.pipeline.devices import Cost, Profile, Rate, find_profile
+from hillinfer.pipeline.recording import decode_steps, describe, own_seconds, recorded
 from hillinfer.pipeline.shapes import SHAPES, ModelShape, find_shape, shape_of
 from hillinfer.pipeline.timeline import Span, Timeline
 from hillinfer.workbench.figures import timeline_figure
@@ -58,7 +59,7 @@ def test_one_thread_does_one_thing_after_another():
     line = by_hand(*plain_step(), *plain_step(1, 40))
     layer = 1 + 4 + 2 + 6 + 3
     assert R.modelled_seconds(R.replay(line, box())) == [pytest.approx((2 * layer + 5 + 7) / 1e3)]
-    assert R.decode_steps(line)[0].seconds == pytest.approx(0.040)
+    assert decode_steps(line)[0].seconds == pytest.approx(0.040)
 
 
 def ahead_step() -> list[tuple]:
@@ -116,7 +117,7 @@ def test_a_drive_that_scores_works_beside_the_host():
 
 def test_own_seconds_leave_out_what_is_within():
     took = dict(zip(("append", "score", "select"), (1, 1, 1), strict=True))
-    own = R.own_seconds([Span(s[1], s[2], 0, 0, s[5] * MS, s[6] * MS) for s in plain_step()[:3]])
+    own = own_seconds([Span(s[1], s[2], 0, 0, s[5] * MS, s[6] * MS) for s in plain_step()[:3]])
     assert {span.kind: ms * 1e3 for span, ms in own} == pytest.approx(took)
 
 
@@ -142,7 +143,7 @@ def runs(tmp_path_factory):
         system = name if name in ("full", "topk") else "hillinfer"
         with hillinfer.make_cache(model, system, alpha=0.2, recent=4, **options) as cache:
             model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
-            cache.timeline.about = R.describe(cache.run, shape_of(model.config, 4), name)
+            cache.timeline.about = describe(cache.run, shape_of(model.config, 4), name)
             out[name] = Timeline.load(cache.timeline.save(folder / f"{name}.json"))
     hillinfer.disable(model)
     return out
@@ -154,7 +155,7 @@ WAYS = ("full", "topk", "hillinfer", "ahead", "emulated")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_is_replayed_with_all_its_bytes(runs, way):
     line, profile = runs[way], find_profile("rtx4090-smartssd")
-    steps = R.decode_steps(line)[:-1]
+    steps = decode_steps(line)[:-1]
     want = Counter()
     for step in steps:
         for own in step.threads.values():
@@ -192,13 +193,37 @@ def test_lookahead_is_in_the_replay(runs):
     assert overlap["ahead"] > overlap["hillinfer"]
 
 
+def test_what_was_measured_is_not_looked_at(runs):
+    """Three times slower in every span, the run is replayed the same: order and sizes count, durations do not."""
+    profile = find_profile("h200")
+    before = R.modelled_seconds(R.replay(runs["ahead"], profile))
+    slow = Timeline()
+    slow.about = runs["ahead"].about
+    slow.spans = [replace(s, start_ns=3 * s.start_ns, end_ns=3 * s.end_ns) for s in runs["ahead"].spans]
+    assert R.modelled_seconds(R.replay(slow, profile)) == before
+
+
+def test_what_is_predicted_was_not_calibrated_on():
+    """Neither the shape, nor a context; and sizes lie between those calibrated at, so that nothing is extrapolated."""
+    from benchmarks.self_replay import MEASURED
+    from hillinfer.calibrate import CONTEXTS, random_models
+
+    small, large = (shape_of(model.config, 4) for model in random_models())
+    own = SHAPES["embedded"]
+    for name in ("heads", "kv_heads", "hidden", "inner", "vocab", "layers"):
+        assert getattr(own, name) not in (getattr(small, name), getattr(large, name)), name
+    for name in ("layer_weights", "head_weights", "record_bytes"):
+        assert getattr(small, name) < getattr(own, name) < getattr(large, name), name
+    assert not set(MEASURED) & set(CONTEXTS)
+
+
 def total(line: Timeline, kind: str, target: R.Target) -> float:
     return sum(task.bytes for task in R.to_tasks(line, find_profile("h200"), target, most=2) if task.kind == kind)
 
 
 def test_the_stated_rules_of_scaling(runs):
     line, none = runs["hillinfer"], R.Target()
-    about = R.recorded(line)
+    about = recorded(line)
 
     def ratio(kind: str, **change) -> float:
         return total(line, kind, R.Target(**change)) / total(line, kind, none)
@@ -252,10 +277,10 @@ def test_a_faster_part_never_makes_a_step_slower(runs, way, number):
 
 def test_a_trace_that_says_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not say what was run"):
-        R.recorded(Timeline())
+        recorded(Timeline())
     line = by_hand(("main", "cpu", "append", 0, 0, 0, 1, 0))
     with pytest.raises(ValueError, match="no decode step"):
-        R.decode_steps(line)
+        decode_steps(line)
     (tmp_path / "x.json").write_text('{"traceEvents": []}')
     with pytest.raises(ValueError, match="no trace of this project"):
         Timeline.load(tmp_path / "x.json")
@@ -268,7 +293,7 @@ def test_costs_are_taken_from_what_was_measured():
     assert rising([1, 4, 1, 8]) == pytest.approx((1, 2, 2, 8)) and rising([4, 2, 1]) == pytest.approx((2, 2, 2))
     line = by_hand(*plain_step(), *plain_step(1, 40), *plain_step(2, 80))
     found = samples(line)
-    assert found["score"] == pytest.approx((1000, 1e-3)) and found["select"] == pytest.approx((100, 1e-3))
+    assert found["score"] == pytest.approx((1000, 1e-3)) and found["select"] == pytest.approx((100 * SMALL.code_bytes(), 1e-3))
     assert found["read"] == pytest.approx((400, 1e-3)) and found["dense"][1] == pytest.approx(15e-3)
     assert found["other"][1] == pytest.approx(0)
     larger = by_hand(*plain_step(), *plain_step(1, 40))

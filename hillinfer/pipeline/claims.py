@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 
 from hillinfer.pipeline.balance import Chosen
+from hillinfer.pipeline.case import Case, DoesNotFit
 from hillinfer.pipeline.devices import Profile, find_profile
 from hillinfer.pipeline.engine import Task, schedule
 from hillinfer.pipeline.modelled import model, seconds
 from hillinfer.pipeline.shapes import SHAPES
-from hillinfer.pipeline.work import Case, DoesNotFit, missed
+from hillinfer.pipeline.work import missed
 
 SMART, PLAIN, EDGE = "rtx4090-smartssd", "rtx4090-gen4-nvme", "rtx5060ti-16gb-gen5"
 GIB = 1 << 30

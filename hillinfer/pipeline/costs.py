@@ -39,7 +39,7 @@ def seconds(
     kernels: int = 1,
     system: str = "",
 ) -> float:
-    """Modelled seconds. `size` in bytes (cached tokens for kinds that move none), `block` the size of one piece.
+    """Modelled seconds. `size` in bytes (of the cached tokens' codes for kinds that move none), `block` the size of one piece.
 
     calls    how often the kind is done, for a measured cost; kernels  how often the part's latency is paid, elsewhere
 
@@ -55,6 +55,8 @@ def seconds(
     latency = kernels * profile.get(f"{part}.call", default=0.0) if size or flops else 0.0
     if part == "gpu" or (kind in MODEL and part == "cpu"):
         work = max(size / profile.get(f"{part}.bandwidth"), flops / profile.get(f"{part}.flops"))
+    elif kind == "gather" and not profile.has("gpu"):
+        work = 0.0  # attended to where it lies: no byte moves
     elif kind in RATES:
         work = size / profile.get(RATES[kind], block)
     elif part in ("drive", "link"):  # what a drive or a link does otherwise: it moves the bytes

@@ -56,9 +56,9 @@ class Rate:
 class Cost:
     """What one call of a kind of work took on the machine itself: `seconds` at each of `sizes`, both ascending.
 
-    A size is in bytes, or in cached tokens where the kind moves none. Between points straight in logarithms; below the
-    first as long as that; beyond the last as fast for each byte as there. A line would not do: what fits a processor's
-    cache takes half the time for each byte.
+    A size is in bytes (`recording.size_of`). Between points a straight line, as a call has a part that is always the
+    same and one that grows; below the first as long as that; beyond the last as fast for each byte as there. One line
+    for all would not do: what fits a processor's cache takes half the time for each byte.
     """
 
     sizes: tuple[float, ...]
@@ -72,7 +72,7 @@ class Cost:
             return calls * self.seconds[-1] * each / self.sizes[-1]
         if each <= self.sizes[0]:
             return calls * self.seconds[0]
-        return calls * math.exp(np.interp(math.log(each), np.log(self.sizes), np.log(self.seconds)))
+        return calls * float(np.interp(each, self.sizes, self.seconds))
 
 
 @dataclass(frozen=True)

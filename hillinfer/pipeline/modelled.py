@@ -7,10 +7,11 @@ import math
 from dataclasses import replace
 
 from hillinfer.pipeline import costs
+from hillinfer.pipeline.case import Case
 from hillinfer.pipeline.engine import Task, play, schedule, step_seconds
 from hillinfer.pipeline.lookahead import Trial
 from hillinfer.pipeline.timeline import Timeline
-from hillinfer.pipeline.work import RULES, Case, Work
+from hillinfer.pipeline.work import RULES, Work
 
 # What lookahead brings: measured on the embedded model (docs/experiments.md), and assumed for every model.
 COVER = ACCURACY = 0.73
@@ -31,7 +32,7 @@ class _Steps:
         case, profile = self.case, self.case.profile
         moved = round(size)
         if kind in ("select", "guess") and profile.kinds:
-            size = case.context  # that is what the measured cost of choosing grows with
+            size = case.context * case.batch * case.shape.code_bytes()  # what its measured cost grows with
         if kind in PER_ROW:
             how["calls"] = case.batch
         if kind in ("read", "prefetch") and not case.deep and profile.has("drive", "read_one"):

@@ -14,14 +14,13 @@ span did counts, never how long it took. How sizes scale (`Target`), each by its
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from hillinfer.pipeline import costs
 from hillinfer.pipeline.devices import Profile
 from hillinfer.pipeline.engine import Task, play, schedule
-from hillinfer.pipeline.run import Run
+from hillinfer.pipeline.recording import BESIDE, Recorded, Step, decode_steps, recorded, size_of
 from hillinfer.pipeline.shapes import ModelShape
 from hillinfer.pipeline.timeline import Span, Timeline
 from hillinfer.tiers.record_file import BLOCK
@@ -30,8 +29,6 @@ CACHED = ("score", "evaluate", "inside", "merge", "select", "guess", "other", "v
 ATTENDED = ("gather", "near", "read", "prefetch", "transfer", "attend", "swap")
 AMONG_ROWS = CACHED + ATTENDED  # one call for each sequence of a batch
 FROM_DRIVE = ("read", "prefetch")
-BESIDE = ("evaluate", "inside")  # what a drive computes while the host does
-AHEAD = ("prefetch", "near")  # what a loader brings before it is asked for: from the drive, from memory
 BOARD = 0.8  # share of host memory that may hold KV records
 
 
@@ -43,123 +40,6 @@ class Target:
     context: int | None = None
     batch: int | None = None
     alpha: float | None = None
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What `describe` noted, read back from `Timeline.about`."""
-
-    system: str
-    shape: ModelShape
-    batch: int
-    cached: float  # tokens, mean of each layer and step
-    attended: float
-    pool: float  # share of the cached tokens that the host's pool held; 1 where nothing is on a drive
-    drive: float  # share of the attended tokens that came from the drive
-
-
-def describe(run: Run, shape: ModelShape, system: str) -> dict:
-    """What a replay needs to know of a run beside its spans, for `Timeline.about`."""
-    rows = run.counters.rows or []
-    cached = run.counters.total("cached") / max(1, len(rows))
-    batch = run.geometry.batch if run.geometry else 1
-    pool = run.pool_tokens(round(cached)) / max(1, cached) if run.drive is not None else 1.0
-    queries = max(1, run.counters.total("queries"))
-    about = dict(
-        batch=batch,
-        cached=cached,
-        attended=run.counters.total("attended") / max(1, len(rows)) / batch,
-        pool=min(1.0, pool),
-        drive=run.counters.total("drive") / queries,
-    )
-    return {"system": system, "shape": asdict(shape), **about}
-
-
-def recorded(timeline: Timeline) -> Recorded:
-    """ValueError where the timeline does not say what it recorded, or has no decode step."""
-    try:
-        about = dict(timeline.about)
-        return Recorded(shape=ModelShape(**about.pop("shape")), **about)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"this trace does not say what was run ({error}); record one with: run --trace") from None
-
-
-@dataclass(slots=True)
-class Step:
-    """One decode step: its spans by thread in the order they ended, and its measured seconds (None for the last)."""
-
-    number: int
-    main: str
-    threads: dict[str, list[Span]]
-    seconds: float | None = None
-    other: float = 0.0  # seconds in which the main thread did what no span covers
-
-
-def decode_steps(timeline: Timeline) -> list[Step]:
-    """The steps of one token each. What lies between two steps (the dense span of layer 0) is called `head`."""
-    main = next((span.thread for span in timeline.spans if span.kind == "attend"), None)
-    numbers = {span.step for span in timeline.spans if span.kind == "attend"}
-    steps = {number: Step(number, main, defaultdict(list)) for number in sorted(numbers)}
-    for span in sorted(timeline.spans, key=lambda span: (span.end_ns, -span.start_ns)):
-        if span.step in steps:
-            if span.kind == "dense" and span.layer == 0:
-                span = replace(span, kind="head")
-            if span.kind == "attend" and span.lane == "drive":
-                span = replace(span, kind="inside")
-            steps[span.step].threads[span.thread].append(span)
-    for step in steps.values():
-        _set_beside(step)
-        own = sorted(step.threads[main], key=lambda span: span.start_ns)
-        if own and own[-1].kind == "head":
-            start, end = own[0].start_ns, own[-1].end_ns
-            step.seconds = (end - start) / 1e9
-            step.other = step.seconds - sum(took for span, took in own_seconds(own))
-    if not steps:
-        raise ValueError("no decode step was recorded")
-    return list(steps.values())
-
-
-def _set_beside(step: Step) -> None:
-    """Work that a layer reports, but that began before the layer did, was done beside the main thread: by a loader."""
-    begins = {}
-    for span in step.threads[step.main]:
-        if span.lane == "cpu" and span.kind not in ("dense", "head", *AHEAD):
-            begins[span.layer] = min(span.start_ns, begins.get(span.layer, span.start_ns))
-    stays = []
-    for span in step.threads[step.main]:
-        early = span.start_ns < begins.get(span.layer, 0) and span.kind not in ("dense", "head")
-        (step.threads[f"beside {span.lane}"] if early else stays).append(span)
-    step.threads[step.main] = stays
-
-
-def own_seconds(spans: Iterable[Span]) -> list[tuple[Span, float]]:
-    """Spans of one thread with the seconds that they and no span within them took.
-
-    A drive that scores works beside the thread that asked it: its span counts only where that thread waited for it.
-    """
-    beside = [span for span in spans if span.kind in BESIDE]
-    out, stack = [], []
-    for span in sorted((s for s in spans if s.kind not in BESIDE), key=lambda s: (s.start_ns, -s.end_ns)):
-        entry = [span, (span.end_ns - span.start_ns) / 1e9]
-        while stack and stack[-1][0].end_ns <= span.start_ns:
-            stack.pop()
-        if stack:
-            stack[-1][1] -= entry[1]
-        stack.append(entry)
-        out.append(entry)
-    for span, entry in ((e[0], e) for e in out if e[0].kind == "merge"):
-        waited = [drive.end_ns for drive in beside if drive.start_ns < span.end_ns and drive.end_ns > span.start_ns]
-        entry[1] -= max(0, min(max(waited, default=0), span.end_ns) - span.start_ns) / 1e9 if waited else 0.0
-    return [(span, took) for span, took in out]
-
-
-def size_of(span_kind: str, nbytes: float, about: Recorded) -> float:
-    """What a kind's cost grows with: its bytes; parameters for the model's own work; else the cached tokens."""
-    if span_kind == "dense":
-        return about.shape.layer_weights * about.shape.width
-    if span_kind == "head":
-        return about.shape.head_weights * about.shape.width
-    return nbytes or about.cached
 
 
 def to_tasks(timeline: Timeline, profile: Profile, target: Target | None = None, most: int = 8) -> list[Task]:

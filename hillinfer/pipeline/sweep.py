@@ -13,7 +13,8 @@ import pandas as pd
 
 from hillinfer import files
 from hillinfer.config import UsageError, parse_bytes
-from hillinfer.pipeline import modelled, replay, work
+from hillinfer.pipeline import modelled, recording, replay, work
+from hillinfer.pipeline.case import Case, DoesNotFit
 from hillinfer.pipeline.devices import Profile, find_profile
 from hillinfer.pipeline.shapes import find_shape
 from hillinfer.pipeline.timeline import Timeline
@@ -93,9 +94,9 @@ def evaluate(cell: Cell, profile: Profile | None = None, run: Timeline | None = 
             target = replay.Target(shape, cell.context, cell.batch, cell.alpha)
             line = replay.replay(run, profile, target, most=2)
         else:
-            case = work.Case(profile, shape, cell.context, cell.batch, cell.alpha, cell.host)
+            case = Case(profile, shape, cell.context, cell.batch, cell.alpha, cell.host)
             line = modelled.timeline(case, cell.system)
-    except (work.DoesNotFit, KeyError) as error:  # a profile that lacks a part says which
+    except (DoesNotFit, KeyError) as error:  # a profile that lacks a part says which
         return row | {"note": f"does not fit: {error.args[0]}"}
     took, final = replay.modelled_seconds(line)[-1], max(span.step for span in line.spans)
     last, busy = [span for span in line.spans if span.step == final], defaultdict(float)
@@ -116,8 +117,12 @@ def sweep(
     """A row for each cell, in order. `done(count)` is called as rows arrive.
 
     Where the work runs is joblib's: this machine's cores by default, and any cluster inside
-    `joblib.parallel_config(backend="dask")` or `"ray"` (docs/replay.md).
+    `joblib.parallel_config(backend="dask")` or `"ray"` (docs/replay.md). UsageError for cells of a run without one.
     """
+    if not jobs:
+        raise UsageError("no sweep with 0 jobs: choose 1 or more, or -1 for one on each core")
+    if run is None and any(cell.system == RECORDED for cell in wanted):
+        raise UsageError("a recorded run is to be replayed, but none was given: name its trace with --run")
     own = {name: find_profile(name) for name in {cell.profile for cell in wanted}}
     size = max(1, min(16, len(wanted) // 8))  # cells of one task: a cell alone is too small to send
     groups = [wanted[at : at + size] for at in range(0, len(wanted), size)]
@@ -137,8 +142,8 @@ def load_run(path: Path) -> Timeline:
     """A trace of `hillinfer run --trace`. UsageError for another file."""
     try:
         timeline = Timeline.load(path)
-        replay.recorded(timeline)
-        replay.decode_steps(timeline)
+        recording.recorded(timeline)
+        recording.decode_steps(timeline)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}; record a run with: hillinfer run ... --trace {path}") from None
     return timeline

@@ -36,7 +36,7 @@ class Timeline:
     """Every span of a run, in the order they ended. Nothing is dropped; `clear()` empties it.
 
     source  how its times are known: "measured", or "modelled: PROFILE"
-    about   what the run was, for whoever reads the file later (`replay.describe`)
+    about   what the run was, for whoever reads the file later (`recording.describe`)
     """
 
     def __init__(self):

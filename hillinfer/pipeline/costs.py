@@ -39,9 +39,11 @@ def seconds(
     kernels: int = 1,
     system: str = "",
 ) -> float:
-    """Modelled seconds. `size` in bytes (of the cached tokens' codes for kinds that move none), `block` the size of one piece.
+    """Modelled seconds. `size` in bytes (of the cached tokens' codes for kinds that move none), `block` the size of one
+    piece.
 
-    calls    how often the kind is done, for a measured cost; kernels  how often the part's latency is paid, elsewhere
+    calls    how often the kind is done, for a measured cost
+    kernels  how often the part's latency is paid, elsewhere
 
     Where the profile was measured with this project's code, its own cost of that kind (and system) counts; elsewhere
     the part's rate, a call's latency, and for the model's work the longer of reading and computing.

@@ -15,7 +15,7 @@ from hillinfer.config import UsageError
 from hillinfer.longbench.runner import feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
 from hillinfer.pipeline.observe import AttentionRecord
-from hillinfer.pipeline.replay import describe
+from hillinfer.pipeline.recording import describe
 from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.timeline import Counters, Timeline
 from hillinfer.session import check_session, open_session, save_session, session_ids

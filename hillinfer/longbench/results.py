@@ -66,20 +66,20 @@ class Results:
         sources   `Source` of each task; further ones may come later
         hardware  the machine, in a line
         """
-        path, files = self.folder / "manifest.json", {source.task: source.sha256 for source in sources}
+        path, sums = self.folder / "manifest.json", {source.task: source.sha256 for source in sources}
         old = read_manifest(self.folder) if path.exists() else {}
         for name, value in settings.items():
             if old and old["settings"].get(name) != value:
                 was = old["settings"].get(name)
                 raise UsageError(f"{self.folder} was made with {name} {was}, not {value}: set that, or another --out")
-        for kind, new in (("models", models), ("tasks", files)):
+        for kind, new in (("models", models), ("tasks", sums)):
             changed = [name for name, value in new.items() if old.get(kind, {}).get(name, value) != value]
             if changed:
                 raise UsageError(f"{', '.join(changed)} changed since {self.folder} was made: name another --out")
         manifest = {
             "settings": settings,
             "models": old.get("models", {}) | models,
-            "tasks": old.get("tasks", {}) | files,
+            "tasks": old.get("tasks", {}) | sums,
             "sources": sorted({*old.get("sources", []), *map(str, sources)}),
             "runs": [
                 *old.get("runs", []),

@@ -78,6 +78,18 @@ def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system)
     assert len(set(attended)) == len(attended)
 
 
+def test_a_shared_prefill_in_chunks_is_shown_to_those_that_look(place):
+    ways, task = sweep.ways_of(["h2o", "snapkv", "infinigen"], [0.1, 0.4], {})[1:], find_task("needle_1k")
+    answers = []
+    for share in (True, False):
+        asking = sweep.Asking(share_prefill=share, max_length=600, prefill_chunk=200)
+        job = sweep.Job("m", model_path(str(place / "model")), task, report_record(task), tuple(ways), asking)
+        results = sweep.run_job(job)
+        answers.append([(row["pred"], row["attended"]) for row in results])
+        assert sum(row["paid_ms"] > 0 for row in results) == (1 if share else len(ways))
+    assert answers[0] == answers[1]
+
+
 def report_record(task):
     from hillinfer.longbench.sources import load
 

@@ -7,8 +7,8 @@ take longer than that and are the same for every system.
 
 Keys are made so that scores select what the embedded model's steps were recorded to select (benchmarks/trace.py):
 channel s of a key is large where step s selected the token, the step's query looks along channel s, and the guess for
-it along a channel of the recorded guess. So scoring, search, pool and reads are the systems' own, on selections with the
-recorded runs, overlap and guesses. Values are random. The drive is read with O_DIRECT.
+it along a channel of the recorded guess. So scoring, search, pool and reads are the systems' own, on selections with
+the recorded runs, overlap and guesses. Values are random. The drive is read with O_DIRECT.
 """
 
 import argparse

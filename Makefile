@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export DRIVE ?= out
 # Waiting OpenMP threads that spin slow a busy small machine down tenfold and more.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults
+.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults show-speed bench
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -85,6 +86,17 @@ show-trust: $(VENV)/.ready ## every claim about faults, memory and trust, measur
 
 faults: $(VENV)/.ready ## docs/faults.md: every fault x every system, run now
 	$(BIN)/python -m benchmarks.faults --table docs/faults.md
+
+show-speed: $(VENV)/.ready ## every claim about speed; DRIVE=FOLDER on the drive, 35 GB free; PARTS=micro,overhead,... for some
+	$(BIN)/python -m benchmarks.show_speed
+
+bench: $(VENV)/.ready ## kernels, the embedded model to 32K, 8B's and 1B's shape: JSON in out/bench for benchmarks.compare
+	@mkdir -p $(DRIVE)
+	$(BIN)/python -m benchmarks.micro --drive $(DRIVE) --out out/bench/micro.json
+	-$(BIN)/python -m benchmarks.overhead --out out/bench/overhead.json
+	$(BIN)/python -m benchmarks.real --drive $(DRIVE) --out out/bench/real.json
+	$(BIN)/python -m benchmarks.shape --drive $(DRIVE) --out out/bench/shape-8b.json
+	$(BIN)/python -m benchmarks.shape --shape 1B --drive $(DRIVE) --out out/bench/shape-1b.json
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

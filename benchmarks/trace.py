@@ -1,11 +1,13 @@
-"""Which tokens decode steps select: recorded on the embedded model, laid out over longer contexts.
+"""Which tokens decode steps select, and which are guessed a layer ahead: recorded on the embedded model, laid out over
+longer contexts.
 
 A context of 32,768 tokens is four documents of 8,192 side by side, each answering a question of its own: where one
 document's step selects token p, the long one's selects document * 8,192 + p. So runs of neighbours, the overlap from
 step to step and the difference between layers are the recorded ones; what attention over one text of that length
-would do is not known here. Deeper models repeat the recorded layers in order.
+would do is not known here. Deeper models repeat the recorded layers but for the first, which nothing is guessed for.
 """
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +33,22 @@ def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) 
         for number in range(documents):
             text = make_records("chain", TOKENS, 1, SEED + number)[0]
             ids = tokenizer(prompt_of(text)).input_ids
-            with TieredCache(model.config, TopK, Settings(alpha=alpha)) as cache:
-                kept = []
-                for layer in cache.layers:
-                    layer.layer.policy = _Noted(kept)
-                feed(model, cache, ids[:-1])
-                logits = model(_column(ids[-1]), past_key_values=cache).logits
-                for _ in range(steps):
-                    logits = model(_column(int(logits[0, -1].argmax())), past_key_values=cache).logits
-            layers = len(cache.layers)
-            for index, positions in enumerate(kept):
-                picks[f"{number}-{index // layers}-{index % layers}"] = positions.astype(np.int32)
-            picks[f"n-{number}"] = np.array([len(ids), layers, len(kept) // layers])
+            with tempfile.TemporaryDirectory() as folder:  # only what lies on a drive is looked ahead to
+                settings = Settings(alpha=alpha, drive=folder, lookahead=True)
+                with TieredCache(model.config, TopK, settings) as cache:
+                    cache.attach(model)
+                    notes = [_Noted() for _ in cache.layers]
+                    for layer, noted in zip(cache.layers, notes, strict=True):
+                        layer.layer.policy = noted
+                    feed(model, cache, ids[:-1])
+                    logits = model(_column(ids[-1]), past_key_values=cache).logits
+                    for _ in range(steps):
+                        logits = model(_column(int(logits[0, -1].argmax())), past_key_values=cache).logits
+            for index, noted in enumerate(notes):
+                for kind, kept in noted.kept.items():
+                    for step, positions in enumerate(kept):
+                        picks[f"{kind}-{number}-{step}-{index}"] = positions.astype(np.int32)
+            picks[f"n-{number}"] = np.array([len(ids), len(notes), len(notes[0].kept["true"])])
         disable(model, before)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **picks)
@@ -52,12 +58,12 @@ def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) 
 class _Noted(TopK):
     """Top-k that writes down what it selects."""
 
-    def __init__(self, kept: list):
-        self.kept = kept
+    def __init__(self):
+        self.kept = {"true": [], "guess": []}
 
     def select(self, step):
         picked = super().select(step)
-        self.kept.append(picked)
+        self.kept["guess" if step.guess else "true"].append(picked)
         return picked
 
 
@@ -75,13 +81,17 @@ class Trace:
         self.documents = len(shapes)
         self.tokens, self.layers, self.steps = np.array(shapes).min(0).tolist()
 
-    def positions(self, n: int, layer: int, step: int, k: int) -> np.ndarray:
-        """Sorted positions, k of them at most, that a step selects of n cached tokens."""
+    def layer(self, index: int) -> int:
+        """The recorded layer that stands for a deeper model's layer `index`."""
+        return index if index < self.layers else 1 + (index - 1) % (self.layers - 1)
+
+    def positions(self, n: int, layer: int, step: int, kind: str = "true") -> np.ndarray:
+        """Sorted positions that a step selects of n cached tokens, or that were guessed for it (not for the first
+        layer, which nothing comes before).
+        """
         parts, start, document = [], 0, 0
         while start < n:
-            name = f"{document % self.documents}-{step % self.steps}-{layer % self.layers}"
-            own = self.picks[name]
+            own = self.picks[f"{kind}-{document % self.documents}-{step % self.steps}-{self.layer(layer)}"]
             parts.append(start + own[own < min(self.tokens, n - start)])
             start, document = start + self.tokens, document + 1
-        chosen = np.concatenate(parts)
-        return chosen if len(chosen) <= k else np.sort(np.random.default_rng(step).choice(chosen, k, replace=False))
+        return np.concatenate(parts)

@@ -56,6 +56,7 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
     const int64_t *positions = s->positions;  /* fields in variables: the compiler need not fear that `out` is one */
     const int32_t *excess = s->excess + head * s->padded;
     const int padded = s->padded, width = s->width, half = s->half;
+    const int64_t bytes = s->n * row;
     int32_t *out = s->out + head * s->out_stride;
     const __m512i flip = _mm512_set1_epi8((char)(bits == 8 ? 0x80 : 0x88)), low = _mm512_set1_epi8(15);
     for (int64_t i = from; i < to; i += 4) {
@@ -64,6 +65,7 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
             int64_t which = i + t < to ? i + t : to - 1;
             k[t] = base + (positions ? positions[which] : which) * row;
         }
+        const int inside = !positions && (i + 4) * row + 64 <= bytes;  /* whole loads stay within this head's rows */
         __m512i best = _mm512_set1_epi32(INT32_MIN);
         for (int g = 0; g < padded; g += 4) {
             const int8_t *q = queries + g * width;
@@ -78,8 +80,8 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
                     if (bits == 4) second[j] = _mm512_load_si512(q + j * width + half + d);
                 }
                 for (int t = 0; t < 4; t++) {
-                    __m512i key = ~there ? _mm512_maskz_loadu_epi8(there, k[t] + d)  /* which is slow: 4x, from memory */
-                                         : _mm512_loadu_si512(k[t] + d);
+                    __m512i key = ~there && !inside ? _mm512_maskz_loadu_epi8(there, k[t] + d)  /* slow: 4x, from memory */
+                                                    : _mm512_loadu_si512(k[t] + d);
                     key = _mm512_xor_si512(key, flip);
                     __m512i even = bits == 8 ? key : _mm512_and_si512(key, low);
                     for (int j = 0; j < 4; j++) a[t][j] = _mm512_dpbusd_epi32(a[t][j], even, first[j]);
@@ -113,6 +115,7 @@ AVX512 static void avx512_int8(const struct score *s, int h, int64_t a, int64_t 
 
 AVX512 static void avx512_int4(const struct score *s, int h, int64_t a, int64_t b) {
     if (s->row == 64) avx512_rows(s, h, a, b, 4, 64);
+    else if (s->row == 32) avx512_rows(s, h, a, b, 4, 32);
     else avx512_rows(s, h, a, b, 4, s->row);
 }
 

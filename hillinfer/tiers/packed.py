@@ -90,7 +90,7 @@ class PackedStore(DriveStore):
         whole = []
         for row, tokens, records in self.missed:
             exact = ~self.coarse[row][tokens]
-            whole.append((row, tokens[exact], records[torch.from_numpy(exact)]))
+            whole.append((row, tokens[exact], records[torch.from_numpy(np.flatnonzero(exact))]))
         self.missed = whole
         return super().settle()
 

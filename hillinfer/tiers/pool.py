@@ -41,8 +41,7 @@ class HotPool:
         if more < 0:
             self._shrink(capacity)
         elif more > 0:
-            self.records.reserve(capacity)
-            self.records.n = capacity
+            self.records.extend(more)  # with room to spare: a pool grows at nearly every step
             self.token_of = np.append(self.token_of, np.full(more, -1, np.int64))
 
     def _shrink(self, capacity: int) -> None:
@@ -115,4 +114,4 @@ class HotPool:
 
     @property
     def nbytes(self) -> int:
-        return self.records.data.nbytes
+        return self.records.view().nbytes  # the spare room was never touched: it takes no memory

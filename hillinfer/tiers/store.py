@@ -47,6 +47,27 @@ class Found:
         return Found(*map(int.__add__, self.counts(), other.counts()), self.work + other.work)
 
 
+class Brought:
+    """What one fetch read from the drive, in the one or two buffers that it came in: `brought[index]` copies some.
+
+    parts  places among the tokens, records, and which of them (None: all in order)
+    """
+
+    def __init__(self, parts: list[tuple[np.ndarray, torch.Tensor, np.ndarray | None]]):
+        self.parts = parts
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        if len(self.parts) == 1 and self.parts[0][2] is None:
+            return self.parts[0][1][index]
+        out, wanted = None, index.numpy()
+        for places, records, rows in self.parts:
+            out = records.new_empty((len(wanted), *records.shape[1:])) if out is None else out
+            mine = np.flatnonzero(np.isin(wanted, places, kind="table"))
+            at = np.searchsorted(places, wanted[mine])
+            out[torch.from_numpy(mine)] = records[torch.from_numpy(at if rows is None else rows[at])]
+        return out
+
+
 class HostStore:
     """All records in one growable buffer, in host memory or, with `resident`, on the model's device."""
 
@@ -125,7 +146,7 @@ class DriveStore:
         self.geometry, self.streams = geometry, streams
         self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
         self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
-        self.missed: list[tuple[int, np.ndarray, torch.Tensor]] = []  # what this step read from the drive
+        self.missed: list[tuple[int, np.ndarray, Brought]] = []  # what this step read from the drive
 
     @property
     def n(self) -> int:
@@ -208,15 +229,14 @@ class DriveStore:
         read = time.perf_counter_ns()
         if nbytes:
             found.work.append(("drive", "read", start, read, nbytes))
+        parts = [(np.flatnonzero(~brought), missed, None)]
         if found.prefetched:
-            fixed, missed = missed, self.geometry.empty(len(tokens))
-            missed[_index(~brought, missed)] = fixed
             where = np.searchsorted(ahead.positions, tokens[brought])
-            missed[_index(brought, missed)] = ahead.records()[torch.from_numpy(where)]
+            parts.append((np.flatnonzero(brought), ahead.records(), where))
             found.work.append(("cpu", "wait", read, time.perf_counter_ns(), 0))
-        sources.append((far.start + miss, missed, None))
+        sources += [(far.start + miss[places], records, rows) for places, records, rows in parts]
         if promote:
-            self.missed.append((row, tokens, missed))
+            self.missed.append((row, tokens, Brought(parts)))
         return sources, found
 
     def parts(self) -> Iterator[tuple[torch.Tensor, Found]]:
@@ -252,7 +272,3 @@ class DriveStore:
     def memory(self) -> dict[str, int]:
         host = sum(pool.nbytes for pool in self.pools) + sum(stream.nbytes for stream in self.streams)
         return {"device": self.window.nbytes, "host": host} | ({} if self.hits.shared else {"hits": self.hits.nbytes})
-
-
-def _index(mask: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.flatnonzero(mask)).to(like.device)

@@ -1,0 +1,75 @@
+"""Cost as work grows: milliseconds a token from 2K to 128K tokens: python -m benchmarks.growth [--out FILE]
+
+Five systems on the 1B shape of benchmarks/shape.py, each context a run of its own, systems taking turns within it.
+The slope is the exponent of the time over the last three doublings: 1 where twice the tokens take twice as long.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.express as px
+import torch
+
+from benchmarks.micro import facts
+from benchmarks.shape import ALPHA, SHAPES, WARM, Field, measure
+from benchmarks.trace import record
+
+CONTEXTS = (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
+STEPS = 6
+WAYS = {
+    "full": ("full", {}),
+    "flexgen": ("flexgen", {"host_budget": 0}),
+    "dualblade": ("dualblade", {"host_budget": 0}),
+    "leoam": ("leoam", {"alpha": ALPHA}),
+    "hillinfer": ("hillinfer", {"alpha": ALPHA}),
+}
+
+
+def grow(contexts: tuple[int, ...], shape: str, trace: Path, drive: Path, steps: int = STEPS) -> list[dict]:
+    """A row for each context and system."""
+    rows, recorded = [], record(trace)
+    for n in contexts:
+        with torch.inference_mode(), tempfile.TemporaryDirectory(dir=drive) as folder:
+            result = measure(Field(SHAPES[shape], recorded, n, WARM + steps), WAYS, Path(folder), steps, lambda _: None)
+        for row in result["rows"]:
+            rows.append({"system": row["system"], "tokens": n, **{k: row[k] for k in ("ms", "ms_low", "ms_high")}})
+            print(f"{n:7} tokens, {row['system']:10} {row['ms']:8.1f} ms ({row['ms_low']:.1f} to {row['ms_high']:.1f})")
+    return rows
+
+
+def slopes(rows: list[dict]) -> dict[str, float]:
+    """The exponent of each system's time over its last four contexts."""
+    frame = pd.DataFrame(rows).pivot(index="tokens", columns="system", values="ms").tail(4)
+    return {name: float(np.polyfit(np.log(frame.index), np.log(frame[name]), 1)[0]) for name in frame}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="*", default=list(CONTEXTS))
+    parser.add_argument("--shape", choices=list(SHAPES), default="1B")
+    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to read from")
+    parser.add_argument("--trace", type=Path, default=Path("out/trace.npz"), help="recorded there where there is none")
+    parser.add_argument("--out", type=Path, default=Path("out/growth.json"), help="result; the plot lies beside it")
+    words = parser.parse_args()
+    words.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = grow(tuple(words.tokens), words.shape, words.trace, words.drive)
+    found = slopes(rows)
+    print(pd.DataFrame(rows).pivot(index="tokens", columns="system", values="ms").round(1).to_string())
+    print("slopes: " + ", ".join(f"{name} {slope:.2f}" for name, slope in found.items()))
+    figure = px.line(
+        pd.DataFrame(rows), "tokens", "ms", color="system", markers=True, log_x=True, log_y=True,
+        template="plotly_white", title=f"A decode step by context ({words.shape} shape, measured)",
+    )  # fmt: skip
+    figure.write_html(words.out.with_suffix(".html"))
+    table = [{"system": name, "slope": slope} for name, slope in found.items()]
+    about = facts(STEPS) | {"shape": f"{words.shape}, alpha {ALPHA}"}
+    words.out.write_text(json.dumps({"facts": about, "rows": rows, "slopes": table}, indent=1))
+    print(f"plot: {words.out.with_suffix('.html')}")
+
+
+if __name__ == "__main__":
+    main()

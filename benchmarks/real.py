@@ -1,0 +1,138 @@
+"""The embedded model answering over 8K to 32K tokens, every system in turn: python -m benchmarks.real [--out FILE]
+
+Real text, real attention, a real drive read with O_DIRECT. Contexts beyond the model's window are for speed only: what
+it answers there means nothing. One prefill serves all contexts and systems, which then take turns at the same tokens.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+from transformers.utils import logging
+
+from benchmarks.micro import facts
+from hillinfer import demo
+from hillinfer.longbench.synthetic import make_records, prompt_of
+from hillinfer.systems import make_cache
+
+CONTEXTS = (8192, 16_384, 32_768)
+ALPHA, WARM, STEPS = 0.1, 14, 20  # warm: both ways of looking ahead are tried, five steps each
+WAYS = {  # name -> system and options; "drive" is filled in
+    "DynamicCache": None,
+    "full": ("full", {}),
+    "topk": ("topk", {}),
+    "topk int4": ("topk", {"precision": "int4"}),
+    "hillinfer": ("hillinfer", {"drive": True}),
+    "flexgen": ("flexgen", {"drive": True, "host_budget": 0}),
+    "leoam": ("leoam", {"drive": True}),
+    "dualblade": ("dualblade", {"drive": True, "host_budget": 0}),
+}
+
+
+def prefill(n: int) -> tuple[DynamicCache, int]:
+    """An ordinary cache of n tokens of text, and the token that the model says next."""
+    model, tokenizer = demo.load_embedded()
+    ids = tokenizer(prompt_of(make_records("chain", n + 512, 1, 5)[0])).input_ids[:n]
+    cache = DynamicCache(config=model.config)
+    for part in torch.tensor([ids]).split(1024, 1):
+        logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return cache, int(logits[0, -1].argmax())
+
+
+def cut(source: DynamicCache, n: int, config) -> DynamicCache:
+    """Its first n tokens, copied: what a prefill of them alone would have left."""
+    cache = DynamicCache(config=config)
+    for index, layer in enumerate(source.layers):
+        cache.update(layer.keys[:, :, :n].clone(), layer.values[:, :, :n].clone(), index)
+    return cache
+
+
+def measure(contexts: tuple[int, ...], folder: Path, ways: dict = WAYS, steps: int = STEPS) -> dict:
+    """A row for each context and system, and the seconds of each measured step by (system, context)."""
+    source, token = prefill(max(contexts))
+    rows, seconds = [], {}
+    for n in contexts:
+        models, caches = {}, {}
+        for name, way in ways.items():
+            models[name] = demo.load_embedded()[0]  # its own: what looks ahead hooks into the model
+            caches[name] = cut(source, n, models[name].config)
+            if way is not None:
+                system, options = way[0], {"alpha": ALPHA} | way[1]
+                own = make_cache(models[name], system, **options | ({"drive": folder} if "drive" in options else {}))
+                own.fill(caches[name], torch.device("cpu"))
+                caches[name] = own
+        wall, cpu = {name: [] for name in ways}, {name: [] for name in ways}
+        try:
+            for step in range(WARM + steps):
+                for name in ways if step % 2 else reversed(ways):
+                    before, start = time.process_time(), time.perf_counter()
+                    logits = models[name](torch.tensor([[token]]), past_key_values=caches[name], use_cache=True).logits
+                    wall[name].append(time.perf_counter() - start)
+                    cpu[name].append(time.process_time() - before)
+                    if name == next(iter(ways)):
+                        following = int(logits[0, -1].argmax())
+                token = following  # the same for all
+            for name, cache in caches.items():
+                low, middle, high = (1e3 * q for q in statistics.quantiles(wall[name][WARM:], n=4))
+                row = {"system": name, "tokens": n, "ms": middle, "ms_low": low, "ms_high": high}
+                rows.append(row | {"cpu_ms": 1e3 * statistics.median(cpu[name][WARM:])} | traffic(cache, steps))
+                seconds[name, n] = wall[name][WARM:]
+        finally:
+            for cache in caches.values():
+                if not isinstance(cache, DynamicCache):
+                    cache.close()
+    return {"rows": rows, "seconds": seconds}
+
+
+def traffic(cache, steps: int) -> dict:
+    """Bytes from the drive for each token, and the pool's hits, over the last steps."""
+    if isinstance(cache, DynamicCache):
+        return {"drive_mb": 0.0, "pool_hits": 0.0}
+    rows = cache.counters.rows[-steps * len(cache.layers) :]
+    spans = [span for span in cache.timeline.spans if span.lane == "drive" and span.step > cache.run.step - steps]
+    far = sum(row.host + row.drive for row in rows)
+    moved = sum(span.bytes for span in spans if span.kind != "write")
+    return {"drive_mb": moved / steps / 1e6, "pool_hits": sum(row.host for row in rows) / far if far else 0.0}
+
+
+def ratio(result: dict, n: int, slow: str, fast: str) -> tuple[float, float, float]:
+    """How much faster one system is than another at n tokens: quartiles over the turns, the median in the middle."""
+    pairs = zip(result["seconds"][slow, n], result["seconds"][fast, n], strict=True)
+    return tuple(statistics.quantiles([one / other for one, other in pairs], n=4))
+
+
+def show(result: dict) -> None:
+    print(f"{'':16}{'tokens':>8}{'ms':>9}{'quartiles':>18}{'CPU ms':>9}{'drive MB':>10}{'pool hits':>10}")
+    for row in result["rows"]:
+        spread = f"{row['ms_low']:.1f}-{row['ms_high']:.1f}"
+        print(f"{row['system']:16}{row['tokens']:8}{row['ms']:9.2f}{spread:>18}{row['cpu_ms']:9.1f}", end="")
+        print(f"{row['drive_mb']:10.1f}{row['pool_hits']:10.0%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="*", default=list(CONTEXTS))
+    parser.add_argument("--systems", default=",".join(WAYS))
+    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to read from")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="write the result here as JSON, for benchmarks.compare")
+    words = parser.parse_args()
+    torch.set_num_threads(words.threads)
+    logging.disable_progress_bar()
+    words.drive.mkdir(parents=True, exist_ok=True)
+    ways = {name: WAYS[name] for name in words.systems.split(",")}
+    with torch.inference_mode(), tempfile.TemporaryDirectory(dir=words.drive) as folder:
+        result = measure(tuple(words.tokens), Path(folder), ways)
+    show(result)
+    if words.out:
+        words.out.parent.mkdir(parents=True, exist_ok=True)
+        words.out.write_text(json.dumps({"facts": facts(STEPS), "rows": result["rows"]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The benchmarks of whole steps, at sizes of seconds: what they measure is what they say."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gpu, growth, real, shape
+from benchmarks.trace import Trace
+from hillinfer import native
+
+TINY, N, STEPS = shape.SHAPES["tiny"], 512, 8
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> Trace:
+    """Two documents of 256 tokens, two layers, eight steps; a tenth of the tokens each, the window among them."""
+    rng, picks = np.random.default_rng(3), {}
+    for number in range(2):
+        picks[f"n-{number}"] = np.array([256, 2, STEPS + 1])
+        for step in range(STEPS + 1):
+            for layer in range(2):
+                for kind in ("true", "guess"):
+                    chosen = np.sort(rng.choice(256, 26, replace=False)).astype(np.int32)
+                    picks[f"{kind}-{number}-{step}-{layer}"] = chosen
+    path = tmp_path_factory.mktemp("trace") / "trace.npz"
+    np.savez(path, **picks)
+    return Trace(path)
+
+
+def test_a_trace_is_laid_side_by_side(trace):
+    both = trace.positions(N, 2, 1)  # the third of a model of three is the second of two
+    np.testing.assert_array_equal(both[both < 256], trace.picks["true-0-1-1"])
+    np.testing.assert_array_equal(both[both >= 256] - 256, trace.picks["true-1-1-1"])
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_scores_select_what_was_recorded(trace, tmp_path, precision):
+    field = shape.Field(TINY, trace, N, STEPS)
+    options = {"alpha": 0.3, "drive": tmp_path, "precision": precision, "lookahead": True}
+    stack, chosen = shape.Stack("hillinfer", field, "hillinfer", options), {}
+    with torch.inference_mode():
+        stack.open()
+        for layer in stack.layers:
+            select = layer.policy.select
+
+            def noted(step, select=select):
+                chosen[step.layer, step.guess] = select(step)
+                return chosen[step.layer, step.guess]
+
+            layer.policy.select = noted
+        for step in range(3):
+            stack.step(step)
+            for (layer, guess), picked in chosen.items():
+                wanted = trace.positions(N, layer, step + 1, "guess" if guess else "true")
+                assert np.isin(wanted, picked).all()
+    assert {guess for _, guess in chosen} == {True, False}
+    stack.cache.close()
+
+
+def test_systems_take_turns_on_a_shape(trace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shape.Bounds, "size", 1 << 27)
+    with torch.inference_mode():
+        result = shape.measure(
+            shape.Field(TINY, trace, N, STEPS), shape.ways_of(("hillinfer", "flexgen")), tmp_path, 4, lambda _: None
+        )
+    own, _, larger, streamed, equal = result["rows"]
+    assert 0 < larger["drive_mb"] < own["drive_mb"] and 0 < equal["drive_mb"] < streamed["drive_mb"]
+    assert 0.7 < larger["kv_memory_mb"] / own["kv_memory_mb"] < 1.1
+    if native.available():
+        assert own["scored_mb"] > 0
+    shape.show(result)
+    assert "flexgen, equal memory" in capsys.readouterr().out
+    assert shape.ratio(result, "flexgen", "flexgen")[0] == 1
+
+
+def test_slopes_are_exponents():
+    rows = [{"system": name, "tokens": n, "ms": n**power} for n in (2, 4, 8, 16, 32)
+            for name, power in (("flat", 0), ("linear", 1))]  # fmt: skip
+    assert growth.slopes(rows) == pytest.approx({"flat": 0, "linear": 1}, abs=1e-9)
+
+
+def test_real_systems_take_turns(tmp_path):
+    ways = {name: real.WAYS[name] for name in ("DynamicCache", "full", "topk", "hillinfer")}
+    with torch.inference_mode():
+        result = real.measure((200,), tmp_path, ways, 2)
+    assert [row["system"] for row in result["rows"]] == list(ways)
+    assert result["rows"][3]["drive_mb"] > 0 == result["rows"][2]["drive_mb"]
+
+
+def test_the_gpu_script_runs_without_a_gpu(tmp_path):
+    with torch.inference_mode():
+        result = gpu.measure(TINY, "cpu", [300], [1, 2], list(gpu.SYSTEMS), tmp_path)
+    assert {(row["system"], row["batch"]) for row in result["rows"]} == {
+        (name, batch) for name in gpu.SYSTEMS if name != "offloaded" for batch in (1, 2)
+    }
+    assert all("needs a GPU" in row["case"] for row in result["left_out"])

@@ -237,8 +237,8 @@ class RecordFile:
 
         pieces = np.stack((offsets, addresses, lengths), 1)
         threads = min(max(1, int(self._threads * share)), len(pieces))
-        waiting = {self._pool.submit(work, pieces[i::threads]) for i in range(threads)}
-        everyone = list(waiting)
+        everyone = [self._pool.submit(work, pieces[i::threads]) for i in range(threads)]
+        waiting = set(everyone)
         while waiting:  # none may still fill a buffer that is given back
             before = moved[0]
             done, waiting = wait(waiting, self.timeout, FIRST_COMPLETED)
@@ -269,6 +269,8 @@ class RecordFile:
 
     def trim(self) -> None:
         """Give all space back at once: a hole where the data was."""
+        if self.sums:
+            self.sums.forget()
         if self.size and not self.stuck and sys.platform == "linux":
             keep_size_and_punch_hole = 0x03
             ctypes.CDLL(None).fallocate64(

@@ -32,9 +32,9 @@ class DirectFile(RecordFile):
     def about(self) -> str:
         return f"{'O_DIRECT' if self.direct else 'the page cache'} on {self.what}, {self.by}"
 
-    def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1) -> None:
+    def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1, sums=None) -> None:
         if self.by != "io_uring":
-            return super()._move(verb, offsets, addresses, lengths, keep, share)
+            return super()._move(verb, offsets, addresses, lengths, keep, share, sums)
         with self._lend:
             ring = self._own.pop() if self._own else None
         try:

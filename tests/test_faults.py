@@ -2,10 +2,9 @@
 
 import pytest
 
-from benchmarks.faults import FAULTS, Bench, places
+from benchmarks.faults import FAULTS, FINE, Bench, places
 from hillinfer.native import ring
 
-FINE = ("error", "right", "right, unnoticed")
 EVERY = [(place, fault) for place in places() for fault in FAULTS]
 DAILY = ("hillinfer, ssd", "leoam, ssd", "flexgen, ssd", "dualblade, ssd")  # each way to a drive; the rest is slow
 

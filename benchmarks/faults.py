@@ -7,6 +7,7 @@ python -m benchmarks.faults --table docs/faults.md     # every fault x every sys
 import argparse
 import contextlib
 import gc
+import itertools
 import os
 import random
 import re
@@ -34,6 +35,7 @@ from hillinfer.tiers import uring
 from hillinfer.tiers.emulated import _Link
 
 PROMPT, NEW = 150, 5
+FINE = ("error", "right", "right, unnoticed")
 SURVIVED = {"slow"}  # what must not even be noticed
 PLACE = re.compile(r"layer \d+, sequence \d+, position \d+")
 
@@ -164,12 +166,12 @@ class Bench:
         """What is there that was not; what was stuck gets some time to end."""
         until = time.monotonic() + 5
         while (now := resources(self.drive)) != before and time.monotonic() < until:
+            gc.collect()  # tracebacks are cycles
             time.sleep(0.01)
         return tuple(f"{a} was {b}" for a, b in zip(now, before, strict=True) if a != b)
 
 
 def resources(folder: Path | None = None) -> tuple:
-    gc.collect(0)
     ring.release_stuck(), uring.release_stuck()
     threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("hillinfer"))
     children = "".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
@@ -231,7 +233,7 @@ def sweep(total: int, seed: int = 0) -> int:
             verdict, outcome = tried
             done += 1
             table[fault, verdict] += 1
-            if verdict not in ("error", "right", "right, unnoticed"):
+            if verdict not in FINE:
                 bad.append(f"{place}, {engine}, {fault}: {verdict} ({outcome.error})")
                 print(bad[-1], flush=True)
             if done % 20 == 0:
@@ -252,28 +254,33 @@ def sweep(total: int, seed: int = 0) -> int:
     return int(bool(bad))
 
 
-def table(path: Path | None) -> int:
-    """Every fault x every system, at the first and at the last operation of its kind."""
-    rows, bad = [], 0
+def row(bench: Bench, place: str) -> list[str]:
+    """What one system makes of every fault, at the first and at the last operation of its kind."""
+    cells = []
+    for fault in FAULTS:
+        tries = [bench.try_fault(place, "auto", fault, share, 1) for share in (0, 0.999)]
+        cells.append(" / ".join(sorted({verdict for verdict, _ in filter(None, tries)})) or "-")
+    again = bench.run(place, "auto")
+    fine = again.error is None and again.tokens == bench.want(place, "auto")[0] and not again.left
+    return [place, *cells, "right" if fine else f"NOT RIGHT {again.error}"]
+
+
+def table(path: Path) -> int:
+    """Write the page; 1 where anything was not as it should be."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
+        bench, rows = Bench(Path(folder)), []
         for place in bench.places:
-            cells = []
-            for fault in FAULTS:
-                tries = [bench.try_fault(place, "auto", fault, share, 1) for share in (0, 0.999)]
-                found = sorted({verdict for verdict, outcome in filter(None, tries)})
-                bad += any(word not in ("error", "right", "right, unnoticed") for word in found)
-                cells.append(" / ".join(found) or "-")
-            again = bench.run(place, "auto")
-            fine = again.error is None and again.tokens == bench.want(place, "auto")[0] and not again.left
-            bad += not fine
-            rows.append([place, *cells, "right" if fine else f"NOT RIGHT {again.error}"])
+            rows.append(row(bench, place))
             print(" | ".join(rows[-1]), flush=True)
+    write(path, rows)
+    fine = {*FINE, "-", *(" / ".join(sorted(pair)) for pair in itertools.combinations(FINE, 2))}
+    return int(any(cell not in fine for cells in rows for cell in cells[1:]))
+
+
+def write(path: Path, rows: list[list[str]]) -> None:
     header = ["system, drive", *FAULTS, "a following run"]
-    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-    if path is not None:
-        path.write_text(PAGE.format(table="\n".join(lines)))
-    return int(bool(bad))
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    path.write_text(PAGE.format(table="\n".join(lines)))
 
 
 PAGE = """# Faults

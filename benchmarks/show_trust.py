@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from benchmarks.claims import ROOT, Claim, tests, verdict
 
@@ -13,6 +15,20 @@ def faults() -> list[Claim]:
         tests("every fault x every system with a drive: one clear error or the right tokens, nothing left",
               "tests/test_faults.py", "-m", "slow or not slow", "-k", "not sweep").show(),
         sweep().show(),
+    ]  # fmt: skip
+
+
+def cost() -> list[Claim]:
+    """What checksums take."""
+    from benchmarks.checksum_cost import costs
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        direct, cached = (costs(Path(folder), shares=(0.1,), direct=way)[0] for way in (True, False))
+    return [
+        Claim("checksums: a tenth of 16,384 records read around the page cache", f"{direct.ratio - 1:+.0%} time",
+              "15%", direct.ratio <= 1.15).show(),
+        Claim("the same from the page cache, at the speed of memory", f"{cached.ratio - 1:+.0%} time", "40%",
+              cached.ratio <= 1.4).show(),
     ]  # fmt: skip
 
 
@@ -32,7 +48,7 @@ def memory() -> list[Claim]:
     ]  # fmt: skip
 
 
-CLAIMS = [faults, memory]
+CLAIMS = [faults, cost, memory]
 
 
 def main() -> int:

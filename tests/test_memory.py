@@ -48,9 +48,9 @@ def test_needs_follow_the_settings(tmp_path, options):
 
 def test_a_cache_is_refused_before_its_drive_is_opened(models, prompt, tmp_path, monkeypatch):
     model = models("llama")
-    monkeypatch.setattr(needs, "read_memory", lambda root: Memory(100 * MIB, 0, 0, "a small box"))
+    monkeypatch.setattr(needs, "read_memory", lambda root: Memory(50 * MIB, 0, 0, "a small box"))
     with hillinfer.make_cache(model, "hillinfer", drive=tmp_path) as cache:
-        with pytest.raises(hillinfer.UsageError, match=r"needs about \d+ MiB .* a small box has 100 MiB"):
+        with pytest.raises(hillinfer.UsageError, match=r"needs about \d+ MiB .* a small box has 50 MiB"):
             model.generate(prompt, past_key_values=cache, max_new_tokens=2)
         monkeypatch.undo()
         assert model.generate(prompt, past_key_values=cache, max_new_tokens=2, do_sample=False).shape[1] == 152

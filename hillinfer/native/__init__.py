@@ -205,7 +205,8 @@ def checksums(write: bool, offsets, addresses, lengths, sums: np.ndarray) -> int
     """As `tiers.checksums.reference`: CRC-32 of each 4 KiB block of pieces int64 (m,), noted in or compared with sums
     uint32. Returns -1, or the offset of the first block that differs.
     """
-    where = map(pointer, (offsets, addresses, lengths, sums))
+    pieces = [np.ascontiguousarray(part, np.int64) for part in (offsets, addresses, lengths)]
+    where = map(pointer, (*pieces, sums))
     return _library.hi_checksums(_library.isa, int(write), len(offsets), *where)
 
 

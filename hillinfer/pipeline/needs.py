@@ -6,8 +6,8 @@ from hillinfer.config import UsageError
 from hillinfer.tiers.planner import read_memory
 
 MIB = 1 << 20
-LIBRARIES = 400 * MIB  # anonymous memory of torch and transformers once imported, before any model (330 measured)
-AT_WORK = 150 * MIB  # what they take beside tensors while a model runs: code loaded late, threads, the allocator's own
+LIBRARIES = 320 * MIB  # anonymous memory of torch and transformers once imported, before any model (275 measured)
+AT_WORK = 80 * MIB  # what they take beside tensors while a model runs: code loaded late, threads, the allocator's own
 WORKER = 100 * MIB  # an emulated drive's process, without its codes
 BEHIND = 64 * MIB  # bytes that may wait to be written, as in `tiers.stream`, which loads torch
 PART = 512  # tokens of KV that a prefill chunk attends to at once, as in `tiers.store`

@@ -33,6 +33,11 @@ class Checksums:
         bad = run(self.covering(offsets, lengths), False, offsets, addresses, lengths)
         return None if bad < 0 else bad
 
+    def forget(self) -> None:
+        """Nothing is known of any block: they were given back."""
+        with self._lock:
+            self.sums = np.zeros(0, np.uint32)
+
     def covering(self, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The table, for comparing these pieces; it may be replaced by a longer one at any time."""
         with self._lock:
@@ -50,8 +55,7 @@ def run(sums: np.ndarray, write: bool, offsets: np.ndarray, addresses: np.ndarra
     """The kernel, or the reference without one; they agree to the bit. -1, or the offset of a block that differs."""
     if not native.available():
         return reference(sums, write, offsets, addresses, lengths)
-    pieces = [np.ascontiguousarray(part, np.int64) for part in (offsets, addresses, lengths)]
-    return native.checksums(write, *pieces, sums)
+    return native.checksums(write, offsets, addresses, lengths, sums)
 
 
 def reference(sums: np.ndarray, write: bool, offsets: np.ndarray, addresses: np.ndarray, lengths: np.ndarray) -> int:

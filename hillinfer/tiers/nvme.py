@@ -130,6 +130,8 @@ class NvmeDevice(BlockDevice):
 
     def trim(self) -> None:
         """Deallocate what was written (Dataset Management), a range of up to 2^32 - 1 blocks at a time."""
+        if self.sums:
+            self.sums.forget()
         start, count = STAMP // self.lba, (self.size - STAMP) // self.lba
         if self.fd is None or not count:
             return

@@ -143,6 +143,8 @@ class BlockDevice(RecordFile):
 
     def trim(self) -> None:
         """Tell the device that the data is of no more use. `trimmed` says whether it took the hint."""
+        if self.sums:
+            self.sums.forget()
         if self.fd is not None and self.size > STAMP:
             try:
                 fcntl.ioctl(self.fd, DISCARD, struct.pack("<QQ", STAMP, self.size - STAMP))

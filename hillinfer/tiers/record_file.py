@@ -184,25 +184,37 @@ class RecordFile:
         self.reads += len(of)
         return nbytes
 
-    def transfer(self, verb: str, jobs: list[tuple[int, np.ndarray]], stream: int, position, share: float = 1) -> None:
+    def transfer(
+        self,
+        verb: str,
+        jobs: list[tuple[int, np.ndarray]],
+        stream: int,
+        position,
+        share: float = 1,
+        verify: bool = True,
+    ) -> None:
         """Read or write (offset, buffer) jobs; any short or failed one is a DriveError that names the place.
 
         position   what to name: a token's, or a function that finds it by the offset that failed
         share      of the threads take part, so that others can go on beside this one
+        verify     whether to compare checksums; not where the processor is not to touch what is read
         """
         parts = [(offset, native.pointer(buffer), len(buffer)) for offset, buffer in jobs]
-        self._transfer(verb, *np.array(parts, np.int64).reshape(-1, 3).T, jobs, stream, position, share)
+        self._transfer(verb, *np.array(parts, np.int64).reshape(-1, 3).T, jobs, stream, position, share, verify)
 
-    def _transfer(self, verb: str, offsets, addresses, lengths, keep, stream: int, position, share: float = 1) -> None:
+    def _transfer(
+        self, verb: str, offsets, addresses, lengths, keep, stream: int, position, share: float = 1, verify: bool = True
+    ) -> None:
         """Move pieces, int64 (m,) each, and note or compare their checksums. `keep` holds their memory."""
         try:
             if self.stuck:
                 raise OSError(errno.ETIMEDOUT, "it was stuck before")
             if self.sums and verb == "write":
                 self.sums.note(offsets, addresses, lengths)
-            self._move(verb, offsets, addresses, lengths, keep, share)
-            if self.sums and verb == "read" and not self._rings:  # which have compared it already
-                bad = self.sums.check(offsets, addresses, lengths)
+            sums = self.sums if verify and verb == "read" else None
+            self._move(verb, offsets, addresses, lengths, keep, share, sums)
+            if sums and not self._rings:  # which have compared it already
+                bad = sums.check(offsets, addresses, lengths)
                 if bad is not None:
                     error = OSError(errno.EBADMSG, "damaged")
                     error.offset = bad
@@ -212,12 +224,12 @@ class RecordFile:
                 error.offset = int(offsets[0])
             raise self._failure(verb, stream, position, error) from error
 
-    def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1) -> None:
+    def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1, sums=None) -> None:
         """The transfer itself, by either engine. Raises OSError, whose `offset` says which piece failed."""
         if self._rings:
-            sums = self.sums.covering(offsets, lengths) if self.sums and verb == "read" else None
+            table = sums.covering(offsets, lengths) if sums else None
             try:
-                self._rings.transfer(verb == "write", self.fd, offsets, addresses, lengths, self.timeout, keep, sums)
+                self._rings.transfer(verb == "write", self.fd, offsets, addresses, lengths, self.timeout, keep, table)
             except OSError as error:
                 self.stuck = self.stuck or error.errno == errno.ETIMEDOUT
                 raise
@@ -272,6 +284,8 @@ class RecordFile:
 
     def trim(self) -> None:
         """Give all space back at once: a hole where the data was."""
+        if self.sums:
+            self.sums.forget()
         if self.size and not self.stuck and sys.platform == "linux":
             keep_size_and_punch_hole = 0x03
             ctypes.CDLL(None).fallocate64(

@@ -118,7 +118,9 @@ class Ring:
     def close(self) -> None:
         if self.fd is not None and not self.stuck:
             os.close(self.fd)
-            self.fd = None
+            self.fd = self.entries = self._sqes = self._tail = self._head = self._filled = self._who = self._result = (
+                None
+            )
 
     def _enter(self, submit: int, wait: int) -> None:
         while True:

@@ -121,6 +121,19 @@ def test_own_seconds_leave_out_what_is_within():
     assert {span.kind: ms * 1e3 for span, ms in own} == pytest.approx(took)
 
 
+@pytest.mark.parametrize("waits", [(0, 6), (1, 6), (3, 6), (3, 9)])
+def test_own_seconds_of_a_loader_are_the_time_it_was_at_work(waits):
+    """K from 0 to 5 and V from 2 to 6, at once, are 6 of work, whenever the wait for both began; what it waits beyond
+    is its own.
+    """
+    spans = [Span("drive", "prefetch", 0, 0, 0, 5 * MS), Span("drive", "prefetch", 0, 0, 2 * MS, 6 * MS)]
+    spans.append(Span("cpu", "wait", 0, 0, waits[0] * MS, waits[1] * MS))
+    took = defaultdict(float)
+    for span, seconds in own_seconds(spans):
+        took[span.kind] += seconds * 1e3
+    assert dict(took) == pytest.approx({"prefetch": 6, "wait": max(0, waits[1] - 6)}, abs=1e-9)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A real run of each kind, as saved and read back."""
@@ -293,7 +306,8 @@ def test_costs_are_taken_from_what_was_measured():
     assert rising([1, 4, 1, 8]) == pytest.approx((1, 2, 2, 8)) and rising([4, 2, 1]) == pytest.approx((2, 2, 2))
     line = by_hand(*plain_step(), *plain_step(1, 40), *plain_step(2, 80))
     found = samples(line)
-    assert found["score"] == pytest.approx((1000, 1e-3)) and found["select"] == pytest.approx((100 * SMALL.code_bytes(), 1e-3))
+    assert found["score"] == pytest.approx((1000, 1e-3))
+    assert found["select"] == pytest.approx((100 * SMALL.code_bytes(), 1e-3))
     assert found["read"] == pytest.approx((400, 1e-3)) and found["dense"][1] == pytest.approx(15e-3)
     assert found["other"][1] == pytest.approx(0)
     larger = by_hand(*plain_step(), *plain_step(1, 40))

@@ -39,7 +39,7 @@ def seconds(
     kernels: int = 1,
     system: str = "",
 ) -> float:
-    """Modelled seconds. `size` in bytes (of the cached tokens' codes for kinds that move none), `block` the size of one piece.
+    """Modelled seconds. `size` in bytes (`recording.size_of`), `block` the size of one piece.
 
     calls    how often the kind is done, for a measured cost; kernels  how often the part's latency is paid, elsewhere
 

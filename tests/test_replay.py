@@ -258,6 +258,15 @@ def test_the_stated_rules_of_scaling(runs):
     assert count["attend"] == count["append"] == 7 and count["dense"] == 6 and count["head"] == 1
 
 
+def test_what_moves_no_bytes_on_another_machine(runs):
+    """Choosing reads a score of 4 bytes for each token and KV head; this code's overhead is not known there."""
+    profile, about = find_profile("h200"), recorded(runs["topk"])
+    took = {task.kind: task.seconds for task in R.to_tasks(runs["topk"], profile, most=1)}
+    scores = 4 * about.cached * about.shape.kv_heads
+    assert took["select"] == pytest.approx(scores / profile.gather_rate + profile.get("cpu.call"))
+    assert took["other"] == 0
+
+
 def test_full_attends_to_all_whatever_alpha(runs):
     assert total(runs["full"], "attend", R.Target(alpha=0.1)) == total(runs["full"], "attend", R.Target())
 

@@ -6,6 +6,7 @@ from hillinfer.pipeline.devices import Profile
 
 MODEL = ("dense", "head", "attend")  # the model's own work, on its device: the GPU where there is one
 SYNCED = ("wait",)  # no work of its own; what it waits for is a dependency
+OVERHEAD = ("other", "view")  # of this project's own code: known only where it was measured
 RATES = {
     "transfer": "link.to_gpu",
     "weights": "link.to_gpu",
@@ -51,6 +52,8 @@ def seconds(
     for name in (f"{system}.{kind}", kind):
         if name in profile.kinds:
             return profile.kinds[name].at(size, calls)
+    if kind in OVERHEAD:
+        return 0.0
     part = lane.partition(":")[0]
     latency = kernels * profile.get(f"{part}.call", default=0.0) if size or flops else 0.0
     if part == "gpu" or (kind in MODEL and part == "cpu"):

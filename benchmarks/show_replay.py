@@ -95,7 +95,7 @@ def dualblade_shapes() -> list[Claim]:
 def headlines() -> Claim:
     frame = claims.headlines()
     for row in frame.itertuples():
-        text = f"{row.claim}: {row.verdict}, {row.ours:.3g} at most ({row.least:.3g} at least) at {row.where}"
+        text = f"{row.claim}: {row.verdict}, {row.ours:.3g} (least {row.least:.3g}) at {row.where}"
         print(
             "\n".join(
                 textwrap.wrap(f"verdict| {text} [{row.profile}]. Why: {row.why}", 120, subsequent_indent="       | ")

@@ -121,6 +121,19 @@ def test_own_seconds_leave_out_what_is_within():
     assert {span.kind: ms * 1e3 for span, ms in own} == pytest.approx(took)
 
 
+@pytest.mark.parametrize("waits", [(0, 6), (1, 6), (3, 6), (3, 9)])
+def test_own_seconds_of_a_loader_are_the_time_it_was_at_work(waits):
+    """K from 0 to 5 and V from 2 to 6, at once, are 6 of work, whenever the wait for both began; what it waits beyond
+    is its own.
+    """
+    spans = [Span("drive", "prefetch", 0, 0, 0, 5 * MS), Span("drive", "prefetch", 0, 0, 2 * MS, 6 * MS)]
+    spans.append(Span("cpu", "wait", 0, 0, waits[0] * MS, waits[1] * MS))
+    took = defaultdict(float)
+    for span, seconds in own_seconds(spans):
+        took[span.kind] += seconds * 1e3
+    assert dict(took) == pytest.approx({"prefetch": 6, "wait": max(0, waits[1] - 6)}, abs=1e-9)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A real run of each kind, as saved and read back."""
@@ -243,6 +256,15 @@ def test_the_stated_rules_of_scaling(runs):
     deep = ModelShape(**asdict(about.shape) | {"layers": 7})
     count = Counter(task.kind for task in R.to_tasks(line, find_profile("h200"), R.Target(deep), most=1))
     assert count["attend"] == count["append"] == 7 and count["dense"] == 6 and count["head"] == 1
+
+
+def test_what_moves_no_bytes_on_another_machine(runs):
+    """Choosing reads a score of 4 bytes for each token and KV head; this code's overhead is not known there."""
+    profile, about = find_profile("h200"), recorded(runs["topk"])
+    took = {task.kind: task.seconds for task in R.to_tasks(runs["topk"], profile, most=1)}
+    scores = 4 * about.cached * about.shape.kv_heads
+    assert took["select"] == pytest.approx(scores / profile.gather_rate + profile.get("cpu.call"))
+    assert took["other"] == 0
 
 
 def test_full_attends_to_all_whatever_alpha(runs):

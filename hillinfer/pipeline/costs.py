@@ -6,6 +6,7 @@ from hillinfer.pipeline.devices import Profile
 
 MODEL = ("dense", "head", "attend")  # the model's own work, on its device: the GPU where there is one
 SYNCED = ("wait",)  # no work of its own; what it waits for is a dependency
+OVERHEAD = ("other", "view")  # of this project's own code: known only where it was measured
 RATES = {
     "transfer": "link.to_gpu",
     "weights": "link.to_gpu",
@@ -39,8 +40,7 @@ def seconds(
     kernels: int = 1,
     system: str = "",
 ) -> float:
-    """Modelled seconds. `size` in bytes (of the cached tokens' codes for kinds that move none), `block` the size of one
-    piece.
+    """Modelled seconds. `size` in bytes (`recording.size_of`), `block` the size of one piece.
 
     calls    how often the kind is done, for a measured cost
     kernels  how often the part's latency is paid, elsewhere
@@ -53,6 +53,8 @@ def seconds(
     for name in (f"{system}.{kind}", kind):
         if name in profile.kinds:
             return profile.kinds[name].at(size, calls)
+    if kind in OVERHEAD:
+        return 0.0
     part = lane.partition(":")[0]
     latency = kernels * profile.get(f"{part}.call", default=0.0) if size or flops else 0.0
     if part == "gpu" or (kind in MODEL and part == "cpu"):

@@ -100,19 +100,25 @@ def _set_beside(step: Step) -> None:
 
 
 def own_seconds(spans: Iterable[Span]) -> list[tuple[Span, float]]:
-    """Spans of one thread with the seconds that they and no span within them took.
+    """Spans of one thread with the seconds that they and no later span took: together, the time with any of them.
 
-    A drive that scores works beside the thread that asked it: its span counts only where that thread waited for it.
+    A loader's spans may overlap. What is waited for took the time, and not the wait. A drive that scores works beside
+    the thread that asked it: its span counts only where that thread waited for it.
     """
     beside = [span for span in spans if span.kind in BESIDE]
-    out, stack = [], []
+    out, active = [], []
     for span in sorted((s for s in spans if s.kind not in BESIDE), key=lambda s: (s.start_ns, -s.end_ns)):
-        entry = [span, (span.end_ns - span.start_ns) / 1e9]
-        while stack and stack[-1][0].end_ns <= span.start_ns:
-            stack.pop()
-        if stack:
-            stack[-1][1] -= entry[1]
-        stack.append(entry)
+        entry, at = [span, (span.end_ns - span.start_ns) / 1e9], span.start_ns
+        active = [own for own in active if own[0].end_ns > at]
+        if span.kind == "wait":
+            until = max((own[0].end_ns for own in active), default=at)
+            entry[1] -= (min(until, span.end_ns) - at) / 1e9
+            active.insert(0, entry)
+        else:
+            for own in reversed(active):
+                shared = max(0, min(own[0].end_ns, span.end_ns) - at)
+                own[1], at = own[1] - shared / 1e9, at + shared
+            active.append(entry)
         out.append(entry)
     for span, entry in ((e[0], e) for e in out if e[0].kind == "merge"):
         waited = [drive.end_ns for drive in beside if drive.start_ns < span.end_ns and drive.end_ns > span.start_ns]

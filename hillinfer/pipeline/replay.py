@@ -152,8 +152,8 @@ class Scale:
         else:
             size = size_of(kind, span.bytes, self.about) * self.factor(kind)
             calls = max(1, round(self.batch / self.about.batch)) if kind in AMONG_ROWS and kind != "attend" else 1
-        if kind == "view":
-            size = 0
+        if kind in ("select", "guess") and not profile.kinds:
+            size *= 4 / shape.head_dim  # it reads a score where the code of a key was
         flops = 2 * size / shape.width * self.batch if kind in ("dense", "head") else 0.0
         if kind == "attend":
             flops = 4 * size / shape.record_bytes * shape.heads * shape.head_dim

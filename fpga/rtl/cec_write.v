@@ -98,10 +98,7 @@ module cec_write #(
         finished <= 0;
         bad_response <= bvalid && bresp[1];
         awaited <= awaited + addressed - bvalid;
-        if (addressed) begin
-            awvalid <= 0;
-            at <= at + awlen + 1'b1;
-        end
+        if (addressed) awvalid <= 0;
         case (state)
             IDLE: if (count >= 16 || (complete && count != 0)) state <= SIZE;
                 else if (complete && awaited == 0 && !finished) begin
@@ -119,7 +116,10 @@ module cec_write #(
                 left <= left - 1'b1;
                 if (left == 0) state <= ADDRESS;
             end
-            ADDRESS: if (!awvalid) state <= IDLE;
+            ADDRESS: if (!awvalid) begin
+                at <= at + awlen + 1'b1;
+                state <= IDLE;
+            end
             HEADER: begin
                 awvalid <= 1;
                 header <= {cycles, status, threshold, entries};

@@ -104,7 +104,7 @@ class NvmeDevice(BlockDevice):
         pieces = [(offset + at, buffer[at : at + cut]) for offset, buffer in jobs for at in range(0, len(buffer), cut)]
         super().transfer(verb, pieces, stream, position, share)
 
-    def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1) -> None:
+    def _move(self, verb: str, offsets, addresses, lengths, keep, share: float = 1, sums=None) -> None:
         opcode, pieces = READ if verb == "read" else WRITE, np.stack((offsets, addresses, lengths), 1).tolist()
         commands = [Command(opcode, at, np.asarray(memory_at(*where)), self.lba) for at, *where in pieces]
         self._run(commands, share, keep)

@@ -133,7 +133,7 @@ def plan(
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     run = Run(settings, len(check_supported(config)))
-    run.geometry = Geometry(1, heads, dim, dtype, torch.device("cpu"))
+    run.geometry = Geometry(1, heads, dim, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     run.check(tokens)
     check_device(settings)
     if settings.profile is not None:

@@ -29,12 +29,13 @@ def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -
     batch, record = size.batch, run.layers * size.batch * size.record_bytes  # one token, all layers
     codes = run.layers * batch * tokens * size.kv_heads * size.head_dim
     rows = batch * min(tokens, chunk or tokens)
-    dense = 0
-    if shape is not None:
+    dense, on_gpu = 0, size.device.type != "cpu"
+    if shape is not None and not on_gpu:
         dense = 4 * rows * (6 * shape.hidden + 3 * shape.inner + 8 * shape.heads * shape.head_dim)
         dense += 6 * rows * min(PART, tokens) * shape.heads if settings.drive is not None else 0
     if settings.drive is None:
-        kv = tokens * record * 9 // 8 + tokens * record // run.layers  # a layer is copied when it grows
+        resident = on_gpu and settings.host_budget is None
+        kv = 0 if resident else tokens * record * 9 // 8 + tokens * record // run.layers  # a layer is copied to grow
     elif settings.stream is not None:
         near = 0 if settings.stream != "host" else min(settings.host_budget or 0, tokens * record)
         kv = near + 2 * tokens * record // run.layers + 2 * min(BEHIND, tokens * record)  # two layers' slots, writes
@@ -55,7 +56,10 @@ def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -
 
 def refuse(parts: dict[str, int], fix: str, root: Path = Path("/")) -> None:
     """UsageError, with the arithmetic, where the sum of these parts is more than is left."""
-    memory, need = read_memory(root), sum(parts.values())
+    try:
+        memory, need = read_memory(root), sum(parts.values())
+    except (OSError, KeyError):
+        return  # no Linux: nothing is known
     if need <= memory.budget():
         return
     held = memory.anonymous + memory.shmem

@@ -254,12 +254,16 @@ class RecordFile:
         threads = min(max(1, int(self._threads * share)), len(pieces))
         everyone = [self._pool.submit(work, pieces[i::threads]) for i in range(threads)]
         waiting = set(everyone)
-        while waiting:  # none may still fill a buffer that is given back
-            before = moved[0]
-            done, waiting = wait(waiting, self.timeout, FIRST_COMPLETED)
-            if not done and moved[0] == before:
-                self.stuck, self._stuck = True, self._stuck + list(waiting)
-                raise OSError(errno.ETIMEDOUT, "no answer")
+        try:
+            while waiting:
+                before = moved[0]
+                done, waiting = wait(waiting, self.timeout, FIRST_COMPLETED)
+                if not done and moved[0] == before:
+                    self.stuck, self._stuck = True, self._stuck + list(waiting)
+                    raise OSError(errno.ETIMEDOUT, "no answer")
+        finally:
+            if not self.stuck:  # a Ctrl-C: none may still fill a buffer that is given back
+                wait(everyone, self.timeout)
         if errors := [future.exception() for future in everyone if future.exception()]:
             raise min(errors, key=lambda error: getattr(error, "offset", 0))  # the first one by place
 

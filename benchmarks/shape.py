@@ -223,7 +223,7 @@ def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, step
     bounds, stacks = Bounds(folder, torch.get_num_threads()), []
     try:
         for name, (system, options) in ways.items():
-            stack = Stack(name, field_, system, options | {"drive": folder})
+            stack = Stack(name, field_, system, {"drive": folder} | options)
             if options.get("host_budget") == "equal":  # what the first system holds in memory
                 stack.options["host_budget"] = stacks[0].held() - stack.codes()
             stacks.append(stack)

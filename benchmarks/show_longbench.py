@@ -121,7 +121,7 @@ def real_rows(folder: Path) -> list[Claim]:
 
 def saving() -> Claim:
     """One prefill for all ways of a sample against a prefill for each, decoding and all, on the embedded model."""
-    ways = tuple(sweep.ways_of(list_systems(), map(float, ALPHAS.split(",")), {}))
+    ways = tuple(sweep.ways_of(list_systems(), [float(word) for word in ALPHAS.split(",")], {}))
     ratios, different = {}, 0
     for name in ("lines_2k", "lines_4k"):
         task, times, answers = find_task(name), [], []

@@ -92,7 +92,7 @@ class Workbench:
         self.kind = chosen("drive kind", {"an SSD": "ssd", "emulated SmartSSD": "emulated"}, "ssd")
         self.pacing = chosen("pacing", {"as fast as it is": False, "a SmartSSD's rates": True}, False)
         self.folder = control(w.Text, "drive folder", value=drive)
-        self.session = control(w.Text, "session file", placeholder="none: the document is read anew")
+        self.session = control(w.Text, "session file", placeholder="none, or report.kv")
         self.looks = chosen("attention", list(LOOKS), next(iter(LOOKS)))
         self.run_button = w.Button(description="Run", button_style="primary", icon="play", tooltip="run these settings")
         self.stop_button = w.Button(description="Stop", icon="stop", disabled=True, tooltip="after the token under way")

@@ -196,6 +196,9 @@ class Board {
     for (const el of this.text.querySelectorAll(".hi-on")) if (+el.dataset.step !== this.cursor.step) el.classList.remove("hi-on");
     if (this.cursor.step != null) for (const el of this.text.querySelectorAll(`[data-step="${this.cursor.step}"]`)) el.classList.add("hi-on");
     if (grew) this.text.scrollTop = this.text.scrollHeight;
+    const marked = this.cursor.step !== this.markedStep && this.text.querySelector(".hi-on");
+    if (marked) this.text.scrollTop = marked.offsetTop - this.text.offsetTop - this.text.clientHeight / 2;
+    this.markedStep = this.cursor.step;
   }
 
   buildSparsity(section) {

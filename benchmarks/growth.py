@@ -21,7 +21,7 @@ from benchmarks.trace import record
 CONTEXTS = (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
 STEPS = 6
 WAYS = {
-    "full": ("full", {}),
+    "full": ("full", {"drive": None}),
     "flexgen": ("flexgen", {"host_budget": 0}),
     "dualblade": ("dualblade", {"host_budget": 0}),
     "leoam": ("leoam", {"alpha": ALPHA}),

@@ -166,21 +166,21 @@ class Stack:
         counted = self.system != "hillinfer"
         return 0 if counted else shape.layers * shape.heads * shape.dim * self.field.n * bits // 8
 
-    def row(self) -> dict:
-        """Medians over the measured steps."""
-        ms, drive = sorted(1e3 * s for s in self.seconds[-STEPS:]), ("drive read", "drive prefetch", "drive abstract")
+    def row(self, steps: int) -> dict:
+        """Medians over the last steps."""
+        ms, drive = sorted(1e3 * s for s in self.seconds[-steps:]), ("drive read", "drive prefetch", "drive abstract")
         low, _, high = statistics.quantiles(ms, n=4)
-        lanes = self.lanes[-STEPS:]
+        lanes = self.lanes[-steps:]
         kinds = sorted(set().union(*lanes))
         mean = {kind: statistics.mean(lane.get(kind, 0) for lane in lanes) for kind in kinds}
-        rows = self.cache.counters.rows[-STEPS * len(self.layers) :]
+        rows = self.cache.counters.rows[-steps * len(self.layers) :]
         far, guessed = sum(row.host + row.drive for row in rows), sum(row.drive for row in rows)
         return {
             "system": self.name,
             "ms": statistics.median(ms),
             "ms_low": low,
             "ms_high": high,
-            "cpu_ms": 1e3 * statistics.median(self.cpu[-STEPS:]),
+            "cpu_ms": 1e3 * statistics.median(self.cpu[-steps:]),
             "drive_mb": sum(mean.get(kind, 0) for kind in drive) / 1e6,
             "scored_mb": mean.get("cpu score", 0) / 1e6,
             "attended_mb": mean.get("cpu attend", 0) / 1e6,
@@ -223,38 +223,30 @@ def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, step
     bounds, stacks = Bounds(folder, torch.get_num_threads()), []
     try:
         for name, (system, options) in ways.items():
-            stack = Stack(name, field_, system, options | {"drive": folder})
+            stack = Stack(name, field_, system, {"drive": folder} | options)
             if options.get("host_budget") == "equal":  # what the first system holds in memory
                 stack.options["host_budget"] = stacks[0].held() - stack.codes()
-            stacks.append(stack)
             stack.open()
-            for step in range(field_.steps - steps):
-                if (
-                    stack.layers[0].policy.selects or step >= field_.steps - steps - 2
-                ):  # what always reads all is warm soon
-                    stack.step(step)
+            stacks.append(stack)
+            warm = field_.steps - steps
+            for step in range(0 if stack.layers[0].policy.selects else warm - 2, warm):
+                stack.step(step)  # what always reads all is warm soon
             tell(f"{name}: filled in {stack.filled:.0f} s, last step before measuring {1e3 * stack.seconds[-1]:.0f} ms")
         for turn in range(steps):
             bounds.once()
             for stack in stacks if turn % 2 else stacks[::-1]:
                 stack.step(field_.steps - steps + turn)
-        rows, (memory, drive) = [stack.row() for stack in stacks], bounds.rates()
+        rows, (memory, drive) = [stack.row(steps) for stack in stacks], bounds.rates()
     finally:
         bounds.file.close()
         for stack in stacks:
             stack.cache.close()
     for row in rows:
-        lanes = {
-            "memory": (row["scored_mb"] + row["attended_mb"]) * 1e6 / memory,
-            "drive": row["drive_mb"] * 1e6 / drive,
-        }
+        moved = {"memory": (row["scored_mb"] + row["attended_mb"]) * 1e6, "drive": row["drive_mb"] * 1e6}
+        lanes = {"memory": 1e3 * moved["memory"] / memory, "drive": 1e3 * moved["drive"] / drive}
         longest = max(lanes, key=lanes.get)
-        row |= {
-            "longest_lane": longest,
-            "bound_ms": 1e3 * lanes[longest],
-            "over_bound": row["ms"] / lanes[longest] / 1e3,
-        }
-        row |= {"memory_lane_ms": 1e3 * lanes["memory"], "drive_lane_ms": 1e3 * lanes["drive"]}
+        row |= {"longest_lane": longest, "bound_ms": lanes[longest], "over_bound": row["ms"] / lanes[longest]}
+        row |= {f"{lane}_lane_ms": ms for lane, ms in lanes.items()}
     bands = {"memory_gbps": memory / 1e9, "drive_gbps": drive / 1e9}
     return {"rows": rows, "bandwidths": [bands], "seconds": {stack.name: stack.seconds[-steps:] for stack in stacks}}
 

@@ -93,7 +93,8 @@ struct Sim {
         // A write's data after its address; the address only beside its data; data at any time: AXI allows all three.
         enum { ADDRESS_FIRST, ADDRESS_WITH_DATA, ANY };
         uint32_t order = options.seed % 3;
-        top->m_axi_gmem_awready = writes.size() < 8 && (order != ADDRESS_WITH_DATA || top->m_axi_gmem_wvalid) && !chance();
+        bool data = order != ADDRESS_WITH_DATA || top->m_axi_gmem_wvalid || !beats.empty();
+        top->m_axi_gmem_awready = writes.size() < 8 && data && !chance();
         top->m_axi_gmem_wready = (order == ADDRESS_FIRST ? !writes.empty() : beats.size() < 32) && !chance();
         if (credit < int64_t(LANES) * 256) credit += options.rate;
         if (!r_held) {

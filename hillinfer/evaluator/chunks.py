@@ -20,6 +20,9 @@ EMPTY = torch.tensor([-1e30, 1e30])[:, None]  # the box of no keys; finite, as 0
 UPWARDS = list(zip(LEVEL[-2::-1], LEVEL[:0:-1], strict=True))  # (whole, parts), from the leaves' parents to the page
 SLACK = 0.5  # of what ranks the smallest chunks: bounds of single heads are loose (docs/experiments.md)
 PATIENCE = 2  # steps that all parts of a chunk must go unchosen before they are merged
+BLOCK = (
+    256  # boxes in float32 at a time: more leave the cache, and memory fresh from the system costs more than they do
+)
 REGRET = 16  # steps that a merge is put off after one that was undone for nothing
 
 
@@ -161,9 +164,12 @@ class ChunkTree:
         self, page: np.ndarray, node: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None = None
     ) -> tuple:
         """Those of the nodes that reach the floor, and their bounds (leaves: estimates) in sortable form, (Hkv, m)."""
-        boxes, leaf = self.boxes(page, node), torch.from_numpy(node >= LEAVES)
         score = query.new_empty(len(query), len(page), query.shape[1])
-        score[:, ~leaf], score[:, leaf] = bounds(boxes[~leaf], query), bounds(boxes[leaf], query, SLACK)
+        for start in range(0, len(page), BLOCK):
+            part = slice(start, start + BLOCK)
+            boxes, leaf = self.boxes(page[part], node[part]), torch.from_numpy(node[part] >= LEAVES)
+            own = score[:, part]
+            own[:, ~leaf], own[:, leaf] = bounds(boxes[~leaf], query), bounds(boxes[leaf], query, SLACK)
         if floor is not None:
             reach = (score >= floor[:, None]).any(2).any(0)
             page, node, score = page[reach.numpy()], node[reach.numpy()], score[:, reach]
@@ -178,7 +184,7 @@ class ChunkTree:
             if mask.any():
                 at = torch.from_numpy(page[mask])
                 codes = self.tops.view()[at] if source is None else source.take(page[mask], node[mask])
-                boxes[torch.from_numpy(mask)] = codes * self.scales.view()[at]
+                boxes[torch.from_numpy(mask)] = codes.float().mul_(self.scales.view()[at])  # a mixed product: 4x slower
         return boxes
 
     def _no_keys(self) -> torch.Tensor:

@@ -49,7 +49,9 @@ class Pages:
             some = wanted[at : at + step]
             self.used[self.slot_of[some][self.slot_of[some] >= 0]] = self.uses
             self._load(some[self.slot_of[some] < 0])
-            mine = np.flatnonzero(np.isin(page, some)) if step < len(wanted) else np.arange(len(page))
+            if step >= len(wanted):
+                return self.kept.view().flatten(0, 1)[torch.from_numpy(self.slot_of[page] * self.shape[0] + part)]
+            mine = np.flatnonzero(np.isin(page, some))
             slots = torch.from_numpy(self.slot_of[page[mine]])
             out[torch.from_numpy(mine)] = self.kept.view()[slots, torch.from_numpy(part[mine])]
         return out

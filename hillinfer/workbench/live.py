@@ -184,16 +184,16 @@ class LiveRun:
         return cache
 
     def _run(self, cache: TieredCache) -> None:
-        context, start = self.case.context, time.perf_counter()
+        context, start, opened = self.case.context, time.perf_counter(), self.prefilled > 0
         ends = [0, *range(CHUNK, len(context) - 1, CHUNK), len(context)]  # never a chunk of one: a decode step
-        for first, last in pairwise(ends if self.prefilled == 0 else ()):
+        for first, last in pairwise(() if opened else ends):
             if self._stop.is_set():
                 return
             feed(self.model, cache, context[first:last])
             self.prefilled = last
-            if self.session is not None and last == len(context):
-                save_session(cache, self.session, self.model, context)
         prefill_s = time.perf_counter() - start
+        if self.session is not None and not opened:
+            save_session(cache, self.session, self.model, context)
         cache.timeline.clear()  # the figures are of decode steps
         cache.counters.clear()
         self.timeline, self.counters = cache.timeline, cache.counters

@@ -236,6 +236,10 @@ def sweep(total: int, seed: int = 0) -> int:
             if verdict not in FINE:
                 bad.append(f"{place}, {engine}, {fault}: {verdict} ({outcome.error})")
                 print(bad[-1], flush=True)
+            if done % 1000 == 0:
+                print(
+                    f"{done:,} faults, {len(bad)} not as they should be, {time.monotonic() - start:.0f} s", flush=True
+                )
             if done % 20 == 0:
                 follow = bench.run(place, engine)
                 after += 1

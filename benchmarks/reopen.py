@@ -12,7 +12,7 @@ import torch
 from hillinfer.demo import demo_records, load_embedded
 from hillinfer.longbench.runner import feed, own_prompt
 from hillinfer.session import open_session, save_session
-from hillinfer.systems import make_cache
+from hillinfer.systems import list_systems, make_cache
 
 TOKENS, ROUNDS = 8000, 5
 
@@ -27,7 +27,8 @@ def measure(systems: tuple[str, ...], tokens: int = TOKENS, rounds: int = ROUNDS
     out = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for system in systems:
-            path, options = Path(folder) / "doc.kv", dict(alpha=0.2, drive=folder)
+            path = Path(folder) / "doc.kv"
+            options = dict(alpha=0.2) | (dict(drive=folder) if list_systems()[system].needs_drive else {})
             prefill, opened = [], {"warm": [], "cold": []}
             for number in range(3):
                 with make_cache(model, system, **options) as cache:

@@ -64,7 +64,7 @@ def test_systems_take_turns_on_a_shape(trace, tmp_path, monkeypatch, capsys):
             shape.Field(TINY, trace, N, STEPS), shape.ways_of(("hillinfer", "flexgen")), tmp_path, 4, lambda _: None
         )
     own, _, larger, streamed, equal = result["rows"]
-    assert 0 < larger["drive_mb"] < own["drive_mb"] and 0 < equal["drive_mb"] < streamed["drive_mb"]
+    assert 0 < larger["drive_mb"] < own["drive_mb"] and equal["drive_mb"] < streamed["drive_mb"]
     assert 0.7 < larger["kv_memory_mb"] / own["kv_memory_mb"] < 1.1
     if native.available():
         assert own["scored_mb"] > 0

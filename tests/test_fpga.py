@@ -113,7 +113,8 @@ def test_the_committed_table_is_of_this_kernel(tmp_path):
     from hillinfer.workbench.cec import cec_frame, pareto_figure
 
     assert cec.tools()["kernel source"] == source(), "the kernel changed: make -C fpga table"
-    assert [config.name for config in EXPLORED] == list(cec_frame()["kernel"])
+    names = set(cec_frame()["kernel"])
+    assert {config.name for config in CONFIGS} <= names <= {config.name for config in EXPLORED}
     for row in cec.configurations():
         assert 0 <= row.overhead < 0.1 and 0 < row.share() < 1 and 0.5 < row.recall["0.1"] <= 1
     assert cec.choose(8, 16).name == "int8-d64-g4-l64" and cec.choose(4, 128).name == "int4-d128-g4-l64"
@@ -121,7 +122,7 @@ def test_the_committed_table_is_of_this_kernel(tmp_path):
     assert slow == 3.2e9 / 128 < fast
     assert len(pareto_figure().data) == 4
     page = show(tmp_path).read_text()
-    assert all(config.name in page for config in EXPLORED)
+    assert all(name in page for name in names)
 
 
 def test_the_emulated_drive_models_the_tables_kernel(tmp_path):

@@ -1,10 +1,14 @@
-"""`make show-trust`: every claim about faults, memory and trust that a machine can check, measured again."""
+"""`make show-trust`: every claim about faults, memory and trust that a machine can check, measured again.
+
+Parts can be named: `python -m benchmarks.show_trust faults memory`.
+"""
 
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import show_trust_sessions
 from benchmarks.claims import ROOT, Claim, tests, verdict
 
 
@@ -48,11 +52,13 @@ def memory() -> list[Claim]:
     ]  # fmt: skip
 
 
-CLAIMS = [faults, cost, memory]
+PARTS = {  # sessions first: they fork, and must do so before there are threads
+    "sessions": show_trust_sessions.claims, "faults": faults, "cost": cost, "memory": memory,
+}  # fmt: skip
 
 
 def main() -> int:
-    return verdict([claim for part in CLAIMS for claim in part()])
+    return verdict([claim for name in sys.argv[1:] or PARTS for claim in PARTS[name]()])
 
 
 if __name__ == "__main__":

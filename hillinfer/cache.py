@@ -327,11 +327,12 @@ class TieredCache(Cache):
         changed = dict(alpha=settings.alpha, sinks=settings.sinks, recent=settings.recent)
         self.run.settings = replace(self.run.settings, **changed)
 
-    def fill(self, source: Prefilled, device: torch.device, chunk: int | None = None) -> None:
+    def fill(self, source: DynamicCache, device: torch.device, chunk: int | None = None) -> None:
         """Take in what an ordinary cache of this model holds, as a prefill on `device` (in chunks) would: a copy,
-        to the bit. A policy that looks at the prefill must have been shown that one.
+        to the bit. A policy that looks at the prefill must have been shown that one (`Prefilled`).
         """
         n = source.get_seq_length()
+        learned = getattr(source, "learned", {})
         for start, end in pairwise(chunk_ends(n, chunk)):
             for own, other in zip(self.layers, source.layers, strict=True):
                 if isinstance(own, TieredLayer):
@@ -340,9 +341,9 @@ class TieredCache(Cache):
             if not isinstance(own, TieredLayer):  # a sliding window has forgotten its past: its state is copied
                 self.layers[index] = copy.deepcopy(source.layers[index])
                 continue
-            for learned in source.learned[index]:
-                if type(learned) is type(own.layer.policy):
-                    own.layer.policy = copy.deepcopy(learned)
+            for policy in learned.get(index, ()):
+                if type(policy) is type(own.layer.policy):
+                    own.layer.policy = copy.deepcopy(policy)
 
     def memory(self) -> dict[str, int]:
         """Bytes held now: `device` and `host` records, key `codes`, `hits` table, what is meant to stay in the

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import tomllib
@@ -105,6 +106,8 @@ def export(model, tokenizer, folder: Path) -> None:
 def work(rank: int, args, settings: dict) -> None:
     torch.set_num_threads(1)
     if args.workers > 1:
+        # torch sends it to a worker whose parent has died; a script started with & hands it down ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         meet = f"file://{args.out.resolve()}/meet"
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=args.workers)
     shape, train, stages = settings["model"], settings["train"], settings["stage"]

@@ -70,7 +70,9 @@ def test_systems_take_turns_on_a_shape(trace, tmp_path, monkeypatch, capsys):
         assert own["scored_mb"] > 0
     shape.show(result)
     assert "flexgen, equal memory" in capsys.readouterr().out
-    assert shape.ratio(result, "flexgen", "flexgen")[0] == 1
+    assert shape.ratio(result, "flexgen", "flexgen") == (1, 1, 1)
+    low, middle, high = shape.ratio(result, "flexgen", "hillinfer")
+    assert low < middle < high
 
 
 def test_slopes_are_exponents():

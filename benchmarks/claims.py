@@ -36,7 +36,11 @@ def tests(text: str, *arguments: str) -> Claim:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider", *arguments]
         code = subprocess.run(command, cwd=ROOT, capture_output=True).returncode
-        suite = ET.parse(report).getroot()[0].attrib
+        cases = ET.parse(report).getroot()[0]
+    suite = cases.attrib
+    for case in cases:
+        if any(case.find(kind) is not None for kind in ("failure", "error")):
+            print(f"failed | {case.get('classname')}::{case.get('name')}", flush=True)
     total, skipped = int(suite["tests"]), int(suite["skipped"])
     failed = int(suite["failures"]) + int(suite["errors"])
     figure = (

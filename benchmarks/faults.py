@@ -174,7 +174,10 @@ class Bench:
 def resources(folder: Path | None = None) -> tuple:
     ring.release_stuck(), uring.release_stuck()
     threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("hillinfer"))
-    children = "".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    children = ""
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            children += path.read_text()
     files = sorted(os.listdir(folder)) if folder else []  # noqa: PTH208
     return threads, children, len(os.listdir("/proc/self/fd")), files  # noqa: PTH208
 

@@ -5,6 +5,7 @@ Tokens of an exact setting are those of the full cache; memory, threads and desc
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import os
@@ -67,8 +68,11 @@ def held() -> tuple[int, int, int]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    tasks = [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    own = [name for name in tasks if not name.startswith("iou-")]  # the kernel's, which go when they have idled
+    own = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # has just ended
+            own.append((task / "comm").read_text())
+    own = [name for name in own if not name.startswith("iou-")]  # the kernel's, which go when they have idled
     return resident, len(own), len(list(Path("/proc/self/fd").iterdir()))
 
 

@@ -82,13 +82,16 @@ class Field:
         self.values = torch.empty(1, shape.heads, n, shape.dim, dtype=torch.bfloat16).normal_(generator=self.random)
 
     def _keys(self, layer: int) -> torch.Tensor:
-        """(1, Hkv, n, D) bf16: of the tokens that a step selected those lead that the steps select most often."""
-        shape, marks = self.shape, torch.zeros(2, self.steps, self.n)
+        """(1, Hkv, n, D) bf16: of the tokens that a step selected those lead that the steps select most often; of a
+        guess, those that were the surest.
+        """
+        shape, marks = self.shape, torch.zeros(3, self.steps, self.n)
         for step in range(self.steps):
-            for kind, row in (("true", 0), ("guess", 1))[: 2 if layer else 1]:
+            for kind, row in (("true", 0), ("guess", 1), ("sure", 2))[: 3 if layer else 1]:
                 marks[row, step, torch.from_numpy(self.trace.positions(self.n, layer, step + 1, kind)).long()] = 1
         often = marks[0].mean(0)
-        channels = (marks * (0.5 + 0.5 * often) + 0.2 * often).flatten(0, 1).T  # (n, 2 * steps)
+        chosen = torch.stack((marks[0] * (1 + often), marks[1] * (1 + 0.5 * often) + 0.5 * marks[2])) / 2
+        channels = (chosen + 0.2 * often).flatten(0, 1).T  # (n, 2 * steps)
         keys = torch.empty(1, shape.heads, self.n, shape.dim).normal_(0, 0.02, generator=self.random)
         keys[..., : 2 * self.steps] += channels
         return keys.to(torch.bfloat16)

@@ -8,6 +8,7 @@ would do is not known here. Deeper models repeat the recorded layers but for the
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from hillinfer.config import Settings
 from hillinfer.evaluator.policies import TopK
 from hillinfer.longbench.runner import feed
 from hillinfer.longbench.synthetic import make_records, prompt_of
+from hillinfer.pipeline.lookahead import AHEAD
 
 TOKENS, SEED = 8192, 5
 
@@ -59,11 +61,13 @@ class _Noted(TopK):
     """Top-k that writes down what it selects."""
 
     def __init__(self):
-        self.kept = {"true": [], "guess": []}
+        self.kept = {"true": [], "guess": [], "sure": []}
 
     def select(self, step):
         picked = super().select(step)
         self.kept["guess" if step.guess else "true"].append(picked)
+        if step.guess:
+            self.kept["sure"].append(super().select(replace(step, budget=int(AHEAD[1] * step.budget))))
         return picked
 
 
@@ -86,8 +90,8 @@ class Trace:
         return index if index < self.layers else 1 + (index - 1) % (self.layers - 1)
 
     def positions(self, n: int, layer: int, step: int, kind: str = "true") -> np.ndarray:
-        """Sorted positions that a step selects of n cached tokens, or that were guessed for it (not for the first
-        layer, which nothing comes before).
+        """Sorted positions that a step selects of n cached tokens; kind `guess`: that were guessed for it, `sure`: the
+        surest of these (both not for the first layer, which nothing comes before).
         """
         parts, start, document = [], 0, 0
         while start < n:

@@ -51,8 +51,9 @@ class Settings:
     precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
     compress     share of the records read from an ssd that come in INT4, 0 to 1, or "auto": as much as makes a layer's
                  transfer no longer than its computation. Lossy
-    lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output.
-                 "auto" tries both for a few steps and keeps the faster
+    lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output. A share
+                 of 1 looks ahead to the surest of them only. "auto" tries all, 0.6 and none for a few steps each, and
+                 keeps the fastest
     stream       set by the lossless systems, which stream whole K and V tensors at each step and take host_budget as
                  what may stay: `host` (in host memory; FlexGen), `dual` (in the page cache, by default what the memory
                  limit leaves; DUAL-BLADE), and its two halves alone, `page-cache` and `direct`
@@ -80,7 +81,7 @@ class Settings:
     placement: str = "hits"
     precision: str = "int8"
     compress: float | str = 0.0
-    lookahead: bool | str = "auto"
+    lookahead: bool | float | str = "auto"
     stream: str | None = None
     max_tokens: int | None = None
     device: str | Path | None = None
@@ -101,7 +102,6 @@ class Settings:
             ("precision", ("int8", "int4")),
             ("split", ("shortest", "paper")),
             ("engine", ("auto", "io_uring", "threads")),
-            ("lookahead", (True, False, "auto")),
             ("stream", (None, "host", "dual", "page-cache", "direct")),
             ("pipelining", ("auto", "intra", "cross")),
         ):
@@ -109,6 +109,8 @@ class Settings:
                 raise UsageError(f"no {name} '{getattr(self, name)}'; choose {', '.join(map(str, known))}")
         if self.compress != "auto" and not (isinstance(self.compress, (int, float)) and 0 <= self.compress <= 1):
             raise UsageError(f"compress is {self.compress!r}; give a share from 0 to 1, or auto")
+        if self.lookahead != "auto" and not (isinstance(self.lookahead, (int, float)) and 0 <= self.lookahead <= 1):
+            raise UsageError(f"lookahead is {self.lookahead!r}; give true, false, a share from 0 to 1, or auto")
         for name in ("profile", "paced"):
             if getattr(self, name) and self.drive_kind == "ssd":
                 raise UsageError(f"{name} is for a drive that scores, which an ssd does not: add drive_kind emulated")

@@ -46,7 +46,7 @@ class Layer:
         return (
             isinstance(self.store, DriveStore)
             and self.policy.can_speculate
-            and self.run.trial.on
+            and bool(self.run.trial.on)
             and self.run.turns.here
         )
 
@@ -185,10 +185,10 @@ class Layer:
         Only a prefetch: `attend` selects anew with the true query, takes what is here and reads what is not, so that
         output does not depend on the guess (HillInfer APP, section 1.4).
         """
-        valid = self._valid(mask, len(query))
+        valid, share = self._valid(mask, len(query)), float(self.run.trial.on)
 
         def choose() -> list[np.ndarray]:
-            picks = self._select_rows(query, valid, scaling, "guess")
+            picks = self._select_rows(query, valid, scaling, "guess", share)
             everything = np.arange(self.n)
             return [self.store.missing(row, everything if p is None else p) for row, p in enumerate(picks)]
 
@@ -282,18 +282,20 @@ class Layer:
             return None
         return attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)
 
-    def _select_rows(self, query: torch.Tensor, valid, scaling: float, kind: str = "select") -> list[np.ndarray | None]:
-        """Each row's selection; query (B, H, 1, D), valid (B, n) or None."""
+    def _select_rows(
+        self, query: torch.Tensor, valid, scaling: float, kind: str = "select", share: float = 1.0
+    ) -> list[np.ndarray | None]:
+        """Each row's selection, of this share of the budget; query (B, H, 1, D), valid (B, n) or None."""
         if not self.policy.selects:
             return [None] * query.shape[0]
         valid = None if valid is None else valid.cpu().numpy()
         return [
-            self._select(query[row, :, 0], scaling, row, None if valid is None else valid[row], kind)
+            self._select(query[row, :, 0], scaling, row, None if valid is None else valid[row], kind, share)
             for row in range(len(query))
         ]
 
-    def _select(self, query: torch.Tensor, scaling: float, row: int, valid, kind: str) -> np.ndarray | None:
-        """query (H, D) -> sorted positions, or None for all."""
+    def _select(self, query: torch.Tensor, scaling: float, row: int, valid, kind: str, share: float):
+        """query (H, D) -> sorted positions (k,), or None for all."""
         run, settings, n = self.run, self.run.settings, self.n
 
         def scores() -> np.ndarray:
@@ -313,7 +315,8 @@ class Layer:
             self._record(found.work)
             return attention_weights(query, kv[row, :, 0], scaling, valid, np.arange(n))
 
-        sizes = n, settings.budget(n), settings.sinks, settings.recent, self.index, run.step
+        budget = min(n, max(int(share * settings.budget(n)), settings.sinks + settings.recent))
+        sizes = n, budget, settings.sinks, settings.recent, self.index, run.step
         step = Step(*sizes, scores, weights, query, scaling, row, valid, guess=kind == "guess")
         with run.timeline.span("cpu", kind, self.index, run.step) as detail:
             picked = self.policy.select(step)

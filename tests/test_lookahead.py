@@ -8,7 +8,8 @@ import torch
 
 import hillinfer
 from hillinfer.cache import probe_query
-from hillinfer.pipeline.lookahead import TRIAL_STEPS, Trial
+from hillinfer.config import Settings, UsageError
+from hillinfer.pipeline.lookahead import AHEAD, TRIAL_STEPS, Trial
 from hillinfer.tiers import drive as drive_module
 from tests.conftest import FAMILIES
 
@@ -137,6 +138,34 @@ def test_auto_keeps_the_faster_way(faster):
     assert trial.times is None and trial.on == faster
     trial.step(now + 99)
     assert trial.on == faster
+
+
+@pytest.mark.parametrize("fastest", AHEAD)
+def test_auto_keeps_the_fastest_share(fastest):
+    trial, now, tried = Trial("auto", AHEAD), 0.0, []
+    for _ in range(len(AHEAD) * TRIAL_STEPS + 1):
+        trial.step(now)
+        tried.append(trial.on)
+        now += 1.0 if trial.on == fastest else 2.0
+    assert trial.times is None and trial.on == fastest
+    assert list(dict.fromkeys(tried)) == list(AHEAD)
+
+
+def test_a_share_of_a_guess_reads_less_and_changes_no_token(model, prompt, tmp_path):
+    out, guessed = {}, {}
+    for share in (True, 0.5, False):
+        with hillinfer.make_cache(model, "hillinfer", alpha=0.3, recent=4, drive=tmp_path, lookahead=share) as cache:
+            out[share] = model.generate(prompt, past_key_values=cache, **NEW).tolist()
+            guessed[share] = cache.counters.total("guessed")
+    hillinfer.disable(model)
+    assert out[True] == out[0.5] == out[False]
+    assert guessed[True] > guessed[0.5] > guessed[False] == 0
+
+
+@pytest.mark.parametrize("share", ["yes", -0.1, 1.5])
+def test_a_bad_share_is_refused(share):
+    with pytest.raises(UsageError, match="lookahead"):
+        Settings(lookahead=share)
 
 
 def test_a_pause_is_no_step():

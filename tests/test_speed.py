@@ -22,6 +22,7 @@ def trace(tmp_path_factory) -> Trace:
                 for kind in ("true", "guess"):
                     chosen = np.sort(rng.choice(256, 26, replace=False)).astype(np.int32)
                     picks[f"{kind}-{number}-{step}-{layer}"] = chosen
+                picks[f"sure-{number}-{step}-{layer}"] = np.sort(rng.choice(chosen, 15, replace=False))  # of the guess
     path = tmp_path_factory.mktemp("trace") / "trace.npz"
     np.savez(path, **picks)
     return Trace(path)
@@ -33,10 +34,12 @@ def test_a_trace_is_laid_side_by_side(trace):
     np.testing.assert_array_equal(both[both >= 256] - 256, trace.picks["true-1-1-1"])
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_scores_select_what_was_recorded(trace, tmp_path, precision):
+@pytest.mark.parametrize(
+    ("precision", "alpha", "ahead"), [("int8", 0.3, True), ("int4", 0.3, True), ("int8", 0.12, 0.6)]
+)
+def test_scores_select_what_was_recorded(trace, tmp_path, precision, alpha, ahead):
     field = shape.Field(TINY, trace, N, STEPS)
-    options = {"alpha": 0.3, "drive": tmp_path, "precision": precision, "lookahead": True}
+    options = {"alpha": alpha, "drive": tmp_path, "precision": precision, "lookahead": ahead, "sinks": 0, "recent": 1}
     stack, chosen = shape.Stack("hillinfer", field, "hillinfer", options), {}
     with torch.inference_mode():
         stack.open()
@@ -51,7 +54,8 @@ def test_scores_select_what_was_recorded(trace, tmp_path, precision):
         for step in range(3):
             stack.step(step)
             for (layer, guess), picked in chosen.items():
-                wanted = trace.positions(N, layer, step + 1, "guess" if guess else "true")
+                kind = ("sure" if ahead == 0.6 else "guess") if guess else "true"
+                wanted = trace.positions(N, layer, step + 1, kind)
                 assert np.isin(wanted, picked).all()
     assert {guess for _, guess in chosen} == {True, False}
     stack.cache.close()

@@ -9,7 +9,7 @@ from hillinfer.evaluator import cec
 from hillinfer.native import ring
 from hillinfer.pipeline.balance import Chosen, Speeds
 from hillinfer.pipeline.compression import Compression
-from hillinfer.pipeline.lookahead import Lookahead, Trial
+from hillinfer.pipeline.lookahead import AHEAD, Lookahead, Trial
 from hillinfer.pipeline.needs import FIX, needs, refuse
 from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.pipeline.streaming import open_tensors, staggering, tell_tensors
@@ -87,7 +87,7 @@ class Run:
                         self.settings.drive, own, streams, self.settings.io_threads, **self._safety
                     )
                     self.compression = Compression(self.settings.compress)
-                self.lookahead, self.trial = Lookahead(), Trial(self.settings.lookahead)
+                self.lookahead, self.trial = Lookahead(), Trial(self.settings.lookahead, AHEAD)
                 budget = self.settings.host_budget
                 self.writer = Writer() if budget is None else Writer(min(BEHIND, budget // 4))
         elif self.geometry != geometry:

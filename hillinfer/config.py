@@ -46,6 +46,7 @@ class Settings:
     io_threads   threads that read the drive at once, where they do
     checksums    whether every 4 KiB block that is read from the drive is compared with what was written to it
     timeout      seconds without any answer from the drive after which it counts as stuck, and the run ends
+    pinned       share of the tokens, the newest, that never leave the hot pool; None: alpha, as in HillInfer
     placement    what the hot pool keeps: `hits` (a counter for each token and layer), `shared-hits` (the paper's one
                  table for all layers), or as controls `lru` and `importance`
     precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
@@ -78,6 +79,7 @@ class Settings:
     io_threads: int = 16
     checksums: bool = True
     timeout: float = 60.0
+    pinned: float | None = None
     placement: str = "hits"
     precision: str = "int8"
     compress: float | str = 0.0
@@ -111,6 +113,8 @@ class Settings:
             raise UsageError(f"compress is {self.compress!r}; give a share from 0 to 1, or auto")
         if self.lookahead != "auto" and not (isinstance(self.lookahead, (int, float)) and 0 <= self.lookahead <= 1):
             raise UsageError(f"lookahead is {self.lookahead!r}; give true, false, a share from 0 to 1, or auto")
+        if self.pinned is not None and not (isinstance(self.pinned, (int, float)) and 0 <= self.pinned <= 1):
+            raise UsageError(f"pinned is {self.pinned!r}; give a share of the tokens from 0 to 1")
         for name in ("profile", "paced"):
             if getattr(self, name) and self.drive_kind == "ssd":
                 raise UsageError(f"{name} is for a drive that scores, which an ssd does not: add drive_kind emulated")
@@ -127,6 +131,11 @@ class Settings:
         object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
         if self.drive is not None:
             object.__setattr__(self, "drive", check_folder(self.drive))
+
+    @property
+    def pin(self) -> float:
+        """Share of the tokens that stays in the hot pool by age."""
+        return self.alpha if self.pinned is None else self.pinned
 
     @property
     def bits(self) -> int:

@@ -258,7 +258,7 @@ class Layer:
         else:
             window = Window(geometry, settings.sinks, settings.recent)
             streams = [run.stream(self.index * batch + row) for row in range(batch)]
-            parts = geometry, streams, run.ranking(), window, settings.alpha, run.pool_tokens
+            parts = geometry, streams, run.ranking(), window, settings.pin, run.pool_tokens
             if run.packed is not None:
                 packed = [Stream(run.packed, stream.index, run.writer) for stream in streams]
                 self.store = PackedStore(*parts, compression=run.compression, packed=packed)

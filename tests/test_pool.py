@@ -1,8 +1,13 @@
 """The hot pool keeps its size, its pins and the hit table's order."""
 
+import math
+
 import numpy as np
+import pytest
 import torch
 
+import hillinfer
+from hillinfer.config import Settings, UsageError
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import ONE, LastUse, LatestOnly, LayerHits, SharedHits
 from hillinfer.tiers.pool import ABSENT, DEMOTED, HotPool
@@ -118,3 +123,23 @@ def test_the_controls_rank_by_last_use_and_by_the_latest_selection():
         assert table.rank[0, :4].tolist() == want
         table.truncate(2)
         assert table.rank[0, :4].tolist() == want[:2] + [0, 0]
+
+
+@pytest.mark.parametrize(("pinned", "share"), [(None, 0.2), (0.0, 0.0), (0.1, 0.1), (0.6, 0.6)])
+def test_how_much_is_pinned_is_a_setting(models, prompt, tmp_path, pinned, share):
+    model = models("llama")
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.2, recent=4, drive=tmp_path, pinned=pinned) as cache:
+        model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        for layer in (layer.layer for layer in cache.layers):
+            (pool,), n = layer.store.pools, layer.n
+            assert pool.pinned_from == n - math.ceil(share * n)
+            assert len(pool.token_of) == max(int(0.4 * n), int(share * n)) + 1
+            newest = set(range(pool.pinned_from, n)) - set(range(n - 4, n))  # the window has the last ones
+            assert newest <= set(pool.token_of.tolist())
+    hillinfer.disable(model)
+
+
+@pytest.mark.parametrize("pinned", [-0.1, 1.1, "all"])
+def test_a_bad_share_is_refused(pinned):
+    with pytest.raises(UsageError, match="pinned"):
+        Settings(pinned=pinned)

@@ -113,7 +113,7 @@ class Run:
             share = self._balanced_share()
         if self.in_drive:
             return 0
-        tokens = min(n, max(int(share * n), int(alpha * n)) + 1)
+        tokens = min(n, max(int(share * n), int(self.settings.pin * n)) + 1)
         return tokens if budget is None else min(tokens, budget // self._bytes_per_token())
 
     def why_split(self) -> str:
@@ -132,7 +132,8 @@ class Run:
                 text += "by the profile a step is then shortest, where "
                 text += f"{chosen.host:.0%} of the pool and {chosen.drive:.0%} of the rest are selected ({source})"
         elif budget is None:
-            text = f"host holds 2*alpha = {2 * alpha:.0%}: alpha pinned by age, alpha by hits; no profile was given"
+            text = f"host holds 2*alpha = {2 * alpha:.0%}: {self.settings.pin:.0%} pinned by age, the rest by hits; no "
+            text += "profile was given"
         else:
             text = "host holds what the budget allows; no profile was given"
         text = text if budget is None else f"{text}, at most {budget:,} bytes"
@@ -202,10 +203,10 @@ class Run:
 
     def check(self, n: int) -> None:
         """UsageError where n tokens cannot be held within the budget."""
-        budget, alpha = self.records_budget, self.settings.alpha
+        budget, pin = self.records_budget, self.settings.pin
         if budget is None or self.in_drive or self.settings.stream is not None:
             return
-        held = n if self.settings.drive is None else math.ceil(alpha * n)
+        held = n if self.settings.drive is None else math.ceil(pin * n)
         need = held * self._bytes_per_token()
         if need <= budget:
             return
@@ -215,8 +216,8 @@ class Run:
                 "name a drive folder for the rest, or raise the budget"
             )
         raise UsageError(
-            f"the newest alpha*N = {held} of {n} tokens are pinned in host memory and take {need:,} bytes, "
-            f"but the host budget for them is {budget:,}: raise it to that, or lower alpha"
+            f"the newest {pin:.0%} = {held} of {n} tokens are pinned in host memory and take {need:,} bytes, "
+            f"but the host budget for them is {budget:,}: raise it to that, or lower alpha or pinned"
         )
 
     def _bytes_per_token(self) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 TRIAL_STEPS = 5  # of each way; the first of each is not counted
-# Shares of a guess that are tried: all of it brings most of what is missing and reads over a third more than is used, which
-# a drive that is the longest lane cannot spare; of its surest part four fifths are used (docs/experiments.md).
+# Shares of a guess that are tried: all of it brings most of what is missing and reads over a third more than is used,
+# which a drive that is the longest lane cannot spare; of its surest part four fifths are used (docs/experiments.md).
 AHEAD = (True, 0.6, False)
 
 

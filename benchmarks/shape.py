@@ -36,6 +36,8 @@ ALPHA, WARM, STEPS = 0.1, 20, 10
 LOGIT = 10.0  # of a token that a step selected, over the others: no desert, no single winner
 SYSTEMS = ("hillinfer", "flexgen", "leoam", "dualblade")
 EQUAL = ", equal memory"
+TUNED = "hillinfer, int4, nothing pinned"
+PIECES = 2000  # small reads that the drive is measured with in each turn
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Stack:
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     lanes: list[dict] = field(default_factory=list)  # "lane kind" -> bytes
+    reads: list[int] = field(default_factory=list)  # requests to the drive
 
     def open(self) -> None:
         shape, start = self.field.shape, time.perf_counter()
@@ -142,6 +145,7 @@ class Stack:
         made, timeline, run = self.field.new(), self.cache.timeline, self.cache.run
         query, guess = self.field.query(number), self.field.query(number, guess=True)
         scaling, last = self.field.shape.dim**-0.5, len(timeline.spans)
+        asked = getattr(run.drive, "reads", 0)
         before, start = time.process_time(), time.perf_counter()
         for index in range(len(self.layers)):
             if index + 1 < len(self.layers) and self.layers[index + 1].looks_ahead:
@@ -152,6 +156,7 @@ class Stack:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
         self.cpu.append(time.process_time() - before)
+        self.reads.append(getattr(run.drive, "reads", 0) - asked)
         lanes = {}
         for span in timeline.spans[last:]:
             lanes[f"{span.lane} {span.kind}"] = lanes.get(f"{span.lane} {span.kind}", 0) + span.bytes
@@ -187,6 +192,7 @@ class Stack:
             "drive_mb": sum(mean.get(kind, 0) for kind in drive) / 1e6,
             "scored_mb": mean.get("cpu score", 0) / 1e6,
             "attended_mb": mean.get("cpu attend", 0) / 1e6,
+            "reads": statistics.mean(self.reads[-steps:]),
             "pool_hits": sum(row.host for row in rows) / far if far else 0.0,
             "guessed_right": sum(row.prefetched for row in rows) / guessed if guessed else 0.0,
             "kv_memory_mb": self.held() / 1e6,
@@ -195,16 +201,20 @@ class Stack:
 
 
 class Bounds:
-    """What memory and drive give here and now, in bytes/s, measured between the steps of the systems."""
+    """What memory and drive give here and now, in bytes/s, measured between the steps of the systems.
+
+    piece  bytes that the first system reads at once, on average: the drive is measured in such reads as well
+    """
 
     size = 1 << 30  # bytes of the file
+    piece = 4096
 
     def __init__(self, folder: Path, threads: int):
         self.words, self.threads = np.ones(self.size // 16, np.uint64), threads
         self.file, self.turn = RecordFile(folder, 4096, 1), 0
         self.file.write(0, 0, np.random.default_rng(0).integers(0, 255, (self.size >> 12, 4096), np.uint8))
         self.buffer = aligned(self.size // 8)
-        self.memory, self.drive = [], []
+        self.memory, self.drive, self.pieces, self.random = [], [], [], np.random.default_rng(1)
 
     def once(self) -> None:
         start = time.perf_counter()
@@ -216,9 +226,16 @@ class Bounds:
         self.file.transfer("read", jobs, 0, 0)
         self.drive.append(len(self.buffer) / (time.perf_counter() - start))
         self.turn += 1
+        places = np.sort(self.random.choice((self.size - self.piece) >> 12, PIECES, replace=False)) << 12
+        into = range(0, len(self.buffer), self.piece)
+        jobs = [(place, self.buffer[at : at + self.piece]) for place, at in zip(places.tolist(), into, strict=False)]
+        start = time.perf_counter()
+        self.file.transfer("read", jobs, 0, 0)
+        self.pieces.append((time.perf_counter() - start) / len(jobs))
 
-    def rates(self) -> tuple[float, float]:
-        return statistics.median(self.memory), statistics.median(self.drive)
+    def rates(self) -> tuple[float, float, float]:
+        """Bytes/s of memory and of the drive in reads of 1 MiB; seconds of a read of a piece, many at once."""
+        return tuple(statistics.median(own) for own in (self.memory, self.drive, self.pieces))
 
 
 def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, steps: int = STEPS, tell=print) -> dict:
@@ -235,11 +252,14 @@ def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, step
             for step in range(0 if stack.layers[0].policy.selects else warm - 2, warm):
                 stack.step(step)  # what always reads all is warm soon
             tell(f"{name}: filled in {stack.filled:.0f} s, last step before measuring {1e3 * stack.seconds[-1]:.0f} ms")
+        if asked := stacks[0].reads[-1]:
+            nbytes = sum(size for kind, size in stacks[0].lanes[-1].items() if kind.startswith("drive"))
+            bounds.piece = max(1, round(nbytes / asked / 4096)) * 4096
         for turn in range(steps):
             bounds.once()
             for stack in stacks if turn % 2 else stacks[::-1]:
                 stack.step(field_.steps - steps + turn)
-        rows, (memory, drive) = [stack.row(steps) for stack in stacks], bounds.rates()
+        rows, (memory, drive, piece) = [stack.row(steps) for stack in stacks], bounds.rates()
     finally:
         bounds.file.close()
         for stack in stacks:
@@ -250,7 +270,9 @@ def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, step
         longest = max(lanes, key=lanes.get)
         row |= {"longest_lane": longest, "bound_ms": lanes[longest], "over_bound": row["ms"] / lanes[longest]}
         row |= {f"{lane}_lane_ms": ms for lane, ms in lanes.items()}
-    bands = {"memory_gbps": memory / 1e9, "drive_gbps": drive / 1e9}
+        row |= {"reads_ms": 1e3 * piece * row["reads"]}
+        row |= {"over_reads": row["ms"] / max(row["reads_ms"], lanes["memory"])}
+    bands = {"memory_gbps": memory / 1e9, "drive_gbps": drive / 1e9, "piece": bounds.piece, "piece_us": 1e6 * piece}
     return {"rows": rows, "bandwidths": [bands], "seconds": {stack.name: stack.seconds[-steps:] for stack in stacks}}
 
 
@@ -263,23 +285,30 @@ def ratio(result: dict, slow: str, fast: str) -> tuple[float, float, float]:
 def show(result: dict) -> None:
     bands = result["bandwidths"][0]
     print(f"memory {bands['memory_gbps']:.1f} GB/s, drive {bands['drive_gbps']:.2f} GB/s in reads of 1 MiB; medians")
+    print(f"a read of {bands['piece'] >> 10} KiB, many at once: {bands['piece_us']:.1f} us")
     print(f"{'':36}{'ms':>7} {'quartiles':>13}{'CPU ms':>8}", end="")
-    print(f"{'drive MB':>9}{'memory MB':>10}{'hits':>6}{'guess':>6}{'KV MB':>7}{'bound':>7}")
+    print(f"{'drive MB':>9}{'reads':>7}{'memory MB':>10}{'hits':>6}{'guess':>6}{'KV MB':>7}{'bound':>7}")
     for row in result["rows"]:
         spread, moved = f"{row['ms_low']:.0f}-{row['ms_high']:.0f}", row["scored_mb"] + row["attended_mb"]
         print(f"{row['system']:36}{row['ms']:7.0f} {spread:>13}{row['cpu_ms']:8.0f}", end="")
-        print(f"{row['drive_mb']:9.0f}{moved:10.0f}{row['pool_hits']:6.0%}{row['guessed_right']:6.0%}", end="")
-        print(f"{row['kv_memory_mb']:7.0f}{row['bound_ms']:7.0f} {row['longest_lane']}, {row['over_bound']:.2f}x")
+        print(
+            f"{row['drive_mb']:9.0f}{row['reads']:7.0f}{moved:10.0f}{row['pool_hits']:6.0%}{row['guessed_right']:6.0%}",
+            end="",
+        )
+        print(
+            f"{row['kv_memory_mb']:7.0f}{row['bound_ms']:7.0f} {row['longest_lane']}, {row['over_bound']:.2f}x", end=""
+        )
+        print(f"; reads alone {row['reads_ms']:.0f}, {row['over_reads']:.2f}x" if row["reads"] else "")
 
 
 def ways_of(systems: tuple[str, ...] = SYSTEMS) -> dict[str, tuple[str, dict]]:
-    """Systems at their defaults, where the streaming ones hold nothing; and others with the memory that the first one
-    takes for its pool and its codes.
+    """Systems at their defaults, where the streaming ones hold nothing; hillinfer with codes half the size and a pool
+    ranked by hits alone; and others with the memory that the first one takes for its pool and its codes.
     """
     ways = {
         "hillinfer": ("hillinfer", {}),
-        "hillinfer, int4 codes": ("hillinfer", {"precision": "int4"}),
-        f"hillinfer, int4 codes{EQUAL}": ("hillinfer", {"precision": "int4", "host_budget": "equal"}),
+        TUNED: ("hillinfer", {"precision": "int4", "pinned": 0.0}),
+        f"{TUNED}{EQUAL}": ("hillinfer", {"precision": "int4", "pinned": 0.0, "host_budget": "equal"}),
         "flexgen": ("flexgen", {"host_budget": 0}),
         f"flexgen{EQUAL}": ("flexgen", {"host_budget": "equal"}),
         "leoam": ("leoam", {}),

@@ -75,8 +75,8 @@ def large_shape() -> tuple[dict, list[Claim]]:
     shape.show(result)
     claims, where = [], f"8B shape, {TOKENS} tokens, alpha {shape.ALPHA}"
     for fast, slow, bar in (
-        ("hillinfer, int4 codes", "flexgen", 8.56),
-        ("hillinfer, int4 codes" + shape.EQUAL, "flexgen" + shape.EQUAL, 4),
+        (shape.TUNED, "flexgen", 8.56),
+        (shape.TUNED + shape.EQUAL, "flexgen" + shape.EQUAL, 4),
         ("leoam", "flexgen", 8.56),
         ("leoam" + shape.EQUAL, "flexgen" + shape.EQUAL, 4),
     ):
@@ -85,6 +85,9 @@ def large_shape() -> tuple[dict, list[Claim]]:
         figure = f"{own['over_bound']:.2f}x of {own['bound_ms']:.0f} ms ({own['longest_lane']})"
         text = f"{where}: {own['system']}, over its longest lane's bytes at that lane's bandwidth"
         claims.append(Claim(text, figure, "1.3x or less", own["over_bound"] <= 1.3).show())
+        alone = f"{own['over_reads']:.2f}x of {own['reads_ms']:.0f} ms"
+        text = f"{where}: {own['system']}, over the same number of reads of their mean size, nothing else going on"
+        claims.append(Claim(text, alone, "1.3x or less", own["over_reads"] <= 1.3).show())
     return {key: result[key] for key in ("rows", "bandwidths")}, claims
 
 

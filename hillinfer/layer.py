@@ -192,13 +192,13 @@ class Layer:
             everything = np.arange(self.n)
             return [self.store.missing(row, everything if p is None else p) for row, p in enumerate(picks)]
 
-        def read(missing: list[np.ndarray]) -> list[torch.Tensor]:
+        def read(missing: list[np.ndarray]) -> list[tuple[torch.Tensor, np.ndarray | None]]:
             parts = []
             for row, positions in enumerate(missing):
                 start = time.perf_counter_ns()
-                records, nbytes = self.store.read(row, positions)
+                records, rows, nbytes = self.store.read(row, positions)
                 self._record([("drive", "prefetch", start, time.perf_counter_ns(), nbytes)] if nbytes else [])
-                parts.append(records)
+                parts.append((records, rows))
             return parts
 
         self.guess = self.run.lookahead.submit(choose, read)

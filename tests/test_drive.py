@@ -152,6 +152,27 @@ def test_neighbours_are_joined_and_reads_stay_below_a_mebibyte(folder, monkeypat
     drive.close()
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_records_are_lent_where_they_were_read(shape, folder, engine):
+    size = geometry(*shape)
+    drive = DirectDrive(folder, size, streams=2, engine=engine)
+    records = random_records(size, 512)
+    drive.write(1, 0, records)
+    want = lambda positions: records[torch.from_numpy(positions)]  # noqa: E731
+    first, second = np.array([0, 1, 3, 90, 91, 300, 511]), np.arange(7, 500, 5)
+    for _ in range(3):
+        one, rows, nbytes = drive.lend(1, first)
+        other, places, _ = drive.lend(1, second)  # must not be read over what is still held
+        assert same(one if rows is None else one[torch.from_numpy(rows)], want(first))
+        assert same(other if places is None else other[torch.from_numpy(places)], want(second))
+        copied = size.record_bytes % BLOCK != 0 and BLOCK % size.record_bytes != 0
+        assert (rows is None) == copied and nbytes % BLOCK == 0
+        del one, other
+        assert len({id(buffer) for buffer in drive._buffers}) == len(drive._buffers) == (1 if rows is None else 2)
+    assert drive.lend(1, np.zeros(0, np.int64))[0].shape == (0, *size.record_shape)
+    drive.close()
+
+
 def test_short_transfers_are_continued(folder, monkeypatch):
     size = geometry(8, 64)
     drive = DirectDrive(folder, size, streams=1, engine="threads")

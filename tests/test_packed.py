@@ -64,14 +64,14 @@ def test_generation_with_a_share_in_int4(models, prompt, tmp_path, share):
         stores = [layer.layer.store for layer in cache.layers]
         packed = sum(store.packed_tokens for store in stores) / sum(store.read_tokens for store in stores)
         assert packed == pytest.approx(share, abs=0.02)
-        exact, _ = stores[0].read(0, torch.arange(50).numpy(), exact=True)
+        exact = stores[0].streams[0].read(torch.arange(50).numpy())[0]
         coarse = stores[0].packed[0].read(torch.arange(50).numpy())[0]
         assert (unpack(coarse, exact.shape[-1], exact.dtype) - exact).abs().max() <= exact.abs().max() / 13
         for store in stores:  # what the pool holds is exact, whatever came in INT4
             held = store.pools[0].token_of
             slots = torch.from_numpy((held >= 0).nonzero()[0])
             order = torch.from_numpy(held[held >= 0]).argsort()
-            want, _ = store.read(0, held[held >= 0][order.numpy()], exact=True)
+            want = store.streams[0].read(held[held >= 0][order.numpy()])[0]
             assert torch.equal(store.pools[0].records.view()[slots][order], want)
         everything, _ = stores[0].all()
         assert torch.equal(everything[0, :50], exact)  # a later turn prefills exactly

@@ -46,10 +46,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Ahead:
-    """One sequence's part of a guess: sorted positions (k,), and how to get their records (k, 2, Hkv, D)."""
+    """One sequence's part of a guess: sorted positions (k,); how to get records (m, 2, Hkv, D) and which of them are
+    theirs (None: all in order).
+    """
 
     positions: np.ndarray
-    records: Callable[[], torch.Tensor]
+    records: Callable[[], tuple[torch.Tensor, np.ndarray | None]]
 
 
 class Guess:

@@ -64,27 +64,27 @@ class PackedStore(DriveStore):
         self.coarse = [np.pad(mask, (0, max(0, self.n - len(mask)))) for mask in self.coarse]
         return work
 
-    def read(self, row: int, positions: np.ndarray, exact: bool = False) -> tuple[torch.Tensor, int]:
+    def read(self, row: int, positions: np.ndarray, exact: bool = False) -> tuple[torch.Tensor, np.ndarray | None, int]:
         full, small = self.geometry.record_bytes, self.packed[row].drive.record_bytes
         k = 0 if exact else round(self.compression.share(len(positions), full, small) * len(positions))
         coarse = np.zeros(len(positions), bool)
         coarse[np.argsort(self.hits.rank[row, positions], kind="stable")[:k]] = True
         self.coarse[row][positions] = coarse
         start = time.perf_counter()
-        records, nbytes = super().read(row, positions[~coarse])
+        records, rows, nbytes = super().read(row, positions[~coarse])
         if k:
             codes, more = self.packed[row].read(positions[coarse])
             nbytes += more
         self.compression.note("per_byte", time.perf_counter() - start, nbytes)
         self.packed_tokens, self.read_tokens = self.packed_tokens + k, self.read_tokens + len(positions)
         if not k:
-            return records, nbytes
+            return records, rows, nbytes
         start = time.perf_counter()
         out = self.geometry.empty(len(positions))
-        out[torch.from_numpy(~coarse)] = records
+        out[torch.from_numpy(~coarse)] = records if rows is None else records[torch.from_numpy(rows)]
         out[torch.from_numpy(coarse)] = unpack(codes, self.geometry.head_dim, self.geometry.dtype)
         self.compression.note("per_token", time.perf_counter() - start, k)
-        return out, nbytes
+        return out, None, nbytes
 
     def settle(self) -> int:
         whole = []

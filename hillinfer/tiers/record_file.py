@@ -150,9 +150,28 @@ class RecordFile:
 
     def read(self, stream: int, positions: np.ndarray, out: np.ndarray) -> int:
         """Records of any set of sorted positions (k,) into out (k, record_bytes) uint8. Returns the bytes read."""
-        width = self.record_bytes
         if len(positions) == 0:
             return 0
+        buffer, places, nbytes = self.bring(stream, positions)
+        self.copy(buffer, places, out)
+        self.give_back(buffer)
+        return nbytes
+
+    def copy(self, buffer: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+        """Records at these places of what `bring` gave, into out (k, record_bytes) uint8."""
+        # They sit at multiples of `unit` in the buffer, so rows of `unit` bytes can be picked without a loop.
+        unit = int(np.gcd(self.record_bytes, BLOCK))
+        rows = (places[:, None] + np.arange(0, self.record_bytes, unit)) // unit
+        np.take(buffer.reshape(-1, unit), rows.reshape(-1), axis=0, out=out.reshape(-1, unit), mode="clip")
+
+    def give_back(self, buffer: np.ndarray) -> None:
+        self._buffers.append(buffer)
+
+    def bring(self, stream: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Read sorted positions (k,), with what lies between near ones: a buffer, the byte that each record begins at
+        in it (k,), and the bytes read. The buffer is the caller's until `give_back`.
+        """
+        width = self.record_bytes
         offsets = self.offsets(stream, positions)
         starts, ends = _join(offsets // BLOCK * BLOCK, -(-(offsets + width) // BLOCK) * BLOCK)
         places = np.concatenate(([0], np.cumsum(ends - starts)))  # where each run starts in the buffer
@@ -173,16 +192,13 @@ class RecordFile:
         try:
             addresses = pieces[1] + native.pointer(buffer)
             self._transfer("read", pieces[0], addresses, pieces[2], buffer, stream, position)
-            # Records sit at multiples of `unit` in the buffer, so rows of `unit` bytes can be picked without a loop.
-            unit = int(np.gcd(width, BLOCK))
-            rows = ((places[run] + offsets - starts[run])[:, None] + np.arange(0, width, unit)) // unit
-            np.take(buffer.reshape(-1, unit), rows.reshape(-1), axis=0, out=out.reshape(-1, unit), mode="clip")
-        finally:
+        except BaseException:
             if not self.stuck:  # else it may still be written to
-                self._buffers.append(buffer)
+                self.give_back(buffer)
+            raise
         self.bytes_read += nbytes
         self.reads += len(of)
-        return nbytes
+        return buffer, places[run] + offsets - starts[run], nbytes
 
     def transfer(
         self,

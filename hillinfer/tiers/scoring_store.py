@@ -40,6 +40,10 @@ class RemoteStream:
         self.geometry.as_bytes(out)[:] = fetch.result()
         return out, fetch.work.nand_bytes
 
+    def lend(self, positions: np.ndarray) -> tuple[torch.Tensor, None, int]:
+        records, nbytes = self.read(positions)
+        return records, None, nbytes
+
     def truncate(self, n: int) -> None:
         self.drive.truncate(self.index, n)
         self.n = n

@@ -57,8 +57,9 @@ class Brought:
         self.parts = parts
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        if len(self.parts) == 1 and self.parts[0][2] is None:
-            return self.parts[0][1][index]
+        if len(self.parts) == 1:
+            _, records, rows = self.parts[0]
+            return records[index if rows is None else torch.from_numpy(rows)[index]]
         out, wanted = None, index.numpy()
         for places, records, rows in self.parts:
             out = records.new_empty((len(wanted), *records.shape[1:])) if out is None else out
@@ -173,9 +174,11 @@ class DriveStore:
         far = positions[self.window.far(positions)]
         return far[self.pools[row].slots(far) < 0]
 
-    def read(self, row: int, positions: np.ndarray, exact: bool = False) -> tuple[torch.Tensor, int]:
-        """Records of sorted positions (k,) from the drive, and the bytes that it read. Any thread may."""
-        return self.streams[row].read(positions)
+    def read(self, row: int, positions: np.ndarray, exact: bool = False) -> tuple[torch.Tensor, np.ndarray | None, int]:
+        """Records of sorted positions (k,) from the drive, which of them (None: all in order), and the bytes that it
+        read. Any thread may.
+        """
+        return self.streams[row].lend(positions)
 
     def fetch(self, row: int, positions: np.ndarray, ahead=None, promote: bool = True) -> tuple[torch.Tensor, Found]:
         """`ahead` has records on their way from the drive: sorted `positions`; `records()` waits for them."""
@@ -222,17 +225,17 @@ class DriveStore:
         if not len(miss):
             return sources, found
         tokens = positions[far][miss]
-        brought = np.isin(tokens, ahead.positions) if ahead else np.zeros(len(tokens), bool)
+        brought = np.isin(tokens, ahead.positions, kind="table") if ahead else np.zeros(len(tokens), bool)
         found.prefetched, found.demoted = int(brought.sum()), int((slots == DEMOTED).sum())
         start = time.perf_counter_ns()
-        missed, nbytes = self.read(row, tokens[~brought], not promote)  # what the guess lacks, before waiting for it
+        missed, rows, nbytes = self.read(row, tokens[~brought], not promote)  # what the guess lacks, before waiting
         read = time.perf_counter_ns()
         if nbytes:
             found.work.append(("drive", "read", start, read, nbytes))
-        parts = [(np.flatnonzero(~brought), missed, None)]
+        parts = [(np.flatnonzero(~brought), missed, rows)]
         if found.prefetched:
-            where = np.searchsorted(ahead.positions, tokens[brought])
-            parts.append((np.flatnonzero(brought), ahead.records(), where))
+            where, (guessed, rows) = np.searchsorted(ahead.positions, tokens[brought]), ahead.records()
+            parts.append((np.flatnonzero(brought), guessed, where if rows is None else rows[where]))
             found.work.append(("cpu", "wait", read, time.perf_counter_ns(), 0))
         sources += [(far.start + miss[places], records, rows) for places, records, rows in parts]
         if promote:

@@ -102,6 +102,13 @@ class Stream:
             return stored, nbytes
         return torch.cat((stored, tail[torch.from_numpy(positions[split:] - flushed)])), nbytes
 
+    def lend(self, positions: np.ndarray) -> tuple[torch.Tensor, np.ndarray | None, int]:
+        """As `read`, without a copy where all are on the drive: records, which of them (None: all in order), bytes."""
+        if len(positions) and positions[-1] >= self.state[0]:
+            records, nbytes = self.read(positions)
+            return records, None, nbytes
+        return self.drive.lend(self.index, positions)
+
     def truncate(self, n: int) -> None:
         """Forget all tokens from n on. The block that n falls into comes back into memory, to be written again."""
         self.settle()

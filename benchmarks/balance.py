@@ -5,12 +5,16 @@
 One layer of a Llama-3-8B's shape with random keys on the emulated drive, paced to a SmartSSD's rates. For each share of
 tokens in the host's pool: score on both sides, choose alpha of the tokens, bring them. Measured; the prediction is
 from the speeds measured in the same run. Keys are random, so hot tokens are chosen no more often than cold ones.
+--host-gbps 4 paces the host's scoring, too: an emulated weaker host, for which a split pays.
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +38,20 @@ SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 REPEATS = 7
 
 
-def step_ms(folder: Path, n: int, share: float, alpha: float) -> float:
+def paced(score: Callable, rate: float) -> Callable:
+    """The same scores, but no sooner than a host would have them that scores `rate` bytes of codes in a second."""
+
+    def slower(hot: np.ndarray) -> np.ndarray:
+        due = time.perf_counter() + len(hot) * HEADS * DIM / rate
+        scores = score(hot)
+        while (left := due - time.perf_counter()) > 0:
+            time.sleep(left / 2 if left > 2e-4 else 0)
+        return scores
+
+    return slower
+
+
+def step_ms(folder: Path, n: int, share: float, alpha: float, rate: float = math.inf) -> float:
     """Median milliseconds of one step's scoring, choice and transfers, at one share of tokens in the pool."""
     torch.manual_seed(0)
     geometry = Geometry(1, HEADS, DIM, torch.bfloat16, torch.device("cpu"))
@@ -53,7 +70,8 @@ def step_ms(folder: Path, n: int, share: float, alpha: float) -> float:
         for _ in range(REPEATS + 1):
             query = codes.query(torch.randn(HEADS * GROUP, DIM), 0)
             start = time.perf_counter()
-            scores, _ = store.scores(0, query, lambda hot, query=query: codes.scores(query, 0, hot))
+            own = paced(lambda hot, query=query: codes.scores(query, 0, hot), rate)
+            scores, _ = store.scores(0, query, own)
             store.fetch(0, merge_heads(scores, int(alpha * n)), promote=False)
             times.append((time.perf_counter() - start) * 1e3)
         return statistics.median(times[1:])
@@ -61,14 +79,19 @@ def step_ms(folder: Path, n: int, share: float, alpha: float) -> float:
         drive.close()
 
 
-def measure_splits(folder: Path, n: int, alphas: list[float]) -> tuple[pd.DataFrame, list[str]]:
-    """One row for each alpha and host share, with the time measured and what the forms predict; and the speeds."""
+def measure_splits(folder: Path, n: int, alphas: list[float], rate: float = math.inf) -> tuple[pd.DataFrame, list[str]]:
+    """One row for each alpha and host share, with the time measured and what the forms predict; and the speeds. The
+    host scores at most `rate` bytes/s.
+    """
     speeds, facts = measure(folder, paced=True)
+    if rate < speeds.fc:
+        speeds = replace(speeds, fc=rate)
+        facts.append(f"fc: emulated, {rate / 1e9:g} GB/s: the host's scoring was paced to that")
     code, record, rows = HEADS * DIM, 4 * HEADS * DIM, []
     for alpha in alphas:
         beta, chosen = speeds.beta(alpha, code, record), Chosen(alpha, alpha)
         for share in sorted({*SHARES, round(best := speeds.host_share(chosen, code, record), 2)}):
-            own = {"tokens": n, "alpha": alpha, "host share": share, "ms": step_ms(folder, n, share, alpha)}
+            own = {"tokens": n, "alpha": alpha, "host share": share, "ms": step_ms(folder, n, share, alpha, rate)}
             own["predicted ms"] = speeds.step_seconds(share, chosen, code, record) * n * 1e3
             rows.append(own | {"predicted share": best, "paper's share": beta / (1 + beta)})
     return pd.DataFrame(rows), facts
@@ -98,10 +121,11 @@ def main() -> None:
     parser.add_argument("--drive", type=Path, help="folder on the drive; by default a temporary one")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.01, 0.05, 0.1, 0.2])
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--host-gbps", type=float, default=math.inf, help="GB/s of codes that the host is paced to")
     parser.add_argument("--out", type=Path, default=Path("out/balance.html"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.drive) as folder:
-        frame, facts = measure_splits(Path(folder), args.tokens, args.alphas)
+        frame, facts = measure_splits(Path(folder), args.tokens, args.alphas, 1e9 * args.host_gbps)
     print(frame.to_string(index=False, float_format="%.2f"))
     for alpha, rows in frame.groupby("alpha"):
         for name in ("predicted share", "paper's share"):

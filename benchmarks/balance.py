@@ -35,7 +35,7 @@ from hillinfer.tiers.scoring_store import RemoteStream, ScoringStore
 from hillinfer.tiers.window import Window
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
-REPEATS = 7
+REPEATS = 21
 
 
 def paced(score: Callable, rate: float) -> Callable:

@@ -99,9 +99,8 @@ def balance_of_sides() -> list[Claim]:
         for alpha, rows in frame.groupby("alpha"):
             share, other = rows["predicted share"].iloc[0], rows["paper's share"].iloc[0]
             loss, best = balance.regret(rows, share), rows.loc[rows.ms.idxmin(), "host share"]
-            print(
-                f"fact   | {host}, alpha {alpha}: at the paper's share of {other:.2f} {balance.regret(rows, other):+.0%}"
-            )
+            paper = f"{balance.regret(rows, other):+.0%}"
+            print(f"fact   | {host}, alpha {alpha}: a step at the paper's share of {other:.2f}: {paper}")
             text = (
                 f"{host}, alpha {alpha}: a step at the predicted share of {share:.2f}, above the best (at {best:.2f})"
             )

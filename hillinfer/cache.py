@@ -380,8 +380,10 @@ class TieredCache(Cache):
         self.close()
 
 
-def _look_ahead(weak: weakref.ref, following: torch.nn.Module, layer: Layer, block, args: tuple, kwargs: dict) -> None:
+def _look_ahead(weak: weakref.ref, following: torch.nn.Module, layer: Layer, block, args: tuple, kwargs=None) -> None:
     """Before a decoder layer runs a decode step on our cache: guess for the one that follows."""
+    if kwargs is None:  # torch forgets first that a hook wants them: another thread's cache is just closing
+        return
     hidden = args[0] if args else kwargs.get("hidden_states")
     if weak() is None or kwargs.get("past_key_values") is not weak() or hidden is None or hidden.shape[1] != 1:
         return

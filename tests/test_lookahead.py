@@ -129,6 +129,16 @@ def test_an_error_of_the_prefetch_ends_generation_with_its_place(models, prompt,
     hillinfer.disable(model)
 
 
+def test_a_hook_that_another_thread_is_removing_does_nothing(model, prompt, tmp_path):
+    """Of a hook on its way out torch may forget that it wants keyword arguments before it forgets the hook."""
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.3, drive=tmp_path, lookahead=True) as cache:
+        for block in model.get_decoder().layers:
+            block._forward_pre_hooks_with_kwargs.clear()
+        model.generate(prompt, past_key_values=cache, **NEW)
+        assert not cache.counters.total("guessed")
+    hillinfer.disable(model)
+
+
 @pytest.mark.parametrize("faster", [True, False])
 def test_auto_keeps_the_faster_way(faster):
     trial, now = Trial("auto"), 0.0

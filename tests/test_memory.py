@@ -46,6 +46,14 @@ def test_needs_follow_the_settings(tmp_path, options):
     assert kv(drive=tmp_path, host_budget="2GiB", alpha=0.1) <= 2.2 * 2**30
 
 
+@pytest.mark.parametrize("stream", ["host", "dual", "page-cache", "direct"])
+def test_a_system_that_streams_keeps_no_codes(tmp_path, stream):
+    geometry = Geometry(1, 8, 128, torch.bfloat16, torch.device("cpu"))
+    run = Run(hillinfer.Settings(drive=tmp_path, stream=stream), 32, geometry=geometry)
+    assert "codes and index" not in needs.needs(run, None, 131_072)
+
+
+
 def test_a_cache_is_refused_before_its_drive_is_opened(models, prompt, tmp_path, monkeypatch):
     model = models("llama")
     monkeypatch.setattr(needs, "read_memory", lambda root: Memory(50 * MIB, 0, 0, "a small box"))

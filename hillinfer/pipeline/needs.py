@@ -27,7 +27,8 @@ def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -
     """
     settings, size = run.settings, run.geometry
     batch, record = size.batch, run.layers * size.batch * size.record_bytes  # one token, all layers
-    codes = run.layers * batch * tokens * size.kv_heads * size.head_dim
+    streams = settings.stream is not None  # which attends to everything: it scores nothing, and keeps no codes
+    codes = 0 if streams else run.layers * batch * tokens * size.kv_heads * size.head_dim
     rows = batch * min(tokens, chunk or tokens)
     dense, on_gpu = 0, size.device.type != "cpu"
     if shape is not None and not on_gpu:
@@ -36,7 +37,7 @@ def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -
     if settings.drive is None:
         resident = on_gpu and settings.host_budget is None
         kv = 0 if resident else tokens * record * 9 // 8 + tokens * record // run.layers  # a layer is copied to grow
-    elif settings.stream is not None:
+    elif streams:
         near = 0 if settings.stream != "host" else min(settings.host_budget or 0, tokens * record)
         kv = near + 2 * tokens * record // run.layers + 2 * min(BEHIND, tokens * record)  # two layers' slots, writes
     else:

@@ -53,7 +53,6 @@ def test_a_system_that_streams_keeps_no_codes(tmp_path, stream):
     assert "codes and index" not in needs.needs(run, None, 131_072)
 
 
-
 def test_a_cache_is_refused_before_its_drive_is_opened(models, prompt, tmp_path, monkeypatch):
     model = models("llama")
     monkeypatch.setattr(needs, "read_memory", lambda root: Memory(50 * MIB, 0, 0, "a small box"))

@@ -39,7 +39,7 @@ def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -
         kv = 0 if resident else tokens * record * 9 // 8 + tokens * record // run.layers  # a layer is copied to grow
     elif streams:
         near = 0 if settings.stream != "host" else min(settings.host_budget or 0, tokens * record)
-        kv = near + 2 * tokens * record // run.layers + 2 * min(BEHIND, tokens * record)  # two layers' slots, writes
+        kv = near + 2 * tokens * record // run.layers + min(BEHIND, tokens * record)  # two layers' slots, writes
     else:
         behind = BEHIND if settings.host_budget is None else min(BEHIND, settings.host_budget // 4)
         kv = run.pool_tokens(tokens) * record + 2 * min(behind, tokens * record)

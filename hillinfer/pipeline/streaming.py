@@ -10,6 +10,8 @@ from hillinfer.tiers.raw_device import DeviceRefused, check_path, open_device
 from hillinfer.tiers.record_file import BLOCK, RecordFile
 from hillinfer.tiers.tensors import HostPath, Tensors
 
+SPARE = 32  # of a memory limit one part in so many is not counted on
+
 
 def staggering(settings: Settings) -> Trial:
     """Cross-path where it is on, intra-path where it is off; "auto" tries both (DUAL-BLADE section 3.2)."""
@@ -68,7 +70,10 @@ def budget_of(settings: Settings) -> Callable[[int], int]:
             return 0
         if settings.host_budget is not None:
             return settings.host_budget
-        return read_memory().budget(pinned) if settings.stream == "dual" else 0
+        if settings.stream != "dual":
+            return 0
+        memory = read_memory()  # the kernel's own pages count against a limit, too: not all that is left is page cache
+        return memory.budget(pinned + memory.limit // SPARE)
 
     return budget
 

@@ -10,7 +10,7 @@ from hillinfer.tiers.raw_device import DeviceRefused, check_path, open_device
 from hillinfer.tiers.record_file import BLOCK, RecordFile
 from hillinfer.tiers.tensors import HostPath, Tensors
 
-SPARE = 32  # of a memory limit one part in so many is not counted on
+SPARE = 16 << 20  # bytes of a memory limit that are not counted on: the kernel's own pages for this process
 
 
 def staggering(settings: Settings) -> Trial:
@@ -70,10 +70,7 @@ def budget_of(settings: Settings) -> Callable[[int], int]:
             return 0
         if settings.host_budget is not None:
             return settings.host_budget
-        if settings.stream != "dual":
-            return 0
-        memory = read_memory()  # the kernel's own pages count against a limit, too: not all that is left is page cache
-        return memory.budget(pinned + memory.limit // SPARE)
+        return read_memory().budget(pinned + SPARE) if settings.stream == "dual" else 0
 
     return budget
 

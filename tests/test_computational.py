@@ -84,7 +84,8 @@ def open_drive(tmp_path):
         assert not Path(f"/proc/{drive.pid}").exists()
     assert not [thread for thread in threading.enumerate() if thread.name == "hillinfer-emulated"]
     assert not list(tmp_path.iterdir())
-    assert [len(list(Path(folder).iterdir())) for folder in ("/proc/self/fd", "/dev/shm")] == before
+    after = [len(list(Path(folder).iterdir())) for folder in ("/proc/self/fd", "/dev/shm")]
+    assert all(now <= then for now, then in zip(after, before, strict=True))  # an earlier test's may have gone since
 
 
 def filled(drive: EmulatedDrive, n: int, stream: int = 0, cold: bool = True) -> Model:

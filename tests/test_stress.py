@@ -74,4 +74,4 @@ def test_random_runs(models, prompt, tmp_path):
         assert torch.equal(out, want), (run, options)
     del cache
     hillinfer.disable(model)
-    assert resources() == before and not list(tmp_path.iterdir())
+    assert all(now <= then for now, then in zip(resources(), before, strict=True)) and not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Every system of the registry, whoever added it, goes through the same matrix."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -92,7 +93,10 @@ class Interrupt(LogitsProcessor):
 
 def left_behind() -> tuple:
     threads = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("hillinfer"))
-    children = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    children = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            children.append(path.read_text())
     return threads, "".join(children), len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -102,7 +106,9 @@ def test_interruption_leaves_nothing(models, prompt, system, place, tmp_path):
     with pytest.raises(KeyboardInterrupt), hillinfer.make_cache(model, system, **options) as cache:
         model.generate(prompt, past_key_values=cache, logits_processor=LogitsProcessorList([Interrupt()]), **NEW)
     hillinfer.disable(model)
-    assert not list(tmp_path.iterdir()) and left_behind() == before
+    after = left_behind()
+    assert not list(tmp_path.iterdir()) and after[:2] == before[:2]
+    assert after[2] <= before[2]  # descriptors; an earlier test's may have been closed since
     assert not any(block._forward_pre_hooks for block in model.get_decoder().layers)
 
 

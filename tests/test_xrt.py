@@ -84,7 +84,8 @@ def card(tmp_path, monkeypatch):
     yield make
     gc.collect()
     assert not [thread for thread in threading.enumerate() if thread.name == "hillinfer-xrt"]
-    assert (len(list(Path("/proc/self/fd").iterdir())), len(fake_pyxrt.open_buffers)) == before
+    files, buffers = len(list(Path("/proc/self/fd").iterdir())), len(fake_pyxrt.open_buffers)
+    assert files <= before[0] and buffers == before[1]  # what an earlier test left may have been closed since
 
 
 class Fine(Model):

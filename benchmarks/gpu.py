@@ -9,7 +9,6 @@ A case that does not fit is left out with its reason. `--shape tiny --device cpu
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from benchmarks.micro import facts
+from benchmarks.micro import facts, keep
 from benchmarks.shape import ALPHA, SHAPES, Shape
 from hillinfer.systems import make_cache
 
@@ -123,9 +122,7 @@ def main() -> None:
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=words.drive) as folder:
         case = SHAPES[words.shape], words.device, words.tokens, words.batch, words.systems.split(","), Path(folder)
         result = {"facts": facts(STEPS) | {"gpu": name, "shape": words.shape}} | measure(*case)
-    if words.out:
-        words.out.parent.mkdir(parents=True, exist_ok=True)
-        words.out.write_text(json.dumps(result, indent=1))
+    keep(words.out, result)
 
 
 if __name__ == "__main__":

@@ -238,6 +238,13 @@ def show(result: dict) -> None:
         print(f", of which kernels {row['kernels_us']:5.0f}, beyond them {row['beyond_us']:5.0f}")
 
 
+def keep(path: Path | None, result: dict) -> None:
+    """Write what was measured where the user asked for it, for `benchmarks.compare`."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="write the result here as JSON, for benchmarks.compare")
@@ -247,9 +254,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=words.drive) as folder:
         result = measure(Path(folder), words.repeats)
     show(result)
-    if words.out:
-        words.out.parent.mkdir(parents=True, exist_ok=True)
-        words.out.write_text(json.dumps(result, indent=1))
+    keep(words.out, result)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ time through the model's forward, both caches in turn. Both sides hold all KV in
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from benchmarks.claims import Claim, verdict
-from benchmarks.micro import facts
+from benchmarks.micro import facts, keep
 from hillinfer import demo
 from hillinfer.systems import make_cache
 
@@ -68,9 +67,7 @@ def main() -> int:
         figure = f"{row['ratio_ms']:.2f}x ({row['low_ms']:.2f} to {row['high_ms']:.2f}; CPU {row['ratio_cpu_ms']:.2f}x)"
         bar = 1 / 1.05 if row["tokens"] == 128 else 1.0
         claims.append(Claim(text, figure, f"{bar:.2f}x or better", row["ratio_ms"] >= bar).show())
-    if words.out:
-        words.out.parent.mkdir(parents=True, exist_ok=True)
-        words.out.write_text(json.dumps({"facts": about, "rows": rows}, indent=1))
+    keep(words.out, {"facts": about, "rows": rows})
     return verdict(claims)
 
 

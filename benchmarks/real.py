@@ -5,7 +5,6 @@ it answers there means nothing. One prefill serves all contexts and systems, whi
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -15,7 +14,7 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from benchmarks.micro import facts
+from benchmarks.micro import facts, keep
 from hillinfer import demo
 from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.systems import make_cache
@@ -129,9 +128,7 @@ def main() -> None:
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=words.drive) as folder:
         result = measure(tuple(words.tokens), Path(folder), ways)
     show(result)
-    if words.out:
-        words.out.parent.mkdir(parents=True, exist_ok=True)
-        words.out.write_text(json.dumps({"facts": facts(STEPS), "rows": result["rows"]}, indent=1))
+    keep(words.out, {"facts": facts(STEPS), "rows": result["rows"]})
 
 
 if __name__ == "__main__":

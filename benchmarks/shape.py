@@ -12,7 +12,6 @@ the recorded runs, overlap and guesses. Values are random. The drive is read wit
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.micro import facts
+from benchmarks.micro import facts, keep
 from benchmarks.trace import Trace, record
 from hillinfer import native
 from hillinfer.cache import attention
@@ -336,9 +335,7 @@ def main() -> None:
         result = measure(field_, ways_of(tuple(words.systems.split(","))), Path(folder))
     result = {"facts": facts(STEPS) | {"shape": f"{words.shape}, {words.tokens} tokens, alpha {ALPHA}"}} | result
     show(result)
-    if words.out:
-        words.out.parent.mkdir(parents=True, exist_ok=True)
-        words.out.write_text(json.dumps(result, indent=1))
+    keep(words.out, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Every system of the registry, whoever added it, goes through the same matrix."""
 
-import contextlib
-import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import hillinfer
+from benchmarks.faults import resources
 
 NEW = dict(max_new_tokens=12, do_sample=False, num_beams=1)
 PLACES = ("memory", "ssd", "emulated")
@@ -91,22 +90,13 @@ class Interrupt(LogitsProcessor):
         return scores
 
 
-def left_behind() -> tuple:
-    threads = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("hillinfer"))
-    children = []
-    for path in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-            children.append(path.read_text())
-    return threads, "".join(children), len(list(Path("/proc/self/fd").iterdir()))
-
-
 def test_interruption_leaves_nothing(models, prompt, system, place, tmp_path):
     options = options_for(system, place, tmp_path, alpha=0.2)
-    model, before = models("llama"), left_behind()
+    model, before = models("llama"), resources()
     with pytest.raises(KeyboardInterrupt), hillinfer.make_cache(model, system, **options) as cache:
         model.generate(prompt, past_key_values=cache, logits_processor=LogitsProcessorList([Interrupt()]), **NEW)
     hillinfer.disable(model)
-    after = left_behind()
+    after = resources()
     assert not list(tmp_path.iterdir()) and after[:2] == before[:2]
     assert after[2] <= before[2]  # descriptors; an earlier test's may have been closed since
     assert not any(block._forward_pre_hooks for block in model.get_decoder().layers)

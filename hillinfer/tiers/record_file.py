@@ -229,6 +229,8 @@ class RecordFile:
                 self.sums.note(offsets, addresses, lengths)
             sums = self.sums if verify and verb == "read" else None
             self._move(verb, offsets, addresses, lengths, keep, share, sums)
+            if verb == "write" and not self.direct:
+                self._write_back(offsets, lengths)
             if sums and not self._rings:  # which have compared it already
                 bad = sums.check(offsets, addresses, lengths)
                 if bad is not None:
@@ -282,6 +284,14 @@ class RecordFile:
                 wait(everyone, self.timeout)
         if errors := [future.exception() for future in everyone if future.exception()]:
             raise min(errors, key=lambda error: getattr(error, "offset", 0))  # the first one by place
+
+    def _write_back(self, offsets, lengths) -> None:
+        """Have the kernel start to write these pieces: under a memory limit only clean pages can be dropped, and a
+        cgroup of version 1 kills its process rather than wait for dirty ones."""
+        if sys.platform == "linux":
+            start, only_start_writing = int(offsets.min()), ctypes.c_uint(0x02)
+            span = int((offsets + lengths).max()) - start
+            ctypes.CDLL(None).sync_file_range(self.fd, ctypes.c_int64(start), ctypes.c_int64(span), only_start_writing)
 
     def _failure(self, verb: str, stream: int, position, error: OSError) -> DriveError:
         if callable(position):

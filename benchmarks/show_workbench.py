@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.claims import ROOT, Claim, tests, verdict
 from tests.browser.lab import Notebook, chromium, serve
 
-MINUTES, PAIRS = float(os.environ.get("MINUTES", "1")), int(os.environ.get("PAIRS", "12"))
+MINUTES, PAIRS = float(os.environ.get("MINUTES", "1")), int(os.environ.get("PAIRS", "40"))
 SPANS, LANES = 100_000, 4
 FIRST = "00_first_run.ipynb"
 
@@ -125,7 +125,7 @@ def slowdown(notebook: Notebook) -> list[Claim]:
     claims = []
     for system in ("hillinfer", "full"):
         notebook.ask(f"watching.own_text(workbench, '{system}', 6000)")
-        said = notebook.ask(f"watching.windows(workbench, {PAIRS}, 2.0)").split()
+        said = notebook.ask(f"watching.windows(workbench, {PAIRS}, 1.0)").split()
         low, middle, high, n, *cpu = map(float, said)
         figure = f"{middle - 1:+.1%} (median of {n:.0f} pairs of windows, quartiles {low - 1:+.1%} and {high - 1:+.1%})"
         claims.append(Claim(f"{system}: what watching costs a token", figure, "+5 %", middle < 1.05).show())

@@ -66,36 +66,36 @@ class Hits { // who served which step and layer: sums for each step over all lay
 }
 const shares = (r) => { const q = Math.max(1, r[0]); return [r[1] / q, r[2] / q, (r[3] - r[4]) / q, r[4] / q]; }; // parallel to palette.tiers
 
-function canvasPanel(parent, height, label, draw) {
+function canvasPanel(parent, height, label, theme, draw) {
   const canvas = make("canvas", "hi-canvas", parent);
   canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", label);
   let queued = false;
   const panel = {
-    canvas, height, frame: 0,
+    canvas, height, frame: 0, width: 0, // told by the observer: to ask the canvas would lay out the page at every paint
     now() {
       queued = false;
-      const width = canvas.clientWidth;
+      const width = panel.width;
       if (!width) return;
       const ratio = DPR(), h = panel.height;
       if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(h * ratio)) {
         canvas.width = Math.round(width * ratio); canvas.height = Math.round(h * ratio); canvas.style.height = h + "px";
+        const ctx = canvas.getContext("2d"); // its settings go with a new size; a font each time would lay out the page
+        ctx.font = "11px system-ui, sans-serif"; ctx.textBaseline = "middle";
       }
       const ctx = canvas.getContext("2d"), began = performance.now();
       ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
-      const theme = themeOf(parent);
-      ctx.fillStyle = theme.back; ctx.fillRect(0, 0, width, h);
-      ctx.font = "11px system-ui, sans-serif"; ctx.textBaseline = "middle";
-      draw(ctx, width, h, theme);
+      ctx.fillStyle = theme().back; ctx.fillRect(0, 0, width, h);
+      draw(ctx, width, h, theme());
       panel.drawMs = performance.now() - began; panel.frame++;
     },
     redraw() { if (!queued) { queued = true; requestAnimationFrame(() => { if (queued) panel.now(); }); } },
   };
-  panel.watch = new ResizeObserver(panel.redraw);
+  panel.watch = new ResizeObserver(([entry]) => { panel.width = entry.contentRect.width; panel.redraw(); });
   panel.watch.observe(canvas);
   return panel;
 }
 
-const NEWEST = 2000; // tokens in the page at once: to lay out more of them at every paint would slow the run down
+const NEWEST = 300; // tokens in the page at once: to lay out more of them at every paint would slow the run down
 function axisText(ctx, theme, x, y, text, align = "left") { ctx.fillStyle = theme.faint; ctx.textAlign = align; ctx.fillText(text, x, y); ctx.textAlign = "left"; }
 function upright(ctx, theme, x, y, text) { ctx.save(); ctx.translate(x, y); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, text, "center"); ctx.restore(); }
 
@@ -122,18 +122,19 @@ class Board {
     s.note = make("span", "hi-note", s.bar);
     return s;
   }
-  panel(parent, height, label, draw) { const p = canvasPanel(parent, height, label, draw); this.panels.push(p); return p; }
+  panel(parent, height, label, draw) { const p = canvasPanel(parent, height, label, () => (this.theme ??= themeOf(this.root)), draw); this.panels.push(p); return p; }
   get cursor() { return this.model.get("cursor"); }
   point(change) { this.model.set("cursor", { ...this.cursor, ...change }); this.model.save_changes(); }
   refresh(all) { // all in one frame, and only panels whose data changed: the run that is watched needs the processor
-    this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.follow(); this.reachStep();
+    if (all) this.theme = null;
+    this.follow(); this.reachStep();
     const { spans, hits, run } = this.store, detail = this.store.detail;
     for (const p of this.panels) {
       const seen = [run, this.cursor, ...(p === this.heat || p === this.dist ? [detail] : p === this.time ? [spans.n] : [hits.n])];
       if (all || !p.seen || seen.some((value, i) => value !== p.seen[i])) p.now();
       p.seen = seen;
     }
-    this.measureNow();
+    this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.measureNow(); this.scrollText();
   }
 
   buildHead() {
@@ -167,7 +168,7 @@ class Board {
     this.text.tabIndex = 0; this.text.setAttribute("role", "listbox"); this.text.setAttribute("aria-label", "tokens; left and right choose one");
     section.note.textContent = "question in grey, answer in bold; click a token to mark its step everywhere";
     this.older = make("button", "hi-button", section.bar); this.older.type = "button"; this.older.hidden = true;
-    this.older.addEventListener("click", () => { this.wholeText = true; this.shownRun = null; this.drawText(); });
+    this.older.addEventListener("click", () => { this.wholeText = true; this.shownRun = null; this.drawText(); this.scrollText(); });
     this.text.addEventListener("click", (e) => { const i = e.target.dataset?.i; if (i) this.pick(+i); });
     this.text.addEventListener("keydown", (e) => {
       const go = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
@@ -183,7 +184,7 @@ class Board {
       if (this.shownRun != null) this.wholeText = false;
       this.text.replaceChildren(); this.shown = 0; this.shownRun = this.store.run;
     }
-    const grew = this.shown < this.store.tokens.length;
+    this.grew ||= this.shown < this.store.tokens.length;
     if (!this.wholeText) this.shown = Math.max(this.shown, this.store.tokens.length - NEWEST);
     for (; this.shown < this.store.tokens.length; this.shown++) {
       const [text, step, ms, asked] = this.store.tokens[this.shown];
@@ -195,7 +196,11 @@ class Board {
     this.older.hidden = !hidden; this.older.textContent = `show ${number(hidden)} older tokens`;
     for (const el of this.text.querySelectorAll(".hi-on")) if (+el.dataset.step !== this.cursor.step) el.classList.remove("hi-on");
     if (this.cursor.step != null) for (const el of this.text.querySelectorAll(`[data-step="${this.cursor.step}"]`)) el.classList.add("hi-on");
-    if (grew) this.text.scrollTop = this.text.scrollHeight;
+  }
+  scrollText() { // last: it needs the page laid out
+    if (!this.text) return;
+    if (this.grew) this.text.scrollTop = this.text.scrollHeight;
+    this.grew = false;
     const marked = this.cursor.step !== this.markedStep && this.text.querySelector(".hi-on");
     if (marked) this.text.scrollTop = marked.offsetTop - this.text.offsetTop - this.text.clientHeight / 2;
     this.markedStep = this.cursor.step;
@@ -314,7 +319,7 @@ class Board {
     this.line = section;
     const tools = make("span", "hi-tools", section.bar);
     const button = (label, hint, act) => { const b = make("button", "hi-button", tools, label); b.title = hint; b.type = "button"; b.addEventListener("click", act); return b; };
-    this.followButton = button("Follow", "keep the newest steps in view", () => { this.following = true; this.follow(); this.time.redraw(); });
+    this.followButton = button("Follow", "keep the newest steps in view", () => { this.following = true; this.follow(); this.time.redraw(); this.measure(); });
     button("Fit", "show everything (0)", () => this.look(this.store.spans.t0, this.store.spans.t1));
     button("+", "zoom in (W or +)", () => this.zoom(0.5)); button("-", "zoom out (S or -)", () => this.zoom(2));
     this.tableButton = button("Table", "the spans in view as a table (T)", () => this.toggleTable());
@@ -340,20 +345,19 @@ class Board {
     canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; });
     canvas.addEventListener("dblclick", () => this.look(this.store.spans.t0, this.store.spans.t1));
     canvas.addEventListener("keydown", (e) => {
-      const act = { w: () => this.zoom(0.6), "+": () => this.zoom(0.6), "=": () => this.zoom(0.6), s: () => this.zoom(1.6), "-": () => this.zoom(1.6), a: () => this.pan(-0.15), ArrowLeft: () => this.pan(-0.15), d: () => this.pan(0.15), ArrowRight: () => this.pan(0.15), 0: () => this.look(this.store.spans.t0, this.store.spans.t1), Home: () => this.look(this.store.spans.t0, this.store.spans.t1), f: () => { this.following = true; this.follow(); this.time.redraw(); }, t: () => this.toggleTable(), n: () => this.next(1), p: () => this.next(-1), ArrowDown: () => this.lane(1), ArrowUp: () => this.lane(-1), Escape: () => this.point({ step: null }) }[e.key.length === 1 ? e.key.toLowerCase() : e.key];
+      const act = { w: () => this.zoom(0.6), "+": () => this.zoom(0.6), "=": () => this.zoom(0.6), s: () => this.zoom(1.6), "-": () => this.zoom(1.6), a: () => this.pan(-0.15), ArrowLeft: () => this.pan(-0.15), d: () => this.pan(0.15), ArrowRight: () => this.pan(0.15), 0: () => this.look(this.store.spans.t0, this.store.spans.t1), Home: () => this.look(this.store.spans.t0, this.store.spans.t1), f: () => this.followButton.click(), t: () => this.toggleTable(), n: () => this.next(1), p: () => this.next(-1), ArrowDown: () => this.lane(1), ArrowUp: () => this.lane(-1), Escape: () => this.point({ step: null }) }[e.key.length === 1 ? e.key.toLowerCase() : e.key];
       if (act && !e.ctrlKey && !e.metaKey && !e.altKey) { e.preventDefault(); e.stopPropagation(); act(); }
     });
   }
-  plot() { return Math.max(50, this.time.canvas.clientWidth - LEFT - 8); }
+  plot() { return Math.max(50, this.time.width - LEFT - 8); }
   timeAt(x) { return this.view.from + (x - LEFT) * (this.view.to - this.view.from) / this.plot(); }
-  look(from, to) { this.following = false; this.show(from, to); }
-  show(from, to) {
+  look(from, to) { this.following = false; this.aim(from, to); this.time.redraw(); this.measure(); }
+  aim(from, to) {
     const { t0, t1 } = this.store.spans, least = 1e-3, whole = Math.max(least, t1 - t0);
     let width = Math.min(whole * 1.02, Math.max(least, to - from));
     from = Math.max(t0 - whole * 0.01, Math.min(from, t1 + whole * 0.01 - width));
     this.view = { from, to: from + width };
     this.followButton.setAttribute("aria-pressed", this.following);
-    this.time.redraw(); this.measure();
   }
   zoom(factor, x) { const at = this.timeAt(x ?? LEFT + this.plot() / 2), { from, to } = this.view; this.look(at - (at - from) * factor, at + (to - at) * factor); }
   pan(share) { const by = share * (this.view.to - this.view.from); this.look(this.view.from + by, this.view.to + by); }
@@ -363,7 +367,7 @@ class Board {
     if (!this.following && this.view && this.viewRun === this.store.run) return;
     if (this.viewRun !== this.store.run) { this.following = true; this.viewRun = this.store.run; }
     const step = spans.stepStart.length - 6, from = step > 0 && (live || this.model.get("parts").length > 1) ? spans.stepStart[step] : undefined;
-    this.show(from ?? spans.t0, spans.t1);
+    this.aim(from ?? spans.t0, spans.t1);
   }
   reachStep() { // a step that was chosen elsewhere comes into view
     const step = this.cursor.step, at = step == null ? null : this.store.spans.windowOf(step);
@@ -421,7 +425,7 @@ class Board {
     this.tip.hidden = !found;
     if (!found) return;
     this.tip.textContent = this.describe(found);
-    this.tip.style.left = Math.min(e.offsetX + 12, Math.max(0, this.time.canvas.clientWidth - 340)) + "px";
+    this.tip.style.left = Math.min(e.offsetX + 12, Math.max(0, this.time.width - 340)) + "px";
     this.tip.style.top = this.time.canvas.offsetTop + e.offsetY + 16 + "px";
   }
   next(by) {
@@ -452,7 +456,7 @@ class Board {
     this.table.replaceChildren(table);
   }
   exportPng() { this.time.canvas.toBlob((blob) => save("timeline.png", blob)); }
-  svg() { const width = this.time.canvas.clientWidth || 1000, ctx = new SvgContext(width, timelineHeight(this.store.spans)); drawTimeline(ctx, width, this.store.spans, this.view, { theme: themeOf(this.root), palette: this.palette, cursor: this.cursor.step }); return ctx.toString(); }
+  svg() { const width = this.time.width || 1000, ctx = new SvgContext(width, timelineHeight(this.store.spans)); drawTimeline(ctx, width, this.store.spans, this.view, { theme: this.theme ??= themeOf(this.root), palette: this.palette, cursor: this.cursor.step }); return ctx.toString(); }
   exportSvg() { save("timeline.svg", new Blob([this.svg()], { type: "image/svg+xml" })); }
 
   buildMemory(section) { this.memory = make("div", "hi-memory", section); this.memorySection = section; }
@@ -491,10 +495,12 @@ const board = {
   render({ model, el }) {
     const store = storeOf(model), board = new Board(model, store, make("div", "", el));
     store.views.add(board);
-    const theme = new MutationObserver(() => board.refresh(true));
+    const theme = new MutationObserver(() => board.refresh(true)); // and the system's own:
     theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+    const dark = matchMedia("(prefers-color-scheme: dark)"), changed = () => board.refresh(true);
+    dark.addEventListener("change", changed);
     board.refresh();
-    return () => { store.views.delete(board); theme.disconnect(); for (const p of board.panels) p.watch.disconnect(); };
+    return () => { store.views.delete(board); theme.disconnect(); dark.removeEventListener("change", changed); for (const p of board.panels) p.watch.disconnect(); };
   },
 };
 export default board;

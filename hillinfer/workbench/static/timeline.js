@@ -120,7 +120,6 @@ export function drawTimeline(ctx, width, spans, view, look) {
   const X = (t) => LEFT + (t - view.from) * scale;
   const stat = { shown: 0, merged: 0, boxes: 0 };
   ctx.fillStyle = theme.back; ctx.fillRect(0, 0, width, timelineHeight(spans));
-  ctx.font = "11px system-ui, sans-serif"; ctx.textBaseline = "middle";
   if (cursor != null && spans.windowOf(cursor)) {
     const [a, b] = spans.windowOf(cursor);
     ctx.fillStyle = theme.mark;

@@ -248,7 +248,10 @@ class Board {
     for (let i = 0; i < bh; i++) { ctx.fillStyle = cividis(1 - i / bh); ctx.fillRect(bx, y + i, 10, 1.5); }
     [["100 %", 0], ["10 %", 1 / 3], ["1 %", 2 / 3], ["0.1 %", 1]].forEach(([label, f]) => axisText(ctx, theme, bx + 14, y + 5 + f * (bh - 10), label));
     const { layer, head } = this.cursor;
-    if (layer != null && layer < layers) { ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(x + (head ?? 0) * w, y + layer * h, (head == null ? heads : 1) * w - 1, h - 1); ctx.lineWidth = 1; }
+    if (layer != null && layer < layers) for (const [colour, thick] of [[theme.back, 5], [theme.text, 2]]) { // seen on dark and on light
+      ctx.strokeStyle = colour; ctx.lineWidth = thick;
+      ctx.strokeRect(x + (head ?? 0) * w, y + layer * h, (head == null ? heads : 1) * w - 1, h - 1); ctx.lineWidth = 1;
+    }
   }
   drawDistribution(ctx, width, height, theme) {
     const d = this.store.detail.distribution;

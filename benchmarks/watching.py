@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import psutil
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.workbench import dashboard, live
@@ -17,6 +18,15 @@ def own_text(workbench, system: str, new: int) -> None:
     workbench.model.generation_config.eos_token_id = None
     workbench.text.value = prompt_of(make_records("lines", 1500, 1, 5)[0])
     workbench.system.value, workbench.task.value, workbench.new_tokens.value = system, "own text", new
+
+
+def keep_busy(workbench) -> None:
+    """Give it a model of 130 M random weights, whose steps keep both cores at work as the embedded one's do not: that
+    one waits for threads to wake half of the time, and its pace swings by a third from second to second.
+    """
+    size = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16)
+    more = dict(num_key_value_heads=4, vocab_size=len(workbench.tokenizer), max_position_embeddings=8192)
+    workbench.model, workbench.name = LlamaForCausalLM(LlamaConfig(**size, **more)).eval(), "130 M random weights"
 
 
 def spent() -> tuple[float, ...]:

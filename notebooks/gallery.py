@@ -69,7 +69,9 @@ def execute(source: Path, folder: Path) -> nbformat.NotebookNode:
                 if WIDGET in data:
                     model = data.pop(WIDGET)["model_id"]
                     code = BOARDS.replace("MODEL", model).replace("FOLDER", str(folder))
+                    first = book.cells[0]
                     client.execute_cell(nbformat.v4.new_code_cell(code), 0, store_history=False)
+                    book.cells[0] = first  # its place was taken
                     data["image/png"] = base64.b64encode(shoot(sorted(folder.glob(f"{model}-*.html")))).decode()
                 elif PLOTLY in data:
                     figure = plotly.io.from_json(plotly.io.json.to_json_plotly(data.pop(PLOTLY)), skip_invalid=True)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hillinfer import native
+from hillinfer.evaluator.chunks import bounds
 from hillinfer.evaluator.codes import TOP, KeyCodes, group_scores_reference, pack
 from hillinfer.evaluator.topk import merge_heads_reference, topk_reference
 from hillinfer.native import build as builder
@@ -99,6 +100,56 @@ def test_selection_from_many_tokens():
     scores[0, 5], scores[1, 7] = 2**31 - 1, 1 - 2**31
     for k in (1, 100, 2000, 19_999, 20_000):
         assert np.array_equal(native.merge_heads(scores, k), merge_heads_reference(scores, k))
+
+
+@given(
+    group=st.integers(1, 5),
+    dim=st.sampled_from([2, 30, 64, 96, 128]),
+    m=st.integers(0, 60),
+    slack=st.sampled_from([0.0, 0.5, 1.0]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+)
+@settings(**EACH)
+def test_bounds(isa, group, dim, m, slack, threads, seed):
+    torch.manual_seed(seed)
+    pages, nodes, heads = 3, 5, 2
+    codes = torch.randint(-127, 128, (pages, nodes, heads, 2, dim), dtype=torch.int8)
+    scales, query = torch.rand(pages, heads, dim) + 0.01, torch.randn(heads, group, dim)
+    page, node = torch.randint(0, pages, (m,)), torch.randint(0, nodes, (m,))
+    leaf, width = np.random.default_rng(seed).random(m) < 0.5, heads * dim
+    at = codes.data_ptr() + (page * nodes + node).numpy() * 2 * width
+    scale_at = scales.data_ptr() + page.numpy() * 4 * width
+    boxes = codes[page, node] * scales[page][:, :, None]
+    want = bounds(boxes, query)
+    want[:, leaf] = bounds(boxes[leaf], query, slack)
+    floor = torch.randn(heads, group) * 60
+    split, native.SPLIT = native.SPLIT, 64
+    try:
+        best, reach = native.bounds(query, at, scale_at, leaf, slack, floor, threads)
+        alone, every = (native.bounds(query, at, scale_at, leaf, slack, level, 1) for level in (floor, None))
+    finally:
+        native.SPLIT = split
+    size = (boxes.abs().amax(2) @ query.abs().transpose(1, 2).mean(0)).amax() if m else 1  # of what is summed
+    near = 1e-5 * float(size) * dim**0.5
+    assert np.allclose(best, want.amax(2), atol=near) and np.allclose(every[0], best, atol=near) and every[1].all()
+    assert np.array_equal(alone[0], best) and np.array_equal(alone[1], reach)  # however many threads
+    over = (want - floor[:, None]).permute(1, 0, 2).flatten(1).amax(1).numpy() if m else np.zeros(0)
+    assert np.array_equal(reach[abs(over) > near], over[abs(over) > near] > 0)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_copied_records(threads, monkeypatch):
+    monkeypatch.setattr(native, "SPLIT", 64)
+    torch.manual_seed(0)
+    records, out = torch.randn(50, 2, 3, 10), torch.zeros(80, 2, 3, 10)
+    index, slots = np.random.default_rng(0).permutation(50)[:33], np.random.default_rng(1).permutation(80)[:33]
+    want = out.clone()
+    want[torch.from_numpy(slots)] = records[torch.from_numpy(index)]
+    native.copy(records.data_ptr() + index * 240, out, slots, threads)
+    assert torch.equal(out, want)
+    with pytest.raises(IndexError, match="80"):
+        native.copy(records.data_ptr() + index, out, slots + 60)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -46,6 +46,15 @@ def test_ipynb_is_its_source():
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_gallery_shows_all_of_it(path):
+    page, book = (ROOT / "docs" / "gallery" / f"{path.stem}.md").read_text(), nbformat.read(path, 4)
+    shown = "\n".join(line.rstrip() for line in page.split("\n"))
+    for cell in book.cells:
+        assert "\n".join(line.rstrip() for line in cell.source.split("\n")) in shown
+    assert "Traceback" not in page and "Warning" not in page and page.startswith(book.cells[0].source.split("\n")[0])
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch, record_property):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

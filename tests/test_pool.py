@@ -11,6 +11,7 @@ from hillinfer.config import Settings, UsageError
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import ONE, LastUse, LatestOnly, LayerHits, SharedHits
 from hillinfer.tiers.pool import ABSENT, DEMOTED, HotPool
+from hillinfer.tiers.store import Brought
 
 SHAPE = Geometry(1, 1, 2, torch.float32, torch.device("cpu"))
 
@@ -18,6 +19,10 @@ SHAPE = Geometry(1, 1, 2, torch.float32, torch.device("cpu"))
 def records(tokens) -> torch.Tensor:
     """Records that say which token they are."""
     return torch.as_tensor(np.asarray(tokens), dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, *SHAPE.record_shape)
+
+
+def brought(tokens) -> Brought:
+    return Brought([(np.arange(len(tokens)), records(tokens).contiguous(), None)])
 
 
 def pool_with(capacity: int, tokens, n: int) -> HotPool:
@@ -53,13 +58,13 @@ def test_promotion_swaps_only_where_it_pays():
     pool = pool_with(3, [7, 8, 9], 10)
     pool.pinned_from = 9
     pool.hits.rank[0, :10] = [4, 1, 0, 0, 0, 0, 0, 2, 1, 0]
-    assert pool.swap(np.array([0, 1]), records([0, 1])) == 1  # 0 (4 hits) replaces 8 (1); 1 does not outrank 7 (2)
+    assert pool.swap(np.array([0, 1]), brought([0, 1])) == 1  # 0 (4 hits) replaces 8 (1); 1 does not outrank 7 (2)
     assert resident(pool) == [0, 7, 9]
 
 
 def test_promotion_fills_free_slots_first():
     pool = pool_with(3, [9], 10)
-    assert pool.swap(np.array([1, 2, 3]), records([1, 2, 3])) == 2
+    assert pool.swap(np.array([1, 2, 3]), brought([1, 2, 3])) == 2
     assert resident(pool) == [1, 2, 9]
 
 
@@ -67,7 +72,7 @@ def test_pinned_tokens_never_leave():
     pool = pool_with(3, [7, 8, 9], 10)
     pool.pinned_from = 7
     pool.hits.rank[0, 1] = 60
-    assert pool.swap(np.array([1]), records([1])) == 0
+    assert pool.swap(np.array([1]), brought([1])) == 0
     assert resident(pool) == [7, 8, 9]
 
 

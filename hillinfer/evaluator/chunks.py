@@ -7,6 +7,7 @@ higher than `bounds` says, and a parent's box holds its children's, so a subtree
 import numpy as np
 import torch
 
+from hillinfer import native
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.growable import Growable
 
@@ -47,9 +48,9 @@ def widen(boxes: torch.Tensor, index: torch.Tensor, keys: torch.Tensor) -> None:
     boxes[:, :, 1] = boxes[:, :, 1].scatter_reduce(0, index, tokens, "amin")
 
 
-def sortable(values: torch.Tensor) -> np.ndarray:
+def sortable(values: torch.Tensor | np.ndarray) -> np.ndarray:
     """float32 as int32 in the same order."""
-    bits = values.contiguous().numpy().view(np.int32)
+    bits = np.ascontiguousarray(values).view(np.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -164,16 +165,36 @@ class ChunkTree:
         self, page: np.ndarray, node: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None = None
     ) -> tuple:
         """Those of the nodes that reach the floor, and their bounds (leaves: estimates) in sortable form, (Hkv, m)."""
-        score = query.new_empty(len(query), len(page), query.shape[1])
-        for start in range(0, len(page), BLOCK):
-            part = slice(start, start + BLOCK)
-            boxes, leaf = self.boxes(page[part], node[part]), torch.from_numpy(node[part] >= LEAVES)
-            own = score[:, part]
-            own[:, ~leaf], own[:, leaf] = bounds(boxes[~leaf], query), bounds(boxes[leaf], query, SLACK)
+        leaf = node >= LEAVES
+        if native.available() and query.shape[2] <= native.MAX_DIM:
+            score, reach = self._located(page, node, leaf, query, floor)
+        else:
+            every = query.new_empty(len(query), len(page), query.shape[1])
+            for start in range(0, len(page), BLOCK):
+                part = slice(start, start + BLOCK)
+                every[:, part] = _judge(self.boxes(page[part], node[part]), leaf[part], query)
+            score, reach = every.amax(2).numpy(), None if floor is None else _reach(every, floor)
         if floor is not None:
-            reach = (score >= floor[:, None]).any(2).any(0)
-            page, node, score = page[reach.numpy()], node[reach.numpy()], score[:, reach]
-        return page, node, sortable(score.amax(2))
+            page, node, score = page[reach], node[reach], score[:, reach]
+        return page, node, sortable(score)
+
+    def _located(self, page: np.ndarray, node: np.ndarray, leaf: np.ndarray, query: torch.Tensor, floor) -> tuple:
+        """Where the boxes lie, by the kernel: the best of each group (Hkv, m), and which nodes reach the floor."""
+        score, reach = np.empty((len(query), len(page)), np.float32), np.empty(len(page), bool)
+        grows = page == self.full
+        if grows.any():
+            every = _judge(self.tail[torch.from_numpy(node[grows])], leaf[grows], query)
+            score[:, grows], reach[grows] = every.amax(2).numpy(), True if floor is None else _reach(every, floor)
+        if not grows.all():
+            page, node, leaf = page[~grows], node[~grows], leaf[~grows]
+            tops, scales = self.tops.data, self.scales.data
+            boxes, inner = tops.data_ptr() + page * tops.stride(0), node > 0  # a page's own box is in memory
+            boxes[inner], keep = self.pages.locate(page[inner], node[inner])
+            at = scales.data_ptr() + page * scales.stride(0) * scales.element_size()
+            judged = native.bounds(query, boxes, at, leaf, SLACK, floor, torch.get_num_threads())
+            score[:, ~grows], reach[~grows] = judged
+            del keep  # until here the boxes had to stay where they are
+        return score, reach
 
     def boxes(self, page: np.ndarray, node: np.ndarray) -> torch.Tensor:
         """Of these nodes, (m, Hkv, 2, D) float32."""
@@ -221,6 +242,18 @@ class ChunkTree:
         """In memory."""
         held = self.tops.view().nbytes + self.scales.view().nbytes + self.tail.nbytes
         return held + self.pages.nbytes + self.cut.nbytes + self.cold.nbytes
+
+
+def _judge(boxes: torch.Tensor, leaf: np.ndarray, query: torch.Tensor) -> torch.Tensor:
+    """Bounds of boxes, and estimates of the smallest chunks': (Hkv, m, G)."""
+    score, leaf = query.new_empty(len(query), len(boxes), query.shape[1]), torch.from_numpy(leaf)
+    score[:, ~leaf], score[:, leaf] = bounds(boxes[~leaf], query), bounds(boxes[leaf], query, SLACK)
+    return score
+
+
+def _reach(score: torch.Tensor, floor: torch.Tensor) -> np.ndarray:
+    """Which nodes' scores (Hkv, m, G) reach the floor (Hkv, G) for some query head."""
+    return (score >= floor[:, None]).any(2).any(0).numpy()
 
 
 def _raise(boxes: torch.Tensor) -> torch.Tensor:

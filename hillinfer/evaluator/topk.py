@@ -1,6 +1,7 @@
 """The k best positions, with ties to the lowest position."""
 
 import numpy as np
+import torch
 
 from hillinfer import native
 
@@ -17,7 +18,9 @@ def merge_heads(scores: np.ndarray, k: int) -> np.ndarray:
     in. Integer scores of different heads have different scales, so ranks are compared and not scores; a record holds
     all heads, so what one head wants is there for the others too.
     """
-    return native.merge_heads(scores, k) if native.available() else merge_heads_reference(scores, k)
+    if native.available():
+        return native.merge_heads(scores, k, torch.get_num_threads())
+    return merge_heads_reference(scores, k)
 
 
 def topk_reference(scores: np.ndarray, k: int) -> np.ndarray:

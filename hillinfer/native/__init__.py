@@ -22,6 +22,8 @@ _SIGNATURES = {
     "hi_topk": (_L, [_P, _L, _L, _P]),
     "hi_merge": (_L, [_P, _L, _I, _L, _L, _P, _I]),
     "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, _P, _I]),
+    "hi_bounds": (_I, [_I, _P, _P, _P, _L, _P, _I, _I, _I, ctypes.c_float, _P, _P, _P, _I]),
+    "hi_copy": (None, [_P, _P, _P, _L, _L, _I]),
     "hi_query": (None, [_P, _P, _I, _I, _I, _P]),
     "hi_read": (ctypes.c_uint64, [_I, _P, _L, _I]),
     "hi_ring_open": (_P, [_I, _P]),
@@ -151,7 +153,7 @@ def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
         scores = np.ascontiguousarray(scores)
     heads, n = scores.shape
     out = np.empty(min(k, n), np.int64)
-    threads = _share(scores.nbytes, threads)
+    threads = _share(4 * scores.nbytes, threads)  # to select takes longer than to read
     _check(_library.hi_merge(pointer(scores), scores.strides[0] // 4, heads, n, len(out), pointer(out), threads))
     return out
 
@@ -175,6 +177,33 @@ def attend(
         records = addresses, base, stride, n, width // 2 if side is None else side
         shape = *records, read + at, kv_heads, heads // kv_heads, dim, scale, write + at
         _check(_library.hi_attend(_library.isa, kind, *shape, _share(n * width, threads)))
+
+
+def bounds(
+    query, boxes: np.ndarray, scales: np.ndarray, leaf: np.ndarray, slack: float, floor=None, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `evaluator.chunks.bounds`, summed in another order: query fp32 (Hkv, G, D) against int8 boxes (Hkv, 2, D) at
+    these addresses int64 (m,), each with its page's scales fp32 (Hkv, D), by address too; leaf bool (m,) says which are
+    estimated with `slack`. The best of each group, fp32 (Hkv, m), and which reach the floor fp32 (Hkv, G), bool (m,).
+    """
+    heads, group, dim = query.shape
+    query, floor = query.contiguous(), None if floor is None else floor.contiguous()
+    best, reach = np.empty((heads, len(boxes)), np.float32), np.empty(len(boxes), bool)
+    where = (pointer(boxes), pointer(scales), pointer(leaf), len(boxes), pointer(query), heads, group, dim, slack)
+    wanted = None if floor is None else pointer(floor)
+    threads = _share(len(boxes) * 2 * heads * dim, threads)
+    _check(_library.hi_bounds(_library.isa, *where, wanted, pointer(best), pointer(reach), threads))
+    return best, reach
+
+
+def copy(addresses: np.ndarray, out, slots: np.ndarray, threads: int = 1) -> None:
+    """out[slots] = the records at these addresses, int64 (k,) each; slots differ, out (n, ...) is contiguous."""
+    slots = np.ascontiguousarray(slots, np.int64)
+    if len(slots) != len(addresses) or (len(slots) and not 0 <= slots.min() <= slots.max() < out.shape[0]):
+        raise IndexError(f"{len(addresses)} records for {len(slots)} slots, which must be in [0, {out.shape[0]})")
+    width = out.nbytes // max(1, out.shape[0])
+    threads = _share(len(slots) * width, threads)
+    _library.hi_copy(pointer(addresses), pointer(out), pointer(slots), len(slots), width, threads)
 
 
 def encode(keys, dtype: str, bits: int, scale, codes, at: int) -> np.ndarray:

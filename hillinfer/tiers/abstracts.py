@@ -42,19 +42,35 @@ class Pages:
     def take(self, page: np.ndarray, part: np.ndarray) -> torch.Tensor:
         """Parts [page, part] of pages, (m, *shape[1:]); what is not in memory is read, a memoryful at a time."""
         wanted = np.unique(page)
-        self.uses += 1
         step = self.capacity or max(1, len(wanted))
         out = torch.empty((len(page), *self.shape[1:]), dtype=torch.int8)
         for at in range(0, len(wanted), step):
             some = wanted[at : at + step]
-            self.used[self.slot_of[some][self.slot_of[some] >= 0]] = self.uses
-            self._load(some[self.slot_of[some] < 0])
+            self._bring(some)
             if step >= len(wanted):
                 return self.kept.view().flatten(0, 1)[torch.from_numpy(self.slot_of[page] * self.shape[0] + part)]
             mine = np.flatnonzero(np.isin(page, some))
             slots = torch.from_numpy(self.slot_of[page[mine]])
             out[torch.from_numpy(mine)] = self.kept.view()[slots, torch.from_numpy(part[mine])]
         return out
+
+    def locate(self, page: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+        """As `take`, without a copy where all fit into memory at once: addresses int64 (m,), and what must live as
+        long.
+        """
+        width, wanted = self.page_bytes // self.shape[0], np.flatnonzero(np.bincount(page, minlength=1))
+        if self.capacity is not None and len(wanted) > self.capacity:
+            parts = self.take(page, part)
+            return parts.data_ptr() + np.arange(len(page)) * width, parts
+        self._bring(wanted)
+        return self.kept.data.data_ptr() + (self.slot_of[page] * self.shape[0] + part) * width, self.kept.data
+
+    def _bring(self, pages: np.ndarray) -> None:
+        """Have these in memory: no more than there is room for."""
+        self.uses += 1
+        slots = self.slot_of[pages]
+        self.used[slots[slots >= 0]] = self.uses
+        self._load(pages[slots < 0])
 
     def truncate(self, n: int) -> None:
         """Forget all pages from n on."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.store import DriveStore
+from hillinfer.tiers.store import Brought, DriveStore
 from hillinfer.tiers.stream import Stream
 
 GROUP, TOP = 32, 7
@@ -89,8 +89,10 @@ class PackedStore(DriveStore):
     def settle(self) -> int:
         whole = []
         for row, tokens, records in self.missed:
-            exact = ~self.coarse[row][tokens]
-            whole.append((row, tokens[exact], records[torch.from_numpy(np.flatnonzero(exact))]))
+            exact = np.flatnonzero(~self.coarse[row][tokens])
+            whole.append(
+                (row, tokens[exact], Brought([(np.arange(len(exact)), records[torch.from_numpy(exact)], None)]))
+            )
         self.missed = whole
         return super().settle()
 

@@ -64,11 +64,12 @@ class HotPool:
         slots = np.concatenate((np.flatnonzero(self.token_of < 0), self._victims(len(tokens))))
         kept = min(len(tokens), len(slots))
         if kept:
-            self._place(tokens[-kept:], records[-kept:], slots[:kept])
+            self._place(tokens[-kept:], slots[:kept])
+            self.records.view()[torch.from_numpy(slots[:kept])] = records[-kept:]
 
-    def swap(self, tokens: np.ndarray, records: torch.Tensor) -> int:
+    def swap(self, tokens: np.ndarray, brought) -> int:
         """Promote fetched tokens that outrank residents, each in place of one: pool sizes stay (HKM rule 3). Returns
-        how many.
+        how many. `brought.copy_to` has their records.
         """
         if not len(tokens):
             return 0
@@ -83,7 +84,8 @@ class HotPool:
         ]
         worth = int((rank[tokens[order[: len(slots)]]] > resident).sum())
         chosen = order[:worth]
-        self._place(tokens[chosen], records[torch.from_numpy(chosen)], slots[:worth])
+        self._place(tokens[chosen], slots[:worth])
+        brought.copy_to(chosen, self.records.view(), slots[:worth])
         return worth
 
     def truncate(self, n: int) -> None:
@@ -101,7 +103,8 @@ class HotPool:
             slots, order = slots[least], order[least]
         return slots[np.argsort(order)]
 
-    def _place(self, tokens: np.ndarray, records: torch.Tensor, slots: np.ndarray) -> None:
+    def _place(self, tokens: np.ndarray, slots: np.ndarray) -> None:
+        """Note who is where from now on; the caller brings the records."""
         if len(tokens) == 0:
             return
         old = self.token_of[slots]
@@ -109,7 +112,6 @@ class HotPool:
         short = int(tokens.max()) + 1 - len(self.slot_of)
         if short > 0:
             self.slot_of = np.append(self.slot_of, np.full(max(short, 256), ABSENT, np.int32))
-        self.records.view()[torch.from_numpy(slots)] = records
         self.token_of[slots], self.slot_of[tokens] = tokens, slots
 
     @property

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from hillinfer import native
 from hillinfer.growable import Growable
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import SharedHits
@@ -48,7 +49,8 @@ class Found:
 
 
 class Brought:
-    """What one fetch read from the drive, in the one or two buffers that it came in: `brought[index]` copies some.
+    """What one fetch read from the drive, in the one or two buffers that it came in: `brought[index]` copies some,
+    `copy_to` into slots of a buffer.
 
     parts  places among the tokens, records, and which of them (None: all in order)
     """
@@ -67,6 +69,22 @@ class Brought:
             at = np.searchsorted(places, wanted[mine])
             out[torch.from_numpy(mine)] = records[torch.from_numpy(at if rows is None else rows[at])]
         return out
+
+    def copy_to(self, index: np.ndarray, out: torch.Tensor, slots: np.ndarray) -> None:
+        """out[slots] = self[index]; slots differ."""
+        if not native.available():
+            out[torch.from_numpy(slots)] = self[torch.from_numpy(index)]
+            return
+        addresses = np.empty(sum(len(places) for places, _, _ in self.parts), np.int64)
+        for places, records, rows in self.parts:
+            addresses[places] = _addresses(records, rows, len(places))
+        native.copy(addresses[index], out, slots, torch.get_num_threads())
+
+
+def _addresses(records: torch.Tensor, rows: np.ndarray | None, n: int) -> np.ndarray:
+    """Of these rows of records (None: the first n), int64."""
+    width = records.stride(0) * records.element_size()
+    return records.data_ptr() + (np.arange(n) if rows is None else rows) * width
 
 
 class HostStore:
@@ -203,12 +221,11 @@ class DriveStore:
     def locate(self, row: int, positions: np.ndarray, ahead=None) -> tuple[tuple[np.ndarray, list], Found]:
         """As `fetch`, without a copy: the records' addresses int64 (k,), and what must live as long."""
         sources, found = self._find(row, positions, ahead, True)
-        start, width = time.perf_counter_ns(), self.geometry.record_bytes
+        start, moved = time.perf_counter_ns(), found.host * self.geometry.record_bytes
         addresses = np.empty(len(positions), np.int64)
         for index, records, slots in sources:
-            rows = np.arange(len(index)) if slots is None else slots
-            addresses[index] = records.data_ptr() + rows * width
-        found.work.append(("cpu", "gather", start, time.perf_counter_ns(), found.host * width))  # in place
+            addresses[index] = _addresses(records, slots, len(index))
+        found.work.append(("cpu", "gather", start, time.perf_counter_ns(), moved))  # in place
         return (addresses, sources), found
 
     def _find(self, row: int, positions: np.ndarray, ahead, promote: bool) -> tuple[list[tuple], Found]:

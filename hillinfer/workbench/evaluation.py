@@ -37,7 +37,8 @@ def budget_figure(table: pd.DataFrame, title: str) -> go.Figure:
             error_y=None if level else bars,
         )
     figure.update_layout(LAYOUT, title=title, yaxis_title="score (95 % interval)", height=460)
-    figure.update_xaxes(title="alpha: share of the tokens attended to", type="log")
+    ticks = sorted({*rows.alpha, 1.0})
+    figure.update_xaxes(title="alpha: share of the tokens attended to", type="log", tickvals=ticks, ticktext=ticks)
     return figure
 
 

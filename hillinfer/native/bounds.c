@@ -1,0 +1,96 @@
+/* Upper bounds of q.k over boxes of keys: int8 (heads, 2, dim) as (max, min), with a scale for each channel of their
+ * page. A box is met once: codes become fp32, and page scale and the query's signs are folded into the coefficients. */
+#include "common.h"
+
+#define MAX_DIM 1024
+
+struct bounding {
+    int isa, heads, group, dim, threads;
+    const int64_t *boxes, *scales;  /* addresses (n,): of a box, and of its page's scales, fp32 (heads, dim) */
+    const uint8_t *leaf;  /* (n,): whether to estimate with `slack` */
+    int64_t n;
+    const float *query, *floor;  /* (heads, group, dim); (heads, group) or NULL */
+    float slack, *best, *room;  /* best (heads, n) over the group; room for each thread's coefficients, 2 * size */
+    int64_t size;  /* in whole cache lines: the order of a sum depends on where its terms lie */
+    uint8_t *reach;  /* (n,): whether any query head's bound is at its floor or above */
+};
+
+/* (heads, group, 2 dim): what the codes of max and of min are multiplied by. */
+INLINE void fold(const struct bounding *b, const float *scale, float up, float down, float *to, const int dim) {
+    for (int h = 0; h < b->heads; h++)
+        for (int g = 0; g < b->group; g++, to += 2 * dim) {
+            const float *q = b->query + (h * b->group + g) * dim, *s = scale + h * dim;
+#pragma omp simd
+            for (int d = 0; d < dim; d++) {
+                float x = q[d] * s[d], above = x > 0 ? x : 0, below = x < 0 ? x : 0;
+                to[d] = up * above + down * below;
+                to[dim + d] = up * below + down * above;
+            }
+        }
+}
+
+INLINE void boxes(const struct bounding *b, int share, const int dim) {
+    float *own[2] = {b->room + 2 * share * b->size, b->room + (2 * share + 1) * b->size};
+    float codes[2 * MAX_DIM] __attribute__((aligned(64)));
+    int64_t page[2] = {0}, end = b->n * (share + 1) / b->threads;  /* whose coefficients are there: bounds, estimates */
+    for (int64_t i = b->n * share / b->threads; i < end; i++) {
+        const int kind = b->leaf[i];
+        if (b->scales[i] != page[kind]) {
+            float slack = kind ? b->slack : 1;
+            fold(b, (const float *)b->scales[i], (1 + slack) / 2, (1 - slack) / 2, own[kind], dim);
+            page[kind] = b->scales[i];
+        }
+        if (i + 2 < end)
+            for (int at = 0; at < 2 * b->heads * dim; at += 64) __builtin_prefetch((const char *)b->boxes[i + 2] + at);
+        b->reach[i] = !b->floor;
+        for (int h = 0; h < b->heads; h++) {
+            const int8_t *box = (const int8_t *)b->boxes[i] + 2 * h * dim;
+            float best = -__builtin_inff();
+#pragma omp simd
+            for (int d = 0; d < 2 * dim; d++) codes[d] = box[d];
+            for (int g = 0; g < b->group; g++) {
+                const float *c = own[kind] + (int64_t)(h * b->group + g) * 2 * dim;
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int d = 0; d < 2 * dim; d++) sum += codes[d] * c[d];
+                best = sum > best ? sum : best;
+                if (b->floor && sum >= b->floor[h * b->group + g]) b->reach[i] = 1;
+            }
+            b->best[h * b->n + i] = best;
+        }
+    }
+}
+
+INLINE void boxes_of(const struct bounding *b, int share) {
+    if (b->dim == 64) boxes(b, share, 64);
+    else if (b->dim == 128) boxes(b, share, 128);
+    else boxes(b, share, b->dim);
+}
+
+static void boxes_generic(const struct bounding *b, int share) { boxes_of(b, share); }
+#if defined(__x86_64__)
+AVX2 static void boxes_avx2(const struct bounding *b, int share) { boxes_of(b, share); }
+AVX512 static void boxes_avx512(const struct bounding *b, int share) { boxes_of(b, share); }
+#endif
+
+static void bounds_share(void *job, int share) {
+    const struct bounding *b = job;
+#if defined(__x86_64__)
+    if (b->isa == ISA_AVX512) { boxes_avx512(b, share); return; }
+    if (b->isa == ISA_AVX2) { boxes_avx2(b, share); return; }
+#endif
+    boxes_generic(b, share);
+}
+
+/* Returns 0, or -1 where memory is out or dim above MAX_DIM. */
+int hi_bounds(int isa, const int64_t *boxes, const int64_t *scales, const uint8_t *leaf, int64_t n, const float *query,
+              int heads, int group, int dim, float slack, const float *floor, float *best, uint8_t *reach, int threads) {
+    const int64_t size = ((int64_t)heads * group * 2 * dim + 15) / 16 * 16;
+    float *room = dim > MAX_DIM ? NULL : aligned_alloc(64, sizeof(float) * 2 * size * threads);
+    if (!room) return -1;
+    struct bounding b = {isa, heads, group, dim, threads, boxes, scales, leaf, n, query, floor, slack, best, room,
+                         size, reach};
+    split(bounds_share, &b, threads);
+    free(room);
+    return 0;
+}

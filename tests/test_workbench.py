@@ -50,4 +50,6 @@ def test_the_report_stands_alone_and_escapes(tmp_path, timeline):
 
 def test_systems_on_one_point_share_a_label():
     [trace] = tradeoff_figure(["a", "b", "c"], [2**20, 2**20, 2**21], [1, 1, 0.5], "t").data
-    assert list(trace.text) == ["a, b", "c"] and list(trace.x) == [1, 2] and list(trace.y) == [1, 0.5]
+    assert list(trace.text) == ["c", "a, b"] and list(trace.x) == [2, 1] and list(trace.y) == [0.5, 1]
+    [trace] = tradeoff_figure(["a", "b", "c"], [10 * 2**20, 11 * 2**20, 2**20], [1, 1, 1], "t").data
+    assert list(trace.text) == ["c", "a", "<br>b"]  # near points: one label below the other

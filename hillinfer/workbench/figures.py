@@ -100,25 +100,34 @@ def systems_figure(names: list[str], accuracy: list[float], floor: float, title:
 def tradeoff_figure(names: list[str], bytes_read: list[float], accuracy: list[float], title: str) -> go.Figure:
     """Each system by the KV that its attention reads for a token and how often it is right: up and left is better.
 
-    Systems that stand on one point share a label.
+    Systems that stand on one point share a label; labels of near points stand below each other.
     """
     points: dict[tuple[float, float], list[str]] = {}
     for name, nbytes, right in zip(names, bytes_read, accuracy, strict=True):
         points.setdefault((round(nbytes / 2**20, 1), right), []).append(name)
+    points = dict(sorted(points.items(), key=lambda item: (item[0][1], item[0][0])))
+    most, labels, last, below = max(x for x, _ in points), [], None, 0
+    for (x, y), own in points.items():
+        near = last is not None and abs(y - last[1]) < 0.1 and x - last[0] < 0.2 * most
+        lines = [", ".join(own[i : i + 3]) for i in range(0, len(own), 3)]
+        below, last = below if near else 0, (x, y)
+        labels.append("<br>" * below + "<br>".join(lines))
+        below += len(lines)
     figure = go.Figure(
         go.Scatter(
             x=[x for x, _ in points],
             y=[y for _, y in points],
-            text=[", ".join(own) for own in points.values()],
+            text=labels,
             mode="markers+text",
-            textposition="bottom center",
+            textposition=["bottom left" if x > 0.85 * most else "bottom center" for x, _ in points],
             marker=dict(size=13, color=palette.COLOURS["drive read"]),
         )
     )
-    most = max(x for x, _ in points)
     figure.update_layout(LAYOUT, title=title, xaxis_title="KV that attention reads, MiB per token")
     figure.update_xaxes(range=[-0.05 * most, 1.1 * most])
-    figure.update_yaxes(title="answers right", tickformat=".0%", range=[-0.15, 1.1])
+    figure.update_yaxes(
+        title="answers right", tickformat=".0%", range=[-0.25, 1.1], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1]
+    )
     return figure
 
 

@@ -21,9 +21,7 @@ def own_text(workbench, system: str, new: int) -> None:
 
 
 def keep_busy(workbench) -> None:
-    """Give it a model of 130 M random weights, whose steps keep both cores at work as the embedded one's do not: that
-    one waits for threads to wake half of the time, and its pace swings by a third from second to second.
-    """
+    """Give it a model of 130 M random weights: its matrices are large enough to keep both cores at work."""
     size = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16)
     more = dict(num_key_value_heads=4, vocab_size=len(workbench.tokenizer), max_position_embeddings=8192)
     workbench.model, workbench.name = LlamaForCausalLM(LlamaConfig(**size, **more)).eval(), "130 M random weights"

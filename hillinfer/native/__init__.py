@@ -13,7 +13,7 @@ from hillinfer.native.build import Unavailable, load
 
 ISAS = ("generic", "neon", "avx2", "avx512-vnni")  # in the order of speed, as in common.h
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-MAX_DIM = 1024  # of a head that `attend` takes
+MAX_DIM = 1024  # of a head that `attend` and `bounds` take, as in common.h
 SPLIT = 1 << 20  # bytes of keys or records below which a second thread costs more than it brings
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {

@@ -4,7 +4,6 @@
 #include "common.h"
 
 #define TILE 32
-#define MAX_DIM 1024
 
 struct attend {
     int isa, dtype, heads, group, dim, threads;

@@ -2,8 +2,6 @@
  * page. A box is met once: codes become fp32, and page scale and the query's signs are folded into the coefficients. */
 #include "common.h"
 
-#define MAX_DIM 1024
-
 struct bounding {
     int isa, heads, group, dim, threads;
     const int64_t *boxes, *scales;  /* addresses (n,): of a box, and of its page's scales, fp32 (heads, dim) */

@@ -19,6 +19,7 @@
 enum { GENERIC, NEON, ISA_AVX2, ISA_AVX512 };  /* in the order of speed */
 enum { FP32, BF16, FP16 };
 #define MAX_THREADS 64
+#define MAX_DIM 1024  /* of a head, where a kernel keeps rows of it on its stack */
 
 /* Runs work(job, share) for every share; the caller does the last one. Threads live for one call: they cannot spin,
  * and a fork finds none of them. */

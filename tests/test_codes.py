@@ -16,7 +16,7 @@ from hillinfer.evaluator.codes import (
     pack,
     unpack,
 )
-from hillinfer.evaluator.topk import merge_heads, topk
+from hillinfer.evaluator.topk import merge_heads, merge_heads_reference, topk, topk_reference
 
 
 @given(
@@ -116,6 +116,27 @@ def test_topk_breaks_ties_to_the_lowest_position(values, k):
 def test_topk_of_the_widest_scores():
     low, high = np.iinfo(np.int32).min + 1, np.iinfo(np.int32).max
     assert topk(np.array([low, high, low, high], np.int32), 3).tolist() == [1, 3, 0]
+
+
+@pytest.mark.parametrize("n", [2047, 4096, 9001])
+@pytest.mark.parametrize("kind", ["spread", "skewed", "ties", "equal", "periodic", "sorted", "few"])
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.9, 1])
+def test_topk_of_many_is_the_reference(n, kind, share):
+    """Where a sample of the scores guesses the floor: also where that guess is far off."""
+    random, i = np.random.default_rng(n), np.arange(n)
+    scores = {
+        "spread": random.integers(-(2**31) + 1, 2**31, n),
+        "skewed": random.standard_normal(n) ** 9 * 1e3,
+        "ties": random.integers(-3, 3, n),
+        "equal": i * 0,
+        "periodic": (i % 2 == 0) * 1000 + random.integers(0, 9, n),  # a sample sees one kind alone
+        "sorted": i,
+        "few": (i % 97 == 1) * 10**6 + random.integers(0, 9, n),
+    }[kind].clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)  # fmt: skip
+    k = max(1, int(share * n))
+    assert (topk(scores, k) == topk_reference(scores, k)).all()
+    heads = np.stack([scores, scores, np.roll(scores, 7)])
+    assert (merge_heads(heads, k) == merge_heads_reference(heads, k)).all()
 
 
 @given(heads=st.integers(1, 5), n=st.integers(1, 80), k=st.integers(0, 90), seed=st.integers(0, 10**6))

@@ -19,8 +19,8 @@ _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "hi_isas": (_I, []),
     "hi_score": (_I, [_I, _I, _P, _L, _P, _I, _I, _I, _P, _L, _P, _L, _I]),
-    "hi_topk": (_L, [_P, _L, _L, _P]),
-    "hi_merge": (_L, [_P, _L, _I, _L, _L, _P, _I]),
+    "hi_topk": (_L, [_I, _P, _L, _L, _P]),
+    "hi_merge": (_L, [_I, _P, _L, _I, _L, _L, _P, _I]),
     "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, _P, _I]),
     "hi_bounds": (_I, [_I, _P, _P, _P, _L, _P, _I, _I, _I, ctypes.c_float, _P, _P, _P, _I]),
     "hi_copy": (None, [_P, _P, _P, _L, _L, _I]),
@@ -143,7 +143,7 @@ def topk(scores: np.ndarray, k: int) -> np.ndarray:
     """As `evaluator.topk.topk_reference`: positions of the k best of int32 (n,), best first."""
     scores, k = np.ascontiguousarray(scores), min(k, len(scores))
     out = np.empty(k, np.int32)
-    _check(_library.hi_topk(pointer(scores), len(scores), k, pointer(out)))
+    _check(_library.hi_topk(_library.isa, pointer(scores), len(scores), k, pointer(out)))
     return out.astype(np.int64)
 
 
@@ -153,8 +153,9 @@ def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
         scores = np.ascontiguousarray(scores)
     heads, n = scores.shape
     out = np.empty(min(k, n), np.int64)
-    threads = _share(4 * scores.nbytes, threads)  # to select takes longer than to read
-    _check(_library.hi_merge(pointer(scores), scores.strides[0] // 4, heads, n, len(out), pointer(out), threads))
+    threads = _share(scores.nbytes, threads)
+    shape = (scores.strides[0] // 4, heads, n, len(out), pointer(out), threads)
+    _check(_library.hi_merge(_library.isa, pointer(scores), *shape))
     return out
 
 

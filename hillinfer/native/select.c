@@ -2,18 +2,18 @@
 #include "common.h"
 
 #define BINS 2048
+#define SAMPLE 1024
 
-struct item { uint32_t below; int32_t position; };  /* below: how far the score is from the best */
+struct item { uint32_t below; int32_t position; };  /* below: how far the score is from the highest there can be */
 
-/* Narrows [low, high] until the bin that holds the k-th best has few others; then sorts what lies above its floor. */
-static int64_t best_first(const int32_t *scores, int64_t n, int64_t k, int32_t *out, struct item *items,
-                          struct item *spare) {
+/* A score that k of the scores reach, and few more: [low, high] is narrowed until the bin that holds the k-th best has
+ * few others. */
+static int32_t floor_of(const int32_t *scores, int64_t n, int64_t k) {
     int32_t low = INT32_MAX, high = INT32_MIN;
     for (int64_t i = 0; i < n; i++) {
         low = scores[i] < low ? scores[i] : low;
         high = scores[i] > high ? scores[i] : high;
     }
-    const int32_t top = high;
     int64_t above = 0;  /* scores > high */
     while (1) {
         uint32_t range = (uint32_t)high - (uint32_t)low;
@@ -27,29 +27,76 @@ static int64_t best_first(const int32_t *scores, int64_t n, int64_t k, int32_t *
         uint32_t bin = 0;
         while (seen + counts[bin] < k) seen += counts[bin++];
         int64_t floor_ = (int64_t)high - (((int64_t)bin + 1) << shift) + 1;
-        if (shift == 0 || counts[bin] <= k / 4 + 64) {
-            low = floor_ < low ? low : (int32_t)floor_;
-            break;
-        }
+        low = floor_ < low ? low : (int32_t)floor_;
+        if (shift == 0 || counts[bin] <= k / 4 + 64) return low;
         above = seen;
         high = (int32_t)((int64_t)high - ((int64_t)bin << shift));
-        low = floor_ < low ? low : (int32_t)floor_;
     }
+}
+
+/* Positions of the scores that reach a floor, in order; returns how many. `at` has room for n + 16. */
+static int64_t reaching(const int32_t *scores, int64_t from, int64_t n, int32_t floor_, int32_t *at) {
     int64_t m = 0;
-    for (int64_t i = 0; i < n; i++) {
-        items[m] = (struct item){(uint32_t)top - (uint32_t)scores[i], (int32_t)i};
-        m += scores[i] >= low;
+    for (int64_t i = from; i < n; i++) {
+        at[m] = (int32_t)i;
+        m += scores[i] >= floor_;
     }
-    uint32_t most = (uint32_t)top - (uint32_t)low;
-    for (int shift = 0; shift < 32 && most >> shift; shift += 11) {  /* stable, so that positions stay in order */
+    return m;
+}
+
+#if defined(__x86_64__)
+AVX512 static int64_t reaching_avx512(const int32_t *scores, int64_t n, int32_t floor_, int32_t *at) {
+    const __m512i least = _mm512_set1_epi32(floor_), step = _mm512_set1_epi32(16);
+    __m512i places = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    int64_t m = 0, i = 0;
+    for (; i + 16 <= n; i += 16, places = _mm512_add_epi32(places, step)) {
+        __mmask16 in = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(scores + i), least);
+        _mm512_storeu_si512(at + m, _mm512_maskz_compress_epi32(in, places));
+        m += __builtin_popcount(in);
+    }
+    return m + reaching(scores, i, n, floor_, at + m);
+}
+#endif
+
+static int64_t items_of(int isa, const int32_t *scores, int64_t n, int32_t floor_, struct item *items) {
+    int32_t *at = (int32_t *)(items + n + 16) - (n + 16);  /* the last half: an item is read before its place is filled */
+    int64_t m;
+#if defined(__x86_64__)
+    m = isa == ISA_AVX512 ? reaching_avx512(scores, n, floor_, at) : reaching(scores, 0, n, floor_, at);
+#else
+    m = reaching(scores, 0, n, floor_, at);
+#endif
+    for (int64_t j = 0; j < m; j++) {
+        int32_t i = at[j];
+        items[j] = (struct item){(uint32_t)INT32_MAX - (uint32_t)scores[i], i};
+    }
+    return m;
+}
+
+/* A sample guesses a floor that k and some more reach; all scores are counted only where it was too high. */
+static int64_t best_first(int isa, const int32_t *scores, int64_t n, int64_t k, int32_t *out, struct item *items,
+                          struct item *spare) {
+    int64_t step = n / SAMPLE, m = 0;
+    if (step > 1 && k < n / 2) {
+        int32_t some[SAMPLE];
+        for (int i = 0; i < SAMPLE; i++) some[i] = scores[i * step];
+        m = items_of(isa, scores, n, floor_of(some, SAMPLE, k * 5 / 4 / step + 16), items);
+    }
+    if (m < k) m = items_of(isa, scores, n, floor_of(scores, n, k), items);
+    uint32_t least = UINT32_MAX, most = 0;
+    for (int64_t i = 0; i < m; i++) {
+        least = items[i].below < least ? items[i].below : least;
+        most = items[i].below > most ? items[i].below : most;
+    }
+    for (int shift = 0; shift < 32 && (most - least) >> shift; shift += 11) {  /* stable: positions stay in order */
         int32_t starts[BINS] = {0};
-        for (int64_t i = 0; i < m; i++) starts[items[i].below >> shift & (BINS - 1)]++;
+        for (int64_t i = 0; i < m; i++) starts[(items[i].below - least) >> shift & (BINS - 1)]++;
         for (int32_t b = 0, at = 0; b < BINS; b++) {
             int32_t count = starts[b];
             starts[b] = at;
             at += count;
         }
-        for (int64_t i = 0; i < m; i++) spare[starts[items[i].below >> shift & (BINS - 1)]++] = items[i];
+        for (int64_t i = 0; i < m; i++) spare[starts[(items[i].below - least) >> shift & (BINS - 1)]++] = items[i];
         struct item *swap = items;
         items = spare;
         spare = swap;
@@ -59,10 +106,10 @@ static int64_t best_first(const int32_t *scores, int64_t n, int64_t k, int32_t *
 }
 
 /* Positions of the k <= n best of scores (n,) into out (k,). Returns k, or -1 where memory is out. */
-int64_t hi_topk(const int32_t *scores, int64_t n, int64_t k, int32_t *out) {
-    struct item *items = malloc((n + 1) * sizeof(struct item) * 2);
+int64_t hi_topk(int isa, const int32_t *scores, int64_t n, int64_t k, int32_t *out) {
+    struct item *items = malloc((n + 16) * sizeof(struct item) * 2);
     if (!items) return -1;
-    if (k) best_first(scores, n, k, out, items, items + n + 1);
+    if (k) best_first(isa, scores, n, k, out, items, items + n + 16);
     free(items);
     return k;
 }
@@ -70,38 +117,38 @@ int64_t hi_topk(const int32_t *scores, int64_t n, int64_t k, int32_t *out) {
 struct merge {
     const int32_t *scores;
     int64_t stride, n, ranks;
-    int heads, threads;
+    int isa, heads, threads;
     int32_t *ordered;  /* (heads, ranks) */
-    struct item *items;  /* (threads, 2, n + 1) */
+    struct item *items;  /* (threads, 2, n + 16) */
 };
 
 static void merge_share(void *job, int share) {
     struct merge *m = job;
-    struct item *own = m->items + 2 * share * (m->n + 1);
+    struct item *own = m->items + 2 * share * (m->n + 16);
     for (int h = share; h < m->heads; h += m->threads)
-        best_first(m->scores + h * m->stride, m->n, m->ranks, m->ordered + h * m->ranks, own, own + m->n + 1);
+        best_first(m->isa, m->scores + h * m->stride, m->n, m->ranks, m->ordered + h * m->ranks, own, own + m->n + 16);
 }
 
 /* Heads take turns, each with its next best, until k <= n different positions are in; out (k,) ascending.
- * The first ranks mostly do, so that few are sorted; where they do not, twice as many are. */
-int64_t hi_merge(const int32_t *scores, int64_t stride, int heads, int64_t n, int64_t k, int64_t *out, int threads) {
+ * The first ranks mostly do, so that few are sorted; where heads agree, as many more are as those found so far suggest. */
+int64_t hi_merge(int isa, const int32_t *scores, int64_t stride, int heads, int64_t n, int64_t k, int64_t *out,
+                 int threads) {
     threads = threads < heads ? threads : heads;
-    struct merge m = {.scores = scores, .stride = stride, .n = n, .heads = heads, .threads = threads};
-    m.items = malloc((n + 1) * sizeof(struct item) * 2 * threads);
+    struct merge m = {scores, stride, n, 0, isa, heads, threads};
+    m.items = malloc((n + 16) * sizeof(struct item) * 2 * threads);
     m.ordered = malloc((k + 1) * sizeof(int32_t) * heads);
     uint8_t *in = malloc(n + 1);
     if (!m.items || !m.ordered || !in) {
         k = -1;
     } else if (k) {
-        int64_t count = 0;
-        for (m.ranks = 2 * k / heads + 16; count < k; m.ranks *= 2) {
+        int64_t count = 0, done = 0;  /* positions that are in; ranks that have had their turn */
+        memset(in, 0, n);
+        for (m.ranks = 2 * k / heads + 16; count < k; m.ranks = m.ranks * k / count * 9 / 8 + 1) {
             m.ranks = m.ranks < k ? m.ranks : k;
             split(merge_share, &m, threads);
-            memset(in, 0, n);
-            count = 0;
-            for (int64_t r = 0; r < m.ranks && count < k; r++)
+            for (; done < m.ranks && count < k; done++)
                 for (int h = 0; h < heads && count < k; h++) {
-                    uint8_t *seen = in + m.ordered[h * m.ranks + r];
+                    uint8_t *seen = in + m.ordered[h * m.ranks + done];
                     count += !*seen;
                     *seen = 1;
                 }

@@ -17,12 +17,13 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.micro import facts, keep
 from benchmarks.trace import Trace, record
@@ -36,6 +37,7 @@ LOGIT = 10.0  # of a token that a step selected, over the others: no desert, no 
 SYSTEMS = ("hillinfer", "flexgen", "leoam", "dualblade")
 EQUAL = ", equal memory"
 TUNED = "hillinfer, int4, nothing pinned"
+MEMORY_LAYERS = 8  # of 32, where all KV is in memory several times
 PIECES = 2000  # small reads that the drive is measured with in each turn
 
 
@@ -167,6 +169,20 @@ class Stack:
         """Bytes of KV, codes and index in memory."""
         return sum(size for kind, size in self.cache.memory().items() if kind != "drive")
 
+    @property
+    def selects(self) -> bool:
+        return self.layers[0].policy.selects
+
+    def close(self) -> None:
+        self.cache.close()
+
+    def pool(self, steps: int) -> tuple[float, float]:
+        """Shares over the last steps: hits of the pool, and of what the drive had to bring, what was there in time."""
+        rows = self.cache.counters.rows[-steps * len(self.layers) :]
+        far, guessed = sum(row.host + row.drive for row in rows), sum(row.drive for row in rows)
+        found, early = sum(row.host for row in rows), sum(row.prefetched for row in rows)
+        return found / far if far else 0.0, early / guessed if guessed else 0.0
+
     def codes(self) -> int:
         """Bytes of its key codes, which no budget counts."""
         shape, bits = self.field.shape, int(self.options.get("precision", "int8").removeprefix("int"))
@@ -180,8 +196,7 @@ class Stack:
         lanes = self.lanes[-steps:]
         kinds = sorted(set().union(*lanes))
         mean = {kind: statistics.mean(lane.get(kind, 0) for lane in lanes) for kind in kinds}
-        rows = self.cache.counters.rows[-steps * len(self.layers) :]
-        far, guessed = sum(row.host + row.drive for row in rows), sum(row.drive for row in rows)
+        hits, guessed = self.pool(steps)
         return {
             "system": self.name,
             "ms": statistics.median(ms),
@@ -192,11 +207,49 @@ class Stack:
             "scored_mb": mean.get("cpu score", 0) / 1e6,
             "attended_mb": mean.get("cpu attend", 0) / 1e6,
             "reads": statistics.mean(self.reads[-steps:]),
-            "pool_hits": sum(row.host for row in rows) / far if far else 0.0,
-            "guessed_right": sum(row.prefetched for row in rows) / guessed if guessed else 0.0,
+            "pool_hits": hits,
+            "guessed_right": guessed,
             "kv_memory_mb": self.held() / 1e6,
             "fill_s": self.filled,
         }
+
+
+class Ordinary(Stack):
+    """transformers' own `DynamicCache` and SDPA."""
+
+    selects = False
+
+    def open(self) -> None:
+        shape, start = self.field.shape, time.perf_counter()
+        self.cache, self.module = DynamicCache(), torch.nn.Module()
+        self.module.num_key_value_groups, self.module.is_causal = shape.group, True  # what it asks of a model's layer
+        for index in range(shape.layers):
+            keys = self.field.keys[self.field.trace.layer(index)]
+            self.cache.update(keys.to(self.field.device), self.field.values.to(self.field.device), index)
+        self.filled = time.perf_counter() - start
+
+    def step(self, number: int) -> None:
+        made, query, scaling = self.field.new(), self.field.query(number), self.field.shape.dim**-0.5
+        before, start = time.process_time(), time.perf_counter()
+        for index in range(self.field.shape.layers):
+            keys, values = self.cache.update(made[0], made[1], index)
+            sdpa_attention_forward(self.module, query, keys, values, None, scaling=scaling)
+        if self.field.device != "cpu":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+        self.cpu.append(time.process_time() - before)
+        self.reads.append(0)
+        moved = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        self.lanes.append({"cpu attend": moved})
+
+    def pool(self, steps: int) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def held(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+    def close(self) -> None:
+        self.cache = None
 
 
 class Bounds:
@@ -242,13 +295,14 @@ def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, step
     bounds, stacks = Bounds(folder, torch.get_num_threads()), []
     try:
         for name, (system, options) in ways.items():
-            stack = Stack(name, field_, system, {"drive": folder} | options)
+            kind = Ordinary if system == "DynamicCache" else Stack
+            stack = kind(name, field_, system, {"drive": folder} | options)
             if options.get("host_budget") == "equal":  # what the first system holds in memory
                 stack.options["host_budget"] = stacks[0].held() - stack.codes()
             stack.open()
             stacks.append(stack)
             warm = field_.steps - steps
-            for step in range(0 if stack.layers[0].policy.selects else warm - 2, warm):
+            for step in range(0 if stack.selects else warm - 2, warm):
                 stack.step(step)  # what always reads all is warm soon
             tell(f"{name}: filled in {stack.filled:.0f} s, last step before measuring {1e3 * stack.seconds[-1]:.0f} ms")
         if asked := stacks[0].reads[-1]:
@@ -262,7 +316,7 @@ def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, step
     finally:
         bounds.file.close()
         for stack in stacks:
-            stack.cache.close()
+            stack.close()
     for row in rows:
         moved = {"memory": (row["scored_mb"] + row["attended_mb"]) * 1e6, "drive": row["drive_mb"] * 1e6}
         lanes = {"memory": 1e3 * moved["memory"] / memory, "drive": 1e3 * moved["drive"] / drive}
@@ -317,11 +371,27 @@ def ways_of(systems: tuple[str, ...] = SYSTEMS) -> dict[str, tuple[str, dict]]:
     return {name: (system, {"alpha": ALPHA} | own) for name, (system, own) in ways.items() if system in systems}
 
 
+MEMORY_WAYS = {
+    "topk": ("topk", {"alpha": ALPHA, "drive": None}),
+    "topk, int4": ("topk", {"alpha": ALPHA, "drive": None, "precision": "int4"}),
+    "full": ("full", {"drive": None}),
+    "DynamicCache": ("DynamicCache", {}),
+}
+
+
+def in_memory(name: str, trace: Trace, tokens: int, folder: Path, steps: int = STEPS, tell=print) -> dict:
+    """As `measure`, of systems that keep all KV in memory, and of a few layers: each layer costs the same."""
+    shape = SHAPES[name]
+    shape = replace(shape, layers=min(MEMORY_LAYERS, shape.layers))
+    return measure(Field(shape, trace, tokens, WARM + steps), MEMORY_WAYS, folder, steps, tell)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="8B")
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="hillinfer and whatever it is compared with")
+    parser.add_argument("--memory", action="store_true", help="systems that keep all in memory, beside DynamicCache")
     parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to read from")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--trace", type=Path, default=Path("out/trace.npz"), help="recorded there where there is none")
@@ -331,8 +401,11 @@ def main() -> None:
     trace = record(words.trace)
     words.drive.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=words.drive) as folder:
-        field_ = Field(SHAPES[words.shape], trace, words.tokens)
-        result = measure(field_, ways_of(tuple(words.systems.split(","))), Path(folder))
+        if words.memory:
+            result = in_memory(words.shape, trace, words.tokens, Path(folder))
+        else:
+            field_ = Field(SHAPES[words.shape], trace, words.tokens)
+            result = measure(field_, ways_of(tuple(words.systems.split(","))), Path(folder))
     result = {"facts": facts(STEPS) | {"shape": f"{words.shape}, {words.tokens} tokens, alpha {ALPHA}"}} | result
     show(result)
     keep(words.out, result)

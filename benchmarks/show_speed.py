@@ -1,11 +1,12 @@
 """`make show-speed`: every claim about speed that this machine can check, measured again.
 
-PARTS=micro,overhead,real,shape,dualblade chooses among them; DRIVE=FOLDER is the drive (out by default). The figures of
-all parts are in out/speed.json, for benchmarks.compare.
+PARTS=micro,overhead,real,memory,shape,dualblade chooses among them; DRIVE=FOLDER is the drive (out by default). The
+figures of all parts are in out/speed.json, for benchmarks.compare.
 """
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -17,10 +18,12 @@ from benchmarks import dualblade, micro, overhead, real, shape
 from benchmarks.claims import Claim, verdict
 from benchmarks.memory_cgroup import CgroupError
 from benchmarks.trace import record
+from hillinfer.tiers.planner import read_memory
 
-PARTS = os.environ.get("PARTS", "micro,overhead,real,shape,dualblade").split(",")
+PARTS = os.environ.get("PARTS", "micro,overhead,real,memory,shape,dualblade").split(",")
 DRIVE = Path(os.environ.get("DRIVE", "out"))
 TOKENS = 32_768
+NEEDS = {"memory": (7, 2), "shape": (20, 33)}  # GB of memory and of the drive, where it is much
 
 
 def at_least(text: str, ratio: tuple[float, float, float], bar: float) -> Claim:
@@ -56,15 +59,27 @@ def full_budget() -> tuple[dict, list[Claim]]:
     return {"rows": rows}, claims
 
 
-def in_memory() -> tuple[dict, list[Claim]]:
-    """The embedded model at alpha 0.1: in memory against both full attentions; the drive's systems beside them."""
+def embedded() -> tuple[dict, list[Claim]]:
+    """The embedded model's whole step at alpha 0.1: in memory against both full attentions; the drive's systems too."""
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=DRIVE) as folder:
         result = real.measure(real.CONTEXTS, Path(folder))
     real.show(result)
-    setting, found = f"all in memory, alpha {real.ALPHA}, {TOKENS} tokens, embedded model", []
+    setting, found = f"all in memory, alpha {real.ALPHA}, {TOKENS} tokens, embedded model's whole step", []
     for other, bar in (("DynamicCache", 10), ("full", 3)):
         found.append(at_least(f"{setting}: against {other}", real.ratio(result, TOKENS, other, "topk"), bar))
     return {"rows": result["rows"]}, found
+
+
+def in_memory() -> tuple[dict, list[Claim]]:
+    """The 8B shape's attention with all KV in memory, at alpha 0.1 against both full attentions."""
+    with torch.inference_mode(), tempfile.TemporaryDirectory(dir=DRIVE) as folder:
+        result = shape.in_memory("8B", record(Path("out/trace.npz")), TOKENS, Path(folder))
+    shape.show(result)
+    claims, where = [], f"all in memory, alpha {shape.ALPHA}, {TOKENS} tokens, 8B shape"
+    for fast in ("topk", "topk, int4"):
+        for slow, bar in (("DynamicCache", 10), ("full", 3)):
+            claims.append(at_least(f"{where}: {fast}, over {slow}", shape.ratio(result, slow, fast), bar))
+    return {"rows": result["rows"]}, claims
 
 
 def large_shape() -> tuple[dict, list[Claim]]:
@@ -107,11 +122,17 @@ def under_a_cgroup() -> tuple[dict, list[Claim]]:
 def main() -> int:
     logging.disable_progress_bar()
     DRIVE.mkdir(parents=True, exist_ok=True)
-    parts = {"micro": kernels, "overhead": full_budget, "real": in_memory, "shape": large_shape}
-    parts["dualblade"] = under_a_cgroup
+    parts = {"micro": kernels, "overhead": full_budget, "real": embedded, "memory": in_memory}
+    parts |= {"shape": large_shape, "dualblade": under_a_cgroup}
     if unknown := set(PARTS) - set(parts):
         print(f"error: no part {', '.join(unknown)}; choose among {', '.join(parts)}", file=sys.stderr)
         return 2
+    memory, room = read_memory(), shutil.disk_usage(DRIVE).free
+    for name in set(PARTS) & set(NEEDS):
+        for need, there, what in zip(NEEDS[name], (memory.budget(), room), (memory.source, DRIVE), strict=True):
+            if there < need * 1e9:
+                print(f"error: part {name} needs {need} GB, but {what} has {there / 1e9:.0f} GB free", file=sys.stderr)
+                return 2
     threads, claims, result = torch.get_num_threads(), [], {"facts": micro.facts(5)}
     for name in PARTS:
         torch.set_num_threads(threads)  # the kernels are measured on one

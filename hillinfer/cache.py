@@ -283,7 +283,7 @@ class TieredCache(Cache):
         tiered = [] if sliding_ok and only_sliding else check_supported(config)
         check_device(settings or Settings())
         self.config, self.run = config, Run(settings or Settings(), len(tiered))
-        self.run.index_share = 0.25 if policy.paged and self.run.settings.drive is not None else 0.0
+        self.run.paged = policy.paged
         self.run.in_drive = policy.in_drive and self.run.settings.drive_kind == "emulated"
         for order, index in enumerate(tiered):
             layers[index] = TieredLayer(Layer(order, policy(), self.run))

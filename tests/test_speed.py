@@ -79,6 +79,19 @@ def test_systems_take_turns_on_a_shape(trace, tmp_path, monkeypatch, capsys):
     assert low < middle < high
 
 
+def test_what_is_all_in_memory_is_beside_transformers(trace, tmp_path, monkeypatch):
+    monkeypatch.setattr(shape.Bounds, "size", 1 << 27)
+    with torch.inference_mode():
+        rows = shape.in_memory("tiny", trace, N, tmp_path, 4, lambda _: None)["rows"]
+    by = {row["system"]: row for row in rows}
+    whole = TINY.token_bytes * (N + shape.WARM) / 1e6  # of all tokens there are
+    assert by["DynamicCache"]["attended_mb"] == pytest.approx(whole, rel=0.05)
+    if native.available():
+        assert by["full"]["attended_mb"] == pytest.approx(whole, rel=0.05)
+        assert by["topk"]["attended_mb"] < 0.2 * by["full"]["attended_mb"]
+        assert by["topk, int4"]["scored_mb"] == pytest.approx(by["topk"]["scored_mb"] / 2, rel=0.05)
+
+
 def test_slopes_are_exponents():
     rows = [{"system": name, "tokens": n, "ms": n**power} for n in (2, 4, 8, 16, 32)
             for name, power in (("flat", 0), ("linear", 1))]  # fmt: skip

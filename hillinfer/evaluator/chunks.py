@@ -188,12 +188,18 @@ class ChunkTree:
         if not grows.all():
             page, node, leaf = page[~grows], node[~grows], leaf[~grows]
             tops, scales = self.tops.data, self.scales.data
-            boxes, inner = tops.data_ptr() + page * tops.stride(0), node > 0  # a page's own box is in memory
-            boxes[inner], keep = self.pages.locate(page[inner], node[inner])
+            boxes, inner = tops.data_ptr() + page * tops.stride(0), np.flatnonzero(node)
             at = scales.data_ptr() + page * scales.stride(0) * scales.element_size()
-            judged = native.bounds(query, boxes, at, leaf, SLACK, floor, torch.get_num_threads())
-            score[:, ~grows], reach[~grows] = judged
-            del keep  # until here the boxes had to stay where they are
+            todo, known = np.flatnonzero(~grows), np.flatnonzero(node == 0)  # a page's own box is in memory
+            for which, data, index in self.pages.groups(page[inner]):
+                which = inner[which]
+                boxes[which] = data.data_ptr() + index * data.stride(0) + node[which] * data.stride(1)
+                known = np.append(known, which)
+                judged = native.bounds(
+                    query, boxes[known], at[known], leaf[known], SLACK, floor, torch.get_num_threads()
+                )
+                score[:, todo[known]], reach[todo[known]] = judged
+                known = known[:0]
         return score, reach
 
     def boxes(self, page: np.ndarray, node: np.ndarray) -> torch.Tensor:

@@ -58,7 +58,7 @@ class Policy:
     in_drive = False  # whether a computational drive attends to what it holds, instead of sending it
     exact = False  # whether it attends to every token
     nbytes = 0
-    paged = False  # whether its index lives in pages on the drive: a quarter of the host budget is then theirs
+    paged = 0.0  # bytes for each key channel of an index that lives in pages on the drive and shares the host budget
 
     def start(self, batch: int, kv_heads: int, head_dim: int, pages: Callable) -> None:
         """The cache is empty; these are its shapes. pages(row, shape) makes a `tiers.abstracts.Pages` of int8."""

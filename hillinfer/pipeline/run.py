@@ -52,7 +52,8 @@ class Run:
     in_drive: bool = False  # whether the drive attends to what it holds
     packed: DirectDrive | None = None  # the records in INT4
     compression: Compression = field(default_factory=Compression)
-    index_share: float = 0.0  # of the host budget, for a policy's index that lives in pages
+    paged: float = 0.0  # bytes for each key channel of a policy's index that lives in pages
+    index_budget: int = 0  # bytes of the host budget that are for it
     trial: Trial | None = None  # whether it pays to look ahead; of a system that streams, to stagger its two threads
     tensors: Tensors | None = None  # of a system that streams
     observer: AttentionRecord | None = None  # who watches what is attended to
@@ -76,6 +77,7 @@ class Run:
                 self.trial = staggering(self.settings)
                 self.tensors = open_tensors(self.settings, geometry, self.layers, lambda: self.trial.on)
             elif self.settings.drive is not None:
+                self.index_budget = self._index_budget(max(tokens, self.settings.max_tokens or 0))
                 if (kind := PLACEMENTS[self.settings.placement]).shared:
                     self.hits = kind(geometry.batch)
                 if self.settings.profile is not None:
@@ -99,7 +101,18 @@ class Run:
     def records_budget(self) -> int | None:
         """Bytes of the host budget that are for KV records."""
         budget = self.settings.host_budget
-        return None if budget is None else budget - int(budget * self.index_share)
+        return None if budget is None else budget - self.index_budget
+
+    def _index_budget(self, tokens: int) -> int:
+        """Bytes for an index in pages: all of it, as each step searches it whole, where the pinned records leave that
+        much; at least a quarter of the budget. Both with a quarter more, for tokens to come.
+        """
+        budget, size = self.settings.host_budget, self.geometry
+        if not self.paged or budget is None:
+            return 0
+        index = self.paged * size.kv_heads * size.head_dim * self.layers * size.batch
+        pinned = self.settings.pin * self._bytes_per_token()
+        return int(min(1.25 * tokens * index, max(budget / 4, budget - 1.25 * tokens * pinned)))
 
     def pool_tokens(self, n: int) -> int:
         """Hot pool size in tokens, for each layer and sequence, at n cached tokens.
@@ -190,11 +203,11 @@ class Run:
         return RemoteStream(self.drive, self.geometry, index)
 
     def pages(self, shape: tuple, stream: int) -> Pages:
-        """Where a policy keeps its index: on an ssd's file, and in memory what `index_share` of the budget holds."""
+        """Where a policy keeps its index: on an ssd's file, and in memory what `index_budget` holds."""
         budget, streams = self.settings.host_budget, self.layers * self.geometry.batch
         if not isinstance(self.drive, DirectDrive):
             return Pages(shape)
-        held = None if budget is None else int(budget * self.index_share) // (streams * math.prod(shape))
+        held = None if budget is None else self.index_budget // (streams * math.prod(shape))
         return Pages(shape, self.drive, stream, held)
 
     def ranking(self) -> SharedHits:

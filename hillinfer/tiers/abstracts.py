@@ -1,6 +1,7 @@
 """Pages of a chunk index: on the drive beside the records, the last used of them in memory (LeoAM's KV abstracts)."""
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from hillinfer.tiers.record_file import BLOCK, RecordFile, aligned
 
 
 class Pages:
-    """int8 pages of one shape of one stream. Without a drive all are in memory; with one, at most `capacity` are."""
+    """int8 pages of one shape of one stream. Without a drive all are in memory; with one, at most `capacity` are,
+    and as many for a moment beside them."""
 
     def __init__(self, shape: tuple, drive: RecordFile | None = None, stream: int = 0, capacity: int | None = None):
         self.shape, self.drive, self.stream = shape, drive, stream
@@ -40,37 +42,40 @@ class Pages:
         self._keep(new[-room:], pages[-room:])
 
     def take(self, page: np.ndarray, part: np.ndarray) -> torch.Tensor:
-        """Parts [page, part] of pages, (m, *shape[1:]); what is not in memory is read, a memoryful at a time."""
-        wanted = np.unique(page)
-        step = self.capacity or max(1, len(wanted))
+        """Parts [page, part] of pages, (m, *shape[1:])."""
         out = torch.empty((len(page), *self.shape[1:]), dtype=torch.int8)
-        for at in range(0, len(wanted), step):
-            some = wanted[at : at + step]
-            self._bring(some)
-            if step >= len(wanted):
-                return self.kept.view().flatten(0, 1)[torch.from_numpy(self.slot_of[page] * self.shape[0] + part)]
-            mine = np.flatnonzero(np.isin(page, some))
-            slots = torch.from_numpy(self.slot_of[page[mine]])
-            out[torch.from_numpy(mine)] = self.kept.view()[slots, torch.from_numpy(part[mine])]
+        for which, data, index in self.groups(page):
+            out[torch.from_numpy(which)] = data[torch.from_numpy(index), torch.from_numpy(part[which])]
         return out
 
-    def locate(self, page: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        """As `take`, without a copy where all fit into memory at once: addresses int64 (m,), and what must live as
-        long.
+    def groups(self, page: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
+        """Have pages (m,) in memory, group by group: which of the m, data (p, *shape), which of p each of them is.
+
+        One group where all fit. Where they do not, what is here stays, and the others pass through a buffer: to evict
+        for them would leave none of those that the next search asks for first.
         """
-        width, wanted = self.page_bytes // self.shape[0], np.flatnonzero(np.bincount(page, minlength=1))
-        if self.capacity is not None and len(wanted) > self.capacity:
-            parts = self.take(page, part)
-            return parts.data_ptr() + np.arange(len(page)) * width, parts
-        self._bring(wanted)
-        return self.kept.data.data_ptr() + (self.slot_of[page] * self.shape[0] + part) * width, self.kept.data
+        wanted = np.flatnonzero(np.bincount(page, minlength=1))
+        if self.capacity is None or len(wanted) <= self.capacity:
+            self._bring(wanted)
+            yield np.arange(len(page)), self.kept.data, self.slot_of[page]
+            return
+        missing = wanted[self.slot_of[wanted] < 0]
+        free = self.capacity - int((self.page_of >= 0).sum())
+        self._bring(missing[:free])
+        here = np.flatnonzero(self.slot_of[page] >= 0)
+        yield here, self.kept.data, self.slot_of[page[here]]
+        for at in range(free, len(missing), self.capacity):
+            some = missing[at : at + self.capacity]
+            which = np.flatnonzero(np.isin(page, some, kind="table"))
+            yield which, self._read(some), np.searchsorted(some, page[which])
 
     def _bring(self, pages: np.ndarray) -> None:
         """Have these in memory: no more than there is room for."""
         self.uses += 1
         slots = self.slot_of[pages]
         self.used[slots[slots >= 0]] = self.uses
-        self._load(pages[slots < 0])
+        if len(missing := pages[slots < 0]):
+            self._keep(missing, self._read(missing))
 
     def truncate(self, n: int) -> None:
         """Forget all pages from n on."""
@@ -79,17 +84,15 @@ class Pages:
         self.free += self.offsets[n:].tolist()
         self.n, self.slot_of, self.offsets = n, self.slot_of[:n], self.offsets[:n]
 
-    def _load(self, pages: np.ndarray) -> None:
-        if not len(pages):
-            return
+    def _read(self, pages: np.ndarray) -> torch.Tensor:
+        """From the drive, (p, *shape)."""
         start, width = time.perf_counter_ns(), -(-self.page_bytes // BLOCK) * BLOCK
         buffer = aligned(width * len(pages)).reshape(len(pages), width)
         jobs = [(int(at), part) for at, part in zip(self.offsets[pages], buffer, strict=True)]
         self.drive.transfer("read", jobs, self.stream, int(pages[0]))
         self.bytes_read += buffer.nbytes
-        found = torch.from_numpy(buffer[:, : self.page_bytes].view(np.int8)).view(-1, *self.shape)
-        self._keep(pages, found)
         self.work.append(("drive", "abstract", start, time.perf_counter_ns(), buffer.nbytes))
+        return torch.from_numpy(buffer[:, : self.page_bytes].view(np.int8)).view(-1, *self.shape)
 
     def _write(self, pages: torch.Tensor, first: int) -> None:
         width = -(-self.page_bytes // BLOCK) * BLOCK

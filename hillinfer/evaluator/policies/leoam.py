@@ -10,7 +10,7 @@ import copy
 import numpy as np
 import torch
 
-from hillinfer.evaluator.chunks import LEAF, NODES, ChunkTree
+from hillinfer.evaluator.chunks import LEAF, NODES, PAGE, ChunkTree
 from hillinfer.evaluator.policy import Policy, Step
 
 
@@ -19,7 +19,7 @@ class LeoAM(Policy):
 
     needs_codes = False
     can_speculate = True
-    paged = True
+    paged = 2 * NODES / PAGE
     desert = 12.0  # logits below the newest tokens' best, where a weight is under e**-12: no head looks there
     newest = 16  # tokens whose keys are kept to know that best
 

@@ -72,8 +72,9 @@ class Layer:
                 doublings = self.codes.append(keys)
                 if isinstance(self.store, ScoringStore):
                     coded = self.codes.newest(keys.shape[2]), doublings
-        with run.timeline.span("cpu", "index", self.index, run.step, keys.nbytes):
-            self.policy.append(keys)
+        if type(self.policy).append is not Policy.append:
+            with run.timeline.span("cpu", "index", self.index, run.step, keys.nbytes):
+                self.policy.append(keys)
         with run.timeline.span("cpu", "append", self.index, run.step, kv.nbytes):
             work = self.store.append(kv, coded)
         self._record(work)
@@ -304,7 +305,8 @@ class Layer:
                 result, work = self.store.scores(row, coded, lambda hot: self.codes.scores(coded, row, hot))
                 self._record(work)
             else:
-                with run.timeline.span("cpu", "score", self.index, run.step, self.codes.codes.view()[row].nbytes):
+                scanned = n * run.geometry.kv_heads * run.geometry.head_dim * settings.bits // 8
+                with run.timeline.span("cpu", "score", self.index, run.step, scanned):
                     result = self.codes.scores(coded, row)
             if valid is not None:
                 result[:, ~valid] = NEVER

@@ -12,7 +12,7 @@ class Step:
     """One decode step of one layer and sequence, as a policy sees it."""
 
     n: int  # cached tokens, the newest included
-    budget: int  # how many of them may be attended to
+    budget: int  # how many of them may be attended to; not fewer than sinks and recent tokens
     sinks: int  # first tokens kept on the device
     recent: int  # last tokens kept on the device
     layer: int

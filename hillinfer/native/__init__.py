@@ -122,11 +122,10 @@ def score(query, stored, bits: int, positions: np.ndarray | None = None, threads
     """
     heads, group, dim = query.shape
     row = dim * bits // 8
-    by_head, by_row = _strides(stored)[:2]
+    strides, (_, n, width) = _strides(stored), stored.shape
     query = np.ascontiguousarray(_numpy(query))
-    if by_row != row or _strides(stored)[2] != 1 or stored.shape[2] != row:
-        raise ValueError(f"codes of a head must lie row by row, {row} bytes each, not with strides {_strides(stored)}")
-    n = stored.shape[1]
+    if strides[1:] != (row, 1) or width != row:
+        raise ValueError(f"codes of a head must lie row by row, {row} bytes each, not with strides {strides}")
     if positions is not None:
         positions = np.ascontiguousarray(positions, np.int64)
         if len(positions) and not (positions.min() >= 0 and positions.max() < n):
@@ -135,7 +134,7 @@ def score(query, stored, bits: int, positions: np.ndarray | None = None, threads
     out = np.empty((heads, n), np.int32)
     where = None if positions is None else pointer(positions)
     shape = (heads, group, dim, where, n, pointer(out), n, _share(heads * n * row, threads))
-    _check(_library.hi_score(_library.isa, bits, pointer(stored), by_head, pointer(query), *shape))
+    _check(_library.hi_score(_library.isa, bits, pointer(stored), strides[0], pointer(query), *shape))
     return out
 
 

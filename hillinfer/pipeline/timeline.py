@@ -46,8 +46,7 @@ class Timeline:
     def add(
         self, lane: str, kind: str, layer: int, step: int, start_ns: int, end_ns: int, nbytes: int = 0, **detail
     ) -> None:
-        if lane not in LANES:
-            raise ValueError(f"no lane '{lane}'; the lanes are {', '.join(LANES)}")
+        self._check(lane)
         thread = threading.current_thread().name
         self.spans.append(Span(lane, kind, layer, step, start_ns, end_ns, nbytes, detail, thread))
 
@@ -55,7 +54,12 @@ class Timeline:
         """Record the body of a `with` as a span; an exception in it is recorded too and goes on. The body may add to
         the detail, which it is given.
         """
+        self._check(lane)
         return _Body(self, (lane, kind, layer, step), nbytes, detail)
+
+    def _check(self, lane: str) -> None:
+        if lane not in LANES:
+            raise ValueError(f"no lane '{lane}'; the lanes are {', '.join(LANES)}")
 
     def clear(self) -> None:
         self.spans.clear()
@@ -158,7 +162,8 @@ class _Body:
         return self.detail
 
     def __exit__(self, *exc) -> None:
-        self.timeline.add(*self.what, self.start, time.perf_counter_ns(), self.nbytes, **self.detail)
+        end, thread = time.perf_counter_ns(), threading.current_thread().name
+        self.timeline.spans.append(Span(*self.what, self.start, end, self.nbytes, self.detail, thread))
 
 
 @dataclass(slots=True)

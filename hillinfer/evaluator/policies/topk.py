@@ -16,6 +16,5 @@ class TopK(Policy):
             return None
         first = min(step.sinks, step.n)
         last = max(first, step.n - step.recent)  # between them lies what can be chosen
-        near = np.concatenate((np.arange(first), np.arange(last, step.n)))[-step.budget :]
-        chosen = first + merge_heads(step.scores()[:, first:last], step.budget - len(near))
-        return np.concatenate((near[near < first], chosen, near[near >= last]))
+        chosen = first + merge_heads(step.scores()[:, first:last], step.budget - first - step.n + last)
+        return np.concatenate((np.arange(first), chosen, np.arange(last, step.n)))

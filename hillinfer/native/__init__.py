@@ -241,7 +241,7 @@ def checksums(write: bool, offsets, addresses, lengths, sums: np.ndarray) -> int
 
 def pointer(array) -> int:
     """The address of a tensor's or an array's first element."""
-    return array.data_ptr() if hasattr(array, "data_ptr") else array.__array_interface__["data"][0]
+    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data_ptr()
 
 
 def _numpy(array) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,11 +23,11 @@ class Geometry:
     dtype: torch.dtype
     device: torch.device
 
-    @property
+    @cached_property
     def record_shape(self) -> tuple[int, int, int]:
         return (2, self.kv_heads, self.head_dim)
 
-    @property
+    @cached_property
     def record_bytes(self) -> int:
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 

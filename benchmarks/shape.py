@@ -339,10 +339,8 @@ def ratio(result: dict, slow: str, fast: str) -> tuple[float, float, float]:
 
 def show(result: dict) -> None:
     bands = result["bandwidths"][0]
-    print(
-        f"memory {bands['memory_gbps']:.1f} GB/s, drive {bands['drive_gbps']:.2f} GB/s in reads of 1 MiB, at best; medians:"
-    )
-    print(f"a read of {bands['piece'] >> 10} KiB, many at once, at best: {bands['piece_us']:.1f} us")
+    print(f"memory {bands['memory_gbps']:.1f} GB/s, drive {bands['drive_gbps']:.2f} GB/s in reads of 1 MiB", end=", ")
+    print(f"{bands['piece_us']:.1f} us a read of {bands['piece'] >> 10} KiB, many at once: at best. Medians:")
     print(f"{'':36}{'ms':>7} {'quartiles':>13}{'CPU ms':>8}", end="")
     print(f"{'drive MB':>9}{'reads':>7}{'memory MB':>10}{'hits':>6}{'guess':>6}{'KV MB':>7}{'bound':>7}")
     for row in result["rows"]:

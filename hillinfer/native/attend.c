@@ -84,7 +84,7 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, const int 
         const char *records[TILE];
         for (int t = 0; t < m; t++) records[t] = record_of(a, at + t);
         for (int t = 0; t < m; t++) {
-            if (t + 4 < m) prefetch(records[t + 4], keys);
+            if (at + t + 4 < end) prefetch(record_of(a, at + t + 4), keys);
             prefetch(records[t] + side, keys);
             for (int h = 0; h < heads; h++) {
                 const float *k = row_fp32(records[t] + h * row, room[0], dim, dtype);

@@ -23,8 +23,8 @@ from hillinfer.config import Settings
 from hillinfer.evaluator.policies import Full
 from hillinfer.layer import Layer
 from hillinfer.pipeline.run import Run
+from hillinfer.tiers.block_file import BLOCK
 from hillinfer.tiers.planner import DIRECT, NEAR, read_memory
-from hillinfer.tiers.record_file import BLOCK
 
 LAYERS, HEADS, GROUP, DIM = 16, 8, 4, 128
 TOKEN = 2 * HEADS * DIM * 2  # bytes for one token of one layer

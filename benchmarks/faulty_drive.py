@@ -1,4 +1,4 @@
-"""A drive that fails on purpose: every `RecordFile` that is opened while one is installed, in this process or in that
+"""A drive that fails on purpose: every `BlockFile` that is opened while one is installed, in this process or in that
 of an emulated drive, fails at a chosen transfer. numpy only.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hillinfer.tiers import record_file
-from hillinfer.tiers.record_file import BLOCK, RecordFile
+from hillinfer.tiers import block_file
+from hillinfer.tiers.block_file import BLOCK, BlockFile
 
 VARIABLE = "HILLINFER_TEST_FAULT"
 COUNTS = ("read", "write", "extend", "injected")
@@ -45,16 +45,16 @@ class FaultyDrive:
         self.ends: dict[str, int] = {}  # what a stuck drive waits for
 
     def install(self) -> None:
-        make = RecordFile.__init__
+        make = BlockFile.__init__
 
-        def faulty(file: RecordFile, *args, **options) -> None:
+        def faulty(file: BlockFile, *args, **options) -> None:
             make(file, *args, **options)
             move, extend = file._move, file._extend
             file._move = lambda verb, *rest, **more: self.move(file, move, verb, *rest, **more)
             file._extend = lambda nbytes: self.extend(extend, nbytes)
 
-        RecordFile.__init__ = faulty
-        self.undo.append(lambda: setattr(RecordFile, "__init__", make))
+        BlockFile.__init__ = faulty
+        self.undo.append(lambda: setattr(BlockFile, "__init__", make))
 
     def remove(self) -> None:
         """No more faults; what is stuck comes back."""
@@ -79,7 +79,7 @@ class FaultyDrive:
                 return real(nbytes)
         return real(nbytes)
 
-    def move(self, file: RecordFile, real, verb: str, offsets, addresses, lengths, *rest, **more) -> None:
+    def move(self, file: BlockFile, real, verb: str, offsets, addresses, lengths, *rest, **more) -> None:
         due = self.due(verb)
         if self.gone:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
@@ -90,7 +90,7 @@ class FaultyDrive:
             return self.wait(file, verb, offsets, addresses, lengths, *rest, **more)
         real(verb, offsets, addresses, lengths, *rest, **more)
 
-    def inject(self, file: RecordFile, verb: str, offset: int, length: int) -> None:
+    def inject(self, file: BlockFile, verb: str, offset: int, length: int) -> None:
         fault = self.fault
         if fault in ("read error", "write error"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -125,7 +125,7 @@ class FaultyDrive:
             self.undo.append(lambda name=name, call=call: setattr(os, name, call))
         self.ends = {"read": empty[0], "write": full[1]}
 
-    def wait(self, file: RecordFile, verb: str, *rest, **more) -> None:
+    def wait(self, file: BlockFile, verb: str, *rest, **more) -> None:
         """The drive's own transfer, but with a file that never answers."""
         stand = copy.copy(file)
         stand.fd = self.ends[verb]
@@ -137,17 +137,17 @@ class FaultyDrive:
 
 @contextlib.contextmanager
 def full():
-    """The file system has no room, as `RecordFile` meets it."""
-    real = record_file.os.posix_fallocate
+    """The file system has no room, as `BlockFile` meets it."""
+    real = block_file.os.posix_fallocate
 
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    record_file.os.posix_fallocate = refuse
+    block_file.os.posix_fallocate = refuse
     try:
         yield
     finally:
-        record_file.os.posix_fallocate = real
+        block_file.os.posix_fallocate = real
 
 
 def install_from_environment() -> None:

@@ -28,7 +28,8 @@ from hillinfer.evaluator.topk import merge_heads_reference
 from hillinfer.layer import Layer
 from hillinfer.native import ring
 from hillinfer.pipeline.run import Run
-from hillinfer.tiers.record_file import MAX_READ, RecordFile, aligned
+from hillinfer.tiers.block_file import MAX_READ, aligned
+from hillinfer.tiers.record_file import RecordFile
 
 TOKENS, HEADS, GROUP, DIM, ALPHA = 32_768, 8, 4, 128, 0.1
 RECORD = 2 * HEADS * DIM * 2  # bytes, in bf16

@@ -30,7 +30,8 @@ from benchmarks.trace import Trace, record
 from hillinfer import native
 from hillinfer.cache import attention
 from hillinfer.systems import make_cache
-from hillinfer.tiers.record_file import MAX_READ, RecordFile, aligned
+from hillinfer.tiers.block_file import MAX_READ, BlockFile, aligned
+from hillinfer.tiers.record_file import RecordFile
 
 ALPHA, WARM, STEPS = 0.1, 20, 10
 LOGIT = 10.0  # of a token that a step selected, over the others: no desert, no single winner
@@ -137,7 +138,7 @@ class Stack:
             for part in [*parts, *(run.tensors.pair(layer.index) if run.tensors else [])]:
                 part.settle()
         for path in run.tensors.paths.values() if run.tensors else []:
-            if isinstance(path, RecordFile):
+            if isinstance(path, BlockFile):
                 os.fdatasync(path.fd)
         self.filled, self.module = time.perf_counter() - start, torch.nn.Module()
 

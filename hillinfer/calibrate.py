@@ -24,7 +24,7 @@ from hillinfer.pipeline.recording import BESIDE, decode_steps, describe, own_sec
 from hillinfer.pipeline.shapes import shape_of
 from hillinfer.pipeline.timeline import Timeline
 from hillinfer.systems import list_systems, make_cache
-from hillinfer.tiers.record_file import BLOCK, MAX_READ, RecordFile, aligned
+from hillinfer.tiers.block_file import MAX_READ, BlockFile, aligned
 
 CONTEXTS = (1024, 6144)
 STEPS = 12
@@ -197,7 +197,7 @@ def _drive(folder: Path, source: str) -> dict[str, Rate]:
     """Scattered pieces as this project moves them, with many under way and one at a time; none larger than MAX_READ."""
     whole, rates = aligned(BLOCKS[-1]), {}
     for name, engine, threads in (("read", "auto", 16), ("read_one", "threads", 1)):
-        file = RecordFile(folder, BLOCK, 1, threads=threads, engine=engine)
+        file = BlockFile(folder, threads, engine)
         try:
             base = file.allocate(len(whole))
             for block in reversed(BLOCKS):  # the largest first: what was never written is read for nothing

@@ -104,11 +104,11 @@ def ring() -> Check:
 def direct_io(folder: Path) -> Check:
     import warnings
 
-    from hillinfer.tiers.record_file import BLOCK, RecordFile
+    from hillinfer.tiers.block_file import BlockFile
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        file = RecordFile(folder, BLOCK, 1)
+        file = BlockFile(folder)
     file.close()
     slow = "KV goes through the page cache, which keeps nothing of use on repeated passes, and takes its memory"
     fix = f"name a folder on ext4, xfs or btrfs instead of {file_system(folder)} with --drive"
@@ -180,7 +180,8 @@ def bandwidths(folder: Path, seconds: float) -> Iterator[Check]:
 
     from hillinfer import native
     from hillinfer.evaluator.codes import group_scores
-    from hillinfer.tiers.record_file import DriveError, RecordFile
+    from hillinfer.tiers.block_file import DriveError
+    from hillinfer.tiers.record_file import RecordFile
 
     rng, cores = np.random.default_rng(0), torch.get_num_threads()
     words = np.ones(8 << 20, np.uint64)

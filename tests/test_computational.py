@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hillinfer.evaluator.codes import KeyCodes, group_scores_reference
+from hillinfer.tiers.block_file import DriveError
 from hillinfer.tiers.computational import Rates, Shape
 from hillinfer.tiers.emulated import EmulatedDrive, Emulation
-from hillinfer.tiers.record_file import DriveError
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape(streams=4, batch=2, record_bytes=768, kv_heads=2, head_dim=16)

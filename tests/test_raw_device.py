@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import hillinfer
 from hillinfer.cli import app
 from hillinfer.tiers import nvme
+from hillinfer.tiers.block_file import BLOCK, DriveError, aligned
 from hillinfer.tiers.nvme import CMD_IO, COMMAND, Command, check_namespace, command
 from hillinfer.tiers.raw_device import (
     STAMP,
@@ -23,7 +24,6 @@ from hillinfer.tiers.raw_device import (
     open_device,
     stamp,
 )
-from hillinfer.tiers.record_file import BLOCK, DriveError, aligned
 from hillinfer.tiers.uring import SQE, Ring
 
 MIB = 1 << 20

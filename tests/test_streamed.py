@@ -16,9 +16,9 @@ from transformers import DynamicCache
 
 import hillinfer
 from hillinfer.native import ring
+from hillinfer.tiers.block_file import BlockFile
 from hillinfer.tiers.geometry import BLOCK, Geometry
 from hillinfer.tiers.planner import DIRECT, NEAR
-from hillinfer.tiers.record_file import RecordFile
 from hillinfer.tiers.tensor_store import TensorStore
 from hillinfer.tiers.tensors import HostPath, Tensors
 from tests.conftest import FAMILIES
@@ -110,8 +110,8 @@ def geometry(kv_heads=2, head_dim=16, batch=1):
 
 
 def tensors(folder, shape, layers=3, budget=0, host=False, **options):
-    near = HostPath() if host else RecordFile(folder, BLOCK, 1, direct=False)
-    return Tensors(shape, layers, near, RecordFile(folder, BLOCK, 1), lambda pinned: budget, **options)
+    near = HostPath() if host else BlockFile(folder, direct=False)
+    return Tensors(shape, layers, near, BlockFile(folder), lambda pinned: budget, **options)
 
 
 @given(data=st.data())
@@ -156,7 +156,7 @@ def test_given_a_length_each_tensor_is_one_extent(tmp_path):
 
 
 def test_trim_gives_the_space_back_while_the_file_is_open(tmp_path):
-    file = RecordFile(tmp_path, BLOCK, 1)
+    file = BlockFile(tmp_path)
     file.allocate(1 << 20)
     assert os.fstat(file.fd).st_blocks * 512 >= 1 << 20
     file.trim()

@@ -16,9 +16,9 @@ import hillinfer
 from fpga.sim import kernel as sim
 from fpga.sim.kernel import Config, Kernel
 from hillinfer.evaluator.codes import group_scores_reference
+from hillinfer.tiers.block_file import DriveError
 from hillinfer.tiers.card import Xrt
 from hillinfer.tiers.computational import Shape
-from hillinfer.tiers.record_file import DriveError
 from hillinfer.tiers.xrt import XrtDrive
 from tests import fake_pyxrt
 from tests.test_computational import SMALL, Model, check_blocks, filled

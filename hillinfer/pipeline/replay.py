@@ -23,7 +23,7 @@ from hillinfer.pipeline.engine import Task, play, schedule
 from hillinfer.pipeline.recording import BESIDE, Recorded, Step, decode_steps, recorded, size_of
 from hillinfer.pipeline.shapes import ModelShape
 from hillinfer.pipeline.timeline import Span, Timeline
-from hillinfer.tiers.record_file import BLOCK
+from hillinfer.tiers.block_file import BLOCK
 
 CACHED = ("score", "evaluate", "inside", "merge", "select", "guess", "other", "view", "abstract")
 ATTENDED = ("gather", "near", "read", "prefetch", "transfer", "attend", "swap")

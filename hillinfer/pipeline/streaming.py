@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from hillinfer.config import Settings, UsageError
 from hillinfer.pipeline.lookahead import Trial
+from hillinfer.tiers.block_file import BLOCK, BlockFile
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.planner import NEAR, read_memory
 from hillinfer.tiers.raw_device import DeviceRefused, check_path, open_device
-from hillinfer.tiers.record_file import BLOCK, RecordFile
 from hillinfer.tiers.tensors import HostPath, Tensors
 
 SPARE = 16 << 20  # bytes of a memory limit that are not counted on: the kernel's own pages for this process
@@ -34,15 +34,13 @@ def open_tensors(settings: Settings, geometry: Geometry, layers: int, staggered:
     try:
         if settings.device is None:
             options = dict(threads=settings.io_threads, engine=settings.engine)
-            direct = RecordFile(settings.drive, BLOCK, 1, **options, **safety)
+            direct = BlockFile(settings.drive, **options, **safety)
         else:
             direct = open_device(settings.device, settings.io_threads, engine=settings.engine, **safety)
         if settings.stream == "host":
             near = HostPath()
         else:
-            near = RecordFile(
-                settings.drive, BLOCK, 1, threads=settings.io_threads, engine=settings.engine, direct=False, **safety
-            )
+            near = BlockFile(settings.drive, settings.io_threads, settings.engine, direct=False, **safety)
     except DeviceRefused as error:
         raise UsageError(str(error)) from None
     finally:

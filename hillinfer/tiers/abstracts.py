@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 from hillinfer.growable import Growable
-from hillinfer.tiers.record_file import BLOCK, RecordFile, aligned
+from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned
 
 
 class Pages:
     """int8 pages of one shape of one stream. Without a drive all are in memory; with one, at most `capacity` are,
     and as many for a moment beside them."""
 
-    def __init__(self, shape: tuple, drive: RecordFile | None = None, stream: int = 0, capacity: int | None = None):
+    def __init__(self, shape: tuple, drive: BlockFile | None = None, stream: int = 0, capacity: int | None = None):
         self.shape, self.drive, self.stream = shape, drive, stream
         self.capacity = None if drive is None or capacity is None else max(1, capacity)
         self.n = self.uses = 0

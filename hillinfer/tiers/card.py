@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hillinfer.tiers.block_file import BLOCK, DriveError
 from hillinfer.tiers.computational import Shape
-from hillinfer.tiers.record_file import BLOCK, DriveError
 from hillinfer.tiers.remote import Emulation
 
 KERNEL = "cec_kernel"

@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from hillinfer import native
-from hillinfer.tiers.record_file import BLOCK, DriveError, RecordFile, aligned
+from hillinfer.tiers.block_file import BLOCK, DriveError, aligned
+from hillinfer.tiers.record_file import RecordFile
 
 EXACT_DIM = 2**24 // 127**2  # 1,040: up to this head_dim an fp32 sum of code products is an exact integer in any order
 

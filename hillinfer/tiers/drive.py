@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hillinfer.tiers.block_file import MAX_READ, DriveError
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.record_file import MAX_READ, DriveError, RecordFile
+from hillinfer.tiers.record_file import RecordFile
 
 __all__ = ["MAX_READ", "DirectDrive", "DriveError"]
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from hillinfer.tiers import wire
+from hillinfer.tiers.block_file import DriveError
 from hillinfer.tiers.computational import Shape
-from hillinfer.tiers.record_file import DriveError
 from hillinfer.tiers.remote import Call, Emulation, RemoteDrive
 
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from hillinfer.tiers.record_file import BLOCK
+from hillinfer.tiers.block_file import BLOCK
 
 
 @dataclass(frozen=True)

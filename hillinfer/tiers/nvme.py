@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hillinfer.tiers.block_file import BLOCK, aligned
 from hillinfer.tiers.checksums import memory_at
 from hillinfer.tiers.raw_device import STAMP, BlockDevice, DeviceRefused, _stamp
-from hillinfer.tiers.record_file import BLOCK, aligned
 from hillinfer.tiers.uring import Ring
 
 URING_CMD = 46  # io_uring opcode

@@ -14,7 +14,7 @@ import stat
 import struct
 from pathlib import Path
 
-from hillinfer.tiers.record_file import BLOCK, DriveError, RecordFile
+from hillinfer.tiers.block_file import BLOCK, BlockFile, DriveError
 
 STAMP = 1 << 20  # bytes at the start that are ours to recognise; data follows
 GETSIZE64, DISCARD = 0x80081272, 0x1277  # ioctls BLKGETSIZE64, BLKDISCARD
@@ -113,13 +113,13 @@ def check_stamped(path: str | Path) -> int:
     return size
 
 
-class BlockDevice(RecordFile):
+class BlockDevice(BlockFile):
     """A stamped block device, opened for us alone."""
 
     def __init__(self, path: str | Path, threads: int = 16, **options):
         self.limit = check_stamped(path)
         self.what = f"the raw block device {path}"
-        super().__init__(Path(path), BLOCK, 1, threads=threads, **options)
+        super().__init__(Path(path), threads, **options)
         self.size, self.trimmed = STAMP, False
 
     def _open(self, direct: bool) -> tuple[int, bool]:

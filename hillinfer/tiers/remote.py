@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from hillinfer.tiers.block_file import DriveError
 from hillinfer.tiers.computational import SMARTSSD, Rates, ScoreBlock, Shape, Work
-from hillinfer.tiers.record_file import DriveError
 
 CHUNK = 8 << 20  # bytes of records that one command moves, or a quarter of the shared memory if that is less
 
@@ -25,10 +25,10 @@ class Emulation:
     rates: Rates = SMARTSSD
     paced: bool = False
     threads: int = 16  # that read and write the file, where io_uring does not
-    engine: str = "auto"  # of `RecordFile`
+    engine: str = "auto"  # of `BlockFile`
     shared_bytes: int = 64 << 20  # for what is under way between host and worker; used only as far as needed
     timeout: float = 60.0  # seconds without an answer after which the worker counts as dead
-    checksums: bool = True  # of `RecordFile`
+    checksums: bool = True  # of `BlockFile`
 
 
 class Link(Protocol):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from hillinfer.tiers.block_file import BLOCK, aligned
 from hillinfer.tiers.planner import DIRECT
-from hillinfer.tiers.record_file import BLOCK, aligned
 
 
 @dataclass

@@ -10,9 +10,9 @@ from concurrent.futures import Future
 import numpy as np
 import torch
 
+from hillinfer.tiers.block_file import BLOCK, MAX_READ, BlockFile, aligned
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.planner import DIRECT, NEAR, Plan
-from hillinfer.tiers.record_file import BLOCK, MAX_READ, RecordFile, aligned
 from hillinfer.tiers.slots import Slots
 from hillinfer.tiers.stream import BEHIND, Writer
 
@@ -21,7 +21,7 @@ HEADROOM = 256  # tokens of room beyond the first ones, where no maximal length 
 
 
 class HostPath:
-    """A path that is host memory: what FlexGen keeps resident. Same contract as `RecordFile.transfer`."""
+    """A path that is host memory: what FlexGen keeps resident. Same contract as `BlockFile.transfer`."""
 
     about, direct = "host memory", False
 
@@ -81,8 +81,8 @@ class Tensors:
         self,
         geometry: Geometry,
         layers: int,
-        near: RecordFile | HostPath,
-        direct: RecordFile,
+        near: BlockFile | HostPath,
+        direct: BlockFile,
         budget: Callable[[int], int],
         max_tokens: int | None = None,
         staggered: Callable[[], bool] = lambda: False,
@@ -99,7 +99,7 @@ class Tensors:
     @property
     def size(self) -> int:
         """Bytes reserved on the drive."""
-        return sum(path.size for path in self.paths.values() if isinstance(path, RecordFile))
+        return sum(path.size for path in self.paths.values() if isinstance(path, BlockFile))
 
     @property
     def bytes(self) -> int:

@@ -10,8 +10,8 @@ from operator import attrgetter
 
 import numpy as np
 
+from hillinfer.tiers.block_file import DriveError
 from hillinfer.tiers.computational import Work
-from hillinfer.tiers.record_file import DriveError
 
 MESSAGE = 1 << 16  # bytes of the largest frame
 FRAME = struct.Struct("<4sQI")

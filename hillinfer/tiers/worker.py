@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from hillinfer.tiers import wire
+from hillinfer.tiers.block_file import DriveError
 from hillinfer.tiers.computational import CodeMemory, Meter, Rates, Shape, Work
-from hillinfer.tiers.record_file import DriveError, RecordFile
+from hillinfer.tiers.record_file import RecordFile
 from hillinfer.tiers.remote import Emulation
 
 PART = 1024  # records that attention reads at once

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hillinfer.tiers.block_file import BLOCK, MAX_READ, DriveError
 from hillinfer.tiers.card import Buffer, Card, Xrt
 from hillinfer.tiers.computational import CodeMemory, Shape, Work
-from hillinfer.tiers.record_file import BLOCK, MAX_READ, DriveError, RecordFile
+from hillinfer.tiers.record_file import RecordFile
 from hillinfer.tiers.remote import Call, RemoteDrive
 from hillinfer.tiers.worker import Worker
 

@@ -1,11 +1,12 @@
 """`make show-model`: every claim about the embedded model that a machine can check, measured again.
 
 N=50 asks 50 questions in each cell instead of 200. LONGEVAL=FILE names LongEval's line cases; without it they are not
-checked.
+checked. What was measured stays in out/model/, for data/card.py.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from hillinfer.longbench.synthetic import in_window
 sys.path.append(str(ROOT / "data"))
 from card import bar_of
 
+KEPT = ROOT / "out" / "model"
 N = int(os.environ.get("N", "200"))
 RUNS = [
     ["--lengths", "1024", "4096", "8192", "--tasks", "lines", "needle"],
@@ -31,13 +33,16 @@ RUNS = [
 ]
 
 
-def measured(script: str, *arguments: str) -> list[str]:
-    """Lines that a script of data/ writes with --json; its own output goes to the terminal."""
+def measured(script: str, kept: str, *arguments: str) -> list[str]:
+    """Lines that a script of data/ writes with --json, added to a file; its own output goes to the terminal."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [sys.executable, str(ROOT / "data" / script), "--json", str(out), *arguments]
         subprocess.run(command, check=True, cwd=ROOT)
-        return out.read_text().splitlines()
+        lines = out.read_text().splitlines()
+    with (KEPT / kept).open("a") as file:
+        file.writelines(line + "\n" for line in lines)
+    return lines
 
 
 def answers() -> list[Claim]:
@@ -48,7 +53,7 @@ def answers() -> list[Claim]:
     else:
         print("not checked | LongEval cases | name their file with LONGEVAL=FILE")
     claims = []
-    for row in (json.loads(line) for run in runs for line in measured("evaluate.py", *run)):
+    for row in (json.loads(line) for run in runs for line in measured("evaluate.py", "evaluation.jsonl", *run)):
         floor = "" if row["floor"] is None else f", partial-key floor {row['floor']:.3f}"
         figure = f"{row['exact']:.3f} [{row['low']:.3f}, {row['high']:.3f}], {row['tokens_right']:.3f} of tokens"
         bar, met = bar_of(row)
@@ -58,7 +63,7 @@ def answers() -> list[Claim]:
 
 def attention() -> list[Claim]:
     """Restricted attention, and what the heads do."""
-    found = json.loads(measured("attention.py", "--n", str(N))[0])
+    found = json.loads(measured("attention.py", "attention.json", "--n", str(N))[0])
     score = {(task, policy, share): value for task, policy, share, _, value in found["accuracy"]}
     tasks, claims = list(dict.fromkeys(task for task, *_ in score)), []
     for task in tasks:
@@ -100,4 +105,6 @@ def streaming() -> list[Claim]:
 
 
 if __name__ == "__main__":
+    shutil.rmtree(KEPT, ignore_errors=True)
+    KEPT.mkdir(parents=True)
     sys.exit(verdict(answers() + attention() + streaming()))

@@ -1,7 +1,7 @@
 """Write data/model/README.md and measured.json from what the other scripts measured: `python data/card.py`.
 
-Reads out/train/: evaluation.jsonl (data/evaluate.py --json), attention.json (data/attention.py --json), curve.jsonl and
-the last checkpoint's counters (data/train.py).
+Reads what `make show-model` left in out/model/ (evaluation.jsonl, attention.json), and of out/train/ curve.jsonl and the
+last checkpoint's counters (data/train.py).
 """
 
 import argparse
@@ -102,18 +102,21 @@ def heads_part(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=ROOT / "out" / "train", type=Path)
+    parser.add_argument("--measured", default=ROOT / "out" / "model", type=Path)
     parser.add_argument("--model", default=ROOT / "data" / "model", type=Path)
     args = parser.parse_args()
 
-    def lines(name: str) -> list[dict]:
-        return [json.loads(line) for line in (args.out / name).read_text().splitlines()]
+    def lines(path: Path) -> list[dict]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
 
     state = torch.load(args.out / "last.pt", weights_only=True)
-    rows = {row["name"]: row for row in lines("evaluation.jsonl")}  # the last measurement of each counts
+    rows = {
+        row["name"]: row for row in lines(args.measured / "evaluation.jsonl")
+    }  # the last measurement of each counts
     order = {name: i for i, name in enumerate((*syn.TASKS, "LongEval"))}
     answers = sorted(rows.values(), key=lambda r: (order[r["name"].rpartition("_")[0] or r["name"]], r["longest"]))
-    attention = json.loads((args.out / "attention.json").read_text())
-    curve = list({row["step"]: row for row in lines("curve.jsonl")}.values())
+    attention = json.loads((args.measured / "attention.json").read_text())
+    curve = list({row["step"]: row for row in lines(args.out / "curve.jsonl")}.values())
     fields = {
         "PARAMETERS": f"{sum(v.numel() for k, v in state['model'].items() if k != 'lm_head.weight') / 1e6:.1f}",
         "TOKENS": f"{state['tokens'] / 1e6:.1f}", "MINUTES": f"{state['seconds'] / 60:.0f}",

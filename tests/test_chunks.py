@@ -161,7 +161,7 @@ def test_bounds_split_the_query_by_sign():
 
 
 def test_a_host_budget_holds_pool_and_abstracts(models, prompt, tmp_path):
-    """With a quarter of the budget for abstracts, both together stay within it, and abstracts are read again."""
+    """Pool and abstracts together stay within it, and what does not fit changes no token."""
     model = models("llama")
     ids, new = prompt.repeat(1, 3)[:, :400], dict(max_new_tokens=60, do_sample=False)
     budget = 120_000

@@ -1,7 +1,7 @@
 """Write data/model/README.md and measured.json from what the other scripts measured: `python data/card.py`.
 
-Reads what `make show-model` left in out/model/ (evaluation.jsonl, attention.json), and of out/train/ curve.jsonl and the
-last checkpoint's counters (data/train.py).
+Reads what `make show-model` left in out/model/ (evaluation.jsonl, attention.json), and what data/train.py left in
+out/train/ (curve.jsonl, the last checkpoint's counters).
 """
 
 import argparse

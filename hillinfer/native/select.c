@@ -129,8 +129,11 @@ static void merge_share(void *job, int share) {
         best_first(m->isa, m->scores + h * m->stride, m->n, m->ranks, m->ordered + h * m->ranks, own, own + m->n + 16);
 }
 
+/* What share of k the last call's ranks were: layers are alike, and so are steps. It changes the time taken alone. */
+static _Thread_local struct { int64_t ranks, k; } last;
+
 /* Heads take turns, each with its next best, until k <= n different positions are in; out (k,) ascending.
- * The first ranks mostly do, so that few are sorted; where heads agree, as many more are as those found so far suggest. */
+ * The first ranks mostly do, so that few are sorted; where they do not, as many more are as those found so far suggest. */
 int64_t hi_merge(int isa, const int32_t *scores, int64_t stride, int heads, int64_t n, int64_t k, int64_t *out,
                  int threads) {
     threads = threads < heads ? threads : heads;
@@ -143,7 +146,8 @@ int64_t hi_merge(int isa, const int32_t *scores, int64_t stride, int heads, int6
     } else if (k) {
         int64_t count = 0, done = 0;  /* positions that are in; ranks that have had their turn */
         memset(in, 0, n);
-        for (m.ranks = 2 * k / heads + 16; count < k; m.ranks = m.ranks * k / count * 9 / 8 + 1) {
+        m.ranks = (last.k ? k * last.ranks / last.k * 9 / 8 : 2 * k / heads) + 16;
+        for (; count < k; m.ranks = m.ranks * k / count * 9 / 8 + 1) {
             m.ranks = m.ranks < k ? m.ranks : k;
             split(merge_share, &m, threads);
             for (; done < m.ranks && count < k; done++)
@@ -153,6 +157,7 @@ int64_t hi_merge(int isa, const int32_t *scores, int64_t stride, int heads, int6
                     *seen = 1;
                 }
         }
+        last.ranks = done, last.k = k;
         int64_t at = 0;
         for (int64_t i = 0; i < n && at < k; i++) {
             out[at] = i;

@@ -30,7 +30,7 @@ slow: $(VENV)/.longbench ## the sweeps that `make test` leaves out
 show-slice: $(VENV)/.ready ## every claim about the package's core, measured again
 	$(BIN)/python -m benchmarks.show_slice
 
-show-model: $(VENV)/.ready ## every claim about the embedded model; LONGEVAL=FILE for LongEval's cases
+show-model: $(VENV)/.ready ## every claim about the embedded model; LONGEVAL=FILE for LongEval's cases, AGAIN=FOLDER for a model trained again
 	$(BIN)/python -m benchmarks.show_model
 
 train: $(VENV)/.ready ## the embedded model from nothing: hours on two cores

@@ -1,7 +1,8 @@
 """`make show-model`: every claim about the embedded model that a machine can check, measured again.
 
 N=50 asks 50 questions in each cell instead of 200. LONGEVAL=FILE names LongEval's line cases; without it they are not
-checked. What was measured stays in out/model/, for data/card.py.
+checked. AGAIN=FOLDER names a model that `make train` has made elsewhere, to be compared. What was measured stays in
+out/model/, for data/card.py.
 """
 
 import json
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -45,19 +47,33 @@ def measured(script: str, kept: str, *arguments: str) -> list[str]:
     return lines
 
 
-def answers() -> list[Claim]:
-    """Full cache, held-out documents, with 95 % intervals and the partial-key floor."""
+def evaluated(kept: str, *model: str) -> Iterator[dict]:
+    """Rows of data/evaluate.py for the shipped model, or for another one."""
     runs = [["--n", str(N), *run] for run in RUNS]
     if "LONGEVAL" in os.environ:
         runs.append(["--tasks", "--lengths", "--longeval", os.environ["LONGEVAL"]])
-    else:
+    for run in runs:
+        yield from map(json.loads, measured("evaluate.py", kept, *run, *model))
+
+
+def answers() -> list[Claim]:
+    """Full cache, held-out documents, with 95 % intervals and the partial-key floor."""
+    if "LONGEVAL" not in os.environ:
         print("not checked | LongEval cases | name their file with LONGEVAL=FILE")
-    claims = []
-    for row in (json.loads(line) for run in runs for line in measured("evaluate.py", "evaluation.jsonl", *run)):
+    claims, shipped = [], {}
+    for row in evaluated("evaluation.jsonl"):
+        shipped[row["name"]] = row
         floor = "" if row["floor"] is None else f", partial-key floor {row['floor']:.3f}"
         figure = f"{row['exact']:.3f} [{row['low']:.3f}, {row['high']:.3f}], {row['tokens_right']:.3f} of tokens"
         bar, met = bar_of(row)
         claims.append(Claim(f"{row['name']}, exact match (n={row['n']}{floor})", figure, bar, bool(met)).show())
+    if "AGAIN" not in os.environ:
+        print("not checked | that training again gives the same accuracy | name the trained model with AGAIN=FOLDER")
+        return claims
+    for row in evaluated("again.jsonl", "--model", os.environ["AGAIN"]):
+        low, high = shipped[row["name"]]["low"], shipped[row["name"]]["high"]
+        text, bar = f"{row['name']}, trained again (n={row['n']})", f"the shipped model's {low:.3f} to {high:.3f}"
+        claims.append(Claim(text, f"{row['exact']:.3f}", bar, low <= row["exact"] <= high).show())
     return claims
 
 

@@ -1,7 +1,8 @@
 """Write data/model/README.md and measured.json from what the other scripts measured: `python data/card.py`.
 
 Reads what `make show-model` left in out/model/ (evaluation.jsonl, attention.json), and what data/train.py left in
-out/train/ (curve.jsonl, the last checkpoint's counters).
+out/train/ (curve.jsonl, the last checkpoint's counters). --again names what data/evaluate.py --json wrote of a model
+that was trained again.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join(out + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def answers_part(rows: list[dict]) -> str:
+def answers_part(rows: list[dict], again: dict[str, dict]) -> str:
     cells = []
     for row in rows:
         floor = "1.000 (no part is shared)" if row["floor"] is None else f"{row['floor']:.3f}"
@@ -52,9 +53,10 @@ def answers_part(rows: list[dict]) -> str:
         verdict = "-" if met is None else "met" if met else "**missed**"
         cells.append([row["name"], str(row["n"]), f"{row['exact']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}", floor,
                       f"{row['tokens_right']:.3f}", f"{row['longest']:,}", bar, verdict])  # fmt: skip
-    return table(
-        "task | n | exact match | 95 % interval | partial-key floor | tokens right | longest prompt | bar | ", cells
-    )
+        if other := again.get(row["name"]):
+            cells[-1].append(f"{other['exact']:.3f} ({other['low']:.3f} - {other['high']:.3f})")
+    head = "task | n | exact match | 95 % interval | partial-key floor | tokens right | longest prompt | bar | "
+    return table(head + " | trained again" * bool(again), cells)
 
 
 def depths_part(rows: list[dict]) -> str:
@@ -103,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=ROOT / "out" / "train", type=Path)
     parser.add_argument("--measured", default=ROOT / "out" / "model", type=Path)
+    parser.add_argument("--again", type=Path)
     parser.add_argument("--model", default=ROOT / "data" / "model", type=Path)
     args = parser.parse_args()
 
@@ -115,19 +118,20 @@ def main() -> None:
     }  # the last measurement of each counts
     order = {name: i for i, name in enumerate((*syn.TASKS, "LongEval"))}
     answers = sorted(rows.values(), key=lambda r: (order[r["name"].rpartition("_")[0] or r["name"]], r["longest"]))
+    again = {row["name"]: row for row in lines(args.again)} if args.again else {}
     attention = json.loads((args.measured / "attention.json").read_text())
     curve = list({row["step"]: row for row in lines(args.out / "curve.jsonl")}.values())
     fields = {
         "PARAMETERS": f"{sum(v.numel() for k, v in state['model'].items() if k != 'lm_head.weight') / 1e6:.1f}",
         "TOKENS": f"{state['tokens'] / 1e6:.1f}", "MINUTES": f"{state['seconds'] / 60:.0f}",
-        "STEPS": str(state["step"]), "TABLE": answers_part(answers), "DEPTHS": depths_part(answers),
+        "STEPS": str(state["step"]), "TABLE": answers_part(answers, again), "DEPTHS": depths_part(answers),
         "RESTRICTED": restricted_part(attention), "FIRST": first_part(attention), "HEADS": heads_part(attention),
     }  # fmt: skip
     text = (ROOT / "data" / "card.md").read_text()
     for name, value in fields.items():
         text = text.replace("{" + name + "}", value)
     (args.model / "README.md").write_text(text)
-    measured = {"answers": answers, "attention": attention, "curve": curve}
+    measured = {"answers": answers, "attention": attention, "curve": curve, "trained again": [*again.values()]}
     rounded = json.loads(json.dumps(measured), parse_float=lambda x: round(float(x), 4))
     (args.model / "measured.json").write_text(json.dumps(rounded) + "\n")
 

@@ -18,7 +18,8 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from benchmarks.micro import facts, keep
-from benchmarks.shape import ALPHA, SHAPES, Shape
+from benchmarks.shape import ALPHA
+from benchmarks.stack import SHAPES, Shape
 from hillinfer.systems import make_cache
 
 SYSTEMS = ("full", "offloaded", "flexgen", "hillinfer", "leoam", "dualblade")

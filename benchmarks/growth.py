@@ -15,7 +15,8 @@ import plotly.express as px
 import torch
 
 from benchmarks.micro import facts
-from benchmarks.shape import ALPHA, SHAPES, WARM, Field, measure
+from benchmarks.shape import ALPHA, measure
+from benchmarks.stack import SHAPES, WARM, Field
 from benchmarks.trace import record
 
 CONTEXTS = (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from benchmarks import dualblade, micro, overhead, real, shape
+from benchmarks import dualblade, micro, overhead, real, shape, stack
 from benchmarks.claims import Claim, verdict
 from benchmarks.memory_cgroup import CgroupError
 from benchmarks.trace import record
@@ -85,7 +85,7 @@ def in_memory() -> tuple[dict, list[Claim]]:
 def large_shape() -> tuple[dict, list[Claim]]:
     """The 8B shape on the drive."""
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=DRIVE) as folder:
-        made = shape.Field(shape.SHAPES["8B"], record(Path("out/trace.npz")), TOKENS)
+        made = stack.Field(stack.SHAPES["8B"], record(Path("out/trace.npz")), TOKENS)
         result = shape.measure(made, shape.ways_of(), Path(folder))
     shape.show(result)
     claims, where = [], f"8B shape, {TOKENS} tokens, alpha {shape.ALPHA}"

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from benchmarks import gpu, growth, real, shape
+from benchmarks.stack import SHAPES, WARM, Field, Stack
 from benchmarks.trace import Trace
 from hillinfer import native
 
-TINY, N, STEPS = shape.SHAPES["tiny"], 512, 8
+TINY, N, STEPS = SHAPES["tiny"], 512, 8
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def test_a_trace_is_laid_side_by_side(trace):
     ("precision", "alpha", "ahead"), [("int8", 0.3, True), ("int4", 0.3, True), ("int8", 0.12, 0.6)]
 )
 def test_scores_select_what_was_recorded(trace, tmp_path, precision, alpha, ahead):
-    field = shape.Field(TINY, trace, N, STEPS)
+    field = Field(TINY, trace, N, STEPS)
     options = {"alpha": alpha, "drive": tmp_path, "precision": precision, "lookahead": ahead, "sinks": 0, "recent": 1}
-    stack, chosen = shape.Stack("hillinfer", field, "hillinfer", options), {}
+    stack, chosen = Stack("hillinfer", field, "hillinfer", options), {}
     with torch.inference_mode():
         stack.open()
         for layer in stack.layers:
@@ -65,7 +66,7 @@ def test_systems_take_turns_on_a_shape(trace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shape.Bounds, "size", 1 << 27)
     with torch.inference_mode():
         result = shape.measure(
-            shape.Field(TINY, trace, N, STEPS), shape.ways_of(("hillinfer", "flexgen")), tmp_path, 4, lambda _: None
+            Field(TINY, trace, N, STEPS), shape.ways_of(("hillinfer", "flexgen")), tmp_path, 4, lambda _: None
         )
     own, _, larger, streamed, equal = result["rows"]
     assert 0 < larger["drive_mb"] < own["drive_mb"] and equal["drive_mb"] < streamed["drive_mb"]
@@ -84,7 +85,7 @@ def test_what_is_all_in_memory_is_beside_transformers(trace, tmp_path, monkeypat
     with torch.inference_mode():
         rows = shape.in_memory("tiny", trace, N, tmp_path, 4, lambda _: None)["rows"]
     by = {row["system"]: row for row in rows}
-    whole = TINY.token_bytes * (N + shape.WARM) / 1e6  # of all tokens there are
+    whole = TINY.token_bytes * (N + WARM) / 1e6  # of all tokens there are
     assert by["DynamicCache"]["attended_mb"] == pytest.approx(whole, rel=0.05)
     if native.available():
         assert by["full"]["attended_mb"] == pytest.approx(whole, rel=0.05)

@@ -82,6 +82,8 @@ def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, step
             stack = kind(name, field_, system, {"drive": folder} | options)
             if options.get("host_budget") == "equal":  # what the first system holds in memory
                 stack.options["host_budget"] = stacks[0].held() - stack.codes()
+                if system == "leoam":  # which shares it out better where it knows the length
+                    stack.options["max_tokens"] = field_.n + field_.steps
             stack.open()
             stacks.append(stack)
             warm = field_.steps - steps

@@ -58,7 +58,8 @@ class Settings:
     stream       set by the lossless systems, which stream whole K and V tensors at each step and take host_budget as
                  what may stay: `host` (in host memory; FlexGen), `dual` (in the page cache, by default what the memory
                  limit leaves; DUAL-BLADE), and its two halves alone, `page-cache` and `direct`
-    max_tokens   the longest context to come, for systems that stream; without it their room doubles when it is full
+    max_tokens   the longest context to come: of systems that stream, whose room else doubles when it is full; of leoam
+                 with a host_budget, whose abstracts then get what the pinned records will leave, not a quarter
     device       raw block device (stamped with `hillinfer stamp`), or NVMe character device, for the direct path of a
                  system that streams; None makes it a file in `drive`
     pipelining   of the two threads that copy K and V: `intra` (both read at once), `cross` (one reads while the other

@@ -160,16 +160,19 @@ def test_bounds_split_the_query_by_sign():
     assert bounds(boxes, query).flatten().tolist() == [1.0, 5.0]  # 1 * 2 - 1 * 1, and -2 * -1 + 1 * 3
 
 
-def test_a_host_budget_holds_pool_and_abstracts(models, prompt, tmp_path):
+@pytest.mark.parametrize("max_tokens", [None, 460])
+def test_a_host_budget_holds_pool_and_abstracts(models, prompt, tmp_path, max_tokens):
     """Pool and abstracts together stay within it, and what does not fit changes no token."""
     model = models("llama")
     ids, new = prompt.repeat(1, 3)[:, :400], dict(max_new_tokens=60, do_sample=False)
     budget = 120_000
-    with hillinfer.make_cache(model, "leoam", alpha=0.2, drive=tmp_path, host_budget=budget, compress=0) as cache:
+    options = dict(drive=tmp_path, host_budget=budget, compress=0, max_tokens=max_tokens)
+    with hillinfer.make_cache(model, "leoam", alpha=0.2, **options) as cache:
         out = model.generate(ids, past_key_values=cache, **new)
         pools = sum(pool.nbytes for layer in cache.layers for pool in layer.layer.store.pools)
         pages = sum(tree.pages.nbytes for layer in cache.layers for tree in layer.layer.policy.trees)
         assert pools + pages <= budget
+        assert (cache.run.index_budget > budget // 4) == bool(max_tokens)  # no length, no more: it may grow
         assert any(span.detail.get("bounds") for span in cache.timeline.spans)
     with hillinfer.make_cache(model, "leoam", alpha=0.2) as cache:  # all in memory: the same tokens
         assert torch.equal(model.generate(ids, past_key_values=cache, **new), out)

@@ -77,7 +77,7 @@ class Run:
                 self.trial = staggering(self.settings)
                 self.tensors = open_tensors(self.settings, geometry, self.layers, lambda: self.trial.on)
             elif self.settings.drive is not None:
-                self.index_budget = self._index_budget(max(tokens, self.settings.max_tokens or 0))
+                self.index_budget = self._index_budget()
                 if (kind := PLACEMENTS[self.settings.placement]).shared:
                     self.hits = kind(geometry.batch)
                 if self.settings.profile is not None:
@@ -103,13 +103,16 @@ class Run:
         budget = self.settings.host_budget
         return None if budget is None else budget - self.index_budget
 
-    def _index_budget(self, tokens: int) -> int:
-        """Bytes for an index in pages: all of it, as each step searches it whole, where the pinned records leave that
-        much; at least a quarter of the budget. Both with a quarter more, for tokens to come.
+    def _index_budget(self) -> int:
+        """Bytes for an index in pages: a quarter of the budget; given the longest context to come, all of the index, as
+        each step searches it whole, where the pinned records leave that much. Both with a quarter to spare. The first
+        append does not tell the length: it may be a chunk of a prompt, or a conversation's first turn.
         """
-        budget, size = self.settings.host_budget, self.geometry
+        budget, size, tokens = self.settings.host_budget, self.geometry, self.settings.max_tokens
         if not self.paged or budget is None:
             return 0
+        if tokens is None:
+            return budget // 4
         index = self.paged * size.kv_heads * size.head_dim * self.layers * size.batch
         pinned = self.settings.pin * self._bytes_per_token()
         return int(min(1.25 * tokens * index, max(budget / 4, budget - 1.25 * tokens * pinned)))

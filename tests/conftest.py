@@ -58,19 +58,24 @@ FAMILIES = {
 }
 
 
+def seeded(make):
+    """A model with random weights, always the same, and wide enough that greedy choices are no ties."""
+    torch.manual_seed(7)
+    model = make().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
 @pytest.fixture(scope="session")
 def models():
-    """Family name -> model, made once and kept. Weights are wide enough that greedy choices are no ties."""
+    """Family name -> model, made once and kept."""
     made = {}
 
     def get(name: str):
         if name not in made:
-            torch.manual_seed(7)
-            model = FAMILIES[name]().eval()
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    torch.nn.init.normal_(parameter, std=0.15)
-            made[name] = model
+            made[name] = seeded(FAMILIES[name])
         return made[name]
 
     return get

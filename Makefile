@@ -8,13 +8,19 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults show-speed bench
+.PHONY: demo test size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults show-speed bench
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
 
 test: $(VENV)/.longbench
 	$(BIN)/pytest
+
+size: $(VENV)/.ready ## raw and code lines, by folder and module
+	$(BIN)/python -m benchmarks.size
+
+golden: $(VENV)/.ready ## tokens, hits and bytes of every system and tier against the record; WRITE=--write replaces it
+	$(BIN)/python -m tests.golden $(WRITE)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

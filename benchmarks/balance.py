@@ -22,17 +22,17 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from hillinfer.demo import machine
+from hillinfer.commands.demo import machine
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.topk import merge_heads
-from hillinfer.pipeline.balance import Chosen
-from hillinfer.profile import DIM, GROUP, HEADS, measure
-from hillinfer.tiers.computational import Shape
-from hillinfer.tiers.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.balance import Chosen
+from hillinfer.systems.hillinfer.drive import Shape
+from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.scoring import RemoteStream, ScoringStore
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import LayerHits
-from hillinfer.tiers.scoring_store import RemoteStream, ScoringStore
 from hillinfer.tiers.window import Window
+from hillinfer.whatif.speeds import DIM, GROUP, HEADS, measure
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 REPEATS = 21

@@ -12,14 +12,16 @@ import argparse
 import numpy as np
 import pandas as pd
 
-from hillinfer.cache import TieredCache, disable, enable
+from hillinfer.cache import TieredCache
+from hillinfer.commands.demo import load_embedded, machine
 from hillinfer.config import Settings
-from hillinfer.demo import load_embedded, machine
-from hillinfer.evaluator.chunks import LEAF, LEAVES, NODES, bounds, sortable
+from hillinfer.evaluator.boxes import bounds, sortable
 from hillinfer.evaluator.policies import LeoAM, Quest
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.longbench.runner import ask
 from hillinfer.longbench.synthetic import make_records
+from hillinfer.seam import disable, enable
+from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES
 
 SEED, SHARE, COVER = 78, 0.01, 0.95
 METHODS = {"tokens": 1, "leoam": LEAF, "chunks of 16": 16, "chunks of 64": 64}

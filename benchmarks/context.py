@@ -16,11 +16,11 @@ import pandas as pd
 import plotly.express as px
 from transformers.utils import logging
 
-from hillinfer import demo
-from hillinfer.cache import disable
+from hillinfer.commands import demo
 from hillinfer.longbench.runner import ask
 from hillinfer.longbench.synthetic import make_records
-from hillinfer.systems import make_cache
+from hillinfer.seam import disable
+from hillinfer.systems.registry import make_cache
 
 SEED = 31
 

@@ -22,9 +22,10 @@ from benchmarks.memory_cgroup import CgroupError, MemoryCgroup
 from hillinfer.config import Settings
 from hillinfer.evaluator.policies import Full
 from hillinfer.layer import Layer
-from hillinfer.pipeline.run import Run
+from hillinfer.pipeline.memory import read_memory
+from hillinfer.run import Run
+from hillinfer.systems.lossless.plan import DIRECT, NEAR
 from hillinfer.tiers.block_file import BLOCK
-from hillinfer.tiers.planner import DIRECT, NEAR, read_memory
 
 LAYERS, HEADS, GROUP, DIM = 16, 8, 4, 128
 TOKEN = 2 * HEADS * DIM * 2  # bytes for one token of one layer

@@ -31,8 +31,8 @@ import hillinfer
 from benchmarks import faulty_drive
 from benchmarks.faulty_drive import FAULTS, FaultyDrive
 from hillinfer.native import ring
-from hillinfer.tiers import uring
-from hillinfer.tiers.emulated import _Link
+from hillinfer.systems.hardware import uring
+from hillinfer.systems.hillinfer.emulated import _Link
 
 PROMPT, NEW = 150, 5
 FINE = ("error", "right", "right, unnoticed")
@@ -47,7 +47,7 @@ def places() -> dict[str, dict]:
         for kind in ("ssd", "emulated"):
             options = dict(drive=tempfile.gettempdir(), drive_kind=kind)
             with contextlib.suppress(hillinfer.UsageError):
-                settings = hillinfer.systems.find_system(name, options)[1]
+                settings = hillinfer.systems.registry.find_system(name, options)[1]
                 if settings.drive_kind != kind:
                     continue
                 own = dict(alpha=0.15, recent=4, sinks=2, drive_kind=kind)

@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.longbench import results, sources
 from hillinfer.longbench.tasks import find_task
-from hillinfer.pipeline.balance import Speeds
-from hillinfer.pipeline.devices import Profile, find_profile
-from hillinfer.pipeline.shapes import find_shape
-from hillinfer.pipeline.sweep import load_run
-from hillinfer.pipeline.timeline import Timeline
-from hillinfer.tiers import wire
-from hillinfer.tiers.computational import Work
-from hillinfer.tiers.saved import Saved, SavedError, save
+from hillinfer.session_file import Saved, SavedError, save
+from hillinfer.systems.hillinfer import wire
+from hillinfer.systems.hillinfer.balance import Speeds
+from hillinfer.systems.hillinfer.drive import Work
+from hillinfer.systems.shapes import find_shape
+from hillinfer.timeline import Timeline
+from hillinfer.whatif.devices import Profile, find_profile
+from hillinfer.whatif.sweep import load_run
 
 AWKWARD = [b"", b"null", b"-1", b"0", b"1e999", b"NaN", b"9" * 23, b"[]", b"{}", b'"x"', b"true", b"[[", b"{", b"\xff"]
 AWKWARD += [b"\x00", b"\\ud800", b"[" * 3000, b"1" * 5000, b"\n", b'"', b"1e400", b"-0.0"]

@@ -20,7 +20,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from benchmarks.micro import facts, keep
 from benchmarks.shape import ALPHA
 from benchmarks.stack import SHAPES, Shape
-from hillinfer.systems import make_cache
+from hillinfer.systems.registry import make_cache
 
 SYSTEMS = ("full", "offloaded", "flexgen", "hillinfer", "leoam", "dualblade")
 WARM, STEPS, CHUNK = 11, 10, 4096  # warm: both ways of looking ahead are tried, five steps each

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from hillinfer.config import UsageError
-from hillinfer.demo import load_embedded
+from hillinfer.commands.demo import load_embedded
+from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import feed, own_prompt
 from hillinfer.longbench.synthetic import make_records
 from hillinfer.session import open_session, save_session
-from hillinfer.systems import make_cache
+from hillinfer.systems.registry import make_cache
 
 TOKENS, NEW = 700, 6
 

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from hillinfer import native
+from hillinfer.commands.demo import machine
 from hillinfer.config import Settings
-from hillinfer.demo import machine
 from hillinfer.evaluator.codes import group_scores_torch
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.evaluator.topk import merge_heads_reference
 from hillinfer.layer import Layer
 from hillinfer.native import ring
-from hillinfer.pipeline.run import Run
+from hillinfer.run import Run
 from hillinfer.tiers.block_file import MAX_READ, aligned
 from hillinfer.tiers.record_file import RecordFile
 

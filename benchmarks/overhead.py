@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from benchmarks.claims import Claim, verdict
 from benchmarks.micro import facts, keep
-from hillinfer import demo
-from hillinfer.systems import make_cache
+from hillinfer.commands import demo
+from hillinfer.systems.registry import make_cache
 
 CONTEXTS = (128, 512, 2048, 8192, 32_768)
 STEPS, WARM = 60, 5

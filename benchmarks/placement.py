@@ -9,7 +9,7 @@ import tempfile
 import pandas as pd
 from transformers.utils import logging
 
-from hillinfer import demo
+from hillinfer.commands import demo
 from hillinfer.tiers.hits import PLACEMENTS
 
 TASKS = ("lines_2k", "needle_2k", "chain_2k")

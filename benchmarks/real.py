@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from benchmarks.micro import facts, keep
-from hillinfer import demo
+from hillinfer.commands import demo
 from hillinfer.longbench.synthetic import make_records, prompt_of
-from hillinfer.systems import make_cache
+from hillinfer.systems.registry import make_cache
 
 CONTEXTS = (8192, 16_384, 32_768)
 ALPHA, WARM, STEPS = 0.1, 14, 20  # warm: both ways of looking ahead are tried, five steps each

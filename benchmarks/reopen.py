@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from hillinfer.demo import demo_records, load_embedded
+from hillinfer.commands.demo import demo_records, load_embedded
 from hillinfer.longbench.runner import feed, own_prompt
 from hillinfer.session import open_session, save_session
-from hillinfer.systems import list_systems, make_cache
+from hillinfer.systems.registry import list_systems, make_cache
 
 TOKENS, ROUNDS = 8000, 5
 

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from hillinfer import demo
+from hillinfer.commands import demo
 from hillinfer.config import Settings
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.topk import merge_heads, topk

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hillinfer import demo
-from hillinfer.calibrate import CONTEXTS, costs, machine, measure_parts, random_models, record, ways
-from hillinfer.pipeline.devices import THIS, Profile
-from hillinfer.pipeline.recording import decode_steps
-from hillinfer.pipeline.replay import modelled_seconds, replay
-from hillinfer.pipeline.timeline import Timeline
+from hillinfer.commands import demo
+from hillinfer.timeline import Timeline
+from hillinfer.whatif.calibrate import CONTEXTS, costs, machine, measure_parts, random_models, record, ways
+from hillinfer.whatif.devices import THIS, Profile
+from hillinfer.whatif.recording import decode_steps
+from hillinfer.whatif.replay import modelled_seconds, replay
 
 MEASURED = (1536, 3072, 7168)  # tokens; none of them is calibrated at
 

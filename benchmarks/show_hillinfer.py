@@ -14,13 +14,14 @@ from transformers.utils import logging
 
 from benchmarks import balance, context, placement
 from benchmarks.claims import Claim, tests, verdict
-from hillinfer import demo
-from hillinfer.cache import TieredCache, disable, enable
+from hillinfer.cache import TieredCache
+from hillinfer.commands import demo
 from hillinfer.config import Settings
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import answer as answer_to
 from hillinfer.longbench.runner import is_right, own_prompt, prefill
 from hillinfer.longbench.synthetic import make_records, prompt_of
+from hillinfer.seam import disable, enable
 
 N = int(os.environ.get("N", "40"))
 TASKS = {4096: ("lines", "needle", "passage", "two_hop", "chain", "majority"), 8192: ("lines", "needle", "chain")}

@@ -27,7 +27,7 @@ from hillinfer.longbench.metrics import score
 from hillinfer.longbench.models import load_model, model_path
 from hillinfer.longbench.results import KEY, read
 from hillinfer.longbench.tasks import find_task, longbench
-from hillinfer.systems import list_systems
+from hillinfer.systems.registry import list_systems
 from tests.longbench_rows import write_model
 
 ROWS = Path(os.environ["ROWS"]) if os.environ.get("ROWS") else None

@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.claims import ROOT, Claim, verdict
-from hillinfer.cache import disable, enable
+from hillinfer.commands.demo import load_embedded
 from hillinfer.config import Settings
-from hillinfer.demo import load_embedded
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask_each, is_right
 from hillinfer.longbench.synthetic import in_window
+from hillinfer.seam import disable, enable
 
 sys.path.append(str(ROOT / "data"))
 from card import bar_of

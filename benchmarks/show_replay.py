@@ -15,10 +15,11 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import papers as claims
 from benchmarks import self_replay
 from benchmarks.claims import Claim, tests, verdict
-from hillinfer.pipeline import claims, sweep
-from hillinfer.pipeline.devices import list_profiles
+from hillinfer.whatif import sweep
+from hillinfer.whatif.devices import list_profiles
 
 ROUNDS = int(os.environ.get("ROUNDS", 3))
 CELLS = 1000

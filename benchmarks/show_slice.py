@@ -48,7 +48,7 @@ def answers() -> list[Claim]:
     """The demo's comparison on more of its questions."""
     from transformers.utils import logging
 
-    from hillinfer import demo
+    from hillinfer.commands import demo
     from hillinfer.longbench.synthetic import facts_of
 
     logging.disable_progress_bar()

@@ -18,7 +18,7 @@ from benchmarks import dualblade, micro, overhead, real, shape, stack
 from benchmarks.claims import Claim, verdict
 from benchmarks.memory_cgroup import CgroupError
 from benchmarks.trace import record
-from hillinfer.tiers.planner import read_memory
+from hillinfer.pipeline.memory import read_memory
 
 PARTS = os.environ.get("PARTS", "micro,overhead,real,memory,shape,dualblade").split(",")
 DRIVE = Path(os.environ.get("DRIVE", "out"))

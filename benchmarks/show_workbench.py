@@ -24,7 +24,7 @@ def big_timeline():
     """As many spans as the claim names, in four lanes that work at once."""
     import random
 
-    from hillinfer.pipeline.timeline import Timeline
+    from hillinfer.timeline import Timeline
 
     timeline, rng, now = Timeline(), random.Random(0), [0] * LANES
     work = [("gpu", "attend"), ("cpu", "score"), ("drive", "read"), ("link", "transfer")]

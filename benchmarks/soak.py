@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from hillinfer.cache import disable
 from hillinfer.longbench.runner import feed
+from hillinfer.seam import disable
 from hillinfer.session import open_session, save_session
-from hillinfer.systems import list_systems, make_cache
+from hillinfer.systems.registry import list_systems, make_cache
 
 SHAPE = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
 SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=None, pad_token_id=0)

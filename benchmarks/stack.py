@@ -17,8 +17,8 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.trace import Trace
-from hillinfer.cache import attention
-from hillinfer.systems import make_cache
+from hillinfer.seam import attention
+from hillinfer.systems.registry import make_cache
 from hillinfer.tiers.block_file import BlockFile
 
 WARM, STEPS = 20, 10

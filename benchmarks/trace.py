@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from hillinfer import demo
-from hillinfer.cache import TieredCache, disable, enable
+from hillinfer.cache import TieredCache
+from hillinfer.commands import demo
 from hillinfer.config import Settings
 from hillinfer.evaluator.policies import TopK
 from hillinfer.longbench.runner import feed
 from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.pipeline.lookahead import AHEAD
+from hillinfer.seam import disable, enable
 
 TOKENS, SEED = 8192, 5
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import hillinfer
 
 OTHER = {  # module: its names that notebooks and how-to pages use
-    "hillinfer.pipeline.timeline": ["Timeline", "Counters", "Hits", "Span"],
-    "hillinfer.pipeline.observe": ["AttentionRecord", "Seen"],
-    "hillinfer.pipeline.devices": ["find_profile", "list_profiles", "Profile", "Rate"],
-    "hillinfer.pipeline.case": ["Case"],
-    "hillinfer.pipeline.modelled": ["seconds", "timeline"],
-    "hillinfer.pipeline.replay": ["replay", "Target"],
-    "hillinfer.pipeline.sweep": ["cells", "sweep"],
-    "hillinfer.pipeline.claims": [
+    "hillinfer.timeline": ["Timeline", "Counters", "Hits", "Span"],
+    "hillinfer.workbench.observe": ["AttentionRecord", "Seen"],
+    "hillinfer.whatif.devices": ["find_profile", "list_profiles", "Profile", "Rate"],
+    "hillinfer.whatif.case": ["Case"],
+    "hillinfer.whatif.modelled": ["seconds", "timeline"],
+    "hillinfer.whatif.replay": ["replay", "Target"],
+    "hillinfer.whatif.sweep": ["cells", "sweep"],
+    "benchmarks.papers": [
         "headlines",
         "gains",
         "balance",
@@ -24,7 +24,7 @@ OTHER = {  # module: its names that notebooks and how-to pages use
         "page_cache_collapse",
         "awkward_truth",
     ],
-    "hillinfer.demo": ["load_embedded", "demo_records", "compare", "Result", "floor", "machine"],
+    "hillinfer.commands.demo": ["load_embedded", "demo_records", "compare", "Result", "floor", "machine"],
     "hillinfer.longbench.runner": ["ask", "ask_each", "feed", "split_prompt", "Answer"],
     "hillinfer.longbench.synthetic": ["make_records", "load_records", "prompt_of"],
     "hillinfer.workbench.live": ["Case", "LiveRun"],

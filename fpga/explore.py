@@ -1,8 +1,8 @@
 """Measure configurations of the kernel: `python -m fpga.explore [--again] [NAME ...]`, or all by `make -C fpga table`.
 
-Cycles by simulation, area by yosys, recall on the embedded model's keys. Rows go to hillinfer/evaluator/cec.json,
-the table and its Pareto plot to out/fpga/cec.html. A row that is there is measured again when the kernel's source or a
-tool has changed, or with --again.
+Cycles by simulation, area by yosys, recall on the embedded model's keys. Rows go to
+hillinfer/systems/hillinfer/cec.json, the table and its Pareto plot to out/fpga/cec.html. A row that is there is
+measured again when the kernel's source or a tool has changed, or with --again.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from fpga.sim.check import codes_of, differences
 from fpga.sim.kernel import FPGA, Config, Image, Kernel
 from fpga.sim.real import recall
 from fpga.synth import area
-from hillinfer.evaluator import cec
+from hillinfer.systems.hillinfer import cec
 
 TOKENS, K, HEADS = 131_072, 4_096, 8
 EXPLORED = [Config(8, 128), Config(4, 128), Config(8, 64), Config(4, 64)]

@@ -4,31 +4,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hillinfer.cache import TieredCache, disable, enable
-    from hillinfer.config import Settings, UsageError
+    from hillinfer.cache import TieredCache
+    from hillinfer.config import Settings
+    from hillinfer.errors import DriveError, UsageError
     from hillinfer.evaluator.policies import POLICIES
     from hillinfer.evaluator.policy import Policy, Step
+    from hillinfer.seam import disable, enable
     from hillinfer.session import keep_session, open_session, save_session
-    from hillinfer.systems import list_systems, make_cache
-    from hillinfer.tiers.drive import DriveError
+    from hillinfer.systems.registry import list_systems, make_cache
 
 __version__ = "0.1.0"
 
 _HOME = {
     "TieredCache": "cache",
-    "disable": "cache",
-    "enable": "cache",
+    "disable": "seam",
+    "enable": "seam",
     "Settings": "config",
-    "UsageError": "config",
+    "UsageError": "errors",
     "POLICIES": "evaluator.policies",
     "Policy": "evaluator.policy",
     "Step": "evaluator.policy",
     "keep_session": "session",
     "open_session": "session",
     "save_session": "session",
-    "make_cache": "systems",
-    "list_systems": "systems",
-    "DriveError": "tiers.drive",
+    "make_cache": "systems.registry",
+    "list_systems": "systems.registry",
+    "DriveError": "errors",
 }
 __all__ = [
     "POLICIES",

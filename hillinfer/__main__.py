@@ -1,5 +1,5 @@
 """`python -m hillinfer`."""
 
-from hillinfer.cli import main
+from hillinfer.commands.app import main
 
 main()

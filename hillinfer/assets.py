@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 
 
 def data_folder(name: str) -> Path:

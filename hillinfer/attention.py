@@ -74,3 +74,24 @@ def over_parts(
         out = out.mul_(fade).add_(weights @ values)
         top, start = higher, start + n
     return (out / total).view(batch, heads, rows, dim).to(query.dtype)
+
+
+def attention_weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    visible: torch.Tensor | np.ndarray | None,
+    where: np.ndarray,
+) -> np.ndarray:
+    """query (H, D), keys (k, Hkv, D) of positions `where` (k,) -> softmax weights (H, k) float32."""
+    keys = keys.transpose(0, 1).float()  # (Hkv, k, D)
+    logits = (query.float().view(len(keys), -1, query.shape[1]) * scaling @ keys.transpose(1, 2)).flatten(0, 1)
+    if visible is not None:
+        shown = torch.as_tensor(visible)
+        logits[:, ~shown[torch.from_numpy(where).to(shown.device)].to(logits.device)] = -torch.inf
+    return logits.softmax(1).cpu().numpy()
+
+
+def attendable(mask: torch.Tensor) -> torch.Tensor:
+    """A mask as bool, whether it came so or as numbers to be added to logits."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

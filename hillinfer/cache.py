@@ -1,200 +1,29 @@
-"""The seam with transformers: TieredCache and the attention function. The only file that knows its internals.
-
-A decode step of one token gets the layer object itself in place of keys and values, and the registered attention
-function asks it to attend. Any other attention implementation then fails at once instead of reading wrong tensors. A
-step of several tokens (prefill, a new turn) is exact: it gets tensors where all are at hand, else the layer as well.
-"""
+"""`TieredCache`, a transformers cache over the tiers, and its layers."""
 
 import copy
-import shutil
-import time
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from hillinfer.config import Settings, UsageError
+from hillinfer.config import Settings
+from hillinfer.errors import UsageError
 from hillinfer.evaluator.policies import TopK
 from hillinfer.evaluator.policy import Policy
-from hillinfer.layer import Layer, attendable
-from hillinfer.pipeline.balance import Speeds
-from hillinfer.pipeline.needs import FIX, needs, refuse
-from hillinfer.pipeline.run import Run
-from hillinfer.pipeline.shapes import shape_of
-from hillinfer.pipeline.streaming import check_device
-from hillinfer.pipeline.timeline import Counters, Timeline
-from hillinfer.tiers.card import check_card
-from hillinfer.tiers.geometry import Geometry
-
-ATTENTION = "hillinfer"
+from hillinfer.layer import Layer
+from hillinfer.run import Run
+from hillinfer.seam import check_supported, probe_query
+from hillinfer.systems.lossless.run import check_device
+from hillinfer.timeline import Counters, Timeline
 
 
 def chunk_ends(n: int, chunk: int | None) -> list[int]:
     """Where a prefill of n tokens in chunks begins, pauses and ends; never a chunk of one: a decode step."""
     return [0, *(range(chunk, n - 1, chunk) if chunk else ()), n]
-
-
-class Seen(Exception):
-    """No error: it ends a forward pass that has served its purpose.
-
-    Carries a probed query (B, H, 1, D), its mask and its scaling out of a decoder layer.
-    """
-
-
-class QueryProbe:
-    """Stands in for a cache where only the query of a decoder layer is wanted."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        return self, self
-
-
-def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict) -> Seen:
-    """The query that a decoder layer would form from this input: its own forward, ended where attention begins.
-
-    Exact for any family, as no layer is rewritten: given the layer's own input it is the true query to the bit.
-    """
-    try:
-        decoder_layer.forward(*args, **(kwargs | {"past_key_values": QueryProbe()}))  # forward: hooks do not run again
-    except Seen as seen:
-        return seen
-    raise UsageError(f"{type(decoder_layer).__name__} never reached attention; turn lookahead off")
-
-
-def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The registered attention function: the layer's own where it was handed over, SDPA for tensors."""
-    if isinstance(key, Layer | QueryProbe) and scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    if isinstance(key, QueryProbe):
-        raise Seen(query, attention_mask, scaling)
-    if hasattr(key, "watcher"):
-        key.watcher.observe(query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if not isinstance(key, Layer):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    odd = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if odd:
-        raise UsageError(
-            f"{type(module).__name__} uses {', '.join(odd)}, which tiered attention does not have; use the full cache"
-        )
-    return key.attend(query, attention_mask, scaling), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it left padding is ignored without a word
-
-
-def enable(model: PreTrainedModel) -> str:
-    """Switch a model to tiered attention; returns the name of what it used before, for `disable`."""
-    check_supported(model.config)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    if model.config._attn_implementation != ATTENTION:
-        raise UsageError(
-            f"{type(model).__name__} cannot change its attention function; "
-            "use a family that can (Llama, Qwen, Mistral, OPT)"
-        )
-    return before
-
-
-def disable(model: PreTrainedModel, before: str = "sdpa") -> None:
-    """Switch a model back."""
-    model.set_attn_implementation(before)
-
-
-def check_supported(config: PretrainedConfig) -> list[int]:
-    """Indices of the layers that can be tiered; UsageError for a family that the seam does not fit."""
-    if config.is_encoder_decoder or getattr(config, "is_decoder", True) is False:
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
-        raise UsageError(f"{config.model_type} is {kind} model; tiered KV needs a decoder-only one, such as Llama")
-    tiered = [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
-    if not tiered:
-        raise UsageError(
-            f"every layer of this {config.model_type} model attends to a sliding window only, so its KV stays small "
-            "and there is nothing to tier; use its own cache, or a model with full attention"
-        )
-    return tiered
-
-
-def plan(
-    config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch.dtype, chunk: int | None = None
-) -> int:
-    """KV bytes of `tokens` tokens of one sequence, after proof from the config alone that they can be placed.
-
-    Raises UsageError for an unsupported family, a budget that is too small, a drive that is too full, or a run that
-    needs more host memory, prefilled `chunk` tokens at once, than there is.
-    """
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    run = Run(settings, len(check_supported(config)))
-    run.geometry = Geometry(1, heads, dim, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    run.check(tokens)
-    check_device(settings)
-    if settings.profile is not None:
-        Speeds.load(settings.profile)
-    if settings.drive_kind == "xrt":
-        check_card(settings.xclbin)
-    need = run.layers * tokens * run.geometry.record_bytes
-    if settings.drive is not None and (free := shutil.disk_usage(settings.drive).free) < need:
-        raise UsageError(
-            f"{need:,} bytes of KV do not fit in {settings.drive}, which has {free:,} free; name another folder"
-        )
-    shape = shape_of(text, dtype.itemsize)
-    tied = shape.head_weights * shape.width if getattr(text, "tie_word_embeddings", False) else 0
-    refuse(needs(run, shape, tokens, chunk, shape.weight_bytes - tied), FIX)
-    return need
-
-
-@dataclass
-class Watcher:
-    """Shows policies a pass of several tokens; `seconds` counts what each takes for it."""
-
-    policies: list[Policy]
-    seconds: dict[type[Policy], float]
-
-    def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
-        valid = None if mask is None else attendable(mask)[:, 0, -1].expand(len(queries), -1)
-        for policy in self.policies:
-            start = time.perf_counter()
-            policy.observe(queries, keys, valid, scaling)
-            self.seconds[type(policy)] += time.perf_counter() - start
-
-
-class Prefilled(DynamicCache):
-    """An ordinary cache for `TieredCache.fill` to copy from, in host memory after `rest`.
-
-    Policies that look at the prefill are shown this one, one of each kind in each layer; `fill` copies what they
-    learned.
-    """
-
-    def __init__(self, config: PretrainedConfig, policies: Iterable[type[Policy]] = ()):
-        super().__init__(config=config)
-        self.seconds = dict.fromkeys(policies, 0.0)  # that looking took, by kind
-        self.learned = {index: [kind() for kind in self.seconds] for index in check_supported(config)}
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        policies, first = self.learned.get(layer_idx, ()), self.get_seq_length(layer_idx) == 0
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        for policy in policies:
-            if first:
-                policy.start(*key_states.shape[:2], key_states.shape[3], None)
-            policy.append(key_states)
-        if policies:
-            keys = keys.view(keys.shape)  # the watcher is for this pass, and the layer keeps its tensor
-            keys.watcher = Watcher(policies, self.seconds)
-        return keys, values
-
-    def rest(self) -> "Prefilled":
-        """Move what will be copied to host memory. Layers that stay ordinary are copied as they are."""
-        for layer in (self.layers[index] for index in self.learned):
-            layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
-        return self
 
 
 class TieredLayer(CacheLayerMixin):

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hillinfer import files
+from hillinfer.errors import UsageError
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-class UsageError(ValueError):
-    """A setting, model or path that cannot work. The message is one line and names the fix."""
 
 
 def parse_bytes(text: str | int | None) -> int | None:

@@ -7,22 +7,21 @@ import numpy as np
 import torch
 
 from hillinfer import attention
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.pipeline.lookahead import Guess
-from hillinfer.pipeline.observe import attention_weights
-from hillinfer.pipeline.run import Run
-from hillinfer.pipeline.timeline import Hits
-from hillinfer.tiers.abstracts import Pages
-from hillinfer.tiers.attending_store import AttendingStore
+from hillinfer.run import Run
+from hillinfer.systems.hillinfer.attending import AttendingStore
+from hillinfer.systems.hillinfer.scoring import ScoringStore
+from hillinfer.systems.leoam.packed import PackedStore
+from hillinfer.systems.leoam.pages import Pages
+from hillinfer.systems.lossless.store import TensorStore
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.packed import PackedStore
-from hillinfer.tiers.scoring_store import ScoringStore
 from hillinfer.tiers.store import DriveStore, Found, HostStore
 from hillinfer.tiers.stream import Stream
-from hillinfer.tiers.tensor_store import TensorStore
 from hillinfer.tiers.window import Window
+from hillinfer.timeline import Hits
 
 NEVER = np.iinfo(np.int32).min + 1  # the score of padding: below every real one
 
@@ -146,7 +145,7 @@ class Layer:
         if mask is None:
             visible = torch.ones((1, 1, rows, n), dtype=torch.bool, device=query.device).tril_(n - rows)
         else:
-            visible = attendable(mask)
+            visible = attention.attendable(mask)
         return attention.over_parts(query, self.records(), visible, scaling).transpose(1, 2)
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
@@ -281,7 +280,7 @@ class Layer:
         """Which cached tokens may be attended to, (B, n) bool, or None for all."""
         if mask is None:
             return None
-        return attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)
+        return attention.attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)
 
     def _select_rows(
         self, query: torch.Tensor, valid, scaling: float, kind: str = "select", share: float = 1.0
@@ -315,7 +314,7 @@ class Layer:
         def weights() -> np.ndarray:
             kv, found = self.store.all()
             self._record(found.work)
-            return attention_weights(query, kv[row, :, 0], scaling, valid, np.arange(n))
+            return attention.attention_weights(query, kv[row, :, 0], scaling, valid, np.arange(n))
 
         budget = min(n, max(int(share * settings.budget(n)), settings.sinks + settings.recent))
         sizes = n, budget, settings.sinks, settings.recent, self.index, run.step
@@ -401,11 +400,6 @@ class Layer:
             )
         queries, counts = found.device + found.host + found.drive, found.counts()
         run.counters.rows.append(Hits(run.step, self.index, self.n, queries, attended, *counts, swapped))
-
-
-def attendable(mask: torch.Tensor) -> torch.Tensor:
-    """A mask as bool, whether it came so or as numbers to be added to logits."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _is_selection(picked: np.ndarray, step: Step) -> bool:

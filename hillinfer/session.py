@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hillinfer import session_file as saved
 from hillinfer.cache import TieredCache, TieredLayer, chunk_ends
-from hillinfer.config import UsageError
-from hillinfer.systems import find_system, make_cache
-from hillinfer.tiers import saved
-from hillinfer.tiers.saved import Saved, SavedError
+from hillinfer.errors import UsageError
+from hillinfer.session_file import Saved, SavedError
+from hillinfer.systems.registry import find_system, make_cache
 
 SAMPLE = 16  # values of each parameter that tell one model from another
 

@@ -25,9 +25,9 @@ seed = 2  # makes the document and the question
 # %%
 from transformers import logging
 
-from hillinfer.demo import load_embedded
-from hillinfer.pipeline.observe import AttentionRecord
+from hillinfer.commands.demo import load_embedded
 from hillinfer.workbench import Case, LiveRun
+from hillinfer.workbench.observe import AttentionRecord
 
 logging.disable_progress_bar()
 model, tokenizer = load_embedded()

@@ -26,7 +26,7 @@ import pandas as pd
 from transformers import logging
 
 import hillinfer
-from hillinfer.demo import compare, demo_records, floor, load_embedded, machine
+from hillinfer.commands.demo import compare, demo_records, floor, load_embedded, machine
 
 logging.disable_progress_bar()
 model, tokenizer = load_embedded()

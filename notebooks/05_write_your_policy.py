@@ -59,7 +59,7 @@ hillinfer.POLICIES["blocks"] = Blocks
 import pandas as pd
 from transformers import logging
 
-from hillinfer.demo import compare, demo_records, load_embedded
+from hillinfer.commands.demo import compare, demo_records, load_embedded
 
 logging.disable_progress_bar()
 model, tokenizer = load_embedded()
@@ -73,7 +73,7 @@ table = pd.DataFrame(rows).set_index("system")
 table.style.format({"right": "{:.0%}", "attended": "{:,.0f}", "ms per token": "{:.1f}"})
 
 # %%
-from hillinfer.demo import floor
+from hillinfer.commands.demo import floor
 from hillinfer.workbench.figures import systems_figure
 
 title = f"{len(records)} questions of 1K tokens, alpha {alpha}"
@@ -85,8 +85,8 @@ systems_figure([r.system for r in results], [r.accuracy for r in results], floor
 # Where it looks, next to what exact attention wants.
 
 # %%
-from hillinfer.pipeline.observe import AttentionRecord
 from hillinfer.workbench import Case, LiveRun, show_record
+from hillinfer.workbench.observe import AttentionRecord
 
 record = AttentionRecord(exact=True)
 run = LiveRun(model, tokenizer, Case.task(tokenizer, "lines", 1024, 2), "blocks", dict(alpha=alpha), record)

@@ -18,7 +18,7 @@
 
 # %% tags=["parameters"]
 profiles = ["rtx4090-smartssd", "rtx4090-gen4-nvme", "rtx5060ti-16gb-gen5", "laptop-igpu", "h200"]
-shape = "llama-3.1-8b"  # hillinfer.pipeline.shapes.SHAPES has the others
+shape = "llama-3.1-8b"  # hillinfer.systems.shapes.SHAPES has the others
 contexts = "4k..128k"  # doubles from the first to the last
 systems = ["full", "flexgen", "dualblade", "infinigen", "leoam", "hillinfer"]
 alpha = 0.2
@@ -30,7 +30,7 @@ drive = "/tmp"  # a folder on the drive, for the recorded run
 # %%
 import pandas as pd
 
-from hillinfer.pipeline.devices import find_profile
+from hillinfer.whatif.devices import find_profile
 
 known = {name: find_profile(name) for name in profiles}
 pd.DataFrame([{"profile": name, "box": own.about, **own.sources()} for name, own in known.items()]).set_index("profile")
@@ -44,7 +44,7 @@ pd.DataFrame([{"profile": name, "box": own.about, **own.sources()} for name, own
 # %%
 from transformers import logging
 
-from hillinfer.demo import load_embedded, machine
+from hillinfer.commands.demo import load_embedded, machine
 from hillinfer.workbench import Case, LiveRun, show_timeline
 
 logging.disable_progress_bar()
@@ -57,8 +57,8 @@ print(f"measured on {machine()}: {run.figures['ms_per_token']:.1f} ms per token"
 # ## The same run elsewhere
 
 # %%
-from hillinfer.pipeline import replay
-from hillinfer.pipeline.shapes import find_shape
+from hillinfer.systems.shapes import find_shape
+from hillinfer.whatif import replay
 
 sizes = {
     "embedded model, as recorded": None,
@@ -83,11 +83,11 @@ show_timeline(modelled[profiles[0], f"{shape}, 32K"])
 # %% [markdown]
 # ## Every system, from short to long
 #
-# Here no run is replayed: each system's bytes and operations are stated by a rule (`hillinfer/pipeline/work.py`).
+# Here no run is replayed: each system's bytes and operations are stated by a rule (`hillinfer/whatif/work.py`).
 # A line that ends has outgrown the machine. With a browser, the menu changes the machine.
 
 # %%
-from hillinfer.pipeline import sweep
+from hillinfer.whatif import sweep
 from hillinfer.workbench.replays import sweep_figure
 
 cells = sweep.cells(profiles, [shape], systems, sweep.parse_sizes(contexts), alphas=[alpha])
@@ -102,7 +102,7 @@ sweep_figure(frame, title=f"A decode step of {shape}, modelled")
 # %%
 import plotly.graph_objects as go
 
-from hillinfer.pipeline.devices import Rate
+from hillinfer.whatif.devices import Rate
 from hillinfer.workbench.figures import LAYOUT
 from hillinfer.workbench.palette import COLOURS
 
@@ -129,4 +129,4 @@ figure.update_xaxes(title="change of a step's time, modelled", tickformat="+.0%"
 # among the profiles. Record a run of your own model with `hillinfer run --model M --prompt-file long.txt --drive
 # FOLDER --trace trace.json`, or save one with the dashboard's *Perfetto* button, and load it with
 # `sweep.load_run(path)`. A machine that you think of buying is a copy of one of the files in
-# `hillinfer/pipeline/profiles/`.
+# `hillinfer/whatif/profiles/`.

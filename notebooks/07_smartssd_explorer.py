@@ -53,9 +53,9 @@ pareto_figure(memory, clock)
 # %%
 import plotly.graph_objects as go
 
-from hillinfer.evaluator.cec import MEMORIES, choose
-from hillinfer.pipeline.devices import find_profile
-from hillinfer.pipeline.shapes import find_shape
+from hillinfer.systems.hillinfer.cec import MEMORIES, choose
+from hillinfer.systems.shapes import find_shape
+from hillinfer.whatif.devices import find_profile
 from hillinfer.workbench.figures import LAYOUT
 from hillinfer.workbench.palette import COLOURS
 
@@ -83,7 +83,7 @@ figure.update_yaxes(type="log", title="ms per step (modelled)")
 # the card's flash, so the card wins only where its codes lie in its DRAM. The shortest of each row is marked.
 
 # %%
-from hillinfer.pipeline import claims
+from benchmarks import papers as claims
 
 truth = claims.awkward_truth(hosts=(4 * 2**30,)).set_index(["model", "context", "batch"])
 ways = ["card, keys on NAND", "card, codes on NAND", "card, codes in DRAM", "Gen4, keys to host", "Gen4, codes to host"]
@@ -117,7 +117,7 @@ figure.update_yaxes(title="ms (modelled)", rangemode="tozero")
 import pandas as pd
 from transformers import logging
 
-from hillinfer.demo import load_embedded, machine
+from hillinfer.commands.demo import load_embedded, machine
 from hillinfer.workbench import Case, LiveRun, show_timeline
 
 logging.disable_progress_bar()

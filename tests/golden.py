@@ -1,8 +1,8 @@
 """The golden record: tokens, hits, bytes and memory of every system on every tier, two settings each.
 
-`python -m tests.golden` compares this tree with tests/golden.json; `--write` replaces the file. Integer results depend on
-nothing but the code, and tokens of the wide random model on no rounding; the record names the instruction set all the
-same, as sums in floating point may differ between two.
+`python -m tests.golden` compares this tree with tests/golden.json; `--write` replaces the file. Integer results depend
+on nothing but the code, and the tokens of a model with such wide weights on no rounding; the record still names its
+instruction set, since floating-point sums may differ between two.
 """
 
 import argparse
@@ -30,8 +30,8 @@ SETTINGS = {
 }
 OWN = {  # what is chosen by the clock is fixed here
     "leoam": {"one": {"compress": 0.0}, "padded": {"compress": 0.5}},
-    "dualblade": dict.fromkeys(SETTINGS, {"host_budget": 130_000, "pipelining": "intra"}),
-    "flexgen": dict.fromkeys(SETTINGS, {"pipelining": "cross"}),
+    "dualblade": {how: {"host_budget": 130_000, "pipelining": "intra"} for how in SETTINGS},
+    "flexgen": {how: {"pipelining": "cross"} for how in SETTINGS},
 }
 TIMED = ("wait",)  # spans without work: how many there are is the clock's choice
 

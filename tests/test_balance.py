@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hillinfer
-from hillinfer.pipeline.balance import Chosen, Speeds
+from hillinfer.systems.hillinfer.balance import Chosen, Speeds
 
 positive = st.floats(1e6, 1e12)
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hillinfer import list_systems
-from hillinfer.cli import app
+from hillinfer.commands.app import app
 
 
 def bench(*words):

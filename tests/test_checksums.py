@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from hillinfer import native
+from hillinfer.errors import DriveError
 from hillinfer.tiers import checksums
 from hillinfer.tiers.checksums import BLOCK, Checksums
-from hillinfer.tiers.drive import DirectDrive, DriveError
+from hillinfer.tiers.drive import DirectDrive
 from tests.test_drive import ENGINES, geometry, random_records, same
 
 

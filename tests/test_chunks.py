@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hillinfer
-from hillinfer.evaluator.chunks import LEAF, LEAVES, NODES, PAGE, SIZE, START, ChunkTree, _overlapping, bounds
+from hillinfer.evaluator.boxes import bounds
 from hillinfer.evaluator.topk import merge_heads
-from hillinfer.tiers.abstracts import Pages
+from hillinfer.systems.leoam.pages import Pages
+from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES, PAGE, SIZE, START, ChunkTree, _overlapping
 from hillinfer.tiers.record_file import RecordFile
 
 HEADS, DIM = 2, 8

@@ -13,8 +13,8 @@ from transformers import BertConfig, MistralConfig, T5Config
 from typer.testing import CliRunner
 
 from hillinfer.assets import data_folder
-from hillinfer.cli import app
-from hillinfer.config import UsageError
+from hillinfer.commands.app import app
+from hillinfer.errors import UsageError
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_profile_measures_and_writes(drive, tmp_path):
     out = tmp_path / "new" / "profile.toml"
     result = hillinfer("profile", "--drive", drive, "--out", out, "--no-device")
     assert result.exit_code == 0 and "a step is shortest" in result.stdout
-    from hillinfer.pipeline.balance import Speeds
+    from hillinfer.systems.hillinfer.balance import Speeds
 
     assert Speeds.load(out).beta(0.1, 1024, 4096) > 0
     check(hillinfer("profile", "--drive", tmp_path / "nowhere"), "does not exist")
@@ -188,7 +188,7 @@ def test_prompts_that_cannot_be_used(prompt_file, tmp_path):
 
 
 def test_bad_options_are_refused_without_torch(prompt_file, tmp_path):
-    code = "import sys; sys.argv = sys.argv[1:]\nfrom hillinfer.cli import main\n"
+    code = "import sys; sys.argv = sys.argv[1:]\nfrom hillinfer.commands.app import main\n"
     code += "try: main()\nfinally: print('torch' in sys.modules)"
     words = ["hillinfer", "demo", "--alpha", "7", "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)

@@ -15,10 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hillinfer.errors import DriveError
 from hillinfer.evaluator.codes import KeyCodes, group_scores_reference
-from hillinfer.tiers.block_file import DriveError
-from hillinfer.tiers.computational import Rates, Shape
-from hillinfer.tiers.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.drive import Rates, Shape
+from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape(streams=4, batch=2, record_bytes=768, kv_heads=2, head_dim=16)
@@ -325,7 +325,7 @@ def test_the_drive_ignores_ctrl_c_and_has_no_torch(open_drive):
     drive.report()
     assert os.getpgid(drive.pid) != os.getpgid(0)
     assert "torch" not in Path(f"/proc/{drive.pid}/maps").read_text()
-    check = "import sys, hillinfer.tiers.emulated; sys.exit('torch' in sys.modules)"
+    check = "import sys, hillinfer.systems.hillinfer.emulated; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 
@@ -333,8 +333,8 @@ HOST = """
 import sys, time, numpy as np
 from pathlib import Path
 sys.path.insert(0, "tests")
-from hillinfer.tiers.computational import Rates, Shape
-from hillinfer.tiers.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.drive import Rates, Shape
+from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
 slow = Rates(nand_read=1e6, nand_write=1e9, dram_read=100, link=1e9)
 drive = EmulatedDrive(Path(sys.argv[1]), Shape(1, 1, 256, 2, 16), Emulation(rates=slow, paced=sys.argv[2] == "paced"))
 drive.write(0, 0, np.zeros((100, 256), np.uint8), np.zeros((2, 100, 16), np.int8))

@@ -3,7 +3,7 @@
 import pytest
 
 from hillinfer import UsageError
-from hillinfer.pipeline.devices import THIS, Cost, Profile, Rate, find_profile, list_profiles
+from hillinfer.whatif.devices import THIS, Cost, Profile, Rate, find_profile, list_profiles
 
 SHIPPED = ["h200", "laptop-igpu", "rtx4090-gen4-nvme", "rtx4090-smartssd", "rtx5060ti-16gb-gen5"]
 
@@ -28,7 +28,7 @@ def test_a_shipped_profile(name, tmp_path):
 
 
 def test_this_drive_is_measured_by_size(tmp_path, monkeypatch):
-    from hillinfer import calibrate
+    from hillinfer.whatif import calibrate
 
     monkeypatch.setattr(calibrate, "BLOCKS", (4096, 1 << 16, 1 << 22))
     found = calibrate._drive(tmp_path, "measured: here")

@@ -3,8 +3,9 @@
 import pytest
 from typer.testing import CliRunner
 
-from hillinfer import doctor, native
-from hillinfer.cli import app
+from hillinfer import native
+from hillinfer.commands import doctor
+from hillinfer.commands.app import app
 from hillinfer.native import ring
 
 

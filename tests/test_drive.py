@@ -13,9 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hillinfer.errors import DriveError
 from hillinfer.native import ring
 from hillinfer.tiers import drive as module
-from hillinfer.tiers.drive import DirectDrive, DriveError
+from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.geometry import BLOCK, Geometry
 from hillinfer.tiers.stream import Stream, Writer
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hillinfer.pipeline.engine import Task, play, schedule, step_seconds
+from hillinfer.whatif.engine import Task, play, schedule, step_seconds
 
 
 def task(lane: str, seconds: float, *after: int, kind: str = "work") -> Task:

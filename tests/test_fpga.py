@@ -109,7 +109,7 @@ def refused(config: Config) -> None:
 def test_the_committed_table_is_of_this_kernel(tmp_path):
     """Cached results are those of the source as it is, and hold what the package draws from them."""
     from fpga.explore import EXPLORED, show, source
-    from hillinfer.evaluator import cec
+    from hillinfer.systems.hillinfer import cec
     from hillinfer.workbench.cec import cec_frame, pareto_figure
 
     assert cec.tools()["kernel source"] == source(), "the kernel changed: make -C fpga table"
@@ -128,8 +128,8 @@ def test_the_committed_table_is_of_this_kernel(tmp_path):
 def test_the_emulated_drive_models_the_tables_kernel(tmp_path):
     """Scoring one token takes the kernel's time for a call, and the run names the parameter set."""
     from hillinfer.config import Settings
-    from hillinfer.evaluator import cec
-    from hillinfer.pipeline.run import Run
+    from hillinfer.run import Run
+    from hillinfer.systems.hillinfer import cec
     from hillinfer.tiers.geometry import Geometry
 
     run = Run(Settings(drive=tmp_path, drive_kind="emulated", precision="int4"), 1)

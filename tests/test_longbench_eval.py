@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hillinfer import list_systems
-from hillinfer.cli import app
+from hillinfer.commands.app import app
 from hillinfer.longbench import reference, report, sweep
 from hillinfer.longbench.models import model_path
 from hillinfer.longbench.results import Results, read, read_manifest

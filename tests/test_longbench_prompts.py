@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hillinfer.assets import data_folder
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.longbench import sources
 from hillinfer.longbench.prompts import build, official_max_length
 from hillinfer.longbench.sources import load, load_all

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import hillinfer
-from hillinfer.cache import probe_query
-from hillinfer.config import Settings, UsageError
+from hillinfer.config import Settings
+from hillinfer.errors import UsageError
 from hillinfer.pipeline.lookahead import AHEAD, TRIAL_STEPS, Trial
+from hillinfer.seam import probe_query
 from hillinfer.tiers import drive as drive_module
 from tests.conftest import FAMILIES
 

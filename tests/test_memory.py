@@ -10,15 +10,15 @@ import torch
 
 import hillinfer
 from benchmarks.memory_cgroup import CgroupError, MemoryCgroup
-from hillinfer.pipeline import needs
-from hillinfer.pipeline.run import Run
+from hillinfer.pipeline import memory as needs
+from hillinfer.pipeline.memory import Memory
+from hillinfer.run import Run
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.planner import Memory
 
 MIB = 1 << 20
 CODE = "import sys; from benchmarks.memory_cgroup import MemoryCgroup; from pathlib import Path\n"
 CODE += "Path(sys.argv.pop(1), 'cgroup.procs').write_text(str(__import__('os').getpid()))\n"
-CODE += "from hillinfer.cli import main; main()"
+CODE += "from hillinfer.commands.app import main; main()"
 
 
 def test_a_refusal_shows_the_sum(monkeypatch):

@@ -8,15 +8,16 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import papers as claims
 from hillinfer import UsageError
-from hillinfer.cli import app
-from hillinfer.pipeline import claims, costs, sweep
-from hillinfer.pipeline.case import Case, DoesNotFit
-from hillinfer.pipeline.devices import Profile, Rate, find_profile
-from hillinfer.pipeline.engine import schedule
-from hillinfer.pipeline.modelled import model, seconds, timeline
-from hillinfer.pipeline.shapes import SHAPES
-from hillinfer.pipeline.work import RULES
+from hillinfer.commands.app import app
+from hillinfer.systems.shapes import SHAPES
+from hillinfer.whatif import costs, sweep
+from hillinfer.whatif.case import Case, DoesNotFit
+from hillinfer.whatif.devices import Profile, Rate, find_profile
+from hillinfer.whatif.engine import schedule
+from hillinfer.whatif.modelled import model, seconds, timeline
+from hillinfer.whatif.work import RULES
 
 SMART = find_profile("rtx4090-smartssd")
 SHAPE = SHAPES["llama-3.1-8b"]

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hillinfer import native
-from hillinfer.evaluator.chunks import bounds
+from hillinfer.evaluator.boxes import bounds
 from hillinfer.evaluator.codes import TOP, KeyCodes, group_scores_reference, pack
 from hillinfer.evaluator.topk import merge_heads_reference, topk_reference
 from hillinfer.native import build as builder

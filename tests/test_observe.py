@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hillinfer import make_cache
-from hillinfer.cache import disable
-from hillinfer.pipeline import observe
-from hillinfer.pipeline.observe import SHARE, AttentionRecord, attention_weights, block_size
+from hillinfer.seam import disable
+from hillinfer.workbench import observe
+from hillinfer.workbench.observe import SHARE, AttentionRecord, attention_weights, block_size
 
 SYSTEMS = {"full": {}, "topk": {"alpha": 0.3}, "hillinfer": {"alpha": 0.3, "drive": "folder"}}
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hillinfer
-from hillinfer.pipeline.compression import Compression
+from hillinfer.systems.leoam.compression import Compression
+from hillinfer.systems.leoam.packed import GROUP, pack, packed_geometry, unpack
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.packed import GROUP, pack, packed_geometry, unpack
 
 NEW = dict(max_new_tokens=20, do_sample=False, num_beams=1)
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hillinfer.tiers.planner import DIRECT, NEAR, Memory, Plan, read_memory
+from hillinfer.pipeline.memory import Memory, read_memory
+from hillinfer.systems.lossless.plan import DIRECT, NEAR, Plan
 
 MIB = 1 << 20
 

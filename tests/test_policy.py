@@ -54,7 +54,7 @@ def test_a_new_policy_is_a_system_at_once(every_second, models, prompt, tmp_path
 def test_a_new_policy_is_in_the_command_line(every_second, tmp_path):
     text = tmp_path / "prompt.txt"
     text.write_text("line a-b: REGISTER_CONTENT is <12345>\n" * 20)
-    from hillinfer.cli import app
+    from hillinfer.commands.app import app
 
     words = ["run", "--model", "embedded", "--prompt-file", text, "--system", "every-second", "--max-new-tokens", 3]
     result = CliRunner().invoke(app, [str(word) for word in words])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import hillinfer
-from hillinfer.config import Settings, UsageError
+from hillinfer.config import Settings
+from hillinfer.errors import UsageError
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import ONE, LastUse, LatestOnly, LayerHits, SharedHits
 from hillinfer.tiers.pool import ABSENT, DEMOTED, HotPool

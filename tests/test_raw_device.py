@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 import hillinfer
-from hillinfer.cli import app
-from hillinfer.tiers import nvme
-from hillinfer.tiers.block_file import BLOCK, DriveError, aligned
-from hillinfer.tiers.nvme import CMD_IO, COMMAND, Command, check_namespace, command
-from hillinfer.tiers.raw_device import (
+from hillinfer.commands.app import app
+from hillinfer.errors import DriveError
+from hillinfer.systems.hardware import nvme
+from hillinfer.systems.hardware.nvme import CMD_IO, COMMAND, Command, check_namespace, command
+from hillinfer.systems.hardware.raw_device import (
     STAMP,
     BlockDevice,
     DeviceRefused,
@@ -24,7 +24,8 @@ from hillinfer.tiers.raw_device import (
     open_device,
     stamp,
 )
-from hillinfer.tiers.uring import SQE, Ring
+from hillinfer.systems.hardware.uring import SQE, Ring
+from hillinfer.tiers.block_file import BLOCK, aligned
 
 MIB = 1 << 20
 READ, WRITE = 22, 23  # opcodes of io_uring
@@ -211,7 +212,7 @@ def test_writes_stay_within_the_data_and_read_back(ours):
 
 @pytest.mark.parametrize("system", ["flexgen", "dualblade"])
 def test_same_tokens_from_a_raw_device(models, prompt, tmp_path, ours, system, monkeypatch):
-    monkeypatch.setattr("hillinfer.tiers.tensors.HELD", BLOCK)
+    monkeypatch.setattr("hillinfer.systems.lossless.tensors.HELD", BLOCK)
     model, words = models("llama"), dict(max_new_tokens=24, do_sample=False)
     want = model.generate(prompt, **words)
     with hillinfer.make_cache(model, system, drive=tmp_path, device=ours, host_budget=30_000) as cache:

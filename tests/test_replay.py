@@ -7,11 +7,11 @@ from itertools import pairwise
 import pytest
 
 import hillinfer
-from hillinfer.pipeline import replay as R
-from hillinfer.pipeline.devices import Cost, Profile, Rate, find_profile
-from hillinfer.pipeline.recording import decode_steps, describe, own_seconds, recorded
-from hillinfer.pipeline.shapes import SHAPES, ModelShape, find_shape, shape_of
-from hillinfer.pipeline.timeline import Span, Timeline
+from hillinfer.systems.shapes import SHAPES, ModelShape, find_shape, shape_of
+from hillinfer.timeline import Span, Timeline
+from hillinfer.whatif import replay as R
+from hillinfer.whatif.devices import Cost, Profile, Rate, find_profile
+from hillinfer.whatif.recording import decode_steps, describe, own_seconds, recorded
 from hillinfer.workbench.figures import timeline_figure
 
 MS = 1_000_000
@@ -219,7 +219,7 @@ def test_what_was_measured_is_not_looked_at(runs):
 def test_what_is_predicted_was_not_calibrated_on():
     """Neither the shape, nor a context; and sizes lie between those calibrated at, so that nothing is extrapolated."""
     from benchmarks.self_replay import MEASURED
-    from hillinfer.calibrate import CONTEXTS, random_models
+    from hillinfer.whatif.calibrate import CONTEXTS, random_models
 
     small, large = (shape_of(model.config, 4) for model in random_models())
     own = SHAPES["embedded"]
@@ -310,7 +310,7 @@ def test_a_trace_that_says_nothing_is_refused(tmp_path):
 
 def test_costs_are_taken_from_what_was_measured():
     """Two steps by hand: each kind's own time, without what is within it; and the main thread's gaps as `other`."""
-    from hillinfer.calibrate import costs, rising, samples
+    from hillinfer.whatif.calibrate import costs, rising, samples
 
     assert rising([1, 4, 1, 8]) == pytest.approx((1, 2, 2, 8)) and rising([4, 2, 1]) == pytest.approx((2, 2, 2))
     line = by_hand(*plain_step(), *plain_step(1, 40), *plain_step(2, 80))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hillinfer import Settings, disable, enable, make_cache
-from hillinfer.demo import demo_records, load_embedded
+from hillinfer.commands.demo import demo_records, load_embedded
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask, ask_each, feed, is_right, own_prompt
 from hillinfer.longbench.synthetic import prompt_of

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from hillinfer import UsageError, files
-from hillinfer.pipeline.balance import Speeds
-from hillinfer.pipeline.devices import find_profile
-from hillinfer.pipeline.timeline import Timeline
-from hillinfer.tiers import wire
+from hillinfer.systems.hillinfer import wire
+from hillinfer.systems.hillinfer.balance import Speeds
 from hillinfer.tiers.record_file import RecordFile
+from hillinfer.timeline import Timeline
+from hillinfer.whatif.devices import find_profile
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -61,7 +61,7 @@ def test_the_search_finds_what_it_looks_for(text):
 
 
 def test_a_models_own_code_never_runs(tmp_path):
-    from hillinfer.continuation import Job, run
+    from hillinfer.commands.run import Job, run
 
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

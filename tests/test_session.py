@@ -11,7 +11,7 @@ import torch
 import hillinfer
 from hillinfer import UsageError, open_session, save_session
 from hillinfer.longbench.runner import feed
-from hillinfer.tiers.saved import PART, Saved
+from hillinfer.session_file import PART, Saved
 
 ALL = hillinfer.list_systems()
 SYSTEMS = [name for name, found in ALL.items() if found.policy.late]
@@ -120,7 +120,7 @@ def test_another_tokenizer_is_refused(model, prompt, tmp_path):
 
 
 def test_a_file_that_is_cut_short_while_it_is_open_is_an_error_and_no_signal(tmp_path):
-    from hillinfer.tiers.saved import SavedError, save
+    from hillinfer.session_file import SavedError, save
 
     records = torch.randn(2, 1, 300, 2, 1, 4)
     save(tmp_path / "x.kv", [[r] for r in records], tuple(records.shape), records.dtype, {})
@@ -213,7 +213,7 @@ def test_a_killed_save_leaves_the_old_session_and_is_cleared_away(model, prompt,
 
 
 def test_parts_are_checked_one_by_one(tmp_path):
-    from hillinfer.tiers.saved import save
+    from hillinfer.session_file import save
 
     records = torch.randn(2, 1, 2 * PART + 5, 2, 1, 4)
     save(tmp_path / "x.kv", [[r[:, :7], r[:, 7:]] for r in records], tuple(records.shape), records.dtype, {})

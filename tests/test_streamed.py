@@ -16,11 +16,11 @@ from transformers import DynamicCache
 
 import hillinfer
 from hillinfer.native import ring
+from hillinfer.systems.lossless.plan import DIRECT, NEAR
+from hillinfer.systems.lossless.store import TensorStore
+from hillinfer.systems.lossless.tensors import HostPath, Tensors
 from hillinfer.tiers.block_file import BlockFile
 from hillinfer.tiers.geometry import BLOCK, Geometry
-from hillinfer.tiers.planner import DIRECT, NEAR
-from hillinfer.tiers.tensor_store import TensorStore
-from hillinfer.tiers.tensors import HostPath, Tensors
 from tests.conftest import FAMILIES
 
 NEW = 40
@@ -40,7 +40,7 @@ WAYS = {
 @pytest.fixture(autouse=True)
 def write_early(monkeypatch):
     """Tiny models have little KV: write it block by block, so that what is read comes from the paths."""
-    monkeypatch.setattr("hillinfer.tiers.tensors.HELD", BLOCK)
+    monkeypatch.setattr("hillinfer.systems.lossless.tensors.HELD", BLOCK)
 
 
 @pytest.fixture(params=[name for name in FAMILIES if name != "mistral-sliding"])

@@ -17,7 +17,7 @@ def options_for(name: str, place: str, folder: Path, **options) -> dict:
     """Settings for that place; skips where the system says, with a clear error, that it has no use for it."""
     options |= {} if place == "memory" else dict(drive=folder, drive_kind=place)
     try:
-        hillinfer.systems.find_system(name, options)
+        hillinfer.systems.registry.find_system(name, options)
     except hillinfer.UsageError as error:
         pytest.skip(str(error))
     return options

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hillinfer
-from hillinfer.pipeline.timeline import LANES, Timeline
+from hillinfer.timeline import LANES, Timeline
 
 
 def overlapping() -> Timeline:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hillinfer.pipeline.timeline import Counters, Hits, Timeline
+from hillinfer.timeline import Counters, Hits, Timeline
 from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure, tradeoff_figure
 from hillinfer.workbench.report import write_report
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from hillinfer import UsageError
-from hillinfer.cache import enable
-from hillinfer.demo import load_embedded
+from hillinfer.commands.demo import load_embedded
 from hillinfer.longbench.runner import ask, feed
-from hillinfer.pipeline.observe import AttentionRecord
-from hillinfer.systems import make_cache
+from hillinfer.seam import enable
+from hillinfer.systems.registry import make_cache
 from hillinfer.workbench.differences import compared, differences, first_difference
 from hillinfer.workbench.live import Case, LiveRun
+from hillinfer.workbench.observe import AttentionRecord
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_exports(board_of, ended):
 
 
 def test_modelled_spans_are_marked(board_of):
-    from hillinfer.pipeline.timeline import Timeline
+    from hillinfer.timeline import Timeline
     from hillinfer.workbench.board import show_timeline
 
     timeline = Timeline()

@@ -6,7 +6,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hillinfer import demo
+from hillinfer.commands import demo
 from hillinfer.evaluator.codes import KeyCodes, unpack
 from hillinfer.longbench.synthetic import prompt_of
 

@@ -9,7 +9,7 @@ import string
 from collections import Counter
 from functools import cache
 
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.longbench.tasks import Task
 
 # ruff: noqa: RUF001

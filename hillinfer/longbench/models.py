@@ -4,7 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from hillinfer.assets import data_folder
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.longbench.results import fingerprint
 from hillinfer.longbench.sources import hub_answers
 
@@ -13,7 +13,7 @@ def describe(name: str, chat: bool | None) -> dict:
     """What the manifest says of a model, after proof from its configuration that it will do. UsageError if not."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from hillinfer.cache import check_supported
+    from hillinfer.seam import check_supported
 
     path = model_path(name)
     reach = {"local_files_only": Path(path).is_dir() or not hub_answers(), "trust_remote_code": False}
@@ -43,7 +43,7 @@ def load_model(path: str, dtype: str, threads: int, seed: int):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-    from hillinfer.cache import enable
+    from hillinfer.seam import enable
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.longbench.tasks import Task
 
 

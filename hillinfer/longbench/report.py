@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from hillinfer import files
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.longbench.reference import warnings_of
 from hillinfer.longbench.results import read, read_manifest
 from hillinfer.longbench.statistics import interval, paired

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from hillinfer import files
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 
 KEY = ("model", "task", "id", "system", "alpha")  # what a result is known by
 LIBRARIES = "hillinfer torch transformers tokenizers numpy datasets rapidfuzz rouge jieba joblib dask ray".split()

@@ -13,14 +13,15 @@ from itertools import pairwise
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hillinfer.cache import Prefilled, TieredCache, chunk_ends
+from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.config import Settings
 from hillinfer.evaluator.policy import Policy
 from hillinfer.longbench.metrics import exact
+from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.prompts import Prompt, build
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, PROMPTS
 from hillinfer.longbench.tasks import OWN, Task
-from hillinfer.pipeline.timeline import LANES
+from hillinfer.timeline import LANES
 
 
 @dataclass(frozen=True)

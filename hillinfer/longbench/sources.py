@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hillinfer.assets import data_folder
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.longbench.tasks import OWN, Task, find_tasks
 
 HUB = {"longbench": ("zai-org/LongBench", "data.zip"), "longbench-e": ("zai-org/LongBench", "data.zip")}

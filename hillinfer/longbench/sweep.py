@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.longbench.models import load_model
 from hillinfer.longbench.results import KEY
 from hillinfer.longbench.tasks import Task
@@ -69,7 +69,7 @@ class Job:
 def ways_of(systems: Iterable[str], alphas: Iterable[float], options: dict) -> list[Way]:
     """`full` first, as what the others are compared with. UsageError for what cannot run."""
     from hillinfer.evaluator.policies import Full
-    from hillinfer.systems import find_system
+    from hillinfer.systems.registry import find_system
 
     ways = {}
     for name in dict.fromkeys(("full", *systems)):
@@ -151,7 +151,7 @@ def run_job(job: Job) -> list[dict]:
 
     from hillinfer.longbench import runner
     from hillinfer.longbench.metrics import score
-    from hillinfer.systems import list_systems
+    from hillinfer.systems.registry import list_systems
 
     began = time.perf_counter()
 
@@ -217,7 +217,7 @@ def timed(function, *arguments):
 
 def cache_for(model, job: Job, way: Way):
     """The cache of one way; only systems that need a drive get one."""
-    from hillinfer.systems import list_systems, make_cache
+    from hillinfer.systems.registry import list_systems, make_cache
 
     options = dict(job.asking.options) | ({} if way.alpha is None else {"alpha": way.alpha})
     if list_systems()[way.system].needs_drive:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from hillinfer.assets import data_folder
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 from hillinfer.longbench import synthetic
 
 OWN = "own"  # the suite of the tasks that ship

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from hillinfer import files, native
+from hillinfer.errors import DriveError
 from hillinfer.native.ring import Rings
 from hillinfer.tiers.checksums import BLOCK, Checksums, memory_at
 
@@ -24,10 +25,6 @@ from hillinfer.tiers.checksums import BLOCK, Checksums, memory_at
 MAX_READ = 1 << 20  # bytes moved at once: what is longer goes in several pieces
 SCRATCH = ".hillinfer-"  # names of drive files, for the moment that they have one
 TIMEOUT = 60.0  # seconds without any answer after which a drive counts as stuck
-
-
-class DriveError(OSError):
-    """The drive failed in mid-run: full, gone, short, stuck or damaged. Says which layer and position."""
 
 
 def aligned(nbytes: int) -> np.ndarray:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hillinfer.tiers.block_file import MAX_READ, DriveError
+from hillinfer.errors import DriveError
+from hillinfer.tiers.block_file import MAX_READ
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.record_file import RecordFile
 

@@ -14,10 +14,10 @@ import anywidget
 import numpy as np
 import traitlets
 
-from hillinfer.config import UsageError
-from hillinfer.pipeline.observe import AttentionRecord, Seen
-from hillinfer.pipeline.timeline import LANES, Counters, Span, Timeline
+from hillinfer.errors import UsageError
+from hillinfer.timeline import LANES, Counters, Span, Timeline
 from hillinfer.workbench import palette
+from hillinfer.workbench.observe import AttentionRecord, Seen
 
 STATIC = Path(__file__).parent / "static"
 PARTS = ("head", "text", "sparsity", "hits", "timeline", "memory")

@@ -3,7 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from hillinfer.evaluator.cec import CLOCK, DEVICE, MEMORIES, configurations
+from hillinfer.systems.hillinfer.cec import CLOCK, DEVICE, MEMORIES, configurations
 from hillinfer.workbench.figures import LAYOUT
 from hillinfer.workbench.palette import COLOURS
 

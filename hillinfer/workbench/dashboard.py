@@ -11,15 +11,15 @@ from pathlib import Path
 import ipywidgets as w
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
-from hillinfer.config import UsageError
-from hillinfer.demo import load_embedded, machine
+from hillinfer.commands.demo import load_embedded, machine
+from hillinfer.errors import UsageError
 from hillinfer.longbench.synthetic import TASKS
-from hillinfer.pipeline.observe import AttentionRecord
-from hillinfer.systems import list_systems
+from hillinfer.systems.registry import list_systems
 from hillinfer.workbench.board import Board
 from hillinfer.workbench.differences import differences
 from hillinfer.workbench.interrupt import stop_at_interrupt, where_shown
 from hillinfer.workbench.live import Case, LiveRun
+from hillinfer.workbench.observe import AttentionRecord
 
 HZ = 2.25  # paints a second: no gap over half a second, and little taken from who generates
 LOOKS = {

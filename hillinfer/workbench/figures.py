@@ -4,9 +4,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hillinfer.pipeline.observe import AttentionRecord
-from hillinfer.pipeline.timeline import LANES, Counters, Timeline
+from hillinfer.timeline import LANES, Counters, Timeline
 from hillinfer.workbench import palette
+from hillinfer.workbench.observe import AttentionRecord
 
 KINDS = list(palette.FAMILY)  # `select` comes first, so that the scores within it are drawn over it
 LAYOUT = dict(template="plotly_white", margin=dict(l=60, r=20, t=50, b=50), height=360)

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hillinfer.assets import data_folder
-from hillinfer.config import UsageError
+from hillinfer.errors import UsageError
 
 FIRST = "00_first_run.ipynb"
 

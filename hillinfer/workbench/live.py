@@ -10,16 +10,18 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from hillinfer.cache import TieredCache, disable, enable, plan
-from hillinfer.config import UsageError
+from hillinfer.cache import TieredCache
+from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
-from hillinfer.pipeline.observe import AttentionRecord
-from hillinfer.pipeline.recording import describe
-from hillinfer.pipeline.shapes import shape_of
-from hillinfer.pipeline.timeline import Counters, Timeline
+from hillinfer.seam import disable, enable
 from hillinfer.session import check_session, open_session, save_session, session_ids
-from hillinfer.systems import find_system, make_cache
+from hillinfer.systems.planning import plan
+from hillinfer.systems.registry import find_system, make_cache
+from hillinfer.systems.shapes import shape_of
+from hillinfer.timeline import Counters, Timeline
+from hillinfer.whatif.recording import describe
+from hillinfer.workbench.observe import AttentionRecord
 
 CHUNK = 1024  # tokens that are prefilled between two looks at the stop event
 TAIL = 8  # tokens that are decoded together to find what the last one adds

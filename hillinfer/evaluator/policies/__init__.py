@@ -4,7 +4,6 @@ from hillinfer.evaluator.policies.full import Full
 from hillinfer.evaluator.policies.h2o import H2O
 from hillinfer.evaluator.policies.infinigen import InfiniGen
 from hillinfer.evaluator.policies.instattention import InstAttention
-from hillinfer.evaluator.policies.leoam import LeoAM
 from hillinfer.evaluator.policies.oracle import Oracle
 from hillinfer.evaluator.policies.quest import Quest
 from hillinfer.evaluator.policies.random import Random
@@ -12,6 +11,7 @@ from hillinfer.evaluator.policies.snapkv import SnapKV
 from hillinfer.evaluator.policies.streaming import Streaming
 from hillinfer.evaluator.policies.topk import TopK
 from hillinfer.evaluator.policy import Policy
+from hillinfer.systems.leoam.policy import LeoAM
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,

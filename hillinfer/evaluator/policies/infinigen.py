@@ -9,7 +9,7 @@ skewed queries and keys are largest, and the tokens those within `margin` of the
 import numpy as np
 import torch
 
-from hillinfer.evaluator.chunks import sortable
+from hillinfer.evaluator.boxes import sortable
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.growable import Growable

@@ -7,7 +7,7 @@ because a record holds them all, and every layer keeps to the budget.
 import numpy as np
 import torch
 
-from hillinfer.evaluator.chunks import EMPTY, bounds, sortable, widen
+from hillinfer.evaluator.boxes import EMPTY, bounds, sortable, widen
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.growable import Growable

@@ -1,0 +1,37 @@
+"""Min/max boxes over chunks of keys, and the bounds they give (Quest, LeoAM).
+
+A box holds the largest and the smallest value of each channel over a chunk's keys, per KV head. No key in it can score
+higher than `bounds` says.
+"""
+
+import numpy as np
+import torch
+
+EMPTY = torch.tensor([-1e30, 1e30])[:, None]  # the box of no keys; finite, as 0 * inf would be NaN
+
+
+def bounds(boxes: torch.Tensor, query: torch.Tensor, slack: float = 1.0) -> torch.Tensor:
+    """Upper bounds of q.k: boxes (m, Hkv, 2, D) as (max, min), query (Hkv, G, D) -> (Hkv, m, G).
+
+    With less slack, what lies that share of the way from the middle of the possible scores to the bound: an estimate.
+
+    max(q * max, q * min), summed over channels, is a dot product once the query is split by sign (Quest section 3).
+    """
+    above, below = query.clamp(min=0), query.clamp(max=0)
+    up, down = (1 + slack) / 2, (1 - slack) / 2
+    split = torch.cat((up * above + down * below, up * below + down * above), 2)  # (Hkv, G, 2D)
+    return torch.matmul(boxes.flatten(2).transpose(0, 1), split.transpose(1, 2))
+
+
+def widen(boxes: torch.Tensor, index: torch.Tensor, keys: torch.Tensor) -> None:
+    """Make boxes (m, Hkv, 2, D) hold keys (Hkv, n, D) too, each key in box index (n,)."""
+    tokens = keys.transpose(0, 1)
+    index = index[:, None, None].expand_as(tokens)
+    boxes[:, :, 0] = boxes[:, :, 0].scatter_reduce(0, index, tokens, "amax")
+    boxes[:, :, 1] = boxes[:, :, 1].scatter_reduce(0, index, tokens, "amin")
+
+
+def sortable(values: torch.Tensor | np.ndarray) -> np.ndarray:
+    """float32 as int32 in the same order."""
+    bits = np.ascontiguousarray(values).view(np.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -1,0 +1,1 @@
+"""The named systems: the registry, and a folder for each paper."""

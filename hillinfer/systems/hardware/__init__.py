@@ -1,0 +1,1 @@
+"""Real devices: a SmartSSD through XRT, raw block devices, NVMe passthrough."""

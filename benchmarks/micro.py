@@ -73,7 +73,7 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     out, taken = torch.empty_like(own), torch.from_numpy(chosen)
     keys, codes = torch.randn(1, HEADS, 512, DIM), torch.empty((1, HEADS, 512, DIM), dtype=torch.int8)
     scale = torch.zeros(1, HEADS, 1, DIM)
-    how, everything = ("bfloat16", HEADS, 0.1, out), (records.data_ptr(), RECORD, TOKENS)
+    how, everything = ("bfloat16", HEADS, 0.1, out, torch.empty(1, HEADS * GROUP)), (records.data_ptr(), RECORD, TOKENS)
 
     def by_torch() -> None:
         kv = records.index_select(0, taken)

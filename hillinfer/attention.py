@@ -21,14 +21,16 @@ def is_native(query: torch.Tensor) -> bool:
 
 def over_records(
     query: torch.Tensor, rows: list[np.ndarray | tuple], kv_heads: int, scaling: float, side: int | None = None
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """query (B, H, 1, D) over each row's records K (Hkv, D), V (Hkv, D) of its dtype, given by `native.attend`'s
-    addresses and `side`; (B, 1, H, D). No gather buffer, and sums in fp32.
+    addresses and `side`: (B, 1, H, D), and the logsumexp of the scaled logits (B, H) fp32. No gather buffer, and sums
+    in fp32.
     """
     batch, heads, _, dim = query.shape
     whole, out = query.float().reshape(batch, heads, dim), torch.empty((batch, 1, heads, dim))
-    native.attend(whole.contiguous(), rows, DTYPES[query.dtype], kv_heads, scaling, out, torch.get_num_threads(), side)
-    return out.to(query.dtype)
+    lse, threads = torch.empty((batch, heads)), torch.get_num_threads()
+    native.attend(whole.contiguous(), rows, DTYPES[query.dtype], kv_heads, scaling, out, lse, threads, side)
+    return out.to(query.dtype), lse
 
 
 def over_tensors(query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> torch.Tensor:

@@ -113,7 +113,7 @@ class Layer:
             self._record(found.work)
             start = time.perf_counter()
             with run.timeline.span("cpu", "attend", self.index, run.step, attended * run.geometry.record_bytes):
-                out = attention.over_records(query, rows, run.geometry.kv_heads, scaling, side)
+                out, _ = attention.over_records(query, rows, run.geometry.kv_heads, scaling, side)
             run.attend_s = time.perf_counter() - start
             del keep  # until here the records had to stay where they are
         else:

@@ -174,8 +174,9 @@ def test_attention_over_scattered_records(isa, dtype, kv_heads, group, dim):
                 want_in_order = want
             native_split, native.SPLIT = native.SPLIT, 1
             for where, threads in ways:
-                out = torch.empty_like(query)
-                native.attend(query[None], [where], str(dtype)[6:], kv_heads, scale, out, threads)
+                out, lse = torch.empty_like(query), torch.empty(1, kv_heads * group)
+                native.attend(query[None], [where], str(dtype)[6:], kv_heads, scale, out, lse, threads)
+                assert (lse - logits.logsumexp(-1).view(1, -1)).abs().max() < 1e-4 * max(1, scale * dim**0.5 / 4)
                 assert (out - want).abs().max() < 2e-5 * max(1, scale * dim**0.5 / 4)
             native.SPLIT = native_split
     assert want_in_order is want
@@ -185,9 +186,12 @@ def test_attention_stays_finite_over_huge_logits(isa):
     records = torch.zeros(40, 2, 1, 16)
     records[:, 0] = torch.linspace(-1e4, 1e4, 40).view(40, 1, 1)
     records[:, 1] = torch.arange(40.0).view(40, 1, 1)
-    out = torch.empty(1, 16)
-    native.attend(torch.ones(1, 1, 16), [(records.data_ptr(), records[0].nbytes, 40)], "float32", 1, 1.0, out)
+    out, lse, where = torch.empty(1, 16), torch.empty(1, 1), [(records.data_ptr(), records[0].nbytes, 40)]
+    native.attend(torch.ones(1, 1, 16), where, "float32", 1, 1.0, out, lse)
     assert torch.equal(out, torch.full((1, 16), 39.0))  # the last key's weight is one
+    assert lse.item() == 16e4
+    native.attend(torch.ones(1, 1, 16), [np.empty(0, np.int64)], "float32", 1, 1.0, out, lse)
+    assert not out.any() and lse.item() == -torch.inf  # of no record: what weighs nothing in a merge
 
 
 @given(

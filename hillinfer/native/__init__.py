@@ -21,7 +21,7 @@ _SIGNATURES = {
     "hi_score": (_I, [_I, _I, _P, _L, _P, _I, _I, _I, _P, _L, _P, _L, _I]),
     "hi_topk": (_L, [_I, _P, _L, _L, _P]),
     "hi_merge": (_L, [_I, _P, _L, _I, _L, _L, _P, _I]),
-    "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, _P, _I]),
+    "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, _P, _P, _I]),
     "hi_bounds": (_I, [_I, _P, _P, _P, _L, _P, _I, _I, _I, ctypes.c_float, _P, _P, _P, _I]),
     "hi_copy": (None, [_P, _P, _P, _L, _L, _I]),
     "hi_query": (None, [_P, _P, _I, _I, _I, _P]),
@@ -159,10 +159,10 @@ def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
 
 
 def attend(
-    query, rows: list, dtype: str, kv_heads: int, scale: float, out, threads: int = 1, side: int | None = None
+    query, rows: list, dtype: str, kv_heads: int, scale: float, out, lse, threads: int = 1, side: int | None = None
 ) -> None:
     """Attention of queries fp32 (B, H, D), each over its row's records K (Hkv, D), V (Hkv, D), into out fp32 of as many
-    elements; both contiguous.
+    elements, and the logsumexp of the scaled logits into lse fp32 (B, H); all contiguous.
 
     rows  for each query int64 addresses (n,), or (address, bytes from one to the next, n) where records lie in order.
           The caller keeps the memory alive
@@ -170,12 +170,12 @@ def attend(
     """
     heads, dim = query.shape[1:]
     width = 2 * kv_heads * dim * (4 if dtype == "float32" else 2)
-    read, write, kind = pointer(query), pointer(out), DTYPES[dtype]
+    read, write, sums, kind = pointer(query), pointer(out), pointer(lse), DTYPES[dtype]
     for number, where in enumerate(rows):
         base, stride, n = where if isinstance(where, tuple) else (None, 0, len(where))
         addresses, at = None if base else pointer(where), number * heads * dim * 4
         records = addresses, base, stride, n, width // 2 if side is None else side
-        shape = *records, read + at, kv_heads, heads // kv_heads, dim, scale, write + at
+        shape = *records, read + at, kv_heads, heads // kv_heads, dim, scale, write + at, sums + number * heads * 4
         _check(_library.hi_attend(_library.isa, kind, *shape, _share(n * width, threads)))
 
 

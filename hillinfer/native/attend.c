@@ -201,9 +201,11 @@ static void attend_share(void *job, int share) {
     tiles_generic(a, share);
 }
 
-/* query (heads * group, dim) fp32 -> out the same. Returns 0, or -1 where memory is out or dim above MAX_DIM. */
+/* query (heads * group, dim) fp32 -> out the same, and the logarithm of each head's sum of exponentials in lse, with
+ * which parts that were attended to apart are merged; of no record, out is 0 and lse minus infinity.
+ * Returns 0, or -1 where memory is out or dim above MAX_DIM. */
 int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int64_t stride, int64_t n, int64_t side,
-              const float *query, int heads, int group, int dim, float scale, float *out, int threads) {
+              const float *query, int heads, int group, int dim, float scale, float *out, float *lse, int threads) {
     int all = heads * group;
     float *own = malloc(sizeof(float) * all * ((int64_t)dim + (int64_t)threads * (dim + 2 + TILE)));
     if (!own || dim > MAX_DIM) {
@@ -227,7 +229,8 @@ int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int6
             sum += weight * part[all + j];
             for (int d = 0; d < dim; d++) out[(int64_t)j * dim + d] += weight * part[2 * all + (int64_t)j * dim + d];
         }
-        for (int d = 0; d < dim; d++) out[(int64_t)j * dim + d] /= sum;
+        lse[j] = most + logf(sum);
+        for (int d = 0; d < dim && sum > 0; d++) out[(int64_t)j * dim + d] /= sum;
     }
     free(own);
     return 0;

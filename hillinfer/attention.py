@@ -33,17 +33,36 @@ def over_records(
     return out.to(query.dtype), lse
 
 
-def over_tensors(query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> torch.Tensor:
-    """The same in torch, and the definition: kv (B, n, 2, Hkv, D), valid (B, n) bool or None."""
+def over_tensors(
+    query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`over_records` in torch, and its definition: kv (B, n, 2, Hkv, D), valid (B, n) bool or None."""
     batch, heads, _, dim = query.shape
-    out = F.scaled_dot_product_attention(
-        query.view(batch, kv.shape[3], -1, dim),  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
-        kv[:, :, 0].transpose(1, 2),
-        kv[:, :, 1].transpose(1, 2),
-        attn_mask=None if valid is None else valid[:, None, None].to(query.device),
-        scale=scaling,
-    )
-    return out.reshape(batch, 1, heads, dim)
+    grouped = query.view(batch, kv.shape[3], -1, dim)  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
+    keys, values = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+    mask = None if valid is None else valid[:, None, None].to(query.device)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, 1, heads, dim), logits(query, kv, valid, scaling).logsumexp(-1).flatten(1)
+
+
+def logits(query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """Scaled logits of a query (B, H, 1, D) over kv (B, n, 2, Hkv, D), fp32 (B, Hkv, G, n); -inf where not valid."""
+    keys = kv[:, :, 0].permute(0, 2, 3, 1).float()  # (B, Hkv, D, n)
+    out = query.float().view(len(kv), keys.shape[1], -1, keys.shape[2]) * scaling @ keys
+    return out if valid is None else out.masked_fill_(~valid[:, None, None].to(out.device), -torch.inf)
+
+
+def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over disjoint sets of records from that over each: outputs (..., D) and logsumexps (...), both fp32."""
+    out, lse = None, None
+    for other, more in parts:
+        if out is None:
+            out, lse = other, more
+            continue
+        total = torch.logaddexp(lse, more)
+        out = out * (lse - total).exp().unsqueeze(-1) + other * (more - total).exp().unsqueeze(-1)
+        lse = total
+    return out, lse
 
 
 def over_parts(

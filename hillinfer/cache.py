@@ -17,7 +17,6 @@ from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
 from hillinfer.run import Run
 from hillinfer.seam import check_supported, probe_query
-from hillinfer.systems.lossless.run import check_device
 from hillinfer.timeline import Counters, Timeline
 
 
@@ -76,7 +75,7 @@ class TieredLayer(CacheLayerMixin):
         """Remove that many newest tokens where it is negative; keep that many where positive (the older form)."""
         self.layer.crop(self.layer.n + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
         if self.layer.index == self.layer.run.layers - 1:
-            self.layer.run.turns.free()
+            self.layer.run.owner.free()
 
     def reset(self) -> None:
         self.layer.reset()
@@ -106,14 +105,12 @@ class TieredCache(Cache):
         policy: type[Policy] = TopK,
         settings: Settings | None = None,
         sliding_ok: bool = False,
+        run: type[Run] = Run,
     ):
         layers = DynamicCache(config=config).layers
         only_sliding = all(getattr(layer, "is_sliding", False) for layer in layers)
         tiered = [] if sliding_ok and only_sliding else check_supported(config)
-        check_device(settings or Settings())
-        self.config, self.run = config, Run(settings or Settings(), len(tiered))
-        self.run.paged = policy.paged
-        self.run.in_drive = policy.in_drive and self.run.settings.drive_kind == "emulated"
+        self.config, self.run = config, run(settings or Settings(), len(tiered), policy)
         for order, index in enumerate(tiered):
             layers[index] = TieredLayer(Layer(order, policy(), self.run))
         super().__init__(layers=layers)
@@ -184,7 +181,7 @@ class TieredCache(Cache):
                 total[kind] += nbytes
         run = self.run
         total["hits"] += run.hits.nbytes if run.hits else 0
-        return total | {"drive": getattr(run.drive or run.tensors, "size", 0)}
+        return total | {"drive": run.drive_bytes}
 
     def reset(self) -> None:
         """Forget everything, and give the drive's space back."""

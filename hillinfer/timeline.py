@@ -35,13 +35,14 @@ class Span:
 class Timeline:
     """Every span of a run, in the order they ended. Nothing is dropped; `clear()` empties it.
 
+    step    the step that is running; -1 before the first
     source  how its times are known: "measured", or "modelled: PROFILE"
-    about   what the run was, for whoever reads the file later (`recording.describe`)
+    about   what was run, for readers of the file (`recording.describe`)
     """
 
     def __init__(self):
         self.spans: list[Span] = []
-        self.source, self.about = "measured", {}
+        self.step, self.source, self.about = -1, "measured", {}
 
     def add(
         self, lane: str, kind: str, layer: int, step: int, start_ns: int, end_ns: int, nbytes: int = 0, **detail
@@ -210,3 +211,40 @@ class Counters:
         import pandas as pd
 
         return pd.DataFrame([asdict(row) for row in self.rows], columns=list(Hits.__slots__))
+
+
+@dataclass
+class Served:
+    """Tokens of one attention by the tier that served them, over all sequences of the batch."""
+
+    device: int = 0
+    host: int = 0
+    drive: int = 0
+    demoted: int = 0  # of `drive`, tokens that the hot pool once held; the rest never were in it
+    guessed: int = 0  # tokens prefetched for this step
+    prefetched: int = 0  # of `drive`, tokens that the prefetch had read
+
+    def __add__(self, other: "Served") -> "Served":
+        return Served(*(getattr(self, name) + getattr(other, name) for name in Served.__dataclass_fields__))
+
+
+class Track:
+    """One layer's part of the record: spans and hits under its number, in the step that is running."""
+
+    def __init__(self, timeline: Timeline, counters: Counters, layer: int):
+        self.timeline, self.counters, self.layer = timeline, counters, layer
+
+    def span(self, lane: str, kind: str, nbytes: int = 0) -> _Body:
+        """See `Timeline.span`."""
+        return self.timeline.span(lane, kind, self.layer, self.timeline.step, nbytes)
+
+    def add(self, lane: str, kind: str, start_ns: int, nbytes: int = 0, end_ns: int | None = None) -> int:
+        """A span from `start_ns` until now, or until `end_ns`. Returns its end."""
+        end_ns = time.perf_counter_ns() if end_ns is None else end_ns
+        self.timeline.add(lane, kind, self.layer, self.timeline.step, start_ns, end_ns, nbytes)
+        return end_ns
+
+    def count(self, cached: int, attended: int, served: Served, swapped: int) -> None:
+        queries = served.device + served.host + served.drive
+        row = Hits(self.timeline.step, self.layer, cached, queries, attended, **asdict(served), swapped=swapped)
+        self.counters.rows.append(row)

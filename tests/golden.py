@@ -19,7 +19,7 @@ import torch
 
 import hillinfer
 from hillinfer import native
-from hillinfer.tiers.stream import Writer
+from hillinfer.tiers.log import Writer
 from tests.conftest import FAMILIES, seeded
 
 RECORD = Path(__file__).with_suffix(".json")

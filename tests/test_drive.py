@@ -10,15 +10,15 @@ import threading
 import numpy as np
 import pytest
 import torch
+from hillinfer.tiers.drive import DirectDrive
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hillinfer.errors import DriveError
 from hillinfer.native import ring
 from hillinfer.tiers import drive as module
-from hillinfer.tiers.drive import DirectDrive
 from hillinfer.tiers.geometry import BLOCK, Geometry
-from hillinfer.tiers.stream import Stream, Writer
+from hillinfer.tiers.log import Stream, Writer
 
 # Records smaller than a block, larger, equal to it, and such that neither divides the other.
 SHAPES = {"256 B": (2, 16), "768 B": (3, 32), "4 KiB": (8, 64), "12 KiB": (12, 128)}

@@ -55,13 +55,13 @@ class Policy:
     can_speculate = False  # whether `select` may be called with a predicted query as well (see `Step.guess`)
     watches = False  # whether `observe` and `attended` are wanted; they cost as much as an attention
     late = True  # whether it may take over a cache that was filled without it (given all keys by one `append`)
-    in_drive = False  # whether a computational drive attends to what it holds, instead of sending it
-    exact = False  # whether it attends to every token
     nbytes = 0
-    paged = 0.0  # bytes for each key channel of an index that lives in pages on the drive and shares the host budget
 
-    def start(self, batch: int, kv_heads: int, head_dim: int, pages: Callable) -> None:
-        """The cache is empty; these are its shapes. pages(row, shape) makes a `tiers.abstracts.Pages` of int8."""
+    def __init_subclass__(cls) -> None:
+        cls.exact = not cls.selects  # it attends to every token
+
+    def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
+        """The cache is empty; these are its shapes."""
 
     def append(self, keys: torch.Tensor) -> None:
         """New keys (B, Hkv, n, D) of every sequence, before any selection that may pick them."""

@@ -22,7 +22,9 @@ class Short(OSError):
 
 
 class Rings:
-    """Rings for any number of threads: a call takes a free one, or opens another."""
+    """Rings for any number of threads: a call takes a free one, or opens another. A `tiers.engines.Engine`."""
+
+    name = "io_uring"
 
     def __init__(self, depth: int = DEPTH):
         """Raises OSError, with the fix, where there is no io_uring or no compiled kernels."""
@@ -43,6 +45,7 @@ class Rings:
         timeout: float = 0,
         keep: object = None,
         sums: np.ndarray | None = None,
+        share: float = 1,
     ) -> None:
         """Move pieces between file and memory; all int64 (m,). Raises OSError whose `offset` says which one failed.
 

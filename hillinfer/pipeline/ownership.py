@@ -1,4 +1,4 @@
-"""Whose turn it is: a cache belongs to the process that made it, and to one thread at a time."""
+"""A cache belongs to the process that made it, and to one thread at a time."""
 
 import os
 import threading
@@ -6,9 +6,11 @@ import threading
 from hillinfer.errors import UsageError
 
 
-class Turns:
-    """Sees to it that steps follow each other. Another thread may go on where one has ended; two that take turns in the
-    middle of their answers would each attend to the other's tokens, so the one that comes back is refused.
+class CacheOwner:
+    """Rejects use from a forked process, or from a second thread in mid-step.
+
+    Another thread may continue where one has finished. Two that alternate in mid-answer would each attend to the
+    other's tokens, so the one that comes back is refused.
     """
 
     def __init__(self, layers: int):
@@ -18,30 +20,30 @@ class Turns:
 
     @property
     def here(self) -> bool:
-        """Whether this is the process that made the cache, and not one that was forked from it."""
+        """True in the process that made the cache, False in a fork of it."""
         return os.getpid() == self.pid
 
     def free(self) -> None:
-        """Nobody has a claim: what was under way is given up."""
-        self._owner, self._number, self._reached, self._own = None, 0, self.layers - 1, threading.local()
+        """Drop all claims: an unfinished step is abandoned."""
+        self._owner, self._number, self._reached, self._mine = None, 0, self.layers - 1, threading.local()
 
     def take(self, layer: int, tokens: int) -> None:
-        """Before `tokens` tokens enter a layer. UsageError where it is another's turn; nothing has changed then."""
+        """Claim the cache before `tokens` tokens enter a layer. UsageError, with nothing changed, if it is in use."""
         if not self.here:
             raise UsageError("this cache was made before a fork, by another process: make or open one in this process")
         with self._lock:
             me = threading.current_thread()
             if layer == 0 and self._owner is not me:
-                last = getattr(self._own, "number", None)
+                last = getattr(self._mine, "number", None)
                 if self.under_way or (tokens == 1 and last not in (None, self._number)):
                     self._refuse()
                 self._owner, self._number = me, self._number + 1
             elif self._owner not in (None, me):
                 self._refuse()
-            self._own.number, self._reached = self._number, layer
+            self._mine.number, self._reached = self._number, layer
 
     def check(self) -> None:
-        """UsageError where another thread is in the middle of a step."""
+        """UsageError if another thread is in mid-step."""
         with self._lock:
             if self.under_way and self._owner is not threading.current_thread():
                 self._refuse()

@@ -8,11 +8,8 @@ from transformers import PretrainedConfig
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.pipeline.memory import FIX, needs, refuse
-from hillinfer.run import Run
 from hillinfer.seam import check_supported
-from hillinfer.systems.hardware.card import check_card
-from hillinfer.systems.hillinfer.balance import Speeds
-from hillinfer.systems.lossless.run import check_device
+from hillinfer.systems.registry import run_for
 from hillinfer.systems.shapes import shape_of
 from hillinfer.tiers.geometry import Geometry
 
@@ -28,14 +25,9 @@ def plan(
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    run = Run(settings, len(check_supported(config)))
+    run = run_for(settings)(settings, len(check_supported(config)))
     run.geometry = Geometry(1, heads, dim, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     run.check(tokens)
-    check_device(settings)
-    if settings.profile is not None:
-        Speeds.load(settings.profile)
-    if settings.drive_kind == "xrt":
-        check_card(settings.xclbin)
     need = run.layers * tokens * run.geometry.record_bytes
     if settings.drive is not None and (free := shutil.disk_usage(settings.drive).free) < need:
         raise UsageError(

@@ -1,32 +1,49 @@
-"""The named systems: each a policy and what it needs of the tiers. A policy without an entry here is a system by
-itself.
-"""
+"""The named systems. A policy without an entry here is a system by itself: its run follows from the settings."""
 
-from dataclasses import dataclass, field, replace
+import inspect
+from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
-from hillinfer.evaluator.policies import POLICIES, Full, InstAttention, LeoAM, TopK
+from hillinfer.evaluator.policies import POLICIES, Full, TopK
 from hillinfer.evaluator.policy import Policy
+from hillinfer.run import Run
 from hillinfer.seam import enable
+from hillinfer.systems.hillinfer.run import AttendingRun, ScoringRun
+from hillinfer.systems.leoam.policy import LeoAM
+from hillinfer.systems.leoam.run import LeoAMRun
+from hillinfer.systems.lossless.run import StreamedRun
 
 
 @dataclass(frozen=True)
 class System:
-    """A policy, in one line what makes the system that system, and its own values of `Settings`."""
+    """A policy, a run, and the settings that make the system that system.
+
+    about        one line
+    run          opens the layers' stores; None takes what the settings ask for (`run_for`)
+    needs_drive  refuse to run without a drive folder
+    settings     defaults, which the user may override
+    fixed        settings that the user may not override
+    """
 
     policy: type[Policy]
     about: str
+    run: type[Run] | None = None
     needs_drive: bool = False
-    drive_kind: str | None = None  # the only one that it runs on
-    own: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    fixed: dict = field(default_factory=dict)
 
 
-COMPOSED = {
-    "lru": System(TopK, "hillinfer with a least-recently-used hot pool: the control", True, own={"placement": "lru"}),
+SYSTEMS = {
+    "lru": System(
+        TopK,
+        "hillinfer with a least-recently-used hot pool: the control",
+        needs_drive=True,
+        settings={"placement": "lru"},
+    ),
     "hillinfer": System(
         TopK, "hot pool by hit counters in host memory, cold pool on the drive (arXiv 2602.18750)", needs_drive=True
     ),
@@ -34,32 +51,35 @@ COMPOSED = {
         Full,
         "lossless: all KV streamed from the drive at each step, the next layer prefetched; host_budget of it stays in "
         "memory (arXiv 2303.06865)",
-        True,
-        own={"stream": "host"},
+        needs_drive=True,
+        settings={"stream": "host"},
     ),
     "dualblade": System(
         Full,
         "lossless: the first K and V tensors in the page cache as far as memory allows, the rest on a direct path "
         "(arXiv 2604.26557)",
-        True,
-        own={"stream": "dual"},
+        needs_drive=True,
+        settings={"stream": "dual"},
     ),
     "leoam": System(
-        LeoAM, "chunk tree, abstracts and INT4 on the drive (arXiv 2506.20187)", False, "ssd", {"compress": "auto"}
+        LeoAM,
+        "chunk tree, abstracts and INT4 on the drive (arXiv 2506.20187)",
+        LeoAMRun,
+        settings={"compress": "auto"},
     ),
     "instattention": System(
-        InstAttention, "exact attention inside the emulated drive (arXiv 2409.04992)", True, "emulated"
+        Full,
+        "exact attention inside the emulated drive (arXiv 2409.04992)",
+        AttendingRun,
+        needs_drive=True,
+        fixed={"drive_kind": "emulated"},
     ),
 }
 
 
 def list_systems() -> dict[str, System]:
-    """Every system by name: each policy, and the compositions. Read at the time of the call, so that new policies are
-    in it.
-    """
-    return {
-        name: System(policy, (policy.__doc__ or "").strip().split("\n")[0]) for name, policy in POLICIES.items()
-    } | COMPOSED
+    """Every system by name: each policy, and the compositions. Made at each call, so that new policies are in it."""
+    return {name: System(policy, inspect.getdoc(policy).splitlines()[0]) for name, policy in POLICIES.items()} | SYSTEMS
 
 
 def find_system(name: str, options: dict) -> tuple[System, Settings]:
@@ -68,27 +88,36 @@ def find_system(name: str, options: dict) -> tuple[System, Settings]:
     if name not in known:
         raise UsageError(f"no system '{name}'; choose one of {', '.join(known)}")
     system = known[name]
-    settings = Settings(**(system.own | options))
-    if system.drive_kind == "emulated":
-        settings = replace(settings, drive_kind="emulated")
-    elif system.drive_kind and settings.drive_kind != system.drive_kind and settings.drive is not None:
-        raise UsageError(f"{name} runs on {system.drive_kind} only: leave out --drive-kind {settings.drive_kind}")
+    settings = Settings(**(system.settings | options | system.fixed))
     if system.needs_drive and settings.drive is None:
         raise UsageError(f"{name} keeps KV on a drive: name a folder for it (--drive PATH, drive=...)")
+    (system.run or run_for(settings)).check_settings(settings)
     return system, settings
+
+
+def run_for(settings: Settings) -> type[Run]:
+    """The run that these settings ask for, whatever the policy."""
+    if settings.stream is not None:
+        return StreamedRun
+    if settings.drive is None:
+        return Run
+    if settings.drive_kind != "ssd":
+        return ScoringRun
+    return LeoAMRun if settings.compress else Run
 
 
 def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinfer", **options) -> TieredCache:
     """A cache for `generate`, and the model switched to tiered attention.
 
-    model    a model, which is switched over; or its config, and then nothing looks ahead
+    model    a model, which is switched; or its config, and then nothing looks ahead
     options  the fields of `Settings`
     """
     found, settings = find_system(system, options)
+    run = found.run or run_for(settings)
     if not isinstance(model, PreTrainedModel):
-        return TieredCache(model, found.policy, settings)
+        return TieredCache(model, found.policy, settings, run=run)
     enable(model)
-    cache = TieredCache(model.config, found.policy, settings)
+    cache = TieredCache(model.config, found.policy, settings, run=run)
     if settings.lookahead and settings.drive is not None and settings.stream is None:
         cache.attach(model)
     return cache

@@ -1,25 +1,24 @@
-"""Token-major records in a `BlockFile`: where they lie, and reads of many scattered ones.
+"""Token-major records in a `BlockFile`: their layout, and reads of many scattered ones. numpy only.
 
-Layout and I/O sizes
-follow measurement: token-major records with neighbours joined across gaps of up to 8 KiB read 3 to 6 times faster than
-per-head layouts or whole chunks; a fixed share of the reads for each thread beats one future per read by 2 to 3 times,
-and io_uring, where there is one, that by 1.1 to 1.6 times with half the CPU.
+Layout and request sizes were measured: token-major records with neighbours joined across gaps of up to 8 KiB read 3 to
+6 times faster than per-head layouts or whole chunks.
 """
 
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
 
 from hillinfer import native
-from hillinfer.tiers.block_file import BLOCK, MAX_READ, BlockFile, aligned
+from hillinfer.tiers.block_file import BLOCK, MAX_READ, BlockFile, aligned, pieces
 
-GAP = 8 * 1024  # bytes read and thrown away rather than starting another read
+GAP = 8 * 1024  # bytes read and discarded rather than starting another request
 HEADROOM = 1024  # tokens reserved beyond those asked for, so that decode rarely grows the file
 
 
 class RecordFile(BlockFile):
-    """Records of `record_bytes` bytes of `streams` streams, stream = layer * batch + row, in one file.
+    """Records of `record_bytes` bytes of several streams in one file, stream = layer * batch + sequence.
 
     A segment holds a range of tokens of every stream; the first is one contiguous allocation, growth adds more. The
     other arguments are those of `BlockFile`.
@@ -40,7 +39,7 @@ class RecordFile(BlockFile):
         return int(self.lengths.sum())
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in every stream. Raises DriveError when the file system is full."""
+        """Make room for `tokens` tokens in every stream. DriveError when the file system is full."""
         with self._lock:
             if tokens <= self.capacity:
                 return
@@ -51,56 +50,45 @@ class RecordFile(BlockFile):
             self.lengths = np.append(self.lengths, more)
 
     def offsets(self, stream: int, positions: np.ndarray) -> np.ndarray:
-        """Byte offsets in the file of a stream's tokens. positions (k,) int64 -> (k,) int64."""
+        """Byte offsets of a stream's tokens. positions (k,) int64 -> (k,) int64."""
         segment = np.searchsorted(self.starts, positions, "right") - 1
         token = stream * self.lengths[segment] + positions - self.starts[segment]
         return self.bases[segment] + token * self.record_bytes
 
     def write(self, stream: int, start: int, records: np.ndarray) -> None:
-        """Write whole groups: records (n, record_bytes) uint8 of tokens start.. ; start and n are multiples of the
-        group.
-        """
+        """Write records (n, record_bytes) uint8 of tokens start..; start and n are multiples of the group."""
         self.reserve(start + len(records))
         done = 0
-        while done < len(records):  # a write must not run across a segment's end
+        while done < len(records):  # a write must not cross a segment's end
             position = start + done
             segment = int(np.searchsorted(self.starts, position, "right")) - 1
             n = min(len(records) - done, int(self.starts[segment] + self.lengths[segment]) - position)
             buffer = aligned(n * self.record_bytes)
             buffer.reshape(n, -1)[:] = records[done : done + n]
             offset = int(self.offsets(stream, np.array([position]))[0])
-            self.transfer("write", _pieces(offset, buffer), stream, position)
+            self.transfer("write", pieces(offset, buffer), stream, position)
             done += n
         self.bytes_written += records.nbytes
 
     def read(self, stream: int, positions: np.ndarray, out: np.ndarray) -> int:
-        """Records of any set of sorted positions (k,) into out (k, record_bytes) uint8. Returns the bytes read."""
-        if len(positions) == 0:
-            return 0
-        buffer, places, nbytes = self.bring(stream, positions)
-        self.copy(buffer, places, out)
-        self.give_back(buffer)
+        """Copy records of sorted positions (k,) into out (k, record_bytes) uint8. Returns the bytes read."""
+        records, rows, nbytes = self.read_in_place(stream, positions)
+        np.take(records, np.arange(len(positions)) if rows is None else rows, axis=0, out=out, mode="clip")
         return nbytes
 
-    def copy(self, buffer: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
-        """Records at these places of what `bring` gave, into out (k, record_bytes) uint8."""
-        # They sit at multiples of `unit` in the buffer, so rows of `unit` bytes can be picked without a loop.
-        unit = int(np.gcd(self.record_bytes, BLOCK))
-        rows = (places[:, None] + np.arange(0, self.record_bytes, unit)) // unit
-        np.take(buffer.reshape(-1, unit), rows.reshape(-1), axis=0, out=out.reshape(-1, unit), mode="clip")
+    def read_in_place(self, stream: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
+        """Zero-copy read of sorted positions (k,), joined with what lies in small gaps between them.
 
-    def give_back(self, buffer: np.ndarray) -> None:
-        self._buffers.append(buffer)
-
-    def bring(self, stream: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Read sorted positions (k,), with what lies between near ones: a buffer, the byte that each record begins at
-        in it (k,), and the bytes read. The buffer is the caller's until `give_back`.
+        Returns records (m, record_bytes) uint8 in the I/O buffer, recycled when the last view is dropped; the rows
+        that were asked for (k,), or None for all in order; and the bytes read. Any thread may call it.
         """
+        if not len(positions):
+            return np.empty((0, self.record_bytes), np.uint8), None, 0
         width = self.record_bytes
         offsets = self.offsets(stream, positions)
         starts, ends = _join(offsets // BLOCK * BLOCK, -(-(offsets + width) // BLOCK) * BLOCK)
-        places = np.concatenate(([0], np.cumsum(ends - starts)))  # where each run starts in the buffer
-        nbytes = int(places[-1])
+        lengths = ends - starts
+        places = np.cumsum(lengths) - lengths  # of each run in the buffer
         run = np.searchsorted(starts, offsets, "right") - 1
         first = positions[np.searchsorted(run, np.arange(len(starts)))]  # the first position of each run
 
@@ -108,26 +96,39 @@ class RecordFile(BlockFile):
             at = int(np.searchsorted(starts, offset, "right")) - 1
             return int(first[at] + (offset - starts[at]) // width)
 
-        lengths = ends - starts
         count = -(-lengths // MAX_READ)
-        of = np.repeat(np.arange(len(starts)), count)  # the run of each piece
+        of = np.repeat(np.arange(len(starts)), count)  # the run of each request
         at = (np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)) * MAX_READ
-        pieces = starts[of] + at, places[of] + at, np.minimum(lengths[of] - at, MAX_READ)
+        nbytes = int(lengths.sum())
         buffer = self._take_buffer(nbytes)
         try:
-            addresses = pieces[1] + native.pointer(buffer)
-            self._transfer("read", pieces[0], addresses, pieces[2], buffer, stream, position)
+            addresses = native.pointer(buffer) + places[of] + at
+            most = np.minimum(lengths[of] - at, MAX_READ)
+            self.move("read", starts[of] + at, addresses, most, buffer, stream, position)
         except BaseException:
-            if not self.stuck:  # else it may still be written to
-                self.give_back(buffer)
+            if not self.stuck:  # else the kernel may still write to it
+                self._buffers.append(buffer)
             raise
         self.bytes_read += nbytes
         self.reads += len(of)
-        return buffer, places[run] + offsets - starts[run], nbytes
+        begins = places[run] + offsets - starts[run]
+        rows, rest = np.divmod(begins, width)
+        if rest.any():  # records that do not fill whole blocks are not aligned to each other in the buffer
+            out = self._pick(buffer, begins)
+            self._buffers.append(buffer)
+            return out, None, nbytes
+        records = buffer[: nbytes // width * width].reshape(-1, width)
+        weakref.finalize(records, self._buffers.append, buffer).atexit = False
+        return records, rows, nbytes
+
+    def _pick(self, buffer: np.ndarray, begins: np.ndarray) -> np.ndarray:
+        """Copy the records that begin at these bytes of a buffer, without a loop: they begin at multiples of `unit`."""
+        unit = int(np.gcd(self.record_bytes, BLOCK))
+        rows = (begins[:, None] + np.arange(0, self.record_bytes, unit)) // unit
+        return buffer.reshape(-1, unit)[rows.reshape(-1)].reshape(len(begins), self.record_bytes)
 
     def _take_buffer(self, nbytes: int) -> np.ndarray:
-        """An aligned buffer of at least so many bytes, from those used before: mapping new pages costs more than
-        reading into them."""
+        """An aligned buffer of at least `nbytes`, reused if possible: mapping new pages costs more than reading."""
         try:
             buffer = self._buffers.pop()
         except IndexError:
@@ -144,8 +145,3 @@ def _join(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     new = np.concatenate(([True], starts[1:] - np.maximum.accumulate(ends)[:-1] > GAP))
     last = np.concatenate((np.flatnonzero(new)[1:] - 1, [len(starts) - 1]))
     return starts[new], ends[last]
-
-
-def _pieces(offset: int, buffer: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """A long transfer as jobs of at most MAX_READ, so that several are under way at once."""
-    return [(offset + at, buffer[at : at + MAX_READ]) for at in range(0, len(buffer), MAX_READ)]

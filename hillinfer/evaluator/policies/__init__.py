@@ -3,7 +3,6 @@
 from hillinfer.evaluator.policies.full import Full
 from hillinfer.evaluator.policies.h2o import H2O
 from hillinfer.evaluator.policies.infinigen import InfiniGen
-from hillinfer.evaluator.policies.instattention import InstAttention
 from hillinfer.evaluator.policies.oracle import Oracle
 from hillinfer.evaluator.policies.quest import Quest
 from hillinfer.evaluator.policies.random import Random
@@ -11,7 +10,6 @@ from hillinfer.evaluator.policies.snapkv import SnapKV
 from hillinfer.evaluator.policies.streaming import Streaming
 from hillinfer.evaluator.policies.topk import TopK
 from hillinfer.evaluator.policy import Policy
-from hillinfer.systems.leoam.policy import LeoAM
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
@@ -23,6 +21,4 @@ POLICIES: dict[str, type[Policy]] = {
     "snapkv": SnapKV,
     "quest": Quest,
     "infinigen": InfiniGen,
-    "instattention": InstAttention,
-    "leoam": LeoAM,
 }

@@ -19,7 +19,7 @@ class Eviction(Policy):
     watches = True
     late = False
 
-    def start(self, batch: int, kv_heads: int, head_dim: int, pages) -> None:
+    def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         self.n = 0
         self.alive = np.zeros((batch, 0), bool)
         self.worth = np.zeros((batch, 0), np.float32)

@@ -7,4 +7,3 @@ class Full(Policy):
     """Every token, every step."""
 
     selects = needs_codes = False
-    exact = True

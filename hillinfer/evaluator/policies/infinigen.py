@@ -25,7 +25,7 @@ class InfiniGen(Policy):
     ratio = 0.2  # of the columns; the paper's partial weight ratio
     margin = 4.0  # of the logits; the paper's alpha
 
-    def start(self, batch: int, kv_heads: int, head_dim: int, pages) -> None:
+    def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         self.columns = max(1, round(self.ratio * head_dim))
         self.basis = None  # (B, Hkv, D, r)
         self.partial = Growable((batch, kv_heads, 0, self.columns), 2, torch.float32)

@@ -20,7 +20,7 @@ class Quest(Policy):
     can_speculate = True
     page = 16
 
-    def start(self, batch: int, kv_heads: int, head_dim: int, pages) -> None:
+    def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         self.n, self.kv_heads = 0, kv_heads
         self.boxes = Growable((batch, 0, kv_heads, 2, head_dim), 1, torch.float32)
 

@@ -1,7 +1,8 @@
 """A layer's KV on a drive that attends to what it holds (InstAttention, arXiv 2409.04992): no record travels.
 
-The drive attends to all tokens but those of the device window, and sends its output with the logarithm of the sum of
-exponentials, with which the host merges its own. Unlike in the paper the tokens next to the query are the host's.
+The drive attends to all tokens but those of the device window, and sends its output with the logsumexp, by which the
+host merges its own. Unlike in the paper the tokens next to the query are the host's. The paper's sparse form (SparF) is
+not here.
 """
 
 import time
@@ -9,51 +10,47 @@ import time
 import numpy as np
 import torch
 
+from hillinfer import attention
 from hillinfer.systems.hillinfer.scoring import ScoringStore
-from hillinfer.tiers.store import Found
+from hillinfer.timeline import Served
 
 
 class AttendingStore(ScoringStore):
-    """A `DriveStore` without a pool, whose drive computes attention. The drive needs `begin_attend`."""
+    """A store without a pool, whose drive computes attention (`ComputationalDrive.begin_attend`)."""
 
-    def _tell(self) -> None:
-        """The drive scores nothing, so that it need not know what is hot."""
+    scores_keys = False
 
-    def attend(self, query: torch.Tensor, valid: np.ndarray | None, scaling: float) -> tuple[torch.Tensor, Found]:
-        """Attention of a query (B, H, D) over all tokens: (B, H, D). valid (B, n) bool, or None."""
-        found, rows = Found(), []
-        query = query.unflatten(1, (self.geometry.kv_heads, -1)).float() * scaling  # (B, Hkv, G, D)
-        everything = np.arange(self.n)
+    def announce(self) -> None:
+        """The drive scores nothing, so it need not know what is hot."""
+
+    def attend(self, query, picks, valid, scaling, watch=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Store.attend`; always over all tokens."""
+        everything, size = np.arange(self.n), self.geometry
         near = np.ones(self.n, bool)
         near[self.window.far(everything)] = False
-        calls = []
-        for row in range(self.geometry.batch):
-            far = ~near if valid is None else ~near & valid[row]
-            edges = np.flatnonzero(np.diff(np.pad(far.astype(np.int8), 1))).reshape(-1, 2)  # runs [start, end)
-            stream = self.streams[row]
-            calls.append(stream.drive.begin_attend(stream.index, query[row].numpy(force=True), edges, self._dtype))
-            found.device, found.drive = found.device + int(near.sum()), found.drive + self.n - int(near.sum())
+        slots, dtype = torch.from_numpy(self.window.slots(everything[near])), str(size.dtype).removeprefix("torch.")
+        scaled = query[:, :, 0].unflatten(1, (size.kv_heads, -1)).float() * scaling  # (B, Hkv, G, D)
+        shown = None if valid is None else valid.numpy(force=True)
+        calls, rows = [], []
+        for row, log in enumerate(self.logs):
+            far = ~near if shown is None else ~near & shown[row]
+            runs = np.flatnonzero(np.diff(np.pad(far.astype(np.int8), 1))).reshape(-1, 2)  # [start, end) each
+            calls.append(log.drive.begin_attend(log.stream, scaled[row].numpy(force=True), runs, dtype))
         for row, call in enumerate(calls):
             start = time.perf_counter_ns()
-            slots = torch.from_numpy(self.window.slots(everything[near]))
-            kv = self.window.records[row, slots].float()  # (m, 2, Hkv, D)
-            logits = query[row] @ kv[:, 0].permute(1, 2, 0)
-            if valid is not None:
-                logits[..., torch.from_numpy(~valid[row][near]).to(logits.device)] = -torch.inf
-            own = logits.softmax(-1).nan_to_num() @ kv[:, 1].transpose(0, 1)
-            weight = logits.logsumexp(-1, keepdim=True)
-            attended = time.perf_counter_ns()
-            theirs, their_weight = (torch.from_numpy(part).to(own.device) for part in call.result())
-            total = torch.logaddexp(weight, their_weight)
-            rows.append(own * (weight - total).exp() + theirs * (their_weight - total).exp())
-            work = call.work
-            found.work += [
-                ("cpu", "attend", start, attended, kv.nbytes),
-                ("drive", "attend", work.start_ns, work.end_ns, work.nand_bytes),
-                ("cpu", "wait", attended, time.perf_counter_ns(), 0),
-            ]
-        return torch.stack(rows).flatten(1, 2).to(self.geometry.dtype), found
-
-    @property
-    def _dtype(self) -> str:
-        return str(self.geometry.dtype).removeprefix("torch.")
+            kv = self.window.records[row, slots]
+            visible = None if valid is None else valid[row : row + 1, torch.from_numpy(near).to(valid.device)]
+            logits = attention.logits(query[row : row + 1], kv[None], visible, scaling)[0]
+            values = kv[:, 1].transpose(0, 1).float()
+            own = logits.softmax(-1).nan_to_num() @ values, logits.logsumexp(-1)
+            attended = self.track.add("cpu", "attend", start, kv.nbytes)
+            theirs, lse = (torch.from_numpy(part).to(query.device) for part in call.result())
+            rows.append(attention.merge([own, (theirs, lse.squeeze(-1))]))
+            self.track.add("drive", "attend", call.work.start_ns, call.work.nand_bytes, call.work.end_ns)
+            self.track.add("cpu", "wait", attended)
+        self.settle()
+        total, ours = self.n * len(rows), int(near.sum()) * len(rows)
+        served = Served(device=ours, drive=total - ours)
+        self.track.count(self.n, total if valid is None else int(valid.sum()), served, 0)
+        out, lse = (torch.stack(part).flatten(1, 2) for part in zip(*rows, strict=True))
+        return out.to(query.dtype).unsqueeze(1), lse

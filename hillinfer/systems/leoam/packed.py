@@ -1,7 +1,7 @@
-"""Records in INT4 beside the full ones on the drive, to be read in their place where transfer takes longest (LeoAM).
+"""INT4 copies of records on the drive, read in their place where transfer takes longest (LeoAM).
 
-Symmetric codes with an fp16 scale for every 32 channels: 4.5 bits a value. A record read so is used for one step and
-never enters the hot pool, so that an error does not stay.
+Symmetric codes with an fp16 scale for every 32 channels: 4.5 bits a value. An INT4 record serves one step and never
+enters the hot pool, so that its error does not persist.
 """
 
 import time
@@ -10,9 +10,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from hillinfer.systems.leoam.compression import Compression
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.store import Brought, DriveStore
-from hillinfer.tiers.stream import Stream
+from hillinfer.tiers.hits import SharedHits
+from hillinfer.tiers.log import RecordLog
+from hillinfer.tiers.records import Records
+from hillinfer.tiers.tiered_store import TieredStore
 
 GROUP, TOP = 32, 7
 
@@ -43,65 +46,76 @@ def unpack(packed: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     return (codes * scale).to(dtype)
 
 
-class PackedStore(DriveStore):
-    """A `DriveStore` that reads a share of the records in INT4, those of lowest rank.
+class PackedLog:
+    """A `RecordLog` with INT4 copies beside its records, which are read in place of the records of lowest rank."""
 
-    compression  says which share (`pipeline.compression.Compression`), and is told what reading took
-    packed       a stream of packed records for each sequence
-    """
+    def __init__(self, exact: RecordLog, packed: RecordLog, compression: Compression, hits: SharedHits, row: int):
+        self.exact, self.packed, self.compression, self.hits, self.row = exact, packed, compression, hits, row
+        self.coarse = np.zeros(0, bool)  # tokens whose last read was INT4
 
-    def __init__(self, *args, compression, packed: list[Stream]):
-        super().__init__(*args)
-        self.compression, self.packed = compression, packed
-        self.coarse = [np.zeros(0, bool) for _ in packed]  # tokens whose last read was INT4
-        self.packed_tokens = self.read_tokens = 0
+    @property
+    def n(self) -> int:
+        return self.exact.n
 
-    def append(self, kv: torch.Tensor, coded=None) -> list:
-        start = time.perf_counter_ns()
-        written = sum(stream.append(pack(own)) for stream, own in zip(self.packed, kv.to("cpu"), strict=True))
-        work = [("drive", "write", start, time.perf_counter_ns(), written)] if written else []
-        work += super().append(kv, coded)
-        self.coarse = [np.pad(mask, (0, max(0, self.n - len(mask)))) for mask in self.coarse]
-        return work
+    def append(self, records: torch.Tensor, codes=None) -> int:
+        """The full records; `PackedStore` appends the INT4 copies."""
+        self.coarse = np.pad(self.coarse, (0, len(records)))
+        return self.exact.append(records)
 
-    def read(self, row: int, positions: np.ndarray, exact: bool = False) -> tuple[torch.Tensor, np.ndarray | None, int]:
-        full, small = self.geometry.record_bytes, self.packed[row].drive.record_bytes
+    def read(self, positions: np.ndarray, exact: bool = True) -> tuple[Records, int]:
+        """See `RecordLog.read`."""
+        full, small = self.exact.file.record_bytes, self.packed.file.record_bytes
         k = 0 if exact else round(self.compression.share(len(positions), full, small) * len(positions))
         coarse = np.zeros(len(positions), bool)
-        coarse[np.argsort(self.hits.rank[row, positions], kind="stable")[:k]] = True
-        self.coarse[row][positions] = coarse
+        coarse[np.argsort(self.hits.rank[self.row, positions], kind="stable")[:k]] = True
+        self.coarse[positions] = coarse
         start = time.perf_counter()
-        records, rows, nbytes = super().read(row, positions[~coarse])
+        records, nbytes = self.exact.read(positions[~coarse])
         if k:
-            codes, more = self.packed[row].read(positions[coarse])
+            codes, more = self.packed.read(positions[coarse])
             nbytes += more
         self.compression.note("per_byte", time.perf_counter() - start, nbytes)
-        self.packed_tokens, self.read_tokens = self.packed_tokens + k, self.read_tokens + len(positions)
         if not k:
-            return records, rows, nbytes
-        start = time.perf_counter()
-        out = self.geometry.empty(len(positions))
-        out[torch.from_numpy(~coarse)] = records if rows is None else records[torch.from_numpy(rows)]
-        out[torch.from_numpy(coarse)] = unpack(codes, self.geometry.head_dim, self.geometry.dtype)
+            return records, nbytes
+        start, size = time.perf_counter(), self.exact.geometry
+        out = size.empty(len(positions))
+        out[torch.from_numpy(~coarse)] = records.tensor()
+        out[torch.from_numpy(coarse)] = unpack(codes.tensor(), size.head_dim, size.dtype)
         self.compression.note("per_token", time.perf_counter() - start, k)
-        return out, None, nbytes
-
-    def settle(self) -> int:
-        whole = []
-        for row, tokens, records in self.missed:
-            exact = np.flatnonzero(~self.coarse[row][tokens])
-            whole.append(
-                (row, tokens[exact], Brought([(np.arange(len(exact)), records[torch.from_numpy(exact)], None)]))
-            )
-        self.missed = whole
-        return super().settle()
+        return Records(out), nbytes
 
     def truncate(self, n: int) -> None:
-        super().truncate(n)
-        for stream in self.packed:
-            stream.truncate(n)
-        self.coarse = [mask[:n] for mask in self.coarse]
+        self.exact.truncate(n)
+        self.packed.truncate(n)
+        self.coarse = self.coarse[:n]
 
-    def memory(self) -> dict[str, int]:
-        held = super().memory()
-        return held | {"host": held["host"] + sum(stream.nbytes for stream in self.packed)}
+    @property
+    def nbytes(self) -> int:
+        return self.exact.nbytes + self.packed.nbytes
+
+
+class PackedStore(TieredStore):
+    """A `TieredStore` that reads a share of the records in INT4.
+
+    compression  says which share, and learns how long reads took
+    packed       a log of INT4 records for each sequence
+    """
+
+    def __init__(self, *args, compression: Compression, packed: list[RecordLog]):
+        super().__init__(*args)
+        logs = zip(self.logs, packed, strict=True)
+        self.logs = [PackedLog(*pair, compression, self.hits, row) for row, pair in enumerate(logs)]
+
+    def append(self, kv: torch.Tensor, codes=None) -> None:
+        start = time.perf_counter_ns()
+        written = sum(log.packed.append(pack(own)) for log, own in zip(self.logs, kv.to("cpu"), strict=True))
+        if written:
+            self.track.add("drive", "write", start, written)
+        super().append(kv, codes)
+
+    def settle(self) -> int:
+        """Promote full records only."""
+        full = [np.flatnonzero(~self.logs[row].coarse[tokens]) for row, tokens, _ in self.missed]
+        missed = zip(self.missed, full, strict=True)
+        self.missed = [(row, tokens[own], records.subset(own)) for (row, tokens, records), own in missed]
+        return super().settle()

@@ -24,7 +24,7 @@ class Pages:
         self.used = np.zeros(0, np.int64)  # slot -> when last
         self.offsets = np.zeros(0, np.int64)  # page -> byte offset in the drive's file
         self.free: list[int] = []  # offsets of pages that were forgotten
-        self.work: list[tuple] = []  # (lane, kind, start_ns, end_ns, bytes), taken away by whoever records it
+        self.work: list[tuple] = []  # (lane, kind, start_ns, end_ns, bytes), for `Step.work`
         self.bytes_read = 0
 
     @property

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.systems.leoam.tree import LEAF, NODES, PAGE, ChunkTree
+from hillinfer.systems.leoam.pages import Pages
+from hillinfer.systems.leoam.tree import LEAF, NODES, ChunkTree
 
 
 class LeoAM(Policy):
@@ -19,15 +20,16 @@ class LeoAM(Policy):
 
     needs_codes = False
     can_speculate = True
-    paged = 2 * NODES / PAGE
     desert = 12.0  # logits below the newest tokens' best, where a weight is under e**-12: no head looks there
     newest = 16  # tokens whose keys are kept to know that best
 
-    def start(self, batch: int, kv_heads: int, head_dim: int, pages) -> None:
+    open_pages = staticmethod(lambda row, shape: Pages(shape))  # a run with a drive keeps them there
+
+    def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         shape = (NODES, kv_heads, 2, head_dim)
         self.kv_heads = kv_heads
         self.keys = torch.zeros(batch, kv_heads, 0, head_dim)
-        self.trees = [ChunkTree(kv_heads, head_dim, pages(row, shape)) for row in range(batch)]
+        self.trees = [ChunkTree(kv_heads, head_dim, self.open_pages(row, shape)) for row in range(batch)]
 
     def append(self, keys: torch.Tensor) -> None:
         keys = keys.to("cpu", torch.float32)

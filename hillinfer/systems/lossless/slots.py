@@ -13,6 +13,7 @@ import torch
 
 from hillinfer.systems.lossless.plan import DIRECT
 from hillinfer.tiers.block_file import BLOCK, aligned
+from hillinfer.timeline import Track
 
 
 @dataclass
@@ -55,9 +56,10 @@ class Slots:
         host = sum(slot.host.nbytes for slot in self.slots)
         return host if self._copies else 0, host
 
-    def take(self, layer: int, n: int) -> tuple[torch.Tensor, list]:
-        """The layer's n tokens, (B, n, 2, Hkv, D) on the model's device, good until `release` or the next `take`; and
-        the work of bringing them, as in `Found.work`.
+    def take(self, layer: int, n: int, track: Track | None = None) -> torch.Tensor:
+        """The layer's n tokens, (B, n, 2, Hkv, D) on the model's device, valid until `release` or the next `take`.
+
+        What loading them took is written to `track`, by the thread that calls.
         """
         if self.held is not None and self.held.layer != layer:
             self.release()
@@ -67,14 +69,16 @@ class Slots:
         start = time.perf_counter_ns()
         work = [span for future in slot.loading for span in future.result()]
         slot.loading = []
-        work.append(("cpu", "wait", start, time.perf_counter_ns(), 0))
+        work.append(("cpu", "wait", start, 0, time.perf_counter_ns()))
         for i, tensor in enumerate(self.tensors.pair(layer)):
             work += self._fill(slot, i, tensor, tensor.flushed, False)  # what was written since it was asked for
             tail = slice(tensor.flushed, tensor.flushed + len(tensor.tail))
             slot.host[i, tail] = tensor.tail
             if slot.device is not None:
                 slot.device[i, tail].copy_(slot.pinned[i, tail])
-        return self.tensors.view(slot.pinned if slot.device is None else slot.device, n), work
+        for span in work if track is not None else ():
+            track.add(*span)
+        return self.tensors.view(slot.pinned if slot.device is None else slot.device, n)
 
     def release(self) -> None:
         """The held layer's attention is through: its buffer is for the layer after the next."""
@@ -141,26 +145,24 @@ class Slots:
         return Slot(pinned.numpy(), pinned, torch.empty_like(pinned, device=device))
 
     def _fill(self, slot: Slot, i: int, tensor, end: int, staggered: bool) -> list:
-        """Bring the tensor's bytes up to `end` into the buffer, and on to the device. Returns the work done."""
+        """Load the tensor's bytes up to `end` into the buffer and onto the device. Returns arguments of `Track.add`."""
         start, work = slot.valid[i], []
         if start >= end:
             return work
         tensor.settle()
         with self._turn if staggered else nullcontext():
-            asked = time.perf_counter_ns()
-            brought = self.tensors.read(tensor, start, end, slot.host[i, start:end], 1 if staggered else 0.5)
+            began = time.perf_counter_ns()
+            read = self.tensors.read(tensor, start, end, slot.host[i, start:end], 1 if staggered else 0.5)
         done = time.perf_counter_ns()
-        for path, nbytes in brought.items():
-            work.append(
-                ("drive", "prefetch", asked, done, nbytes) if path == DIRECT else ("cpu", "near", asked, done, nbytes)
-            )
+        for path, nbytes in read.items():
+            work.append((*(("drive", "prefetch") if path == DIRECT else ("cpu", "near")), began, nbytes, done))
         if slot.device is not None:
             with torch.cuda.stream(self._copies[i]):
                 if slot.free is not None:
                     slot.free.wait(self._copies[i])
                 slot.device[i, start:end].copy_(slot.pinned[i, start:end], non_blocking=True)
             self._copies[i].synchronize()
-            work.append(("link", "transfer", done, time.perf_counter_ns(), end - start))
+            work.append(("link", "transfer", done, end - start, time.perf_counter_ns()))
         slot.valid[i] = end
         return work
 

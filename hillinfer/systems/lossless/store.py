@@ -1,54 +1,68 @@
-"""One layer's part of `Tensors`, with the contract of `tiers.store`."""
+"""One layer's part of `Tensors`, as a store: whole tensors are its unit."""
 
 import time
 
 import numpy as np
 import torch
 
+from hillinfer.errors import UsageError
 from hillinfer.systems.lossless.plan import NEAR
 from hillinfer.systems.lossless.tensors import Tensors
-from hillinfer.tiers.store import Found
+from hillinfer.tiers.store import Store
+from hillinfer.timeline import Counters, Served, Timeline, Track
 
 
-class TensorStore:
+class TensorStore(Store):
     """Tokens of tensors that begin on the near path count as the host's, the others as the drive's."""
 
-    def __init__(self, tensors: Tensors, layer: int):
-        self.tensors, self.layer, self.n = tensors, layer, 0
+    in_place = False  # single records would have to be picked out of whole tensors
 
-    def append(self, kv: torch.Tensor, coded=None) -> list:
+    def __init__(self, tensors: Tensors, layer: int, track: Track | None = None):
+        self.tensors, self.layer, self.n, self.geometry = tensors, layer, 0, tensors.geometry
+        self.track = track or Track(Timeline(), Counters(), layer)
+
+    def append(self, kv: torch.Tensor, codes=None) -> None:
         start = time.perf_counter_ns()
         written = self.tensors.append(self.layer, kv, self.n)
         self.n += kv.shape[1]
-        return [("drive", "write", start, time.perf_counter_ns(), written)] if written else []
+        if written:
+            self.track.add("drive", "write", start, written)
 
-    def all(self) -> tuple[torch.Tensor, Found]:
-        start, tokens = time.perf_counter_ns(), self.n * self.tensors.geometry.batch
+    def all(self) -> tuple[torch.Tensor, Served]:
+        start, tokens = time.perf_counter_ns(), self.n * self.geometry.batch
         kv = self.tensors.resident(self.layer, self.n)
         if kv is None:
-            kv, work = self.tensors.slots.take(self.layer, self.n)
+            kv = self.tensors.slots.take(self.layer, self.n, self.track)
             extents = [self.tensors.plan.extents[tensor.index] for tensor in self.tensors.pair(self.layer)]
             near = tokens * sum(own[0].path == NEAR for own in extents) // 2
-            return kv, Found(host=near, drive=tokens - near, work=work)
-        if kv.device == self.tensors.geometry.device:
-            return kv, Found(host=tokens, work=[("cpu", "view", start, time.perf_counter_ns(), 0)])
-        kv = kv.to(self.tensors.geometry.device)
-        return kv, Found(host=tokens, work=[("link", "transfer", start, time.perf_counter_ns(), kv.nbytes)])
+            return kv, Served(host=near, drive=tokens - near)
+        if kv.device == self.geometry.device:
+            self.track.add("cpu", "view", start)
+        else:
+            kv = kv.to(self.geometry.device)
+            self.track.add("link", "transfer", start, kv.nbytes)
+        return kv, Served(host=tokens)
 
-    def fetch(self, row: int, positions: np.ndarray, ahead=None) -> tuple[torch.Tensor, Found]:
-        """All are brought, and these (k,) picked: whole tensors are the unit here."""
-        kv, found = self.all()
-        host = len(positions) * found.host // (found.host + found.drive)
+    def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:
+        """All tensors are read, and records of these positions (k,) picked."""
+        kv, served = self.all()
+        host = len(positions) * served.host // (served.host + served.drive)
         picked = kv[row].index_select(0, torch.from_numpy(positions).to(kv.device))
-        return picked, Found(host=host, drive=len(positions) - host, work=found.work)
+        return picked, Served(host=host, drive=len(positions) - host)
 
     def settle(self) -> int:
+        """The layer's buffer is free for the layer after the next."""
         self.tensors.slots.release()
         return 0
 
     def truncate(self, n: int) -> None:
         self.tensors.truncate(self.layer, n)
         self.n = n
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        raise UsageError(
+            "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
+        )
 
     def memory(self) -> dict[str, int]:
         return self.tensors.memory(self.layer)

@@ -12,9 +12,9 @@ import torch
 
 from hillinfer.systems.lossless.plan import DIRECT, NEAR, Plan
 from hillinfer.systems.lossless.slots import Slots
-from hillinfer.tiers.block_file import BLOCK, MAX_READ, BlockFile, aligned
+from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned, pieces
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.stream import BEHIND, Writer
+from hillinfer.tiers.log import BEHIND, Writer
 
 HELD = 16 * BLOCK  # bytes of a tensor gathered before they are written
 HEADROOM = 256  # tokens of room beyond the first ones, where no maximal length is given
@@ -163,7 +163,7 @@ class Tensors:
         """Bytes start..end of a tensor into out, page-aligned; how many came by each path. See `transfer` for share."""
         brought = {}
         for path, offset, low, high in self.plan.spans(tensor.index, start, end, BLOCK):
-            jobs = _pieces(offset, out[low - start : high - start])
+            jobs = pieces(offset, out[low - start : high - start])
 
             def token(at: int, low: int = low, offset: int = offset) -> int:
                 return (low + max(0, at - offset)) // self.token_bytes
@@ -225,8 +225,4 @@ class Tensors:
                 bounce = aligned(len(part))
                 bounce[:] = part
                 part = bounce
-            self.paths[path].transfer("write", _pieces(offset, part), tensor.layer, at // self.token_bytes)
-
-
-def _pieces(offset: int, buffer: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    return [(offset + at, buffer[at : at + MAX_READ]) for at in range(0, len(buffer), MAX_READ)]
+            self.paths[path].transfer("write", pieces(offset, part), tensor.layer, at // self.token_bytes)

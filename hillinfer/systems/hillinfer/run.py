@@ -1,0 +1,111 @@
+"""Runs on a computational drive: HillInfer, whose drive scores, and InstAttention, whose drive attends."""
+
+from dataclasses import replace
+
+from hillinfer.config import Settings
+from hillinfer.run import Run
+from hillinfer.systems.hardware.card import Xrt, check_card
+from hillinfer.systems.hardware.xrt import XrtDrive
+from hillinfer.systems.hillinfer import cec
+from hillinfer.systems.hillinfer.attending import AttendingStore
+from hillinfer.systems.hillinfer.balance import Chosen, Speeds
+from hillinfer.systems.hillinfer.drive import SMARTSSD, ComputationalDrive, Shape
+from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.scoring import DriveLog, ScoringStore
+from hillinfer.tiers.geometry import Geometry
+from hillinfer.timeline import Track
+
+REBALANCE_EVERY = 16  # decode steps after which the split is corrected by what they selected
+
+
+class ScoringRun(Run):
+    """The host's pool is as large as makes a step shortest, where `settings.profile` names what host and drive do."""
+
+    store = ScoringStore
+
+    def __init__(self, settings: Settings, *args):
+        super().__init__(settings, *args)
+        self.speeds = None if settings.profile is None else Speeds.load(settings.profile)
+
+    @classmethod
+    def check_settings(cls, settings: Settings) -> None:
+        super().check_settings(settings)
+        if settings.drive_kind == "xrt":
+            check_card(settings.xclbin)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.chosen: Chosen | None = None  # selection rates of the last steps
+
+    def open_drive(self, geometry: Geometry) -> ComputationalDrive:
+        settings, streams = self.settings, self.layers * geometry.batch
+        coded = geometry.head_dim if self.store.scores_keys else 0
+        shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
+        if settings.drive_kind == "xrt":
+            own = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads, **self.safety)
+            return XrtDrive(settings.drive, shape, own)
+        kernel = cec.choose(settings.bits, geometry.head_dim)
+        rates = replace(SMARTSSD, kernel=kernel.code_rate(geometry.head_dim), call=kernel.call_seconds)
+        how = dict(paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
+        return EmulatedDrive(settings.drive, shape, Emulation(rates=rates, **how, **self.safety))
+
+    def open_store(self, track: Track) -> ScoringStore:
+        return self.tiered_store(self.store, track, lambda stream: DriveLog(self.drive, self.geometry, stream))
+
+    def pool_tokens(self, n: int) -> int:
+        return super().pool_tokens(n) if self.speeds is None else self.capped(self._balanced_share(), n)
+
+    def _balanced_share(self) -> float:
+        """The host's share of the tokens by the profile, for the shortest step or by the paper's closed form."""
+        code_bytes = self.geometry.kv_heads * self.geometry.head_dim * self.settings.bits // 8
+        if self.settings.split == "paper":
+            beta = self.speeds.beta(self.settings.alpha, code_bytes, self.geometry.record_bytes)
+            return beta / (1 + beta)
+        return self.speeds.host_share(self._chosen(), code_bytes, self.geometry.record_bytes)
+
+    def _chosen(self) -> Chosen:
+        return self.chosen or Chosen(self.settings.alpha, self.settings.alpha)
+
+    def begin_step(self, tokens: int) -> None:
+        if self.speeds is not None and tokens == 1 and self.step % REBALANCE_EVERY == 0:
+            self._rebalance()
+        super().begin_step(tokens)
+
+    def _rebalance(self) -> None:
+        """Hot tokens are selected more often than alpha, cold ones less: balance by what the last steps selected."""
+        rows, batch = self.counters.rows[-REBALANCE_EVERY * self.layers :], self.geometry.batch
+        pool = sum(min(self.pool_tokens(row.cached), row.cached) for row in rows) * batch
+        rest = sum(row.cached for row in rows) * batch - pool
+        if min(pool, rest) > 0:  # nothing is known of an empty side
+            host, drive = sum(row.host for row in rows), sum(row.drive for row in rows)
+            self.chosen = Chosen(host / pool, drive / rest)
+
+    def why_split(self) -> str:
+        text, budget = super().why_split(), self.settings.host_budget
+        if self.drive is None:
+            return text
+        if self.speeds is not None:
+            text = f"host holds {self._balanced_share():.0%}: "
+            if self.settings.split == "paper":
+                text += "by the profile host and drive then take equally long"
+            else:
+                chosen, source = self._chosen(), "as in the last steps" if self.chosen else "alpha, for lack of steps"
+                text += "by the profile a step is then shortest, where "
+                text += f"{chosen.host:.0%} of the pool and {chosen.drive:.0%} of the rest are selected ({source})"
+            text += "" if budget is None else f", at most {budget:,} bytes"
+        if self.settings.drive_kind == "emulated":
+            kernel, clock = cec.choose(self.settings.bits, self.geometry.head_dim), cec.CLOCK / 1e6
+            text += f"; the drive's modelled scoring is that of {kernel.name} at {clock:.0f} MHz (assumed clock)"
+        return text
+
+
+class AttendingRun(ScoringRun):
+    """InstAttention: the drive attends to all tokens but the device window's, and the host has no pool."""
+
+    store = AttendingStore
+
+    def pool_tokens(self, n: int) -> int:
+        return 0
+
+    def check(self, n: int) -> None:
+        """Any length fits: the host holds no records."""

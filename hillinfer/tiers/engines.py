@@ -1,0 +1,110 @@
+"""Engines move blocks between one file and memory. This is the narrow waist of every drive: one method.
+
+`Rings` (io_uring, `hillinfer.native.ring`) and `Threads` (preadv and pwritev) implement it; a test's engine that fails
+implements it too.
+"""
+
+import errno
+import os
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Protocol
+
+import numpy as np
+
+from hillinfer.errors import DriveError
+from hillinfer.native.ring import Rings
+from hillinfer.tiers.checksums import compare, memory_at
+
+
+class Engine(Protocol):
+    name: str
+
+    def transfer(
+        self,
+        write: bool,
+        fd: int,
+        offsets: np.ndarray,
+        addresses: np.ndarray,
+        lengths: np.ndarray,
+        timeout: float,
+        keep: object,
+        sums: np.ndarray | None = None,
+        share: float = 1,
+    ) -> None:
+        """Move pieces between the file and memory, int64 (m,) each.
+
+        timeout  seconds without any progress after which the transfer fails with ETIMEDOUT
+        keep     owner of the memory, kept alive for as long as a late request may touch it
+        sums     checksums of the file's blocks, uint32; a read that differs fails with EBADMSG
+        share    fraction of the engine's threads to use, so that another transfer can run beside this one
+        Raises OSError with the failed piece's offset in `offset`.
+        """
+
+    def close(self) -> list[Future] | None:
+        """Stop. Returns requests that have not come back; the file must stay open until they have."""
+
+
+class Threads:
+    """preadv and pwritev on a pool of threads, each with a fixed share of the pieces."""
+
+    def __init__(self, threads: int):
+        self.threads, self.name = threads, f"{threads} threads"
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hillinfer-drive")
+        self._late: list[Future] = []
+
+    def transfer(self, write, fd, offsets, addresses, lengths, timeout, keep, sums=None, share=1) -> None:
+        pieces, moved = np.stack((offsets, addresses, lengths), 1), [0]
+        threads = min(max(1, int(self.threads * share)), len(pieces))
+        work = [self._pool.submit(_move, write, fd, pieces[i::threads].tolist(), moved, keep) for i in range(threads)]
+        self._wait(work, moved, timeout)
+        if errors := [future.exception() for future in work if future.exception()]:
+            raise min(errors, key=lambda error: getattr(error, "offset", 0))  # the first one in the file
+        if sums is not None:
+            compare(sums, offsets, addresses, lengths)
+
+    def _wait(self, work: list[Future], moved: list[int], timeout: float) -> None:
+        waiting, stuck = set(work), False
+        try:
+            while waiting:
+                before = moved[0]
+                done, waiting = wait(waiting, timeout, FIRST_COMPLETED)
+                if not done and moved[0] == before:
+                    stuck, self._late = True, self._late + list(waiting)
+                    raise OSError(errno.ETIMEDOUT, "no answer")
+        finally:
+            if not stuck:  # a Ctrl-C: no thread may still write into a buffer that is reused
+                wait(work, timeout)
+
+    def close(self) -> list[Future]:
+        late = [future for future in self._late if not future.done()]
+        self._pool.shutdown(wait=not late)
+        return late
+
+
+def _move(write: bool, fd: int, pieces: list, moved: list[int], keep: object) -> None:
+    """One thread's pieces. `keep` holds their memory for as long as this runs; `moved` counts progress."""
+    call = os.pwritev if write else os.preadv
+    for offset, address, length in pieces:
+        try:
+            done, buffer = 0, memory_at(address, length)
+            while done < length:  # short transfers are legal: continue where one ended
+                n = call(fd, [buffer[done:]], offset + done)
+                if n <= 0:
+                    raise OSError(f"only {done} of {length} bytes at offset {offset}")
+                done += n
+                moved[0] += 1
+        except OSError as error:
+            error.offset = offset
+            raise
+
+
+def open_engine(name: str, threads: int) -> Engine:
+    """`io_uring`, `threads`, or `auto`: io_uring where the system has it. DriveError where io_uring is missing."""
+    if name == "threads":
+        return Threads(threads)
+    try:
+        return Rings()
+    except OSError as error:
+        if name == "io_uring":
+            raise DriveError(error.strerror or str(error)) from None
+        return Threads(threads)

@@ -1,0 +1,83 @@
+"""Records in memory, wherever they lie: rows of a tensor, and a selection of them that spans several tensors."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hillinfer import native
+
+
+@dataclass(frozen=True)
+class Records:
+    """Some rows of a tensor of records.
+
+    data  (m, 2, Hkv, D)
+    rows  int64 (k,), or None for all rows in order
+    """
+
+    data: torch.Tensor
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.data) if self.rows is None else len(self.rows)
+
+    def __getitem__(self, index: np.ndarray) -> "Records":
+        return Records(self.data, index if self.rows is None else self.rows[index])
+
+    def tensor(self) -> torch.Tensor:
+        """(k, 2, Hkv, D) on the device of `data`; a copy unless all rows are taken."""
+        if self.rows is None:
+            return self.data
+        return self.data.index_select(0, torch.from_numpy(self.rows).to(self.data.device))
+
+    def addresses(self) -> np.ndarray:
+        """Of each record in host memory, int64 (k,)."""
+        width = self.data.stride(0) * self.data.element_size()
+        return self.data.data_ptr() + (np.arange(len(self.data)) if self.rows is None else self.rows) * width
+
+
+class Selection:
+    """Records of a selection of tokens, in the one or more tensors that hold them; kept alive by it.
+
+    parts  (places among the selected tokens, their records); together the places are 0 .. k-1
+    """
+
+    def __init__(self, parts: list[tuple[np.ndarray, Records]]):
+        self.parts = [(places, records) for places, records in parts if len(places)]
+
+    def __len__(self) -> int:
+        return sum(len(places) for places, _ in self.parts)
+
+    def addresses(self) -> np.ndarray:
+        """Of each record in host memory, int64 (k,)."""
+        out = np.empty(len(self), np.int64)
+        for places, records in self.parts:
+            out[places] = records.addresses()
+        return out
+
+    def gather(self, out: torch.Tensor) -> int:
+        """Copy the records into out (k, 2, Hkv, D). Returns the bytes that crossed to another device."""
+        crossed = 0
+        for places, records in self.parts:
+            part = records.tensor()
+            out[torch.from_numpy(places).to(out.device)] = part.to(out.device)
+            crossed += part.nbytes if part.device != out.device else 0
+        return crossed
+
+    def copy_to(self, index: np.ndarray, out: torch.Tensor, slots: np.ndarray) -> None:
+        """out[slots] = records[index], in host memory; slots are distinct."""
+        if native.available():
+            native.copy(self.addresses()[index], out, slots, torch.get_num_threads())
+            return
+        whole = out.new_empty((len(self), *out.shape[1:]))
+        self.gather(whole)
+        out[torch.from_numpy(slots)] = whole[torch.from_numpy(index)]
+
+    def subset(self, index: np.ndarray) -> "Selection":
+        """The records at these sorted places, in their order."""
+        parts = []
+        for places, records in self.parts:
+            mine = np.isin(places, index, kind="table")
+            parts.append((np.searchsorted(index, places[mine]), records[np.flatnonzero(mine)]))
+        return Selection(parts)

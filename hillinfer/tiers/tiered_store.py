@@ -1,0 +1,171 @@
+"""A store over three tiers: a window on the model's device, a hot pool in host memory, every record on the drive."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hillinfer.errors import UsageError
+from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.hits import SharedHits
+from hillinfer.tiers.log import RecordLog
+from hillinfer.tiers.pool import DEMOTED, HotPool
+from hillinfer.tiers.records import Records, Selection
+from hillinfer.tiers.store import Store
+from hillinfer.tiers.window import Window
+from hillinfer.timeline import Served, Track
+
+PART = 512  # tokens read at once where all are needed: a prefill chunk's KV beside its scores stays small
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A prefetch in flight: sorted positions (k,), and the future of their records."""
+
+    positions: np.ndarray
+    reading: Future  # of Records
+
+
+class TieredStore(Store):
+    """Device window, hot pool in host memory, and every record on the drive.
+
+    logs      one for each sequence of the batch
+    pinned    fraction of the tokens, the newest, that never leaves the pool (HKM rule 1: alpha)
+    capacity  pool size in tokens for each sequence, at n cached tokens
+    reader    runs prefetches
+    """
+
+    can_prefetch = in_parts = True
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        track: Track,
+        logs: list[RecordLog],
+        hits: SharedHits,
+        window: Window,
+        pinned: float,
+        capacity: Callable[[int], int],
+        reader: Executor | None = None,
+    ):
+        self.geometry, self.track, self.logs, self.reader = geometry, track, logs, reader
+        self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
+        self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
+        self.ahead: dict[int, Ahead] = {}  # sequence -> its prefetch
+        self.missed: list[tuple[int, np.ndarray, Selection]] = []  # what this step read from the drive
+
+    @property
+    def n(self) -> int:
+        return self.window.n
+
+    def append(self, kv: torch.Tensor, codes=None) -> None:
+        """Write to the drive, and admit the newest tokens to the pool."""
+        start, before = time.perf_counter_ns(), self.n
+        self.window.append(kv)
+        self.hits.extend(self.n)
+        records = kv.to("cpu")
+        codes = zip(*codes, strict=True) if codes else [None] * len(records)
+        written = sum(log.append(part, own) for log, part, own in zip(self.logs, records, codes, strict=True))
+        if written:
+            self.track.add("drive", "write", start, written)
+        for row, pool in enumerate(self.pools):
+            pool.resize(self.capacity(self.n))
+            pool.pinned_from = self.n - math.ceil(self.pinned * self.n)
+            pool.admit(np.arange(before, self.n), records[row])
+
+    def prefetch(self, row: int, positions: np.ndarray) -> None:
+        far = positions[self.window.far(positions)]
+        missing = far[self.pools[row].slots(far) < 0]
+
+        def read() -> Records:
+            start = time.perf_counter_ns()
+            records, nbytes = self.logs[row].read(missing, exact=False)
+            if nbytes:
+                self.track.add("drive", "prefetch", start, nbytes)
+            return records
+
+        self.ahead[row] = Ahead(missing, self.reader.submit(read))
+
+    def find(self, row: int, positions: np.ndarray, for_step: bool = True) -> tuple[Selection, Served]:
+        """See `Store.find`. With `for_step` the tokens count as hits, and may be promoted when the step is settled."""
+        far = self.window.far(positions)
+        near = np.concatenate((np.arange(far.start), np.arange(far.stop, len(positions))))
+        slots = self.pools[row].slots(positions[far])
+        hit, miss = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        parts = [
+            (near, Records(self.window.records[row], self.window.slots(positions[near]))),
+            (far.start + hit, Records(self.pools[row].records.data, slots[hit].astype(np.int64))),
+        ]
+        served = Served(len(near), len(hit), len(miss), demoted=int((slots == DEMOTED).sum()))
+        ahead = self.ahead.pop(row, None) if for_step else None
+        if ahead is not None:
+            served.guessed = len(ahead.positions)
+        if len(miss):
+            tokens = positions[far][miss]
+            known = np.zeros(len(tokens), bool) if ahead is None else np.isin(tokens, ahead.positions, kind="table")
+            start = time.perf_counter_ns()  # what the prefetch lacks is read before waiting for it
+            records, nbytes = self.logs[row].read(tokens[~known], exact=not for_step)
+            done = self.track.add("drive", "read", start, nbytes) if nbytes else time.perf_counter_ns()
+            read, served.prefetched = [(np.flatnonzero(~known), records)], int(known.sum())
+            if served.prefetched:
+                guessed = ahead.reading.result()[np.searchsorted(ahead.positions, tokens[known])]
+                read.append((np.flatnonzero(known), guessed))
+                self.track.add("cpu", "wait", done)
+            parts += [(far.start + miss[places], records) for places, records in read]
+            if for_step:
+                self.missed.append((row, tokens, Selection(read)))
+        if for_step:
+            self.hits.touch(row, positions)
+        return Selection(parts), served
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        for start in range(0, self.n, PART):
+            yield self._part(start)[0]
+
+    def _part(self, start: int) -> tuple[torch.Tensor, Served]:
+        """Records of at most PART tokens from `start` on, of all sequences, and the tiers that served them."""
+        positions, rows, total = np.arange(start, min(start + PART, self.n)), [], Served()
+        for row in range(self.geometry.batch):
+            selection, served = self.find(row, positions, for_step=False)
+            rows.append(self.gather(selection))
+            total += served
+        return torch.stack(rows), total
+
+    def all(self) -> tuple[torch.Tensor, Served]:
+        out, total = self.geometry.empty(self.geometry.batch, self.n, device=self.geometry.device), Served()
+        for start in range(0, self.n, PART):
+            kv, served = self._part(start)
+            out[:, start : start + kv.shape[1]] = kv
+            total += served
+        return out, total
+
+    def settle(self) -> int:
+        """Promote what was read where the hit table ranks it above a resident; as many are demoted (HKM rule 3)."""
+        swapped = sum(self.pools[row].swap(tokens, selection) for row, tokens, selection in self.missed)
+        self.missed = []
+        if not self.hits.shared:
+            self.hits.age()
+        return swapped
+
+    def truncate(self, n: int) -> None:
+        self.ahead.clear()
+        for log, pool in zip(self.logs, self.pools, strict=True):
+            log.truncate(n)
+            pool.truncate(n)
+        self.hits.truncate(n)
+        newest = np.arange(max(0, n - self.window.recent), n)
+        kv = torch.stack([log.read(newest)[0].tensor() for log in self.logs])
+        self.window.refill(n, kv.to(self.geometry.device))
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        raise UsageError(
+            "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
+        )
+
+    def memory(self) -> dict[str, int]:
+        host = sum(pool.nbytes for pool in self.pools) + sum(log.nbytes for log in self.logs)
+        return {"device": self.window.nbytes, "host": host} | ({} if self.hits.shared else {"hits": self.hits.nbytes})

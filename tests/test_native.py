@@ -64,7 +64,7 @@ def test_scores(isa, bits, group, dim, n, extreme, threads, seed):
 def test_scores_refuse_what_they_cannot_read():
     codes = np.zeros((2, 10, 16), np.int8)
     query = np.zeros((2, 1, 16), np.int8)
-    with pytest.raises(ValueError, match="row by row"):
+    with pytest.raises(ValueError, match="contiguous rows"):
         native.score(query, codes[:, ::2], 8)
     for bad in ([-1], [10]):
         with pytest.raises(IndexError):

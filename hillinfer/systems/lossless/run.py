@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 from hillinfer.config import Settings
-from hillinfer.errors import UsageError
 from hillinfer.pipeline.lookahead import Trial
 from hillinfer.pipeline.memory import read_memory
-from hillinfer.systems.hardware.raw_device import DeviceRefused, check_path, open_device
+from hillinfer.systems.hardware import check_path, open_device
 from hillinfer.systems.lossless.plan import NEAR
 from hillinfer.systems.lossless.tensors import HostPath, Tensors
 from hillinfer.tiers.block_file import BLOCK, BlockFile
@@ -23,10 +22,7 @@ def staggering(settings: Settings) -> Trial:
 def check_device(settings: Settings) -> None:
     """UsageError for a device that must not be written to."""
     if settings.device is not None:
-        try:
-            check_path(settings.device)
-        except DeviceRefused as error:
-            raise UsageError(str(error)) from None
+        check_path(settings.device)
 
 
 def open_tensors(settings: Settings, geometry: Geometry, layers: int, staggered: Callable[[], bool]) -> Tensors:
@@ -43,8 +39,6 @@ def open_tensors(settings: Settings, geometry: Geometry, layers: int, staggered:
             near = HostPath()
         else:
             near = BlockFile(settings.drive, settings.io_threads, settings.engine, direct=False, **safety)
-    except DeviceRefused as error:
-        raise UsageError(str(error)) from None
     finally:
         if near is None and direct is not None:
             direct.close()

@@ -131,8 +131,7 @@ def score(query, stored, bits: int, positions: np.ndarray | None = None, threads
             raise IndexError(f"positions must be in [0, {n})")
         n = len(positions)
     out = np.empty((heads, n), np.int32)
-    where = None if positions is None else pointer(positions)
-    shape = (heads, group, dim, where, n, pointer(out), n, _share(heads * n * row, threads))
+    shape = (heads, group, dim, pointer(positions), n, pointer(out), n, _share(heads * n * row, threads))
     _check(_library.hi_score(_library.isa, bits, pointer(stored), strides[0], pointer(query), *shape))
     return out
 
@@ -193,9 +192,8 @@ def bounds(
     query, floor = query.contiguous(), None if floor is None else floor.contiguous()
     best, reach = np.empty((heads, len(boxes)), np.float32), np.empty(len(boxes), bool)
     where = (pointer(boxes), pointer(scales), pointer(leaf), len(boxes), pointer(query), heads, group, dim, slack)
-    wanted = None if floor is None else pointer(floor)
     threads = _share(len(boxes) * 2 * heads * dim, threads)
-    _check(_library.hi_bounds(_library.isa, *where, wanted, pointer(best), pointer(reach), threads))
+    _check(_library.hi_bounds(_library.isa, *where, pointer(floor), pointer(best), pointer(reach), threads))
     return best, reach
 
 
@@ -242,10 +240,10 @@ def checksums(write: bool, offsets, addresses, lengths, sums: np.ndarray) -> int
     return _library.hi_checksums(_library.isa, int(write), len(offsets), *where)
 
 
-def pointer(array) -> int:
-    """Address of the first element of a tensor or array."""
+def pointer(array) -> int | None:
+    """Address of the first element of a tensor or array; None for None."""
     if not isinstance(array, np.ndarray):
-        return array.data_ptr()
+        return None if array is None else array.data_ptr()
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # three times as fast as numpy's own attribute
     except (TypeError, ValueError):  # empty, read-only or not contiguous

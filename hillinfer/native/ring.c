@@ -6,7 +6,7 @@
 
 #define NVME_STATUS 0x10000  /* added to the status of a command that the controller rejected */
 
-/* A submission entry with IORING_SETUP_SQE128 that carries struct nvme_uring_cmd of <linux/nvme_ioctl.h> (Linux 5.19). */
+/* A wide submission entry (IORING_SETUP_SQE128) with struct nvme_uring_cmd of <linux/nvme_ioctl.h> (Linux 5.19). */
 struct nvme_entry {
     uint8_t opcode, flags;
     uint16_t priority;
@@ -142,7 +142,7 @@ int64_t hi_ring_in_flight(struct ring *ring) {
 
 /* Moves n pieces between fd at offsets and memory at addresses; done (n,) counts bytes. Short transfers are continued.
  * With `lba` each piece is one NVMe command to namespace `nsid` (a wide ring); without it, a read or write.
- * Returns 0 or an error as `hi_ring_result` does, with the index of the failed piece in *failed; by then no request is in
+ * Returns 0 or an error as `hi_ring_result` does, with the failed piece's index in *failed; by then no request is in
  * flight. ETIMEDOUT with *failed = -1: no completion for timeout_ms (0: no limit), `hi_ring_in_flight` remain.
  * With `sums`, each piece is verified as soon as it is read, while others are in flight: EBADMSG, and done[*failed] is
  * where the damaged block begins. */

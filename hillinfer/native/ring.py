@@ -51,7 +51,7 @@ class Rings:
         ring, error = self._take(), 0
         try:
             where = *map(native.pointer, (*pieces, done)), ctypes.byref(failed)
-            rest = int(timeout * 1000), native.isa_number(), None if sums is None else native.pointer(sums)
+            rest = int(timeout * 1000), native.isa_number(), native.pointer(sums)
             error = native.call("hi_ring_run", ring, fd, int(write), len(done), *where, *rest, *(self.nvme or (0, 0)))
         finally:
             if error == errno.ETIMEDOUT and failed.value < 0:

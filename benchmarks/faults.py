@@ -31,7 +31,6 @@ import hillinfer
 from benchmarks import faulty_drive
 from benchmarks.faulty_drive import FAULTS, FaultyDrive
 from hillinfer.native import ring
-from hillinfer.systems.hardware import uring
 from hillinfer.systems.hillinfer.emulated import _Link
 
 PROMPT, NEW = 150, 5
@@ -172,7 +171,7 @@ class Bench:
 
 
 def resources(folder: Path | None = None) -> tuple:
-    ring.release_stuck(), uring.release_stuck()
+    ring.release_stuck()
     threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("hillinfer"))
     children = ""
     for path in Path("/proc/self/task").glob("*/children"):

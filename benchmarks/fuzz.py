@@ -23,7 +23,7 @@ import torch
 from hillinfer.errors import UsageError
 from hillinfer.longbench import results, sources
 from hillinfer.longbench.tasks import find_task
-from hillinfer.session_file import Saved, SavedError, save
+from hillinfer.session_file import Saved, save
 from hillinfer.systems.hillinfer import wire
 from hillinfer.systems.hillinfer.balance import Speeds
 from hillinfer.systems.hillinfer.drive import Work
@@ -124,7 +124,7 @@ def parsers(folder: Path) -> list[Parser]:
     answers = [wire.answer(1, "done", work), wire.answer(2, "done", {"write": work}), wire.answer(3, "block", (0, 64))]
     answers += [wire.answer(4, "error", "no room"), wire.answer(0, "done", True)]
     return [
-        Parser("session", _sessions(folder), on_file("doc.kv", session), (SavedError,), 0.15),
+        Parser("session", _sessions(folder), on_file("doc.kv", session), (UsageError,), 0.15),
         Parser("profile of a machine", _profiles(folder), on_file("p.toml", Profile.load), (UsageError,), 0.07),
         Parser("profile of a drive", _speeds(), on_file("s.toml", Speeds.load), (UsageError,), 0.13),
         Parser("trace", _traces(folder), on_file("t.json", load_run), (UsageError,), 0.15),

@@ -5,34 +5,35 @@ import mmap
 
 import torch
 
-LARGE = 8 << 20  # bytes from which a buffer asks for large pages
+LARGE = 8 << 20  # bytes from which a buffer asks for huge pages
 
 
 class Growable:
-    """`view()` is the filled part; growth is by an eighth (at least 256), so that an append is amortised O(1) and waste
-    stays near 12 %. `DynamicCache` copies all it holds at every step instead."""
+    """`view()` is the filled part. The capacity grows by an eighth (at least 256): appends are amortised O(1), waste
+    stays near 12 %. `DynamicCache` copies all of its data at every step instead.
+    """
 
     def __init__(self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device="cpu"):
         self.dim, self.n = dim, 0
-        with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
+        with torch.inference_mode(False):  # an inference-mode buffer could not be written to outside of it
             self.data = torch.empty(shape, dtype=dtype, device=device)
 
     def view(self) -> torch.Tensor:
         return self.data.narrow(self.dim, 0, self.n)
 
     def reserve(self, size: int) -> None:
-        """Have exactly `size` places, if there are fewer."""
+        """Grow the capacity to exactly `size`, unless it is larger."""
         if size > self.data.shape[self.dim]:
             shape = list(self.data.shape)
             shape[self.dim] = size
             with torch.inference_mode(False):
                 grown = torch.empty(shape, dtype=self.data.dtype, device=self.data.device)
-            _ask_for_large_pages(grown)
+            _advise_huge_pages(grown)
             grown.narrow(self.dim, 0, self.n).copy_(self.view())
             self.data = grown
 
     def extend(self, more: int) -> int:
-        """Have `more` further places in the view, to be filled by the caller; returns where they start."""
+        """Extend the view by `more` uninitialised places, to be filled by the caller; returns where they start."""
         start, self.n = self.n, self.n + more
         if self.n > self.data.shape[self.dim]:
             self.n = start
@@ -48,15 +49,15 @@ class Growable:
         self.n = min(self.n, n)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Take these rows of dimension 0, in this order."""
+        """Select these rows of dimension 0, in this order."""
         rows = rows.to(self.data.device)
         with torch.inference_mode(False):
             self.data = self.data.index_select(0, rows.clone())
 
 
-def _ask_for_large_pages(data: torch.Tensor) -> None:
-    """Before its first use: records that lie scattered over 4 KiB pages take 1.5 times as long to attend to. Where the
-    system has no large pages (Linux has), or gives none, nothing changes.
+def _advise_huge_pages(data: torch.Tensor) -> None:
+    """Ask for huge pages before the first use: attention to records scattered over 4 KiB pages takes 1.5 times as long.
+    No effect without transparent huge pages (Linux).
     """
     if data.device.type == "cpu" and data.nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-data.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

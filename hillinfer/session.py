@@ -1,26 +1,27 @@
-"""Prefill once, ask many times: a document's KV saved to a file and opened again, in any process, under any system.
+"""Prefill once, ask many times: a document's KV saved to a file, opened again in any process and under any system.
 
-Opening gives the layers their records in the very pieces in which they first came, so codes, pools and windows are as
-after the prefill, and so are the answers. The file is only read; every opened cache is private.
+Opening replays the records into the layers in the chunks of the prefill, so that codes, pools, windows and answers are
+those of the prefill. The file is only read; every opened cache is private.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from contextlib import ExitStack
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hillinfer import session_file as saved
 from hillinfer.cache import TieredCache, TieredLayer, chunk_ends
 from hillinfer.errors import UsageError
-from hillinfer.session_file import Saved, SavedError
+from hillinfer.session_file import Saved, check_session, save
 from hillinfer.systems.registry import find_system, make_cache
 
-SAMPLE = 16  # values of each parameter that tell one model from another
+VOLATILE = ("transformers_version", "dtype", "torch_dtype")  # configuration keys left out of a model's fingerprint
+SAMPLE = 16  # values of each parameter in a model's fingerprint
 
 
 def save_session(
@@ -30,27 +31,29 @@ def save_session(
     ids: Sequence[int],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
-    """Save what the cache holds, the KV of the tokens `ids` of one sequence, atomically.
+    """Atomically save the KV of the tokens `ids`, the single sequence that the cache holds.
 
-    With a tokenizer, opening with another one is refused. Raises UsageError for a cache that cannot be saved and for a
-    place that holds something else, OSError where the disk is full; what was saved there before is untouched then.
+    tokenizer  fingerprinted, so that opening with another one is refused
+
+    Raises UsageError if the cache cannot be saved or `path` holds anything but a session, OSError if writing fails; an
+    earlier session then stays as it was.
     """
     layers = [layer.layer for layer in cache.layers if isinstance(layer, TieredLayer)]
     if len(layers) < len(cache.layers):
         raise UsageError("layers with a sliding window cannot be saved; keep the prompt and prefill again")
-    if not layers or cache.run.geometry is None or cache.run.geometry.batch != 1:
-        raise UsageError("a session is one sequence: prefill one document, without padding, and save that")
+    geometry = cache.run.geometry
+    if not layers or geometry is None or geometry.batch != 1:
+        raise UsageError("a session is one sequence: prefill one document, without padding, and save it")
     if len(ids) != cache.get_seq_length():
-        raise UsageError(f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: give those of the document")
-    geometry, n = cache.run.geometry, len(ids)
+        raise UsageError(
+            f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: pass the ids of the document"
+        )
     facts = {"model": fingerprint(model), "ids": [int(i) for i in ids], "pieces": layers[0].pieces}
     if tokenizer is not None:
         facts["tokenizer"] = tokens_fingerprint(tokenizer)
-    shape = (len(layers), 1, n, *geometry.record_shape)
+    shape = (len(layers), 1, len(ids), *geometry.record_shape)
     try:
-        saved.save(Path(path), (layer.records() for layer in layers), shape, geometry.dtype, facts)
-    except SavedError as error:
-        raise UsageError(str(error)) from None
+        save(Path(path), (layer.records() for layer in layers), shape, geometry.dtype, facts)
     except OSError as error:
         raise OSError(f"the session {path} was not saved: {error}") from error
     return Path(path)
@@ -63,47 +66,38 @@ def open_session(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options,
 ) -> tuple[TieredCache, list[int]]:
-    """A cache that holds a saved document's KV, and the document's token ids, for `generate(ids + question, ...)`.
+    """A cache with a saved document's KV, and the document's token ids, for `generate(ids + question, ...)`.
 
-    options  the fields of `Settings`. Raises UsageError for a file that is no session, or another model's, and for
-    damage as soon as it is read.
+    options  fields of `Settings`
+
+    Raises UsageError if the file is not a session, belongs to another model or tokenizer, or is damaged.
     """
     if not find_system(system, options)[0].policy.late:
-        raise UsageError(f"{system} chooses by the prompt's own queries, which no session keeps: prefill again for it")
-    try:
-        file = Saved(Path(path))
-        ids, pieces = _checked(file, model, tokenizer)
-        cache = make_cache(model, system, **options)
-        try:
-            start, layers = 0, range(len(cache.layers))
-            for piece in pieces:
-                for index, records in zip(layers, _ahead(file, layers, start, start + piece), strict=True):
-                    records = records.to(model.device)
-                    cache.layers[index].fill(*records.permute(2, 0, 3, 1, 4), records)
-                start += piece
-            cache.timeline.clear()
-            cache.counters.clear()
-        except BaseException:
-            cache.close()
-            raise
-        file.close()
-    except SavedError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(f"{system} selects by the prompt's queries, which sessions do not keep: prefill again for it")
+    file = Saved(Path(path))
+    ids, pieces = _checked(file, model, tokenizer)
+    with ExitStack() as on_error:
+        cache = on_error.enter_context(make_cache(model, system, **options))
+        for index, records in _read_ahead(file, pieces):
+            records = records.to(model.device)
+            cache.layers[index].fill(*records.permute(2, 0, 3, 1, 4), records)
+        cache.timeline.clear()
+        cache.counters.clear()
+        on_error.pop_all()
+    file.close()
     return cache, ids
 
 
-def _ahead(file: Saved, layers: range, start: int, end: int) -> Iterator[torch.Tensor]:
-    """Each layer's records; the next layer's are read and checked meanwhile, where they are worth a thread."""
-    if end - start < saved.PART:
-        yield from (file.read(index, start, end) for index in layers)
-        return
+def _read_ahead(file: Saved, pieces: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each layer's index and records, piece by piece; a thread reads and verifies the next ones meanwhile."""
+    reads = [(layer, *span) for span in pairwise(accumulate(pieces, initial=0)) for layer in range(file.layers)]
     with ThreadPoolExecutor(1, "hillinfer-open") as pool:
-        coming = pool.submit(file.read, layers[0], start, end)
-        for index in layers:
-            records = coming.result()
-            if index + 1 < len(layers):
-                coming = pool.submit(file.read, index + 1, start, end)
-            yield records
+        pending = pool.submit(file.read, *reads[0])
+        for (layer, *_), following in zip_longest(reads, reads[1:]):
+            records = pending.result()
+            if following:
+                pending = pool.submit(file.read, *following)
+            yield layer, records
 
 
 @torch.no_grad()
@@ -116,53 +110,36 @@ def keep_session(
     chunk: int | None = None,
     **options,
 ) -> TieredCache:
-    """A cache that holds the document's KV: opened where a session is there, else prefilled (in chunks) and saved.
+    """A cache with the document's KV: opened from `path` if it exists, otherwise prefilled (in chunks) and saved there.
 
-    Raises UsageError as `save_session` and `open_session` do, and where another document is kept there.
+    Raises UsageError as `save_session` and `open_session` do, and if the session is of another document.
     """
     path, document = Path(path).expanduser(), list(document)
     if path.exists():
         session_ids(path, document)
         return open_session(path, model, system, tokenizer, **options)[0]
     check_session(path)
-    cache = make_cache(model, system, **options)
-    try:
+    with ExitStack() as on_error:
+        cache = on_error.enter_context(make_cache(model, system, **options))
         for start, end in pairwise(chunk_ends(len(document), chunk)):
             part = torch.tensor([document[start:end]], device=model.device)
             model(part, past_key_values=cache, logits_to_keep=1)
         save_session(cache, path, model, document, tokenizer)
-    except BaseException:
-        cache.close()
-        raise
+        on_error.pop_all()
     return cache
 
 
-def check_session(path: str | Path) -> None:
-    """UsageError where a session could not be saved."""
-    try:
-        saved.check_target(Path(path))
-    except SavedError as error:
-        raise UsageError(str(error)) from None
-
-
 def session_ids(path: str | Path, document: list[int]) -> list[int]:
-    """The token ids of a session's document, without its KV. UsageError where `document` is given and another one."""
-    try:
-        ids = Saved(Path(path)).facts.get("ids")
-    except SavedError as error:
-        raise UsageError(str(error)) from None
+    """Token ids of a session's document, read without its KV. UsageError if `document` is given and differs."""
+    ids = Saved(Path(path)).facts.get("ids")
     if not isinstance(ids, list) or (document and document != ids):
         raise UsageError(f"{path} keeps another document; leave out --document, or name another session")
     return ids
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Tells models apart by their shape and a sample of every parameter."""
-    config = {
-        name: value
-        for name, value in model.config.to_dict().items()
-        if not name.startswith("_") and name not in ("transformers_version", "dtype", "torch_dtype")
-    }
+    """Digest of a model's configuration and a sample of every parameter."""
+    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k not in VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -172,22 +149,24 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def tokens_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Tells tokenizers apart by their tokens and numbers."""
+    """Digest of a tokenizer's vocabulary."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _checked(file: Saved, model: PreTrainedModel, tokenizer) -> tuple[list[int], list[int]]:
-    """The document's ids and the pieces it came in, if the file is this model's."""
-    if file.facts.get("model") != fingerprint(model):
-        raise SavedError(f"{file.path} was saved from another model; open it with that one, or prefill with this")
-    if tokenizer is not None and file.facts.get("tokenizer") not in (None, tokens_fingerprint(tokenizer)):
-        raise SavedError(f"{file.path} was saved with another tokenizer; open it with that one, or prefill anew")
-    if file.dtype != model.dtype:
-        raise SavedError(f"{file.path} holds {file.dtype} and the model computes in {model.dtype}; load it in that")
+    """The document's token ids and the lengths of its prefill chunks. UsageError if the file does not fit the model."""
     ids, pieces = file.facts.get("ids"), file.facts.get("pieces")
     whole = all(isinstance(x, list) and all(type(i) is int and i >= 0 for i in x) for x in (ids, pieces))
-    if not whole or len(ids) != file.n or sum(pieces) != file.n or 0 in pieces:
-        raise SavedError(f"{file.path} does not say which tokens it holds; save it anew")
-    if file.layers != model.config.get_text_config().num_hidden_layers or file.shape[0] != 1:
-        raise SavedError(f"{file.path} holds {file.layers} layers of {file.shape[0]} sequences; save it anew")
-    return ids, pieces
+    if file.facts.get("model") != fingerprint(model):
+        reason = "was saved from another model; open it with that one, or prefill with this one"
+    elif tokenizer is not None and file.facts.get("tokenizer") not in (None, tokens_fingerprint(tokenizer)):
+        reason = "was saved with another tokenizer; open it with that one, or prefill again"
+    elif file.dtype != model.dtype:
+        reason = f"holds {file.dtype} but the model computes in {model.dtype}; load the model in {file.dtype}"
+    elif not whole or len(ids) != file.n or sum(pieces) != file.n or 0 in pieces:
+        reason = "does not name the tokens that it holds; save it again"
+    elif file.layers != model.config.get_text_config().num_hidden_layers or file.batch != 1:
+        reason = f"holds {file.layers} layers of {file.batch} sequences; save it again"
+    else:
+        return ids, pieces
+    raise UsageError(f"{file.path} {reason}")

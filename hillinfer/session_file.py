@@ -1,8 +1,8 @@
-"""A document's KV in one file: written as it is read, replaced as a whole, checked as it is loaded.
+"""A document's KV in one file: written as a stream, replaced atomically, verified as it is loaded.
 
-The file is in the safetensors format, so that any tool can look at it. Each layer is one tensor (B, n, 2, Hkv, D); the
-last tensor, `crc32`, has a checksum of each part of each layer, and the header has one of the facts. It is read by
-plain reads and not mapped: a file that somebody cuts short meanwhile is then an error and not a signal.
+The format is safetensors, readable by any tool. Each layer is one tensor (B, n, 2, Hkv, D); the last tensor, `crc32`,
+holds a checksum per layer and part, and the header one of the facts. Files are read, not memory-mapped: truncating one
+that is open is then an error and not a signal.
 """
 
 import json
@@ -16,65 +16,62 @@ from pathlib import Path
 import torch
 
 from hillinfer import files
+from hillinfer.errors import UsageError
 
 VERSION = "2"  # 1 had no checksum of the facts
-PART = 1024  # tokens under one checksum
-LONGEST = 1 << 28  # bytes of a header that is still read
+PART = 1024  # tokens per checksum
+MAX_HEADER = 1 << 28  # bytes
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
-class SavedError(ValueError):
-    """The file is no whole session, or not one for this model. The message is one line and names the file."""
-
-
 def save(path: Path, layers: Iterable[Iterable[torch.Tensor]], shape: tuple[int, ...], dtype, facts: dict) -> None:
-    """Write atomically: after a crash there is the file of before, or none.
+    """Write atomically: a crash leaves the previous file, or none.
 
-    layers  for each layer its records in order, (B, m, 2, Hkv, D) at a time
+    layers  the records of each layer in order, as tensors (B, m, 2, Hkv, D)
     shape   (layers, B, n, 2, Hkv, D)
-    facts   whatever else should be known of it, for `Saved.facts`
+    facts   JSON values, returned as `Saved.facts`
     """
-    path, count, batch = check_target(path), shape[0], shape[1]
-    nbytes = math.prod(shape[1:]) * dtype.itemsize
-    text = json.dumps(_header(shape, NAMES[dtype], facts)).encode()
+    path, (count, batch, n) = check_session(path), shape[:3]
+    row = math.prod(shape[2:]) * dtype.itemsize
+    text = json.dumps(_header(shape, dtype, facts)).encode()
     text += b" " * (-len(text) % 8)
     with files.replacing(path, 0o600) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        start, row = file.tell(), nbytes // batch
-        sums = torch.zeros(count, -(-shape[2] // PART), dtype=torch.int64)
+        start = file.tell()
+        sums = torch.zeros(count, -(-n // PART), dtype=torch.int64)
         for index, layer in enumerate(layers):
-            at = 0
-            for number, part in enumerate(_even(layer, PART)):
-                sums[index, number] = _sum(part)
+            written = 0
+            for number, part in enumerate(_rechunked(layer, PART)):
+                sums[index, number] = _checksum(part)
                 for sequence, records in enumerate(part):
-                    file.seek(start + index * nbytes + sequence * row + at)
+                    file.seek(start + (index * batch + sequence) * row + written)
                     file.write(_bytes(records))
-                at += _bytes(part[0]).nbytes
-            if at != row:
-                raise ValueError(f"layer {index} has {at} bytes for each sequence and not {row}")
-        file.seek(start + count * nbytes)
+                written += part[0].nbytes
+            if written != row:
+                raise ValueError(f"layer {index} has {written} bytes per sequence, not {row}")
+        file.seek(start + count * batch * row)
         file.write(_bytes(sums))
 
 
-def _header(shape: tuple[int, ...], dtype: str, facts: dict) -> dict:
-    """What a file of this shape begins with."""
-    count, own, parts = shape[0], list(shape[1:]), -(-shape[2] // PART)
-    nbytes = math.prod(own) * DTYPES[dtype].itemsize
-    end, text = count * nbytes, json.dumps(facts)
-    return {
-        **{
-            f"layer.{i}": {"dtype": dtype, "shape": own, "data_offsets": [i * nbytes, (i + 1) * nbytes]}
-            for i in range(count)
-        },
-        "crc32": {"dtype": "I64", "shape": [count, parts], "data_offsets": [end, end + count * parts * 8]},
+def _header(shape: tuple[int, ...], dtype: torch.dtype, facts: dict) -> dict:
+    """The header of a file of this shape."""
+    count, layer, parts = shape[0], list(shape[1:]), -(-shape[2] // PART)
+    nbytes = math.prod(layer) * dtype.itemsize
+    ends, text = range(0, (count + 1) * nbytes, nbytes), json.dumps(facts)
+    tensors = {
+        f"layer.{i}": {"dtype": NAMES[dtype], "shape": layer, "data_offsets": [ends[i], ends[i + 1]]}
+        for i in range(count)
+    }
+    return tensors | {
+        "crc32": {"dtype": "I64", "shape": [count, parts], "data_offsets": [ends[-1], ends[-1] + count * parts * 8]},
         "__metadata__": {"hillinfer": VERSION, "facts": text, "facts_crc32": str(zlib.crc32(text.encode()))},
     }
 
 
 class Saved:
-    """A saved file, opened for reading; several processes may. SavedError for what is none, and for damage when it is
-    read.
+    """A session file opened for reading, by any number of processes. Raises UsageError for any other file, and for
+    damage when it is read.
     """
 
     def __init__(self, path: Path):
@@ -83,92 +80,75 @@ class Saved:
             files.reclaim(self.path.parent.resolve(), f".{self.path.name}-")
             self.fd = files.open_plain(self.path)
             self.close = weakref.finalize(self, os.close, self.fd)
-            size = os.fstat(self.fd).st_size
-            self.start = 8 + int.from_bytes(os.pread(self.fd, 8, 0), "little")
-            if not 8 < self.start <= min(size, LONGEST):
-                raise ValueError("its head is cut off")
-            header = json.loads(os.pread(self.fd, self.start - 8, 8))
-            metadata = header.get("__metadata__") if isinstance(header, dict) else None
-            if not isinstance(metadata, dict):
-                raise ValueError("it is another tool's")
-        except (OSError, ValueError, RecursionError) as error:
-            raise SavedError(f"{self.path} is no whole session ({error}); save it anew") from None
-        if metadata.get("hillinfer") != VERSION:
-            found = metadata.get("hillinfer", "another tool's")
-            raise SavedError(f"{self.path} has format {found}, not {VERSION}; save it anew with this version")
-        try:
-            self.facts = json.loads(metadata["facts"])
-            self.shape, self.dtype = tuple(header["layer.0"]["shape"]), DTYPES[header["layer.0"]["dtype"]]
-            self.layers = len(header) - 2
-            if (
-                len(self.shape) != 5
-                or self.shape[2] != 2
-                or not all(type(i) is int and 0 < i < 1 << 40 for i in self.shape)
-            ):
-                raise ValueError("layers have another shape")
-            if header != _header((self.layers, *self.shape), NAMES[self.dtype], self.facts):
-                raise ValueError("its parts do not fit together")
-            if not isinstance(self.facts, dict):
-                raise ValueError("facts are no table")
-            self.row = math.prod(self.shape[1:]) * self.dtype.itemsize  # bytes of a sequence of a layer
-            sums, end = header["crc32"]["shape"], header["crc32"]["data_offsets"][1]
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise SavedError(f"{self.path} is no session of this form ({error}); save it anew") from None
-        if size != self.start + end:
-            raise SavedError(
-                f"{self.path} is no whole session ({size:,} bytes, not {self.start + end:,}); save it anew"
-            )
-        self.sums = torch.empty(sums, dtype=torch.int64)
-        self._fill(_bytes(self.sums), self.start + end - self.sums.nbytes)
+            self._read_header()
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"{self.path} is not a complete session ({error}); save it again") from None
 
-    @property
-    def n(self) -> int:
-        """Tokens of each sequence."""
-        return self.shape[1]
+    def _read_header(self) -> None:
+        """Raises one of the errors above for a header that `save` would not have written."""
+        size = os.fstat(self.fd).st_size
+        self.start = 8 + int.from_bytes(os.pread(self.fd, 8, 0), "little")
+        if not 8 < self.start <= min(size, MAX_HEADER):
+            raise ValueError("its header is cut off")
+        header = json.loads(os.pread(self.fd, self.start - 8, 8))
+        metadata = header.get("__metadata__") if isinstance(header, dict) else None
+        if not isinstance(metadata, dict) or "hillinfer" not in metadata:
+            raise ValueError("another tool wrote it")
+        if metadata["hillinfer"] != VERSION:
+            raise ValueError(f"it has format {metadata['hillinfer']}, not {VERSION}")
+        self.facts = json.loads(metadata["facts"])
+        self.layers, layer = len(header) - 2, header["layer.0"]
+        self.shape, self.dtype = tuple(layer["shape"]), DTYPES[layer["dtype"]]  # (B, n, 2, Hkv, D)
+        sizes = all(type(i) is int and 0 < i < 1 << 40 for i in self.shape)
+        if len(self.shape) != 5 or self.shape[2] != 2 or not sizes:
+            raise ValueError("its layers have another shape")
+        self.batch, self.n = self.shape[:2]
+        expected = _header((self.layers, *self.shape), self.dtype, self.facts)
+        if not isinstance(self.facts, dict) or header != expected:
+            raise ValueError("its header is inconsistent")
+        end = self.start + expected["crc32"]["data_offsets"][1]
+        if size != end:
+            raise ValueError(f"{size:,} bytes, not {end:,}")
+        self.sums = torch.empty(expected["crc32"]["shape"], dtype=torch.int64)
+        self._fill(self.sums, end - self.sums.nbytes)
 
     def read(self, layer: int, start: int, end: int) -> torch.Tensor:
-        """Records (B, end - start, 2, Hkv, D), whose checksums were right."""
+        """Verified records (B, end - start, 2, Hkv, D)."""
         first, last = start // PART * PART, min(-(-end // PART) * PART, self.n)
-        out = torch.empty((self.shape[0], last - first, *self.shape[2:]), dtype=self.dtype)
-        width = self.row // self.n
+        out = torch.empty((self.batch, last - first, *self.shape[2:]), dtype=self.dtype)
+        record = math.prod(self.shape[2:]) * self.dtype.itemsize
         for row, records in enumerate(out):
-            at = self.start + (layer * self.shape[0] + row) * self.row + first * width
-            self._fill(_bytes(records), at)
-        for number in range(first // PART, -(-last // PART)):
-            low, high = number * PART, min((number + 1) * PART, self.n)
-            if _sum(out[:, low - first : high - first]) != int(self.sums[layer, number]):
-                raise SavedError(
-                    f"{self.path} is damaged: layer {layer}, tokens {low} to {high - 1} differ from what was saved"
-                )
+            self._fill(records, self.start + ((layer * self.batch + row) * self.n + first) * record)
+        for number, part in enumerate(out.split(PART, 1), first // PART):
+            if _checksum(part) != self.sums[layer, number]:
+                tokens = f"{number * PART} to {number * PART + part.shape[1] - 1}"
+                raise UsageError(f"{self.path} is damaged: layer {layer}, tokens {tokens} differ from what was saved")
         return out[:, start - first : end - first]
 
-    def _fill(self, buffer: memoryview, offset: int) -> None:
-        done = 0
+    def _fill(self, tensor: torch.Tensor, offset: int) -> None:
+        buffer, done = _bytes(tensor), 0
         while done < len(buffer):
             try:
                 n = os.preadv(self.fd, [buffer[done:]], offset + done)
             except OSError as error:
-                raise SavedError(f"{self.path} cannot be read ({error.strerror}); save it anew") from None
+                raise UsageError(f"{self.path} cannot be read ({error.strerror}); save it again") from None
             if not n:
-                raise SavedError(f"{self.path} is no whole session: it was cut short; save it anew")
+                raise UsageError(f"{self.path} is not a complete session: it was truncated; save it again")
             done += n
 
 
-def check_target(path: Path) -> Path:
-    """Where a session may be saved: a new name, or over a session; never through a link, nor over anything else."""
-    try:
-        path = files.plain(path)
-    except OSError as error:
-        raise SavedError(str(error)) from None
+def check_session(path: Path) -> Path:
+    """The absolute path, if a session may be saved there: a new file or an existing session. UsageError otherwise."""
+    path = files.plain(path)
     if not path.parent.is_dir():
-        raise SavedError(f"{path.parent} is no folder; make it first, or name another place for the session")
+        raise UsageError(f"folder {path.parent} does not exist; make it first, or name another place for the session")
     if path.exists():
-        Saved(path).close()  # refuses what is no session: nothing of the user's is overwritten
+        Saved(path).close()  # never overwrite anything but a session
     return path
 
 
-def _even(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
-    """The same tokens, `size` at a time."""
+def _rechunked(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    """The same tokens in parts of `size`, the last one shorter."""
     held = None
     for part in parts:
         held = part if held is None else torch.cat((held, part), 1)
@@ -180,9 +160,9 @@ def _even(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
 
 
 def _bytes(records: torch.Tensor) -> memoryview:
-    """Their bytes; of a contiguous tensor in memory the very ones, not a copy."""
+    """The tensor's bytes, without a copy if it is contiguous and in host memory."""
     return memoryview(records.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
 
 
-def _sum(part: torch.Tensor) -> int:
+def _checksum(part: torch.Tensor) -> int:
     return zlib.crc32(_bytes(part))

@@ -1,11 +1,15 @@
 """Each kernel against its plain reference, on every instruction set of this machine: integers exact, floats bounded."""
 
+import errno
+import gc
 import os
 import stat
 import subprocess
 import sys
 import threading
+import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,10 @@ from hillinfer.evaluator.boxes import bounds
 from hillinfer.evaluator.codes import TOP, KeyCodes, group_scores_reference, pack
 from hillinfer.evaluator.topk import merge_heads_reference, topk_reference
 from hillinfer.native import build as builder
+from hillinfer.native import ring
+from hillinfer.native.ring import Namespace, Rings
+from hillinfer.tiers.block_file import aligned
+from hillinfer.tiers.checksums import BLOCK, Checksums
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_not()}")
 EACH = dict(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -64,7 +72,7 @@ def test_scores(isa, bits, group, dim, n, extreme, threads, seed):
 def test_scores_refuse_what_they_cannot_read():
     codes = np.zeros((2, 10, 16), np.int8)
     query = np.zeros((2, 1, 16), np.int8)
-    with pytest.raises(ValueError, match="row by row"):
+    with pytest.raises(ValueError, match="contiguous rows"):
         native.score(query, codes[:, ::2], 8)
     for bad in ([-1], [10]):
         with pytest.raises(IndexError):
@@ -276,3 +284,197 @@ def test_no_warning_where_it_works():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native.available() and native.isa() in native.isas()
+
+
+needs_io_uring = pytest.mark.skipif(bool(ring.why_not()), reason=str(ring.why_not()))
+
+
+PLAIN = Namespace(0, 0)  # without blocks: plain reads and writes, which wide entries carry as well
+
+
+def open_wide(depth: int, nvme: Namespace = PLAIN) -> Rings:
+    try:
+        return Rings(depth, nvme)
+    except OSError as error:
+        pytest.skip(f"wide entries need Linux 5.19: {error}")
+
+
+WIDTHS = pytest.mark.parametrize("make", [Rings, open_wide], ids=["narrow", "wide"])
+
+
+def pieces(buffer: np.ndarray, *spans: tuple[int, int, int]) -> list[np.ndarray]:
+    """Offsets, addresses and lengths of (offset of the file, start in the buffer, bytes)."""
+    table = np.array(spans, np.int64)
+    return [table[:, 0], buffer.ctypes.data + table[:, 1], table[:, 2]]
+
+
+@needs_io_uring
+@WIDTHS
+class TestRings:
+    def test_a_ring_reads_what_it_wrote(self, make, tmp_path):
+        """More pieces than fit in flight, in any order, thrice: the queues wrap round."""
+        fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        rings, rng = make(8), np.random.default_rng(1)
+        data, back = aligned(101 * BLOCK), aligned(101 * BLOCK)
+        spans = [(i * BLOCK, i * BLOCK, BLOCK) for i in range(101)]
+        for _ in range(3):
+            data[:] = rng.integers(0, 256, len(data), dtype=np.uint8)
+            rings.transfer(True, fd, *pieces(data, *rng.permutation(spans)))
+            rings.transfer(False, fd, *pieces(back, *rng.permutation(spans)))
+            assert (data == back).all()
+        with pytest.raises(OSError, match="Bad file descriptor, after 0 of 4096 bytes at offset 8192"):
+            rings.transfer(False, 9999, *pieces(back, (2 * BLOCK, 0, BLOCK)))
+        rings.transfer(False, fd, *pieces(back, *spans))  # still usable
+        assert len(rings._free) == 1
+        rings.close()
+        os.close(fd)
+
+    def test_a_piece_that_fails_is_named_and_the_others_have_ended(self, make, tmp_path):
+        fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        os.pwrite(fd, bytes(range(256)) * 16 * 40, 0)
+        rings, back = make(4), aligned(80 * BLOCK)
+        spans = [(i * BLOCK, 2 * i * BLOCK, (1 + (i == 39)) * BLOCK) for i in range(40)]
+        with pytest.raises(OSError, match=f"only 4096 of 8192 bytes at offset {39 * BLOCK}") as error:
+            rings.transfer(False, fd, *pieces(back, *spans))
+        assert error.value.offset == 39 * BLOCK
+        assert all((back[at : at + BLOCK] == np.arange(BLOCK) % 256).all() for _, at, _ in spans)
+        rings.transfer(False, fd, *pieces(back, spans[0]))
+        assert len(rings._free) == 1  # one and the same ring, all along
+        os.close(fd)
+
+    def test_short_transfers_go_on_where_they_ended(self, make):
+        reading, writing = os.pipe()
+        rings, back, sent = make(4), aligned(BLOCK), np.arange(BLOCK, dtype=np.uint32).view(np.uint8)[:BLOCK]
+        os.write(writing, sent[:1000].tobytes())
+        later = threading.Timer(0.05, lambda: os.write(writing, sent[1000:].tobytes()))
+        later.start()
+        rings.transfer(False, reading, *pieces(back, (0, 0, BLOCK)), timeout=30)
+        assert (back == sent).all()
+        os.write(writing, sent[:96].tobytes())
+        os.close(writing)
+        with pytest.raises(OSError, match="only 96 of 4096 bytes at offset 0"):
+            rings.transfer(False, reading, *pieces(back, (0, 0, BLOCK)), timeout=30)
+        later.join()
+        os.close(reading)
+
+    def test_no_answer_ends_after_the_timeout_and_its_memory_is_kept(self, make):
+        """The kernel may still write to it; once it has, the ring is closed and the memory let go."""
+        reading, writing = os.pipe()
+        rings, keep = make(4), np.empty(2 * BLOCK, np.uint8)
+        gone, where = weakref.ref(keep), pieces(keep, (0, 0, BLOCK), (BLOCK, BLOCK, BLOCK))
+        start = time.monotonic()
+        with pytest.raises(OSError, match="after 0 of 4096 bytes at offset 0") as error:
+            rings.transfer(False, reading, *where, timeout=0.1, keep=keep)
+        assert error.value.errno == errno.ETIMEDOUT and 0.09 < time.monotonic() - start < 5
+        del keep, error
+        assert gone() is not None and ring.release_stuck() == 1 and not rings._free
+        other, back = os.pipe(), aligned(BLOCK)
+        os.write(other[1], bytes([5]) * BLOCK)
+        rings.transfer(False, other[0], *pieces(back, (0, 0, BLOCK)), timeout=30)  # by another ring
+        assert (back == 5).all()
+        os.close(writing)  # both reads come back
+        until = time.monotonic() + 10
+        while ring.release_stuck() and time.monotonic() < until:
+            time.sleep(0.01)
+        gc.collect()  # tracebacks are cycles
+        assert gone() is None and ring.release_stuck() == 0
+        rings.close()
+        for fd in (reading, *other):
+            os.close(fd)
+
+    def test_what_is_read_is_compared_with_its_checksums(self, make, tmp_path):
+        fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        rings, sums, data = make(4), Checksums(), aligned(8 * BLOCK)
+        data[:] = np.random.default_rng(2).integers(0, 256, len(data), dtype=np.uint8)
+        where = pieces(data, (0, 0, 5 * BLOCK), (5 * BLOCK, 5 * BLOCK, 3 * BLOCK))
+        sums.note(*where)
+        rings.transfer(True, fd, *where)
+        table = sums.covering(where[0], where[2])
+        rings.transfer(False, fd, *where, sums=table)
+        os.pwrite(fd, b"?" if data[6 * BLOCK + 3] != ord("?") else b"!", 6 * BLOCK + 3)
+        with pytest.raises(OSError) as error:
+            rings.transfer(False, fd, *where, sums=table)
+        assert error.value.errno == errno.EBADMSG and error.value.offset == 6 * BLOCK
+        os.close(fd)
+
+
+# struct io_uring_sqe with IORING_SETUP_SQE128 and, at byte 48, struct nvme_uring_cmd of <linux/nvme_ioctl.h>
+COMMAND = np.dtype(
+    [
+        ("opcode", "u1"), ("flags", "u1"), ("rsvd1", "<u2"), ("nsid", "<u4"), ("cdw2", "<u4"), ("cdw3", "<u4"),
+        ("metadata", "<u8"), ("addr", "<u8"), ("metadata_len", "<u4"), ("data_len", "<u4"), ("cdw10", "<u4"),
+        ("cdw11", "<u4"), ("cdw12", "<u4"), ("cdw13", "<u4"), ("cdw14", "<u4"), ("cdw15", "<u4"),
+        ("timeout_ms", "<u4"), ("rsvd2", "<u4"),
+    ]
+)  # fmt: skip
+ENTRY = np.dtype(
+    {
+        "names": ["opcode", "fd", "cmd_op", "user_data", "command"],
+        "formats": ["u1", "<i4", "<u4", "<u8", COMMAND],
+        "offsets": [0, 4, 8, 32, 48],
+        "itemsize": 128,
+    }
+)
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_nvme_commands_are_laid_out_as_the_kernel_expects(write):
+    """The bytes of one READ and one WRITE against the kernel's structs and the NVMe command set; all others are 0."""
+    offset, address, length = (5 << 32) * 512 + 7 * 512, 0x7F0123456000, 8 * BLOCK
+    entry = np.full(1, 0xFF, "V128").view(ENTRY)
+    entry.view(np.uint8)[:] = 0xFF
+    native.call("hi_nvme_entry", native.pointer(entry), 77, int(write), 3, 512, offset, address, length)
+    want = np.zeros(1, ENTRY)
+    assert COMMAND.itemsize == 72
+    read_or_write = 0x01 if write else 0x02
+    numbered = 0b11 << 30 | COMMAND.itemsize << 16 | ord("N") << 8 | 0x80  # _IOWR('N', 0x80, struct nvme_uring_cmd)
+    want["opcode"], want["fd"], want["cmd_op"] = 46, 77, numbered
+    sent = want["command"]
+    sent["opcode"], sent["nsid"], sent["addr"], sent["data_len"] = read_or_write, 3, address, length
+    sent["cdw10"], sent["cdw11"], sent["cdw12"] = 7, 5, length // 512 - 1
+    assert entry.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "result", "before", "code", "after"),
+    [
+        (False, 4096, 0, 0, 4096),
+        (False, 1000, 96, errno.EAGAIN, 1096),  # short: the rest is asked for
+        (False, 0, 96, -1, 96),  # the file ended
+        (False, -errno.EINTR, 96, errno.EAGAIN, 96),
+        (False, -errno.EIO, 0, errno.EIO, 0),
+        (True, 0, 0, 0, 4096),  # a command is all or nothing
+        (True, -errno.EAGAIN, 0, errno.EAGAIN, 0),
+        (True, -errno.EINTR, 0, errno.EAGAIN, 0),
+        (True, -errno.EACCES, 0, errno.EACCES, 0),
+        (True, 0x80, 0, ring.NVME_STATUS + 0x80, 0),
+        (True, 0x4281, 0, ring.NVME_STATUS + 0x4281, 0),
+    ],
+)
+def test_results_of_requests(command, result, before, code, after):
+    done = np.array([before], np.int64)
+    assert native.call("hi_ring_result", int(command), result, 4096, native.pointer(done)) == code
+    assert done[0] == after
+
+
+@needs_io_uring
+def test_an_nvme_status_is_an_error_that_names_it(tmp_path, monkeypatch):
+    """The controller's refusal of a command, and the kernel's: a plain file takes none."""
+    rings, back = open_wide(4, Namespace(1, 512)), aligned(2 * BLOCK)
+    where = pieces(back, (0, 0, BLOCK), (BLOCK, BLOCK, BLOCK))
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    with pytest.raises(OSError, match="not supported, after 0 of 4096 bytes") as error:
+        rings.transfer(False, fd, *where)
+    assert error.value.errno == errno.EOPNOTSUPP and len(rings._free) == 1
+    os.close(fd)
+
+    def refused(name, ring_, fd, write, n, offsets, addresses, lengths, done, failed, *rest):
+        assert name == "hi_ring_run" and rest[-2:] == (1, 512)
+        native._library.hi_ring_run(ring_, fd, write, 0, offsets, addresses, lengths, done, failed, *rest)
+        failed._obj.value = 1
+        return ring.NVME_STATUS + 0x4281
+
+    monkeypatch.setattr(native, "call", refused)
+    with pytest.raises(OSError, match=r"NVMe status 0x4281, after .* at offset 4096") as error:
+        rings.transfer(False, 0, *where)
+    assert error.value.errno == errno.EIO and error.value.offset == BLOCK and len(rings._free) == 1

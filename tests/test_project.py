@@ -47,7 +47,7 @@ GROUND = {"errors", "files", "growable", "native"}
 CORE_PARTS = GROUND | {"timeline", "config", "evaluator", "tiers", "attention", "pipeline", "run"}
 MAY = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "growable": set(),
     "native": set(),
     "timeline": {"files"},

@@ -1,5 +1,6 @@
 """A raw device: written to only if stamped, empty and unused; each reason to refuse it, on loop devices."""
 
+import inspect
 import os
 import stat
 import subprocess
@@ -12,23 +13,14 @@ from typer.testing import CliRunner
 
 import hillinfer
 from hillinfer.commands.app import app
-from hillinfer.errors import DriveError
-from hillinfer.systems.hardware import nvme
-from hillinfer.systems.hardware.nvme import CMD_IO, COMMAND, Command, check_namespace, command
-from hillinfer.systems.hardware.raw_device import (
-    STAMP,
-    BlockDevice,
-    DeviceRefused,
-    check_device,
-    check_stamped,
-    open_device,
-    stamp,
-)
-from hillinfer.systems.hardware.uring import SQE, Ring
-from hillinfer.tiers.block_file import BLOCK, aligned
+from hillinfer.errors import DriveError, UsageError
+from hillinfer.native import ring
+from hillinfer.systems.hardware import check_path, open_device
+from hillinfer.systems.hardware.nvme import NvmeDevice, check_namespace
+from hillinfer.systems.hardware.raw_device import STAMP, BlockDevice, check_device, check_stamped, stamp
+from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned
 
 MIB = 1 << 20
-READ, WRITE = 22, 23  # opcodes of io_uring
 SIZE = 320 * MIB
 
 
@@ -62,14 +54,14 @@ def untouched(path):
 
 
 def test_an_empty_device_is_stamped_once_and_then_ours(loop):
-    with pytest.raises(DeviceRefused, match=f"hillinfer stamp {loop}"):
+    with pytest.raises(UsageError, match=f"hillinfer stamp {loop}"):
         check_stamped(loop)
     stamp(loop)
     stamp(loop)
     assert check_stamped(loop) == SIZE
     device = BlockDevice(loop)
     assert "raw block device" in device.about
-    with pytest.raises(DeviceRefused, match="cannot be had alone"):  # a second run at once
+    with pytest.raises(UsageError, match="cannot be opened exclusively"):  # a second run at once
         BlockDevice(loop)
     device.close()
 
@@ -97,7 +89,7 @@ def test_a_file_system_is_refused(loop, make, words, stamped, tmp_path):
         pytest.skip(error.stderr.strip()[-100:])
     before = untouched(loop)
     for attempt in (stamp, BlockDevice):
-        with pytest.raises(DeviceRefused, match=words):
+        with pytest.raises(UsageError, match=words):
             attempt(loop)
     assert untouched(loop) == before
 
@@ -110,7 +102,7 @@ def test_a_partition_table_is_refused(loop, kind):
     with open(loop, "r+b") as file:  # noqa: PTH123
         file.write(sector + (b"EFI PART\0\0\1\0" if kind == "GPT" else b""))
     for attempt in (stamp, BlockDevice):
-        with pytest.raises(DeviceRefused, match="GPT partition table" if kind == "GPT" else "holds a partition table"):
+        with pytest.raises(UsageError, match="GPT partition table" if kind == "GPT" else "holds a partition table"):
             attempt(loop)
 
 
@@ -120,7 +112,7 @@ def test_a_mounted_device_is_refused(loop, tmp_path):
     run("mount", loop, str(tmp_path / "mnt"))
     try:
         for attempt in (stamp, BlockDevice):
-            with pytest.raises(DeviceRefused, match=r"is mounted on .*mnt"):
+            with pytest.raises(UsageError, match=r"is mounted on .*mnt"):
                 attempt(loop)
     finally:
         run("umount", str(tmp_path / "mnt"))
@@ -128,7 +120,7 @@ def test_a_mounted_device_is_refused(loop, tmp_path):
 
 def test_a_device_in_use_is_refused(ours):
     fd = os.open(ours, os.O_RDONLY | os.O_EXCL)
-    with pytest.raises(DeviceRefused, match="cannot be had alone"):
+    with pytest.raises(UsageError, match="cannot be opened exclusively"):
         BlockDevice(ours)
     os.close(fd)
 
@@ -147,7 +139,7 @@ def test_what_only_the_system_knows_is_refused(ours, tmp_path, what):
     if what == "partitioned":
         (system / "loop0p1").mkdir()
         (system / "loop0p1/partition").write_text("1")
-    with pytest.raises(DeviceRefused, match={"held": "dm-0", "partitioned": "has partitions", "swap": "swap"}[what]):
+    with pytest.raises(UsageError, match={"held": "dm-0", "partitioned": "has partitions", "swap": "swap"}[what]):
         check_device(ours, tmp_path)
 
 
@@ -155,9 +147,9 @@ def test_data_without_a_known_signature_is_refused(loop):
     with open(loop, "r+b") as file:  # noqa: PTH123
         file.seek(700_000)
         file.write(b"somebody's data")
-    with pytest.raises(DeviceRefused, match="not empty"):
+    with pytest.raises(UsageError, match="not empty"):
         stamp(loop)
-    with pytest.raises(DeviceRefused, match="was not stamped"):
+    with pytest.raises(UsageError, match="was not stamped"):
         BlockDevice(loop)
 
 
@@ -165,7 +157,7 @@ def test_the_command_stamps_or_says_why_not(loop, tmp_path):
     assert CliRunner().invoke(app, ["stamp", loop]).exit_code == 0
     assert check_stamped(loop)
     refused = CliRunner().invoke(app, ["stamp", str(tmp_path)])
-    assert refused.exit_code == 2 and "no block device" in refused.output
+    assert refused.exit_code == 2 and "not a block device" in refused.output
 
 
 @pytest.mark.parametrize("at", [0, 1024, 65536, STAMP - 1])
@@ -175,19 +167,20 @@ def test_a_stamp_that_lost_a_byte_is_none(ours, at):
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(DeviceRefused):
+    with pytest.raises(UsageError):
         BlockDevice(ours)
 
 
 def test_what_is_no_block_device_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    for path, words in ((tmp_path / "file", "no block device"), (tmp_path / "none", "does not exist")):
-        with pytest.raises(DeviceRefused, match=words):
+    for path, words in ((tmp_path / "file", "not a block device"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(UsageError, match=words):
             BlockDevice(path)
-    with pytest.raises(DeviceRefused, match="no block device"):
-        open_device("/dev/null")
-    with pytest.raises(DeviceRefused, match="no NVMe character device"):
-        open_device(tmp_path / "ng0n1")
+    for attempt in (open_device, check_path):
+        with pytest.raises(UsageError, match="not a block device"):
+            attempt("/dev/null")
+        with pytest.raises(UsageError, match="not an NVMe character device"):
+            attempt(tmp_path / "ng0n1")
 
 
 def test_writes_stay_within_the_data_and_read_back(ours):
@@ -222,103 +215,87 @@ def test_same_tokens_from_a_raw_device(models, prompt, tmp_path, ours, system, m
     assert check_stamped(ours)
 
 
-def test_a_ring_reads_what_it_wrote(tmp_path):
-    """More jobs than fit in flight."""
-    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    data, back = aligned(100 * BLOCK), aligned(100 * BLOCK)
-    data[:] = np.random.default_rng(1).integers(0, 256, len(data), dtype=np.uint8)
-    ring = Ring(8)
-    spans = [slice(i * BLOCK, (i + 1) * BLOCK) for i in range(100)]
-    for _ in range(3):  # the queues wrap round
-        ring.run([Transfer(WRITE, fd, s.start, data[s]) for s in spans], plain)
-        ring.run([Transfer(READ, fd, s.start, back[s]) for s in spans], plain)
-    assert (data == back).all()
-    with pytest.raises(OSError, match="bytes are missing"):
-        ring.run([Transfer(READ, fd, 99 * BLOCK, aligned(2 * BLOCK))], plain)
-    with pytest.raises(OSError, match="Bad file"):
-        ring.run([Transfer(READ, 9999, 0, back[:BLOCK])], plain)
-    ring.run([Transfer(READ, fd, 0, back[:BLOCK])], plain)  # still usable
-    ring.close()
-    os.close(fd)
+def null_takes_commands():
+    """Skip before Linux 6.2 or so; the bytes of the commands and their results are tested everywhere (test_native)."""
+    with open("/dev/null", "r+b") as null:  # noqa: PTH123
+        one = np.array([0]), np.array([aligned(BLOCK).ctypes.data]), np.array([BLOCK])
+        try:
+            ring.Rings(2, ring.Namespace(1, 512)).transfer(False, null.fileno(), *one)
+        except OSError as error:
+            pytest.skip(f"no io_uring commands to /dev/null: {error}")
 
 
-class Transfer:
-    """A plain read or write as a job of a ring."""
+class StandIn(NvmeDevice):
+    """The whole path except for the commands, which are plain reads and writes of the stamped block device."""
 
-    def __init__(self, opcode, fd, offset, buffer):
-        self.entry, self.buffer = (opcode, fd, offset, buffer.ctypes.data, len(buffer)), buffer
-
-    def done(self, result):
-        if result < 0:
-            raise OSError(-result, os.strerror(-result))
-        if result < len(self.buffer):
-            raise OSError("bytes are missing")
-        return False
+    def __init__(self, block):
+        self.path, self.lba, self.max_bytes, self.sent = Path("/dev/null"), 4096, 128 << 10, []
+        BlockDevice.__init__(self, block)
+        self.engine.close()
+        self.engine = StandInRings(self)
+        self._check_stamp()
 
 
-def plain(ring, slot, job):
-    ring.fill(slot, *job.entry)
+class StandInRings:
+    name = "io_uring"
+
+    def __init__(self, device):
+        self.device, self.rings = device, ring.Rings(2)
+
+    def transfer(self, write, fd, offsets, addresses, lengths, *rest):
+        assert fd == self.device.fd != self.device.block_fd
+        self.device.sent += lengths.tolist()
+        self.rings.transfer(write, self.device.block_fd, offsets, addresses, lengths, *rest)
+
+    def close(self):
+        self.rings.close()
 
 
-def test_nvme_commands_are_laid_out_as_the_kernel_expects():
-    """The bytes of one READ and one WRITE, field by field against struct nvme_uring_cmd and the NVMe command set."""
-    assert COMMAND.itemsize == 72 and (CMD_IO >> 16 & 0x3FFF, CMD_IO >> 8 & 0xFF, CMD_IO & 0xFF) == (72, 0x4E, 0x80)
-    for opcode in (nvme.READ, nvme.WRITE):
-        device, buffer = nvme.NvmeDevice.__new__(nvme.NvmeDevice), aligned(8 * BLOCK)
-        device.lba, device.nsid, device.command_fd = 512, 3, 77
-        job = Command(opcode, (5 << 32) * 512 + 7 * 512, buffer, device.lba)
-        ring = Ring.__new__(Ring)
-        ring.entries = np.zeros((4, 128), np.uint8)
-        ring._sqes = ring.entries[:, :64].view(SQE)[:, 0]
-        device.encode(ring, 2, job)
-        raw = ring.entries[2].tobytes()
-        assert raw[0] == 46 and int.from_bytes(raw[4:8], "little") == 77
-        assert int.from_bytes(raw[8:12], "little") == CMD_IO
-        sent = raw[48:120]
-        assert sent[0] == opcode and int.from_bytes(sent[4:8], "little") == 3
-        assert int.from_bytes(sent[24:32], "little") == buffer.ctypes.data
-        assert int.from_bytes(sent[36:40], "little") == 8 * BLOCK
-        assert [int.from_bytes(sent[40 + 4 * i :][:4], "little") for i in range(3)] == [7, 5, 8 * BLOCK // 512 - 1]
-        assert command(job, 3)[0] == opcode
-
-
-def test_nvme_results_are_errors_or_done():
-    job = Command(nvme.READ, 0, aligned(BLOCK), 512)
-    assert job.done(0) is False and job.done(-11) is True
-    with pytest.raises(OSError, match="Permission"):
-        job.done(-13)
-    with pytest.raises(OSError, match="NVMe status 0x80"):
-        job.done(0x80)
-
-
-def test_nvme_transfers_are_cut_at_what_the_device_takes(ours, monkeypatch):
-    """The whole path but for the command itself, which here is a plain read or write of the stamped loop device."""
-
-    class Stand(nvme.NvmeDevice):
-        def __init__(self):
-            self.path, self.lba, self.most, self.nsid = Path("/dev/ng9n1"), 4096, 128 << 10, 1
-            self.command_fd, self.sent = os.open(ours, os.O_RDWR | os.O_DIRECT), []
-            BlockDevice.__init__(self, ours)
-            self._start()
-
-        def encode(self, ring, slot, job):
-            self.sent.append((job.words, len(job.buffer)))
-            opcode = {nvme.READ: READ, nvme.WRITE: WRITE}[job.opcode]
-            ring.fill(slot, opcode, self.command_fd, job.offset, job.address, len(job.buffer))
-
-    monkeypatch.setattr(Command, "done", lambda self, result: result != len(self.buffer))
-    device = Stand()
-    at, data, back = device.allocate(MIB), aligned(MIB), aligned(MIB)
-    data[:] = np.random.default_rng(2).integers(0, 256, MIB, dtype=np.uint8)
-    device.transfer("write", [(at, data)], 0, 0)
+def test_nvme_transfers_are_cut_at_what_the_device_takes(ours):
+    device = StandIn(ours)
+    assert device.sent == [128 << 10] * 8  # the stamp, by commands
+    at, data, back = device.allocate(MIB + BLOCK), aligned(MIB + BLOCK), aligned(MIB + BLOCK)
+    data[:] = np.random.default_rng(2).integers(0, 256, len(data), dtype=np.uint8)
+    device.sent.clear()
+    device.transfer("write", [(at, data[:BLOCK]), (at + BLOCK, data[BLOCK:])], 0, 0)
     device.transfer("read", [(at, back)], 0, 0)
     assert (data == back).all()
-    assert max(size for _, size in device.sent) == 128 << 10
-    assert device.sent[-1][0][2] == (128 << 10) // 4096 - 1
+    assert device.sent == [BLOCK] + [128 << 10] * 16 + [BLOCK]
+    bad = at + 200 * BLOCK
+    with open(ours, "r+b") as file:  # noqa: PTH123
+        file.seek(bad + 99)
+        file.write(b"!")
+    with pytest.raises(DriveError, match=f"position 7: the block at offset {bad} is not what was written there"):
+        device.transfer("read", [(at, back)], 0, 7)
+    device.transfer("read", [(at, back)], 0, 0, verify=False)
+    fds = device.fd, device.block_fd
+    device.trim()
+    assert device.trimmed
     device.close()
+    device.close()
+    for fd in fds:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+    assert check_stamped(ours) == SIZE and not any(untouched(ours)[STAMP:])  # trimmed, but for the stamp
 
 
-@pytest.mark.parametrize("metadata, words", [(None, "no block device"), ("8", "metadata")])
+def test_an_nvme_device_of_another_namespace_is_refused(ours, tmp_path, monkeypatch):
+    """Its stamp is not what commands read. /dev/null takes real io_uring commands, and they read nothing."""
+    null_takes_commands()
+    monkeypatch.setattr("hillinfer.systems.hardware.nvme.check_namespace", lambda path: (Path(ours), tmp_path))
+    (tmp_path / "logical_block_size").write_text("512\n")
+    (tmp_path / "max_hw_sectors_kb").write_text("128\n")
+    with pytest.raises(UsageError, match=r"/dev/null cannot be sent NVMe commands .* name /dev/loop"):
+        NvmeDevice("/dev/null")
+    monkeypatch.setattr("hillinfer.systems.hardware.nvme.fcntl.ioctl", lambda fd, number: 1)
+    before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with pytest.raises(UsageError, match="/dev/null is not the namespace of /dev/loop"):
+        NvmeDevice("/dev/null")
+    assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    BlockDevice(ours).close()  # nor does anything hold it
+
+
+@pytest.mark.parametrize("metadata, words", [(None, "has no block device"), ("8", "metadata")])
 def test_unsafe_namespaces_are_refused(tmp_path, metadata, words, monkeypatch):
     path = tmp_path / "ng0n1"
     if os.geteuid() != 0:
@@ -328,5 +305,25 @@ def test_unsafe_namespaces_are_refused(tmp_path, metadata, words, monkeypatch):
         (tmp_path / "nvme0n1").write_bytes(b"")
         (tmp_path / "sys/block/nvme0n1").mkdir(parents=True)
         (tmp_path / "sys/block/nvme0n1/metadata_bytes").write_text(metadata)
-    with pytest.raises(DeviceRefused, match=words):
+    with pytest.raises(UsageError, match=words):
         check_namespace(path, tmp_path)
+
+
+def subclasses(base):
+    return [base] + [deeper for child in base.__subclasses__() for deeper in subclasses(child)]
+
+
+def parameters(method):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(method).parameters.values()]
+
+
+def test_every_block_file_takes_what_its_base_takes():
+    """A caller need not know which `BlockFile` it has: overridden public methods keep their signature."""
+    compared = []
+    for child in subclasses(BlockFile)[1:]:
+        for name, method in vars(child).items():
+            base = next((getattr(b, name) for b in child.__mro__[1:] if name in vars(b)), None)
+            if not name.startswith("_") and inspect.isfunction(method) and base is not None:
+                assert parameters(method) == parameters(base), (child, name)
+                compared.append((child, name))
+    assert {(BlockDevice, "trim"), (NvmeDevice, "close")} <= set(compared)

@@ -86,11 +86,11 @@ def test_results_are_written_whole_and_never_through_links_or_into_devices(tmp_p
     os.mkfifo(tmp_path / "pipe")
     for name, word in (
         ("link", "a link"),
-        ("pipe", "no plain file"),
+        ("pipe", "not a regular file"),
         (".", "a folder"),
-        ("/dev/null", "no plain file"),
+        ("/dev/null", "not a regular file"),
     ):
-        with pytest.raises(OSError, match=word):
+        with pytest.raises(UsageError, match=word):
             write(tmp_path / name)
     assert (tmp_path / "theirs").read_text() == "mine"
     write(tmp_path / "new" / "file")

@@ -250,14 +250,10 @@ def profile(
 @app.command()
 def stamp(device: Annotated[Path, typer.Argument(help="An empty block device, such as /dev/nvme1n1.")]):
     """Mark an empty block device as hillinfer's, so that dualblade and flexgen may write KV to it."""
-    from hillinfer.systems.hardware.raw_device import DeviceRefused
     from hillinfer.systems.hardware.raw_device import stamp as mark
 
     with clear_errors():
-        try:
-            mark(device)
-        except DeviceRefused as error:
-            raise UsageError(str(error)) from None
+        mark(device)
         out.print(f"{device} is now hillinfer's: run with --device {device}", soft_wrap=True)
 
 

@@ -227,7 +227,7 @@ def bandwidths(folder: Path, seconds: float) -> Iterator[Check]:
     slow = f"a Llama-3-8B's KV at {CONTEXT:,} tokens would take {kv / stream:.1f} s to stream for each new token, "
     slow += f"and a tenth of it {kv / 10 / tokens:.1f} s (arithmetic)"
     fix = "an idle NVMe drive: name a folder on it with --drive"
-    yield Check("drive", f"{found} ({file.engine})", stream > 1.5, slow, fix)
+    yield Check("drive", f"{found} ({file.engine.name})", stream > 1.5, slow, fix)
 
 
 def _to_gpu(seconds: float) -> Check:

@@ -1,7 +1,7 @@
-"""Kernels in C beside their plain references in torch and numpy, which stay the definition. numpy only.
+"""C kernels beside their torch and numpy references, which remain the definition. This package imports numpy only.
 
-Each function takes torch tensors or numpy arrays that lie in host memory, and runs without the interpreter lock.
-`available()` says whether there are any; a caller asks it and else uses the reference.
+The functions take torch tensors or numpy arrays in host memory and release the GIL. Callers check `available()` and
+otherwise use the reference.
 """
 
 import ctypes
@@ -11,10 +11,10 @@ import numpy as np
 
 from hillinfer.native.build import Unavailable, load
 
-ISAS = ("generic", "neon", "avx2", "avx512-vnni")  # in the order of speed, as in common.h
+ISAS = ("generic", "neon", "avx2", "avx512-vnni")  # slowest first, as in common.h
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-MAX_DIM = 1024  # of a head that `attend` and `bounds` take, as in common.h
-SPLIT = 1 << 20  # bytes of keys or records below which a second thread costs more than it brings
+MAX_DIM = 1024  # largest head dimension of `attend` and `bounds`, as in common.h
+SPLIT = 1 << 20  # bytes of keys or records per thread; with fewer, another thread does not pay
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "hi_isas": (_I, []),
@@ -26,37 +26,37 @@ _SIGNATURES = {
     "hi_copy": (None, [_P, _P, _P, _L, _L, _I]),
     "hi_query": (None, [_P, _P, _I, _I, _I, _P]),
     "hi_read": (ctypes.c_uint64, [_I, _P, _L, _I]),
-    "hi_ring_open": (_P, [_I, _P]),
+    "hi_ring_open": (_P, [_I, _I, _P]),
     "hi_ring_close": (None, [_P]),
-    "hi_ring_run": (_I, [_P, _I, _I, _L, _P, _P, _P, _P, _P, _L, _I, _P]),
-    "hi_ring_flying": (_L, [_P]),
+    "hi_ring_run": (_I, [_P, _I, _I, _L, _P, _P, _P, _P, _P, _L, _I, _P, _L, _L]),
+    "hi_ring_result": (_I, [_I, _I, _L, _P]),
+    "hi_ring_in_flight": (_L, [_P]),
+    "hi_nvme_entry": (None, [_P, _I, _I, _L, _L, _L, _L, _L]),
     "hi_checksums": (_L, [_I, _I, _L, _P, _P, _P, _P]),
     "hi_encode": (_I, [_I, _P, _L, _L, _L, _I, _I, _L, _I, _I, _P, _P, _L, _L, _L, _P]),
 }
 
 
 class _Library:
-    """The loaded functions, and which instruction set they use."""
+    """The compiled functions as attributes, loaded on first use, and the instruction set in use."""
 
     def __init__(self):
-        self._lock, self._tried = threading.Lock(), False
-        self.reason, self.isa, self.isas = None, 0, ()
+        self._lock, self.reason, self.isa, self.isas = threading.Lock(), None, 0, None
 
     def __getattr__(self, name: str):
-        """A function that is asked for before anyone asked whether there is one."""
+        """Reached only for a function that is not loaded yet."""
         if name.startswith("hi_") and self.ready():
             return self.__dict__[name]
         raise Unavailable(self.reason or name)
 
     def ready(self) -> bool:
-        if not self._tried:
-            with self._lock:
-                if not self._tried:
-                    self._open()
-                    self._tried = True
+        with self._lock:
+            if self.isas is None:
+                self._load()
         return self.reason is None
 
-    def _open(self) -> None:
+    def _load(self) -> None:
+        self.isas = ()
         try:
             library = load()
         except Unavailable as error:
@@ -66,7 +66,6 @@ class _Library:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
-        self.library = library
         self.isas = tuple(isa for isa in range(len(ISAS)) if library.hi_isas() >> isa & 1)
         self.isa = self.isas[-1]
 
@@ -75,12 +74,12 @@ _library = _Library()
 
 
 def available() -> bool:
-    """Whether the kernels can be used here; the first call may compile them, for a few seconds."""
+    """Whether the kernels can be used here; the first call may compile them, which takes seconds."""
     return _library.ready()
 
 
 def why_not() -> str | None:
-    """Why they cannot, in one line with the fix; None where they can."""
+    """Why the kernels are unavailable, in one line with the fix, or None if they are available."""
     available()
     return _library.reason
 
@@ -91,55 +90,54 @@ def isa() -> str:
 
 
 def isas() -> list[str]:
-    """Those that this machine has, slowest first."""
+    """Instruction sets of this machine, slowest first."""
     return [ISAS[i] for i in _library.isas] if available() else []
 
 
 def use_isa(name: str) -> None:
-    """Use this one of `isas()` from now on; for tests and measurements."""
-    _library.isa = {ISAS[i]: i for i in _library.isas}[name]
+    """Switch to one of `isas()`, for tests and measurements."""
+    _library.isa = ISAS.index(name)
 
 
 def isa_number() -> int:
-    """As the library counts them."""
+    """The instruction set in use, as numbered in common.h."""
     return _library.isa
 
 
 def call(name: str, *arguments):
-    """A function of the library by name, for what has a module of its own."""
+    """Call a library function by name, for modules that wrap their own functions."""
     return getattr(_library, name)(*arguments)
 
 
 def read(words: np.ndarray, threads: int = 1) -> int:
-    """The sum of uint64 words: as fast as cores read memory."""
+    """The sum of uint64 words, computed at memory bandwidth."""
     return _library.hi_read(_library.isa, pointer(words), len(words), threads)
 
 
 def score(query, stored, bits: int, positions: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
-    """Scores of a quantised query int8 (Hkv, G, D) against codes (Hkv, n, D*bits/8), all or those at positions (m,).
+    """Scores of a quantised query int8 (Hkv, G, D) against codes (Hkv, n, D*bits/8), at all or at given positions (m,).
 
-    int32 (Hkv, n or m), the best of each group. The definition is `evaluator.codes.group_scores_reference`.
+    Returns int32 (Hkv, n or m), the maximum over each group; defined by `evaluator.codes.group_scores_reference`.
     """
     heads, group, dim = query.shape
     row = dim * bits // 8
     strides, (_, n, width) = _strides(stored), stored.shape
-    query = np.ascontiguousarray(_numpy(query))
+    query = np.ascontiguousarray(query)
     if strides[1:] != (row, 1) or width != row:
-        raise ValueError(f"codes of a head must lie row by row, {row} bytes each, not with strides {strides}")
+        raise ValueError(f"codes of a head must be contiguous rows of {row} bytes, not have strides {strides}")
     if positions is not None:
         positions = np.ascontiguousarray(positions, np.int64)
         if len(positions) and not (positions.min() >= 0 and positions.max() < n):
             raise IndexError(f"positions must be in [0, {n})")
         n = len(positions)
     out = np.empty((heads, n), np.int32)
-    where = None if positions is None else pointer(positions)
-    shape = (heads, group, dim, where, n, pointer(out), n, _share(heads * n * row, threads))
+    shape = (heads, group, dim, pointer(positions), n, pointer(out), n, _share(heads * n * row, threads))
     _check(_library.hi_score(_library.isa, bits, pointer(stored), strides[0], pointer(query), *shape))
     return out
 
 
 def topk(scores: np.ndarray, k: int) -> np.ndarray:
-    """As `evaluator.topk.topk_reference`: positions of the k best of int32 (n,), best first."""
+    """As `evaluator.topk.topk_reference`: positions of the k largest of int32 (n,), largest first."""
     scores, k = np.ascontiguousarray(scores), min(k, len(scores))
     out = np.empty(k, np.int32)
     _check(_library.hi_topk(_library.isa, pointer(scores), len(scores), k, pointer(out)))
@@ -147,7 +145,7 @@ def topk(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
-    """As `evaluator.topk.merge_heads_reference`: one selection of k positions, ascending, from int32 (Hkv, n)."""
+    """As `evaluator.topk.merge_heads_reference`: one ascending selection of k positions from int32 (Hkv, n)."""
     if scores.strides[1] != 4:
         scores = np.ascontiguousarray(scores)
     heads, n = scores.shape
@@ -161,12 +159,12 @@ def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
 def attend(
     query, rows: list, dtype: str, kv_heads: int, scale: float, out, lse, threads: int = 1, side: int | None = None
 ) -> None:
-    """Attention of queries fp32 (B, H, D), each over its row's records K (Hkv, D), V (Hkv, D), into out fp32 of as many
-    elements, and the logsumexp of the scaled logits into lse fp32 (B, H); all contiguous.
+    """Attention of queries fp32 (B, H, D), each over the records K (Hkv, D), V (Hkv, D) of its row, into out fp32
+    (B, H, D), and the logsumexp of the scaled logits into lse fp32 (B, H). All contiguous.
 
-    rows  for each query int64 addresses (n,), or (address, bytes from one to the next, n) where records lie in order.
-          The caller keeps the memory alive
-    side  bytes from a record's keys to its values; without it they follow the keys
+    rows  per query, record addresses int64 (n,), or (first address, stride in bytes, n) for evenly spaced records;
+          the caller keeps the memory alive
+    side  bytes from a record's keys to its values; None: the values follow the keys
     """
     heads, dim = query.shape[1:]
     width = 2 * kv_heads * dim * (4 if dtype == "float32" else 2)
@@ -182,22 +180,25 @@ def attend(
 def bounds(
     query, boxes: np.ndarray, scales: np.ndarray, leaf: np.ndarray, slack: float, floor=None, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `evaluator.chunks.bounds`, summed in another order: query fp32 (Hkv, G, D) against int8 boxes (Hkv, 2, D) at
-    these addresses int64 (m,), each with its page's scales fp32 (Hkv, D), by address too; leaf bool (m,) says which are
-    estimated with `slack`. The best of each group, fp32 (Hkv, m), and which reach the floor fp32 (Hkv, G), bool (m,).
+    """As `evaluator.boxes.bounds`, but for the order of summation: query fp32 (Hkv, G, D) against int8 boxes
+    (Hkv, 2, D) and the scales of their pages, fp32 (Hkv, D), both given as addresses int64 (m,).
+
+    leaf   bool (m,): boxes estimated with `slack`
+    floor  fp32 (Hkv, G), the bound that some head must reach
+
+    Returns the maximum over each group, fp32 (Hkv, m), and which boxes reach the floor, bool (m,).
     """
     heads, group, dim = query.shape
     query, floor = query.contiguous(), None if floor is None else floor.contiguous()
     best, reach = np.empty((heads, len(boxes)), np.float32), np.empty(len(boxes), bool)
     where = (pointer(boxes), pointer(scales), pointer(leaf), len(boxes), pointer(query), heads, group, dim, slack)
-    wanted = None if floor is None else pointer(floor)
     threads = _share(len(boxes) * 2 * heads * dim, threads)
-    _check(_library.hi_bounds(_library.isa, *where, wanted, pointer(best), pointer(reach), threads))
+    _check(_library.hi_bounds(_library.isa, *where, pointer(floor), pointer(best), pointer(reach), threads))
     return best, reach
 
 
 def copy(addresses: np.ndarray, out, slots: np.ndarray, threads: int = 1) -> None:
-    """out[slots] = the records at these addresses, int64 (k,) each; slots differ, out (n, ...) is contiguous."""
+    """Copy the records at addresses int64 (k,) to out[slots]; slots (k,) are distinct, out (n, ...) is contiguous."""
     slots = np.ascontiguousarray(slots, np.int64)
     if len(slots) != len(addresses) or (len(slots) and not 0 <= slots.min() <= slots.max() < out.shape[0]):
         raise IndexError(f"{len(addresses)} records for {len(slots)} slots, which must be in [0, {out.shape[0]})")
@@ -207,16 +208,16 @@ def copy(addresses: np.ndarray, out, slots: np.ndarray, threads: int = 1) -> Non
 
 
 def encode(keys, dtype: str, bits: int, scale, codes, at: int) -> np.ndarray:
-    """Code keys (B, Hkv, n, D), fp32 or bf16, into codes (B, Hkv, capacity, D*bits/8) from token `at` on, and let scale
-    fp32 (B, Hkv, 1, D) grow as needed. Returns how often each channel doubled, uint8 (B, Hkv, D).
+    """Quantise keys (B, Hkv, n, D) into codes (B, Hkv, capacity, D*bits/8) from token `at` on, bit-identical to
+    `evaluator.codes.KeyCodes` in torch. Doubles scale fp32 (B, Hkv, 1, D) where keys exceed it.
 
-    As `evaluator.codes.KeyCodes` does in torch, to the bit.
+    Returns the doublings of each channel, uint8 (B, Hkv, D).
     """
     batch, heads, n, dim = keys.shape
     doublings = np.empty((batch, heads, dim), np.uint8)
     by_row, by_head, by_token, by_channel = keys.stride()
     if by_channel != 1:
-        raise ValueError("a key's channels must lie side by side")
+        raise ValueError("the channels of a key must be contiguous")
     shape = (by_row, by_head, by_token, batch, heads, n, dim, bits, pointer(scale))
     where = (pointer(codes), *_strides(codes)[:2], at, pointer(doublings))
     _library.hi_encode(DTYPES[dtype], pointer(keys), *shape, *where)
@@ -224,37 +225,33 @@ def encode(keys, dtype: str, bits: int, scale, codes, at: int) -> np.ndarray:
 
 
 def quantise_query(query, scale, out) -> None:
-    """As `evaluator.codes.KeyCodes.query`: query fp32 (H, D) with scale fp32 (Hkv, 1, D) folded in, out int8
-    (Hkv, G, D); all contiguous.
+    """As `evaluator.codes.KeyCodes.query`: fold scale fp32 (Hkv, 1, D) into query fp32 (H, D) and quantise the product
+    to out int8 (Hkv, G, D). All contiguous.
     """
     _library.hi_query(pointer(query), pointer(scale), *out.shape, pointer(out))
 
 
 def checksums(write: bool, offsets, addresses, lengths, sums: np.ndarray) -> int:
-    """As `tiers.checksums.reference`: CRC-32 of each 4 KiB block of pieces int64 (m,), noted in or compared with sums
-    uint32. Returns -1, or the offset of the first block that differs.
+    """As `tiers.checksums.reference`: CRC-32 of each 4 KiB block of pieces int64 (m,), written to or compared with sums
+    uint32. Returns the offset of the first block that differs, or -1.
     """
     pieces = [np.ascontiguousarray(part, np.int64) for part in (offsets, addresses, lengths)]
     where = map(pointer, (*pieces, sums))
     return _library.hi_checksums(_library.isa, int(write), len(offsets), *where)
 
 
-def pointer(array) -> int:
-    """The address of a tensor's or an array's first element."""
+def pointer(array) -> int | None:
+    """Address of the first element of a tensor or array; None for None."""
     if not isinstance(array, np.ndarray):
-        return array.data_ptr()
+        return None if array is None else array.data_ptr()
     try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # a third of what numpy takes to tell it
-    except (TypeError, ValueError):  # empty, read-only or with gaps
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # three times as fast as numpy's own attribute
+    except (TypeError, ValueError):  # empty, read-only or not contiguous
         return array.__array_interface__["data"][0]
 
 
-def _numpy(array) -> np.ndarray:
-    return array.numpy() if hasattr(array, "data_ptr") else array
-
-
 def _strides(array) -> tuple[int, ...]:
-    """In bytes; codes have one byte an element."""
+    """Strides in bytes; codes have one byte per element."""
     return array.stride() if hasattr(array, "data_ptr") else array.strides
 
 
@@ -264,4 +261,4 @@ def _share(nbytes: int, threads: int) -> int:
 
 def _check(result: int) -> None:
     if result < 0:
-        raise MemoryError("no memory for a kernel's working space")
+        raise MemoryError("no memory for the workspace of a kernel")

@@ -1,6 +1,6 @@
-/* Attention of one query token over records that lie anywhere: softmax(q.k * scale).v without a gather buffer.
- * A record is K (heads, dim) and then V (heads, dim). Softmax is online over tiles of tokens (Milakov and Gimelshein,
- * arXiv 1805.02867), so that each record is met once. Sums are fp32 whatever the records are. */
+/* Attention of one query token over scattered records: softmax(q.k * scale).v without a gather buffer.
+ * A record is K (heads, dim) followed by V (heads, dim). Online softmax over tiles of tokens (Milakov and Gimelshein,
+ * arXiv 1805.02867) reads each record once. Accumulation is in fp32 for every record type. */
 #include "common.h"
 
 #define TILE 32
@@ -11,7 +11,7 @@ struct attend {
     const char *base;
     int64_t stride, n, side;  /* side: bytes from a record's keys to its values */
     const float *query;  /* (heads * group, dim), scaled */
-    float *state;  /* for each thread: most (heads * group), sum (heads * group), weighted values (heads * group, dim) */
+    float *state;  /* per thread: maximum (heads * group), sum (heads * group), weighted values (heads * group, dim) */
 };
 
 INLINE const char *record_of(const struct attend *a, int64_t i) {
@@ -29,7 +29,7 @@ INLINE float half_to_float(uint16_t bits) {
     return x.f;
 }
 
-/* One head's row as fp32: where it lies, or converted into `room`. */
+/* One head's row as fp32, in place or converted into `room`. */
 INLINE const float *row_generic(const char *from, float *room, int dim, int dtype) {
     if (dtype == FP32) return (const float *)from;
     const uint16_t *bits = (const uint16_t *)from;
@@ -48,7 +48,7 @@ INLINE const float *row_generic(const char *from, float *room, int dim, int dtyp
     return room;
 }
 
-/* e to the x for x <= 0, to a few units in the last place; a form that compilers vectorise. */
+/* exp(x) for x <= 0, to a few ulp, in a form that compilers vectorise. */
 INLINE float exp_below(float x) {
     x = x < -87.0f ? -87.0f : x;
     float n = __builtin_rintf(x * 1.44269504f);
@@ -122,7 +122,7 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, const int 
         }
         for (int j = 0; j < all; j++) {
             float *own = logits + (int64_t)j * TILE, high = most[j], part = 0;
-            for (int t = m; t < TILE; t++) own[t] = -__builtin_inff();  /* weighs nothing */
+            for (int t = m; t < TILE; t++) own[t] = -__builtin_inff();  /* zero weight */
             for (int t = 0; t < TILE; t++) high = own[t] > high ? own[t] : high;
             if (high > most[j]) {
                 float keep = exp_below(most[j] - high);
@@ -141,7 +141,7 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, const int 
         for (int t = 0; t < m; t += 4)
             for (int h = 0; h < heads; h++) {
                 const float *v[4];
-                for (int i = 0; i < 4; i++)  /* past the tile's end the last one again: its weight there is nothing */
+                for (int i = 0; i < 4; i++)  /* past the tile's end, the last record again with zero weight */
                     v[i] = row_fp32(records[t + i < m ? t + i : m - 1] + side + h * row, room[i], dim, dtype);
                 for (int g = 0; g < group; g++) {
                     const float *p = logits + (int64_t)(h * group + g) * TILE + t;
@@ -154,7 +154,7 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, const int 
     }
 }
 
-/* With the usual sizes known, loops are unrolled. */
+/* Specialised for common sizes, so that loops unroll. */
 INLINE void tiles_of(const struct attend *a, int share, convert *row_fp32) {
     if (a->dtype == FP32 && a->dim == 64) tiles(a, share, FP32, 64, row_fp32);
     else if (a->dtype == FP32 && a->dim == 128) tiles(a, share, FP32, 128, row_fp32);
@@ -201,9 +201,9 @@ static void attend_share(void *job, int share) {
     tiles_generic(a, share);
 }
 
-/* query (heads * group, dim) fp32 -> out the same, and the logarithm of each head's sum of exponentials in lse, with
- * which parts that were attended to apart are merged; of no record, out is 0 and lse minus infinity.
- * Returns 0, or -1 where memory is out or dim above MAX_DIM. */
+/* query and out: fp32 (heads * group, dim). lse: fp32 (heads * group), the logsumexp of the logits, which merges parts
+ * attended to separately. Without records, out is 0 and lse is minus infinity.
+ * Returns 0, or -1 if memory is exhausted or dim exceeds MAX_DIM. */
 int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int64_t stride, int64_t n, int64_t side,
               const float *query, int heads, int group, int dim, float scale, float *out, float *lse, int threads) {
     int all = heads * group;

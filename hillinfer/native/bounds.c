@@ -1,19 +1,19 @@
-/* Upper bounds of q.k over boxes of keys: int8 (heads, 2, dim) as (max, min), with a scale for each channel of their
- * page. A box is met once: codes become fp32, and page scale and the query's signs are folded into the coefficients. */
+/* Upper bounds of q.k over boxes of keys: int8 (heads, 2, dim) as (max, min), with per-channel scales of their page.
+ * Each box is read once: its codes become fp32; page scales and query signs are folded into the coefficients. */
 #include "common.h"
 
 struct bounding {
     int isa, heads, group, dim, threads;
-    const int64_t *boxes, *scales;  /* addresses (n,): of a box, and of its page's scales, fp32 (heads, dim) */
-    const uint8_t *leaf;  /* (n,): whether to estimate with `slack` */
+    const int64_t *boxes, *scales;  /* addresses (n,) of boxes and of their pages' scales, fp32 (heads, dim) */
+    const uint8_t *leaf;  /* (n,): estimate with `slack` instead of bounding */
     int64_t n;
     const float *query, *floor;  /* (heads, group, dim); (heads, group) or NULL */
-    float slack, *best, *room;  /* best (heads, n) over the group; room for each thread's coefficients, 2 * size */
-    int64_t size;  /* in whole cache lines: the order of a sum depends on where its terms lie */
-    uint8_t *reach;  /* (n,): whether any query head's bound is at its floor or above */
+    float slack, *best, *room;  /* best: (heads, n), group maximum; room: coefficients, 2 * size per thread */
+    int64_t size;  /* whole cache lines: alignment decides the order of summation */
+    uint8_t *reach;  /* (n,): some query head's bound is at least its floor */
 };
 
-/* (heads, group, 2 dim): what the codes of max and of min are multiplied by. */
+/* Coefficients of the codes of max and min, (heads, group, 2 dim). */
 INLINE void fold(const struct bounding *b, const float *scale, float up, float down, float *to, const int dim) {
     for (int h = 0; h < b->heads; h++)
         for (int g = 0; g < b->group; g++, to += 2 * dim) {
@@ -30,7 +30,7 @@ INLINE void fold(const struct bounding *b, const float *scale, float up, float d
 INLINE void boxes(const struct bounding *b, int share, const int dim) {
     float *own[2] = {b->room + 2 * share * b->size, b->room + (2 * share + 1) * b->size};
     float codes[2 * MAX_DIM] __attribute__((aligned(64)));
-    int64_t page[2] = {0}, end = b->n * (share + 1) / b->threads;  /* whose coefficients are there: bounds, estimates */
+    int64_t page[2] = {0}, end = b->n * (share + 1) / b->threads;  /* pages of the cached coefficients */
     for (int64_t i = b->n * share / b->threads; i < end; i++) {
         const int kind = b->leaf[i];
         if (b->scales[i] != page[kind]) {
@@ -80,7 +80,7 @@ static void bounds_share(void *job, int share) {
     boxes_generic(b, share);
 }
 
-/* Returns 0, or -1 where memory is out or dim above MAX_DIM. */
+/* Returns 0, or -1 if memory is exhausted or dim exceeds MAX_DIM. */
 int hi_bounds(int isa, const int64_t *boxes, const int64_t *scales, const uint8_t *leaf, int64_t n, const float *query,
               int heads, int group, int dim, float slack, const float *floor, float *best, uint8_t *reach, int threads) {
     const int64_t size = ((int64_t)heads * group * 2 * dim + 15) / 16 * 16;

@@ -1,7 +1,7 @@
-"""Compile the C sources once with the system's compiler, keep the library in a private folder, load it with ctypes.
+"""Compiles the C sources once with the system compiler, caches the library in a private folder, loads it with ctypes.
 
-What installs most surely: no build step, no wheel for each platform; and where there is no compiler everything runs in
-torch and numpy. The name of the library holds a hash of sources, compiler and flags, so that no stale one is loaded.
+There is no build step at install time and no wheel per platform; without a compiler everything runs in torch and numpy.
+The library's name contains a hash of sources, compiler and flags, so a stale one is never loaded.
 """
 
 import ctypes
@@ -20,15 +20,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FLAGS = "-O3 -std=gnu11 -fPIC -shared -pthread -fopenmp-simd -fno-math-errno -fno-trapping-math".split()
-OFF = "HILLINFER_NATIVE"  # set to 0, the library is not used
+OFF = "HILLINFER_NATIVE"  # 0 turns the kernels off
 
 
 class Unavailable(Exception):
-    """Why there is no native library, in one line, and the fix."""
+    """There is no native library; one line that names the cause and the fix."""
 
 
 def compiler() -> list[str] | None:
-    """The C compiler's command: $CC, else the first of cc, gcc and clang."""
+    """The C compiler command: $CC, otherwise the first of cc, gcc and clang."""
     named = shlex.split(os.environ.get("CC", ""))
     for command in [named] if named else (["cc"], ["gcc"], ["clang"]):
         if found := shutil.which(command[0]):
@@ -37,7 +37,7 @@ def compiler() -> list[str] | None:
 
 
 def build(command: list[str], folder: Path) -> Path:
-    """The library in `folder`, compiled unless it is there. Two processes at once may: the last rename wins."""
+    """Compile the library into `folder` unless it exists. Safe for concurrent processes: the last rename wins."""
     sources = sorted(HERE.glob("*.c"))
     digest = hashlib.sha256()
     for path in [*sources, *sorted(HERE.glob("*.h"))]:
@@ -47,26 +47,24 @@ def build(command: list[str], folder: Path) -> Path:
     target = folder / f"kernels-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
-    for orphan in folder.glob("*.tmp"):  # of a build that was killed: none takes half as long
+    for orphan in folder.glob("*.tmp"):  # left by a killed build; a live one times out long before this
         if orphan.lstat().st_mtime < time.time() - 600:
-            orphan.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    os.close(handle)
+            shutil.rmtree(orphan, ignore_errors=True)
     try:
-        words = [*command, *FLAGS, *map(str, sources), "-o", name, "-lm"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            raise Unavailable(f"{command[0]} cannot compile the kernels: {(done.stderr.splitlines() or ['?'])[0]}")
-        Path(name).replace(target)
+        with tempfile.TemporaryDirectory(suffix=".tmp", dir=folder) as work:
+            draft = Path(work) / target.name
+            words = [*command, *FLAGS, *map(str, sources), "-o", str(draft), "-lm"]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+            if done.returncode:
+                raise Unavailable(f"{command[0]} cannot compile the kernels: {(done.stderr.splitlines() or ['?'])[0]}")
+            draft.replace(target)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} cannot compile the kernels: {error}") from None
-    finally:
-        Path(name).unlink(missing_ok=True)
     return target
 
 
 def private_folder() -> Path:
-    """A folder that only this user can write to: what is loaded from it runs. Else one for this process alone."""
+    """A cache folder only this user can write to, as its content is executed; otherwise a temporary one."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "hillinfer"
     try:
@@ -77,32 +75,32 @@ def private_folder() -> Path:
                 return folder
     except OSError:
         pass
-    return _own_folder()
+    return Path(_temporary_folder().name)
 
 
 @functools.cache
-def _own_folder() -> Path:
-    keep = tempfile.TemporaryDirectory(prefix="hillinfer-")
-    _own_folder.keep = keep  # removed at the interpreter's exit
-    return Path(keep.name)
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="hillinfer-")  # removed when the interpreter exits
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library. Raises Unavailable; the first time it also warns, and never again."""
+    """The library. Raises Unavailable, with a warning unless the kernels were turned off on purpose."""
+    if os.environ.get(OFF) == "0":
+        raise Unavailable(f"native kernels are turned off by {OFF}=0")
     try:
-        if os.environ.get(OFF) == "0":
-            raise Unavailable(f"native kernels are turned off by {OFF}=0")
-        if platform.system() not in ("Linux", "Darwin"):
-            raise Unavailable(f"native kernels are built on Linux and macOS only, not {platform.system()}")
-        if (command := compiler()) is None:
-            raise Unavailable("no C compiler was found: install gcc or clang, or name one in CC")
-        try:
-            return ctypes.CDLL(str(build(command, private_folder())))
-        except OSError as error:
-            raise Unavailable(f"the compiled kernels cannot be loaded: {error}") from None
+        return _load()
     except Unavailable as error:
-        reason = str(error)
-    if os.environ.get(OFF) != "0":
-        warnings.warn(f"{reason}; hillinfer runs in torch and numpy, which is slower", stacklevel=2)
-    raise Unavailable(reason)
+        warnings.warn(f"{error}; hillinfer runs in torch and numpy, which is slower", stacklevel=2)
+        raise
+
+
+def _load() -> ctypes.CDLL:
+    if platform.system() not in ("Linux", "Darwin"):
+        raise Unavailable(f"native kernels are built on Linux and macOS only, not {platform.system()}")
+    if (command := compiler()) is None:
+        raise Unavailable("no C compiler was found: install gcc or clang, or name one in CC")
+    try:
+        return ctypes.CDLL(str(build(command, private_folder())))
+    except OSError as error:
+        raise Unavailable(f"the compiled kernels cannot be loaded: {error}") from None

@@ -1,6 +1,6 @@
-/* CRC-32 of blocks, to the bit zlib.crc32. With carry-less multiplication four 128-bit lanes are folded along a block
- * (Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ", Intel 2009; constants of its zlib
- * polynomial), and a table takes the last 16 bytes; without it the table takes all, eight bytes at a time. */
+/* CRC-32 of blocks, bit-identical to zlib.crc32. Carry-less multiplication folds four 128-bit lanes along a block
+ * (Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ", Intel 2009; constants for the zlib
+ * polynomial), and a table finishes the last 16 bytes. The fallback is the table alone, eight bytes at a time. */
 #include "common.h"
 
 enum { BLOCK = 4096 };
@@ -17,7 +17,7 @@ static void fill(void) {
         for (int t = 1; t < 8; t++) table[t][i] = table[t - 1][i] >> 8 ^ table[0][table[t - 1][i] & 255];
 }
 
-/* n is a multiple of 8. */
+/* n: a multiple of 8 */
 static uint32_t by_table(uint32_t state, const uint8_t *from, int64_t n) {
     for (int64_t at = 0; at < n; at += 8) {
         uint32_t low, high;
@@ -40,7 +40,7 @@ CLMUL INLINE __m128i fold(__m128i lane, __m128i by, __m128i next) {
     return _mm_xor_si128(_mm_xor_si128(low, high), next);
 }
 
-/* The checksum, from four lanes that stand for the whole block. */
+/* Reduces four lanes, folded over the whole block, to the checksum. */
 CLMUL INLINE uint32_t finish(const __m128i *lanes) {
     const __m128i near = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
     __m128i last = lanes[0];
@@ -60,7 +60,7 @@ CLMUL static uint32_t crc_clmul(const uint8_t *from) {
     return finish(lanes);
 }
 
-/* The same with the four lanes in one register. */
+/* The same with all four lanes in one register. */
 __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1"))) static uint32_t crc_wide(const uint8_t *from) {
     const __m512i far = _mm512_broadcast_i32x4(_mm_set_epi64x(FAR));
     __m512i lanes = _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_zextsi128_si512(_mm_cvtsi32_si128(-1)));
@@ -74,9 +74,9 @@ __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1"))) static uint32_t crc_
 }
 #endif
 
-/* n pieces of whole blocks, at addresses in memory and offsets of the file, against sums[offset / 4096]. With `write`
- * they are noted there; else compared. Returns the offset of the first block that differs, or -1. 0 stands for a block
- * that was never written, which is not compared; a sum of 0 is noted as 1. */
+/* Checksums of n pieces of whole blocks, at addresses in memory and offsets in the file: stored in sums[offset / 4096]
+ * with `write`, otherwise compared. Returns the offset of the first block that differs, or -1. 0 marks a block never
+ * written, which is not compared; a checksum of 0 is stored as 1. */
 int64_t hi_checksums(int isa, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
                      const int64_t *lengths, uint32_t *sums) {
     uint32_t (*crc)(const uint8_t *) = crc_generic;

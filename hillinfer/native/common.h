@@ -1,6 +1,6 @@
-/* What the kernels share. Every kernel is compiled for several instruction sets in one library, and Python says which
- * to use: a library that is cached or copied to another machine never meets an instruction that is missing there.
- * No -march=native: it lets gcc 12 vectorise int8 products into wrong sums on VNNI machines. */
+/* Shared declarations. One library holds each kernel for several instruction sets, and Python selects one at run time:
+ * a library cached or copied to another machine never executes an instruction that machine lacks.
+ * No -march=native: with it gcc 12 vectorises int8 products into wrong sums on VNNI machines. */
 #pragma once
 #include <pthread.h>
 #include <stdint.h>
@@ -16,13 +16,13 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { GENERIC, NEON, ISA_AVX2, ISA_AVX512 };  /* in the order of speed */
+enum { GENERIC, NEON, ISA_AVX2, ISA_AVX512 };  /* slowest first */
 enum { FP32, BF16, FP16 };
 #define MAX_THREADS 64
-#define MAX_DIM 1024  /* of a head, where a kernel keeps rows of it on its stack */
+#define MAX_DIM 1024  /* largest head dimension of kernels with rows on the stack */
 
-/* Runs work(job, share) for every share; the caller does the last one. Threads live for one call: they cannot spin,
- * and a fork finds none of them. */
+/* Runs work(job, share) for every share, the last one on the calling thread. Threads live for one call: none spin
+ * between calls, and a fork inherits none. */
 struct share { void (*work)(void *, int); void *job; int index; };
 void *run_share(void *share);
 void split(void (*work)(void *, int), void *job, int threads);

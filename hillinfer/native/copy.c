@@ -1,4 +1,4 @@
-/* Records that lie anywhere into slots of one buffer: what a promotion moves. */
+/* Copies scattered records into slots of one buffer, as a promotion does. */
 #include "common.h"
 
 struct copying { const int64_t *from, *slots; char *to; int64_t n, width; int threads; };
@@ -10,7 +10,7 @@ static void copy_share(void *job, int share) {
         memcpy(c->to + c->slots[i] * c->width, (const char *)c->from[i], c->width);
 }
 
-/* from (n,) addresses; slots (n,) places in `to`, in records of `width` bytes, each once. */
+/* from: addresses (n,). slots: distinct indices (n,) into `to`, in records of `width` bytes. */
 void hi_copy(const int64_t *from, char *to, const int64_t *slots, int64_t n, int64_t width, int threads) {
     struct copying c = {from, slots, to, n, width, threads};
     split(copy_share, &c, threads);

@@ -1,4 +1,4 @@
-/* Key codes at append, the same to the bit as `KeyCodes` builds them in torch: every step is one IEEE operation. */
+/* Quantises keys at append, bit-identical to `KeyCodes` in torch: every step is one IEEE operation. */
 #include <math.h>
 #include "common.h"
 
@@ -18,8 +18,8 @@ INLINE void set_code(uint8_t *row, int d, int bits, int8_t code) {
     else row[d / 2] = (uint8_t)((row[d / 2] & 0xf0) | ((uint8_t)code & 15));
 }
 
-/* One head: keys (n, dim) fp32 or bf16, `row` elements apart; codes hold `at` tokens already. Returns whether any
- * channel's scale doubled; its older codes are halved as often. */
+/* One head: keys (n, dim), `row` elements apart, after `at` tokens already in codes. Returns whether any channel's
+ * scale doubled; the channel's older codes are halved as often. */
 static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int dim, int bits, float *scale,
                        uint8_t *codes, int64_t at, uint8_t *doublings, float *need) {
     const float top = bits == 8 ? 127 : 7, tiny = 1.17549435e-38f;
@@ -39,7 +39,7 @@ static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int 
         } else if (need[d] > scale[d]) {
             int exponent;
             float mantissa = frexpf(need[d] / scale[d], &exponent);
-            int times = mantissa > 0.5f ? exponent : exponent - 1;  /* the ceiling of log2, exactly */
+            int times = mantissa > 0.5f ? exponent : exponent - 1;  /* exact ceil(log2) */
             doublings[d] = (uint8_t)(times < 0 ? 0 : times);
             scale[d] = ldexpf(scale[d], doublings[d]);
             any |= doublings[d];
@@ -62,7 +62,7 @@ static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int 
     return any != 0;
 }
 
-/* keys (batch, heads, n, dim), strides in elements; scale and doublings (batch, heads, dim); codes' strides in bytes. */
+/* keys: (batch, heads, n, dim), strides in elements. scale, doublings: (batch, heads, dim). codes: strides in bytes. */
 int hi_encode(int dtype, const char *keys, int64_t by_row, int64_t by_head, int64_t by_token, int batch, int heads,
               int64_t n, int dim, int bits, float *scale, uint8_t *codes, int64_t codes_by_row,
               int64_t codes_by_head, int64_t at, uint8_t *doublings) {
@@ -77,8 +77,8 @@ int hi_encode(int dtype, const char *keys, int64_t by_row, int64_t by_head, int6
     return any;
 }
 
-/* The channel scales (heads, dim) folded into a query (heads, group, dim) fp32, which is then coded in INT8 with one
- * step size for each head's group. */
+/* Folds the channel scales (heads, dim) into a query fp32 (heads, group, dim) and quantises it to INT8 with one step
+ * size per group. */
 void hi_query(const float *query, const float *scale, int heads, int group, int dim, int8_t *out) {
     const float tiny = 1.17549435e-38f;
     for (int h = 0; h < heads; h++) {

@@ -1,7 +1,7 @@
-/* The machine: its instruction sets, threads for a call, and what a core reads from memory. */
+/* The machine: its instruction sets, threads per call, and memory bandwidth. */
 #include "common.h"
 
-/* The instruction sets of this machine, a bit each. */
+/* Bit mask of this machine's instruction sets. */
 int hi_isas(void) {
     int found = 1 << GENERIC;
 #if defined(__x86_64__)

@@ -1,65 +1,62 @@
-"""io_uring for batches of reads and writes: one call moves them all, with no Python for each."""
+"""io_uring for batches of reads, writes and NVMe commands: one call per batch, no Python per request."""
 
 import ctypes
 import errno
 import os
 import threading
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 
 from hillinfer import native
 
-DEPTH = 128  # under way at once: measured, 64 to 256 do equally well for 4 KiB reads
+DEPTH = 128  # requests in flight; measured: 64 to 256 are equally fast for 4 KiB reads
+NVME_STATUS = 0x10000  # as in ring.c
 
-
-_stuck: list[tuple[int, object]] = []  # rings whose requests never came back, and the memory that they may write to
+_stuck: list[tuple[int, object]] = []  # rings whose requests never completed, and the memory they may still write to
 _releasing = threading.Lock()
 
 
-class Short(OSError):
-    """The file ended before a piece did."""
+class Namespace(NamedTuple):
+    """Makes a ring send NVMe commands; `transfer` then takes the namespace's character device as fd."""
+
+    nsid: int
+    lba: int  # bytes of a logical block
 
 
 class Rings:
-    """Rings for any number of threads: a call takes a free one, or opens another. A `tiers.engines.Engine`."""
+    """Rings for any number of threads: each call takes a free one or opens another. A `tiers.engines.Engine`."""
 
     name = "io_uring"
 
-    def __init__(self, depth: int = DEPTH):
-        """Raises OSError, with the fix, where there is no io_uring or no compiled kernels."""
+    def __init__(self, depth: int = DEPTH, nvme: Namespace | None = None):
+        """Raises OSError, with the fix, without io_uring (Linux 5.19 for `nvme`) or without native kernels."""
         if reason := native.why_not():
             raise OSError(f"io_uring needs the native kernels: {reason}")
         release_stuck()
-        self.depth, self._free = depth, []
+        self.depth, self.nvme, self._free = depth, nvme, []
         self._free.append(self._open())
         self.close = weakref.finalize(self, _close, self._free)
 
     def transfer(
-        self,
-        write: bool,
-        fd: int,
-        offsets: np.ndarray,
-        addresses: np.ndarray,
-        lengths: np.ndarray,
-        timeout: float = 0,
-        keep: object = None,
-        sums: np.ndarray | None = None,
-        share: float = 1,
+        self, write: bool, fd: int, offsets, addresses, lengths, timeout=0.0, keep=None, sums=None, share=1.0
     ) -> None:
-        """Move pieces between file and memory; all int64 (m,). Raises OSError whose `offset` says which one failed.
+        """Move pieces between file and memory, int64 (m,) each. With `nvme`, every piece is one command.
 
-        timeout  seconds in which nothing happened, after which it is ETIMEDOUT; 0 waits for ever
-        keep     what holds the memory: the kernel may still write to it after a timeout, so it is then kept
-        sums     checksums of the file's blocks, which what is read must have (EBADMSG)
+        timeout  seconds without a completion until ETIMEDOUT; 0 waits forever
+        keep     owner of the memory, referenced after a timeout for as long as the kernel may write to it
+        sums     uint32, expected checksums of the file's blocks; EBADMSG if a block read differs
+
+        Raises OSError; its `offset` is that of the failed piece, or of the damaged block.
         """
         pieces = [np.ascontiguousarray(part, np.int64) for part in (offsets, addresses, lengths)]
         done, failed = np.empty(len(offsets), np.int64), ctypes.c_int64(0)
         ring, error = self._take(), 0
         try:
             where = *map(native.pointer, (*pieces, done)), ctypes.byref(failed)
-            rest = int(timeout * 1000), native.isa_number(), None if sums is None else native.pointer(sums)
-            error = native.call("hi_ring_run", ring, fd, int(write), len(done), *where, *rest)
+            rest = int(timeout * 1000), native.isa_number(), native.pointer(sums)
+            error = native.call("hi_ring_run", ring, fd, int(write), len(done), *where, *rest, *(self.nvme or (0, 0)))
         finally:
             if error == errno.ETIMEDOUT and failed.value < 0:
                 _stuck.append((ring, keep))
@@ -70,9 +67,9 @@ class Rings:
         if error:
             piece = max(0, failed.value)
             if error == errno.ETIMEDOUT:
-                piece = int(np.argmin(done >= pieces[2]))  # the first that is not through
+                piece = int(np.argmin(done >= pieces[2]))  # the first incomplete one
             where = f"{done[piece]} of {pieces[2][piece]} bytes at offset {pieces[0][piece]}"
-            raised = Short(f"only {where}") if error < 0 else OSError(error, f"{os.strerror(error)}, after {where}")
+            raised = _error(error, where)
             raised.offset = int(pieces[0][piece]) + (int(done[piece]) if error == errno.EBADMSG else 0)
             raise raised
 
@@ -84,10 +81,19 @@ class Rings:
 
     def _open(self) -> int:
         error = ctypes.c_int()
-        ring = native.call("hi_ring_open", self.depth, ctypes.byref(error))
+        ring = native.call("hi_ring_open", self.depth, int(self.nvme is not None), ctypes.byref(error))
         if not ring:
             raise OSError(error.value, f"no io_uring here ({os.strerror(error.value)}): choose engine threads")
         return ring
+
+
+def _error(code: int, where: str) -> OSError:
+    """The exception for an error of `hi_ring_run`."""
+    if code < 0:
+        return OSError(f"only {where}")
+    if code >= NVME_STATUS:
+        return OSError(errno.EIO, f"NVMe status {code - NVME_STATUS:#x}, after {where}")
+    return OSError(code, f"{os.strerror(code)}, after {where}")
 
 
 def _close(rings: list[int]) -> None:
@@ -97,17 +103,17 @@ def _close(rings: list[int]) -> None:
 
 
 def release_stuck() -> int:
-    """Close the rings whose requests have come back after all, and let go of their memory; how many have not."""
+    """Close stuck rings whose requests have completed since and release their memory; returns how many remain."""
     with _releasing:
         for entry in list(_stuck):
-            if not native.call("hi_ring_flying", entry[0]):
+            if not native.call("hi_ring_in_flight", entry[0]):
                 _stuck.remove(entry)
                 native.call("hi_ring_close", entry[0])
         return len(_stuck)
 
 
 def why_not() -> str | None:
-    """Why io_uring cannot be used here; None where it can."""
+    """Why io_uring is unavailable here, or None if it is available."""
     try:
         Rings(2).close()
     except OSError as error:

@@ -9,8 +9,8 @@ struct score {
     int64_t n;
     int32_t *out;  /* (heads, out_stride) */
     int64_t out_stride;
-    int8_t *query;   /* (heads, padded group, width): INT4 splits a row into even and odd channels */
-    int32_t *excess; /* (heads, padded group): what an unsigned key's offset adds to each sum */
+    int8_t *query;   /* (heads, padded group, width); for INT4, even channels before odd ones */
+    int32_t *excess; /* (heads, padded group): the sum's excess from the offset of unsigned keys */
     int width, half, padded, row;
 };
 
@@ -18,7 +18,7 @@ INLINE const int8_t *row_of(const struct score *s, int head, int64_t i) {
     return s->codes + head * s->head_stride + (s->positions ? s->positions[i] : i) * s->row;
 }
 
-/* Plain C, and the definition. A query row has its even channels first where codes are INT4. */
+/* Plain C, the definition. For INT4 codes a query row has its even channels first. */
 INLINE void generic_rows(const struct score *s, int head, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
         const int8_t *k = row_of(s, head, i);
@@ -38,8 +38,8 @@ INLINE void generic_rows(const struct score *s, int head, int64_t from, int64_t 
 }
 
 #if defined(__x86_64__)
-/* Four keys by four queries. dpbusd takes unsigned keys: a flipped sign bit adds 128 (INT4: 8) to every code, and
- * `excess` takes that times the query's sum away again. Query rows end in zeros, so what a partial load leaves is void. */
+/* Four keys by four queries. dpbusd takes unsigned keys: flipping the sign bit adds 128 (INT4: 8) to every code, and
+ * `excess`, that offset times the query's sum, is subtracted. Query rows are zero-padded: partial loads do no harm. */
 AVX512 INLINE __m512i sums4(__m512i a, __m512i b, __m512i c, __m512i d) {
     __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
@@ -53,7 +53,7 @@ AVX512 INLINE __m512i lanes2(__m512i a, __m512i b) {
 AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, int64_t to, const int bits,
                                const int row) {
     const int8_t *base = s->codes + head * s->head_stride, *queries = s->query + (int64_t)head * s->padded * s->width;
-    const int64_t *positions = s->positions;  /* fields in variables: the compiler need not fear that `out` is one */
+    const int64_t *positions = s->positions;  /* locals, so that the compiler need not assume `out` aliases them */
     const int32_t *excess = s->excess + head * s->padded;
     const int padded = s->padded, width = s->width, half = s->half;
     const int64_t bytes = s->n * row;
@@ -65,7 +65,7 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
             int64_t which = i + t < to ? i + t : to - 1;
             k[t] = base + (positions ? positions[which] : which) * row;
         }
-        const int inside = !positions && (i + 4) * row + 64 <= bytes;  /* whole loads stay within this head's rows */
+        const int inside = !positions && (i + 4) * row + 64 <= bytes;  /* full loads stay within this head's rows */
         __m512i best = _mm512_set1_epi32(INT32_MIN);
         for (int g = 0; g < padded; g += 4) {
             const int8_t *q = queries + g * width;
@@ -80,7 +80,7 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
                     if (bits == 4) second[j] = _mm512_load_si512(q + j * width + half + d);
                 }
                 for (int t = 0; t < 4; t++) {
-                    __m512i key = ~there && !inside ? _mm512_maskz_loadu_epi8(there, k[t] + d)  /* slow: 4x, from memory */
+                    __m512i key = ~there && !inside ? _mm512_maskz_loadu_epi8(there, k[t] + d)  /* 4x slower */
                                                     : _mm512_loadu_si512(k[t] + d);
                     key = _mm512_xor_si512(key, flip);
                     __m512i even = bits == 8 ? key : _mm512_and_si512(key, low);
@@ -106,7 +106,7 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
     }
 }
 
-/* With the usual sizes known, there is no loop over channels. */
+/* Specialised for common sizes, without a loop over channels. */
 AVX512 static void avx512_int8(const struct score *s, int h, int64_t a, int64_t b) {
     if (s->row == 64) avx512_rows(s, h, a, b, 8, 64);
     else if (s->row == 128) avx512_rows(s, h, a, b, 8, 128);
@@ -119,7 +119,7 @@ AVX512 static void avx512_int4(const struct score *s, int h, int64_t a, int64_t 
     else avx512_rows(s, h, a, b, 4, s->row);
 }
 
-/* Two keys by four queries. maddubs sums pairs into 16 bits: |key| * query stays below 2 * 127 * 127, so none saturates. */
+/* Two keys by four queries. maddubs sums pairs in 16 bits: at most 2 * 127 * 127, so they never saturate. */
 AVX2 INLINE void avx2_rows(const struct score *s, int head, int64_t from, int64_t to, const int bits) {
     const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x88);
     for (int64_t i = from; i < to; i += 2) {
@@ -171,7 +171,7 @@ AVX2 INLINE void avx2_rows(const struct score *s, int head, int64_t from, int64_
 AVX2 static void avx2_int8(const struct score *s, int h, int64_t a, int64_t b) { avx2_rows(s, h, a, b, 8); }
 AVX2 static void avx2_int4(const struct score *s, int h, int64_t a, int64_t b) { avx2_rows(s, h, a, b, 4); }
 #elif defined(__aarch64__)
-/* One key by all queries, 16 codes at a time; products of two codes fit in 16 bits and are summed in 32. */
+/* One key by all queries, 16 codes at a time: products fit in 16 bits and accumulate in 32. */
 static void neon_rows(const struct score *s, int head, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
         const int8_t *k = row_of(s, head, i);
@@ -223,7 +223,7 @@ static void score_share(void *job, int share) {
     }
 }
 
-/* query (heads, group, dim) int8. Returns 0, or -1 where memory is out. */
+/* query: int8 (heads, group, dim). Returns 0, or -1 if memory is exhausted. */
 int hi_score(int isa, int bits, const int8_t *codes, int64_t head_stride, const int8_t *query, int heads, int group,
              int dim, const int64_t *positions, int64_t n, int32_t *out, int64_t out_stride, int threads) {
     struct score s = {.isa = isa, .bits = bits, .heads = heads, .group = group, .dim = dim, .threads = threads,
@@ -233,7 +233,7 @@ int hi_score(int isa, int bits, const int8_t *codes, int64_t head_stride, const 
     s.half = (s.row + 63) / 64 * 64;
     s.width = bits == 8 ? s.half : 2 * s.half;
     s.padded = (group + 3) / 4 * 4;
-    s.query = aligned_alloc(64, (size_t)heads * s.padded * s.width);  /* a load across cache lines costs two */
+    s.query = aligned_alloc(64, (size_t)heads * s.padded * s.width);  /* a load that crosses a cache line costs two */
     s.excess = calloc((size_t)heads * s.padded, sizeof(int32_t));
     if (!s.query || !s.excess) {
         free(s.query);
@@ -242,7 +242,7 @@ int hi_score(int isa, int bits, const int8_t *codes, int64_t head_stride, const 
     }
     int32_t offset = bits == 8 ? (isa == ISA_AVX512 ? 128 : 0) : 8;
     for (int h = 0; h < heads; h++)
-        for (int g = 0; g < s.padded; g++) {  /* the last query again fills the group: it changes no maximum */
+        for (int g = 0; g < s.padded; g++) {  /* padding repeats the last query: the maximum is unchanged */
             const int8_t *from = query + ((int64_t)h * group + (g < group ? g : group - 1)) * dim;
             int8_t *to = s.query + ((int64_t)h * s.padded + g) * s.width;
             int32_t sum = 0;

@@ -1,13 +1,13 @@
-/* The k best of integer scores, best first, ties to the lowest position; and one selection for all heads. */
+/* Top-k of integer scores, largest first, ties to the lowest position; and one selection merged from all heads. */
 #include "common.h"
 
 #define BINS 2048
 #define SAMPLE 1024
 
-struct item { uint32_t below; int32_t position; };  /* below: how far the score is from the highest there can be */
+struct item { uint32_t below; int32_t position; };  /* below: INT32_MAX - score */
 
-/* A score that k of the scores reach, and few more: [low, high] is narrowed until the bin that holds the k-th best has
- * few others. */
+/* A threshold that k of the scores reach, and few more: narrows [low, high] until the k-th largest score shares its bin
+ * with few others. */
 static int32_t floor_of(const int32_t *scores, int64_t n, int64_t k) {
     int32_t low = INT32_MAX, high = INT32_MIN;
     for (int64_t i = 0; i < n; i++) {
@@ -34,7 +34,7 @@ static int32_t floor_of(const int32_t *scores, int64_t n, int64_t k) {
     }
 }
 
-/* Positions of the scores that reach a floor, in order; returns how many. `at` has room for n + 16. */
+/* Positions of the scores that reach a floor, ascending; returns their number. `at` holds up to n + 16. */
 static int64_t reaching(const int32_t *scores, int64_t from, int64_t n, int32_t floor_, int32_t *at) {
     int64_t m = 0;
     for (int64_t i = from; i < n; i++) {
@@ -59,7 +59,7 @@ AVX512 static int64_t reaching_avx512(const int32_t *scores, int64_t n, int32_t 
 #endif
 
 static int64_t items_of(int isa, const int32_t *scores, int64_t n, int32_t floor_, struct item *items) {
-    int32_t *at = (int32_t *)(items + n + 16) - (n + 16);  /* the last half: an item is read before its place is filled */
+    int32_t *at = (int32_t *)(items + n + 16) - (n + 16);  /* second half: items are read before overwritten */
     int64_t m;
 #if defined(__x86_64__)
     m = isa == ISA_AVX512 ? reaching_avx512(scores, n, floor_, at) : reaching(scores, 0, n, floor_, at);
@@ -73,7 +73,7 @@ static int64_t items_of(int isa, const int32_t *scores, int64_t n, int32_t floor
     return m;
 }
 
-/* A sample guesses a floor that k and some more reach; all scores are counted only where it was too high. */
+/* Estimates a floor that slightly more than k scores reach from a sample; counts all scores only if it was too high. */
 static int64_t best_first(int isa, const int32_t *scores, int64_t n, int64_t k, int32_t *out, struct item *items,
                           struct item *spare) {
     int64_t step = n / SAMPLE, m = 0;
@@ -88,7 +88,7 @@ static int64_t best_first(int isa, const int32_t *scores, int64_t n, int64_t k, 
         least = items[i].below < least ? items[i].below : least;
         most = items[i].below > most ? items[i].below : most;
     }
-    for (int shift = 0; shift < 32 && (most - least) >> shift; shift += 11) {  /* stable: positions stay in order */
+    for (int shift = 0; shift < 32 && (most - least) >> shift; shift += 11) {  /* stable: positions ascend */
         int32_t starts[BINS] = {0};
         for (int64_t i = 0; i < m; i++) starts[(items[i].below - least) >> shift & (BINS - 1)]++;
         for (int32_t b = 0, at = 0; b < BINS; b++) {
@@ -105,7 +105,7 @@ static int64_t best_first(int isa, const int32_t *scores, int64_t n, int64_t k, 
     return k;
 }
 
-/* Positions of the k <= n best of scores (n,) into out (k,). Returns k, or -1 where memory is out. */
+/* Positions of the k <= n largest scores (n,) into out (k,). Returns k, or -1 if memory is exhausted. */
 int64_t hi_topk(int isa, const int32_t *scores, int64_t n, int64_t k, int32_t *out) {
     struct item *items = malloc((n + 16) * sizeof(struct item) * 2);
     if (!items) return -1;
@@ -129,11 +129,11 @@ static void merge_share(void *job, int share) {
         best_first(m->isa, m->scores + h * m->stride, m->n, m->ranks, m->ordered + h * m->ranks, own, own + m->n + 16);
 }
 
-/* What share of k the last call's ranks were: layers are alike, and so are steps. It changes the time taken alone. */
+/* Ranks per head and k of the last call: layers and steps are alike. Affects speed only. */
 static _Thread_local struct { int64_t ranks, k; } last;
 
-/* Heads take turns, each with its next best, until k <= n different positions are in; out (k,) ascending.
- * The first ranks mostly do, so that few are sorted; where they do not, as many more are as those found so far suggest. */
+/* Heads take turns, each adding its next best, until k <= n distinct positions are selected; out (k,) ascending.
+ * Sorts only as many ranks as the last call suggests; if they fall short, the positions found tell how many more. */
 int64_t hi_merge(int isa, const int32_t *scores, int64_t stride, int heads, int64_t n, int64_t k, int64_t *out,
                  int threads) {
     threads = threads < heads ? threads : heads;
@@ -144,7 +144,7 @@ int64_t hi_merge(int isa, const int32_t *scores, int64_t stride, int heads, int6
     if (!m.items || !m.ordered || !in) {
         k = -1;
     } else if (k) {
-        int64_t count = 0, done = 0;  /* positions that are in; ranks that have had their turn */
+        int64_t count = 0, done = 0;  /* positions selected; ranks used */
         memset(in, 0, n);
         m.ranks = (last.k ? k * last.ranks / last.k * 9 / 8 : 2 * k / heads) + 16;
         for (; count < k; m.ranks = m.ranks * k / count * 9 / 8 + 1) {

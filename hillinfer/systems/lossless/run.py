@@ -1,11 +1,10 @@
 """A run of a lossless system: whole K and V tensors, streamed from their paths at each step."""
 
 from hillinfer.config import Settings
-from hillinfer.errors import UsageError
 from hillinfer.pipeline.lookahead import Trial
 from hillinfer.pipeline.memory import read_memory
 from hillinfer.run import Run
-from hillinfer.systems.hardware.raw_device import DeviceRefused, check_path, open_device
+from hillinfer.systems.hardware import check_path, open_device
 from hillinfer.systems.lossless.plan import DIRECT, NEAR
 from hillinfer.systems.lossless.store import TensorStore
 from hillinfer.systems.lossless.tensors import HostPath, Tensors
@@ -27,10 +26,7 @@ class StreamedRun(Run):
     def check_settings(cls, settings: Settings) -> None:
         super().check_settings(settings)
         if settings.device is not None:
-            try:
-                check_path(settings.device)
-            except DeviceRefused as error:
-                raise UsageError(str(error)) from None
+            check_path(settings.device)
 
     def _forget(self) -> None:
         super()._forget()
@@ -57,8 +53,6 @@ class StreamedRun(Run):
                 near = HostPath()
             else:
                 near = BlockFile(settings.drive, settings.io_threads, direct=False, **options)
-        except DeviceRefused as error:
-            raise UsageError(str(error)) from None
         finally:
             if near is None and direct is not None:
                 direct.close()

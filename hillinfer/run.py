@@ -14,8 +14,8 @@ from hillinfer.systems.hardware.card import Xrt
 from hillinfer.systems.hardware.xrt import XrtDrive
 from hillinfer.systems.hillinfer import cec
 from hillinfer.systems.hillinfer.balance import Chosen, Speeds
-from hillinfer.systems.hillinfer.drive import SMARTSSD, Shape
-from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.drive import EmulatedDrive
+from hillinfer.systems.hillinfer.protocol import SMARTSSD, Emulation, Shape
 from hillinfer.systems.hillinfer.scoring import RemoteStream
 from hillinfer.systems.leoam.compression import Compression
 from hillinfer.systems.leoam.packed import packed_geometry

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from hillinfer.systems.hardware.card import Buffer, Card, Xrt
-from hillinfer.systems.hillinfer.codes_memory import CodeMemory
+from hillinfer.systems.hillinfer.codes_memory import CodeMemory, Scored
 from hillinfer.systems.hillinfer.drive import ComputationalDrive
 from hillinfer.systems.hillinfer.protocol import Shape
-from hillinfer.tiers.block_file import BLOCK, MAX_READ
+from hillinfer.tiers.block_file import MAX_READ
 from hillinfer.tiers.record_file import RecordFile
 
 
@@ -26,11 +26,8 @@ class CardMemory(CodeMemory):
 
     def __init__(self, file: RecordFile, shape: Shape, settings: Xrt, card: Card):
         self.card, self.head_dim = card, shape.head_dim
-        stored = replace(shape, head_dim=card.token_bytes)
-        page = max(2, min(settings.page_bytes // stored.code_bytes, card.nmax) // 2 * 2)
-        slot = -(-page * stored.code_bytes // BLOCK) * BLOCK
-        super().__init__(file, stored, settings.dram_bytes - 3 * slot, page * stored.code_bytes)
-        card.reserve(self.slot, self.page)
+        stored, reserved = replace(shape, head_dim=card.token_bytes), 3 * card.slot  # for stages and scores
+        super().__init__(file, stored, settings.dram_bytes - reserved, card.page * stored.code_bytes)
 
     def allocate(self) -> Buffer:
         return self.card.buffer(self.slot, "normal", 0)
@@ -55,9 +52,7 @@ class CardMemory(CodeMemory):
         super().truncate(stream, n)
         self._push(stream, n // self.page * self.page)  # the last page may have come back from the drive
 
-    def scores(
-        self, stream: int, query: np.ndarray, positions: np.ndarray, block: int
-    ) -> Iterator[tuple[np.ndarray, int, int]]:
+    def scores(self, stream: int, query: np.ndarray, positions: np.ndarray, block: int) -> Iterator[Scored]:
         """See `CodeMemory.scores`; each part is a page."""
         self.card.set_query(query)
         running = None
@@ -83,8 +78,8 @@ class CardMemory(CodeMemory):
         self.card.start(slot, stage, first, n)
         return self.slot
 
-    def _finish(self, slot: int, rows: np.ndarray, n: int, read: int) -> tuple[np.ndarray, int, int]:
-        return self.card.finish(slot, n)[:, rows], read, n * self.shape.code_bytes
+    def _finish(self, slot: int, rows: np.ndarray, n: int, read: int) -> Scored:
+        return Scored(self.card.finish(slot, n)[:, rows], read, n * self.shape.code_bytes)
 
     def _push(self, stream: int, start: int) -> None:
         """Copy the codes of all tokens from `start` on to the device, where their pages are in its memory."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,14 @@ from hillinfer.errors import DriveError
 from hillinfer.systems.hillinfer.protocol import Shape
 from hillinfer.tiers.block_file import BLOCK, aligned
 from hillinfer.tiers.record_file import RecordFile
+
+
+class Scored(NamedTuple):
+    """Scores (Hkv, m) int32, the bytes read from the file for them, and the bytes of codes read from memory."""
+
+    scores: np.ndarray
+    read: int
+    codes: int
 
 
 class CodeMemory:
@@ -23,10 +32,8 @@ class CodeMemory:
         self.slot = max(BLOCK, -(-self.page * shape.code_bytes // BLOCK) * BLOCK)
         self.room = dram_bytes // self.slot - shape.streams  # full pages that still fit in memory
         if self.room < 0:
-            raise DriveError(
-                f"the newest codes of {shape.streams} streams need {shape.streams * self.slot:,} bytes "
-                f"of drive memory, but it has {dram_bytes:,}: raise dram_bytes"
-            )
+            need = f"{shape.streams} streams need {shape.streams * self.slot:,} bytes of drive memory for new codes"
+            raise DriveError(f"{need}, but it has {dram_bytes:,}: raise dram_bytes")
         self.pages: list[list[np.ndarray | int]] = [[] for _ in range(shape.streams)]  # in memory, or the file offset
         self.lengths = [0] * shape.streams
         self.free: list[int] = []  # file offsets of discarded pages
@@ -71,18 +78,13 @@ class CodeMemory:
             moved += nbytes
         return moved
 
-    def scores(
-        self, stream: int, query: np.ndarray, positions: np.ndarray, block: int
-    ) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Score sorted positions (m,) with query (Hkv, G, D) int8, in parts of one page and at most `block` tokens.
-
-        Yields scores (Hkv, part) int32, max over G; the bytes read from the file; the bytes of codes scored.
-        """
+    def scores(self, stream: int, query: np.ndarray, positions: np.ndarray, block: int) -> Iterator[Scored]:
+        """Score sorted positions (m,) with query (Hkv, G, D) int8, in parts of one page and at most `block` tokens."""
         for index, rows in self.by_page(stream, positions):
             buffer, read = self._load(stream, index)
             for at in range(0, len(rows), block):
                 part = rows[at : at + block]
-                yield _scores(query, self._codes(buffer), part), read, len(part) * self.shape.code_bytes
+                yield Scored(_scores(query, self._codes(buffer), part), read, len(part) * self.shape.code_bytes)
                 read = 0
 
     def by_page(self, stream: int, positions: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -123,8 +125,7 @@ class CodeMemory:
 
 
 def _scores(query: np.ndarray, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Scores (Hkv, m) int32 of these rows of a page."""
+    """Scores (Hkv, m) int32 of these rows of a page, max over G."""
     if native.available():
         return native.score(query, codes, 8, rows)
-    products = np.einsum("hgd,hmd->hgm", query.astype(np.float32), codes[:, rows].astype(np.float32))  # without BLAS
-    return products.max(1).astype(np.int32)
+    return np.einsum("hgd,hmd->hgm", query.astype(np.int32), codes[:, rows].astype(np.int32)).max(1)  # without BLAS

@@ -7,15 +7,13 @@ their own (`worker`). numpy only.
 """
 
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from hillinfer.systems.hillinfer.codes_memory import CodeMemory
 from hillinfer.systems.hillinfer.protocol import Emulation, Shape, Work
-from hillinfer.systems.hillinfer.worker import Command, Worker
-from hillinfer.tiers.record_file import RecordFile
+from hillinfer.systems.hillinfer.worker import Command, Memory, Worker
 
 CHUNK = 8 << 20  # bytes of records and codes in one write command
 
@@ -29,7 +27,7 @@ class ComputationalDrive:
     close    end the drive at any time; also at collection and at exit. In a forked process it does nothing
     """
 
-    def __init__(self, folder: Path, shape: Shape, settings: Emulation, memory: Callable[[RecordFile], CodeMemory]):
+    def __init__(self, folder: Path, shape: Shape, settings: Emulation, memory: Memory):
         self._worker = worker = Worker(folder, shape, settings, memory)
         self.shape, self.direct = shape, worker.file.direct
         self._lengths = [0] * shape.streams

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-EXACT_DIM = 2**24 // 127**2  # 1,040: up to this head_dim an fp32 sum of code products is an exact integer in any order
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -20,10 +18,6 @@ class Shape:
     record_bytes: int  # one token's K and V of all KV heads
     kv_heads: int
     head_dim: int  # of the key codes; 0 for a drive that keeps none
-
-    def __post_init__(self):
-        if self.head_dim > EXACT_DIM:
-            raise ValueError(f"head_dim {self.head_dim} is above {EXACT_DIM}, where integer scores stop being exact")
 
     @property
     def code_bytes(self) -> int:
@@ -102,7 +96,7 @@ class Meter:
     def __init__(self, rates: Rates, pace: Callable[[float], None]):
         self.rates, self.pace, self.paced_s = rates, pace, 0.0
         self.work = Work(calls=1, start_ns=time.perf_counter_ns())
-        self.free = dict.fromkeys(("nand_read", "nand_write", "dram_read", "kernel", "link"), 0.0)
+        self.free = dict.fromkeys(("nand_read", "nand_write", "dram_read", "kernel", "link"), 0.0)  # seconds from then
 
     def move(self, **parts: int) -> None:
         """Pass one block through these parts in order, part=bytes. Each part takes it once it is free."""
@@ -112,14 +106,6 @@ class Meter:
             if part != "kernel":  # its bytes are those read from DRAM
                 name = f"{part.split('_')[0]}_bytes"
                 setattr(self.work, name, getattr(self.work, name) + nbytes)
-        self._pace(at)
-
-    def wait(self, part: str, seconds: float) -> None:
-        """Occupy this part before its first block."""
-        self.free[part] += seconds
-        self._pace(self.free[part])
-
-    def _pace(self, at: float) -> None:
         self.work.modelled_s = max(self.work.modelled_s, at)
         before = time.perf_counter()
         self.pace(self.work.start_ns / 1e9 + at)

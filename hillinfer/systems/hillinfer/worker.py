@@ -19,6 +19,7 @@ HELD = 64  # records gathered in memory before a write: one large write beats ma
 QUEUED = 64 << 20  # bytes of records and codes in queued commands; more would defeat the memory budget
 AWAITED = ("evaluate", "fetch", "attend", "report")  # commands with a result: their errors are raised to the caller
 CLOSED = "the drive is closed"
+Memory = Callable[[RecordFile], CodeMemory]
 
 
 class Command:
@@ -62,20 +63,13 @@ class Worker:
     memory   makes the `CodeMemory` over the drive's file
     """
 
-    def __init__(self, folder: Path, shape: Shape, settings: Emulation, memory: Callable[[RecordFile], CodeMemory]):
+    def __init__(self, folder: Path, shape: Shape, settings: Emulation, memory: Memory):
         if not folder.is_dir():
             raise DriveError(f"the drive folder {folder} does not exist")
         self.shape, self.settings = shape, settings
-        self.file = RecordFile(
-            folder,
-            shape.record_bytes,
-            shape.streams,
-            shape.batch,
-            settings.threads,
-            settings.engine,
-            checksums=settings.checksums,
-            timeout=settings.timeout,
-        )
+        sizes = shape.record_bytes, shape.streams, shape.batch
+        safety = dict(checksums=settings.checksums, timeout=settings.timeout)
+        self.file = RecordFile(folder, *sizes, settings.threads, settings.engine, **safety)
         try:
             self.codes = memory(self.file)
         except BaseException:
@@ -167,20 +161,19 @@ class Worker:
 
     def evaluate(self, meter: Meter, stream: int, query: np.ndarray, block: int) -> Iterator[ScoreBlock]:
         meter.move(link=query.nbytes)
-        meter.wait("kernel", self.settings.rates.call)
+        meter.free["kernel"] = self.settings.rates.call
         cold = np.flatnonzero(~self.hot[stream]).astype(np.int32)
-        ready, done = np.empty((self.shape.kv_heads, 0), np.int32), 0  # scores, and the tokens already sent
-        read = scored = 0
-        for scores, part_read, part_scored in self.codes.scores(stream, query, cold, block):
-            ready, read, scored = np.concatenate((ready, scores), 1), read + part_read, scored + part_scored
+        ready, done = np.empty((self.shape.kv_heads, 0), np.int32), 0  # scores, and the number of those sent before
+        read = codes = 0
+        for part in self.codes.scores(stream, query, cold, block):  # parts end with pages, score blocks do not
+            ready, read, codes = np.concatenate((ready, part.scores), 1), read + part.read, codes + part.codes
             last = done + ready.shape[1] == len(cold)
             while ready.shape[1] >= block or (last and ready.shape[1]):
                 out = ScoreBlock(cold[done : done + block], ready[:, :block])
-                meter.move(
-                    nand_read=read, dram_read=scored, kernel=scored, link=out.positions.nbytes + out.scores.nbytes
-                )
+                link = out.positions.nbytes + out.scores.nbytes
+                meter.move(nand_read=read, dram_read=codes, kernel=codes, link=link)
                 yield out
-                ready, done, read, scored = ready[:, block:], done + block, 0, 0
+                ready, done, read, codes = ready[:, block:], done + block, 0, 0
 
     def fetch(self, meter: Meter, stream: int, positions: np.ndarray) -> np.ndarray:
         out = np.empty((len(positions), self.shape.record_bytes), np.uint8)

@@ -26,8 +26,8 @@ from hillinfer.commands.demo import machine
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.systems.hillinfer.balance import Chosen
-from hillinfer.systems.hillinfer.drive import Shape
-from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.drive import EmulatedDrive
+from hillinfer.systems.hillinfer.protocol import Emulation, Shape
 from hillinfer.systems.hillinfer.scoring import RemoteStream, ScoringStore
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import LayerHits

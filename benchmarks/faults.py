@@ -1,6 +1,6 @@
-"""Faults of drives against every system that has one: the table of docs/faults.md, and a sweep of random ones.
+"""Drive faults against every system with a drive: the table of docs/faults.md, and a sweep of random faults.
 
-python -m benchmarks.faults 10000                      # as many random faults
+python -m benchmarks.faults 10000                      # 10,000 random faults
 python -m benchmarks.faults --table docs/faults.md     # every fault x every system
 """
 
@@ -11,7 +11,6 @@ import itertools
 import os
 import random
 import re
-import signal
 import sys
 import tempfile
 import threading
@@ -28,19 +27,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import hillinfer
-from benchmarks import faulty_drive
-from benchmarks.faulty_drive import FAULTS, FaultyDrive
+from benchmarks.faulty_drive import COUNTS, FAULTS, FaultyDrive
 from hillinfer.native import ring
-from hillinfer.systems.hillinfer.emulated import _Link
 
 PROMPT, NEW = 150, 5
 FINE = ("error", "right", "right, unnoticed")
-SURVIVED = {"slow"}  # what must not even be noticed
+SURVIVED = {"slow"}  # faults that must have no effect
 PLACE = re.compile(r"layer \d+, sequence \d+, position \d+")
 
 
 def places() -> dict[str, dict]:
-    """Every system that has a drive, on each kind of drive that needs no card, with its settings."""
+    """Settings by `system, drive kind`, of every system with a drive on every kind that needs no card."""
     found = {}
     for name in hillinfer.list_systems():
         for kind in ("ssd", "emulated"):
@@ -60,7 +57,7 @@ def places() -> dict[str, dict]:
 
 @dataclass
 class Outcome:
-    """Of one run: what came out, and what it left behind."""
+    """The result of one run, and the resources it left behind."""
 
     injected: bool
     error: BaseException | None
@@ -69,7 +66,7 @@ class Outcome:
     left: tuple = ()
 
     def verdict(self, want: list[int], fault: str) -> str:
-        """`error`, `right`, or what is wrong with it. Tokens that came before an error must be right as well."""
+        """`error`, `right`, or the defect. Tokens before an error must be right, too."""
         if self.tokens != want[: len(self.tokens)] or (self.error is None and self.tokens != want):
             return "WRONG TOKENS"
         if self.left:
@@ -77,14 +74,14 @@ class Outcome:
         if self.error is None:
             return "right" if fault in SURVIVED or not self.injected else "right, unnoticed"
         text = str(self.error)
-        named = PLACE.search(text) or fault in ("full", "process killed") or fault.startswith("gone")
+        named = PLACE.search(text) or fault == "full" or fault.startswith("gone")
         if not isinstance(self.error, hillinfer.DriveError) or "\n" in text or not named or fault in SURVIVED:
             return f"UNCLEAR {self.error!r}"
         return "error"
 
 
 class Watch(LogitsProcessor):
-    """Every token as soon as it is chosen."""
+    """Records each token as soon as it is generated."""
 
     def __init__(self):
         self.tokens: list[int] = []
@@ -96,7 +93,7 @@ class Watch(LogitsProcessor):
 
 @dataclass
 class Bench:
-    """A tiny model, and what each system answers without faults."""
+    """A tiny model, and each system's tokens without faults."""
 
     folder: Path
     known: dict[tuple, tuple[list[int], np.ndarray]] = field(default_factory=dict)
@@ -110,37 +107,36 @@ class Bench:
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
         self.ids = torch.randint(2, 97, (1, PROMPT))
-        self.drive, self.aside = self.folder / "drive", self.folder / "aside"
+        self.drive = self.folder / "drive"
         self.drive.mkdir()
-        self.aside.mkdir()
         self.places = places()
 
     def run(self, place: str, engine: str, fault: str | None = None, at: int = 0, seed: int = 0) -> Outcome:
         """One generation, with a fault at operation `at` of its kind."""
-        name, kind = place.split(", ")
+        name = place.split(", ")[0]
         before = resources()
-        stuck = bool(fault) and fault.startswith("stuck")
-        timeout = (5.0 if kind == "emulated" else 0.15) if stuck else 60.0
+        timeout = 0.15 if fault and fault.startswith("stuck") else 60.0
         options = self.places[place] | dict(drive=self.drive, engine=engine, timeout=timeout)
         watch, error = Watch(), None
-        with faults(self.aside, kind, fault, at, seed) as (counts, undo):
-            try:
-                with hillinfer.make_cache(self.model, name, **options) as cache:
-                    chosen = dict(max_new_tokens=NEW, do_sample=False)
-                    steps = LogitsProcessorList([watch])
-                    out = self.model.generate(self.ids, past_key_values=cache, logits_processor=steps, **chosen)
-                    watch.tokens = out[0, PROMPT:].tolist()
-            except Exception as raised:
-                error = raised.with_traceback(None)
-                error.__cause__ = error.__context__ = None  # frames would keep buffers and threads
+        faulty = FaultyDrive(fault, at, seed, np.zeros(4, np.int64))
+        faulty.install_everywhere()
+        try:
+            with hillinfer.make_cache(self.model, name, **options) as cache:
+                chosen = dict(max_new_tokens=NEW, do_sample=False)
+                steps = LogitsProcessorList([watch])
+                out = self.model.generate(self.ids, past_key_values=cache, logits_processor=steps, **chosen)
+                watch.tokens = out[0, PROMPT:].tolist()
+        except Exception as raised:
+            error = raised.with_traceback(None)
+            error.__cause__ = error.__context__ = None  # frames would keep buffers and threads
+        finally:
             cache = None
-            undo()
+            faulty.remove()
         hillinfer.disable(self.model)
-        counts = np.array(counts)
-        return Outcome(bool(counts[3]), error, watch.tokens, counts, self.left(before))
+        return Outcome(bool(faulty.counts[3]), error, watch.tokens, faulty.counts, self.left(before))
 
     def want(self, place: str, engine: str) -> tuple[list[int], np.ndarray]:
-        """Tokens without a fault, and how many operations of each kind there were."""
+        """Tokens without a fault, and the number of operations of each kind."""
         if (place, engine) not in self.known:
             first, again = self.run(place, engine), self.run(place, engine)
             if first.error or first.left or first.tokens != again.tokens:
@@ -149,20 +145,19 @@ class Bench:
         return self.known[place, engine]
 
     def try_fault(self, place: str, engine: str, fault: str, share: float, seed: int) -> tuple[str, Outcome] | None:
-        """A fault at that share of the operations of its kind; None where the system has none of them."""
+        """A fault at that share of the operations of its kind; None if the system has no such operation."""
         want, counts = self.want(place, engine)
-        verb = FAULTS[fault]
-        total = 2 * NEW if verb == "command" else counts[faulty_drive.COUNTS.index(verb)]
-        if not total or (verb == "command" and "emulated" not in place):
+        total = counts[COUNTS.index(FAULTS[fault])]
+        if not total:
             return None
-        for _ in range(5):  # which reads find their records written yet depends on timing
+        for _ in range(5):  # timing decides which reads find their records on the drive
             outcome = self.run(place, engine, fault, min(int(share * total), int(total) - 1), seed)
             if outcome.injected or outcome.error or outcome.left or outcome.tokens != want:
                 break
         return outcome.verdict(want, fault), outcome
 
     def left(self, before: tuple) -> tuple:
-        """What is there that was not; what was stuck gets some time to end."""
+        """Resources that were not there before; stuck requests get some time to return."""
         until = time.monotonic() + 5
         while (now := resources(self.drive)) != before and time.monotonic() < until:
             gc.collect()  # tracebacks are cycles
@@ -181,53 +176,18 @@ def resources(folder: Path | None = None) -> tuple:
     return threads, children, len(os.listdir("/proc/self/fd")), files  # noqa: PTH208
 
 
-@contextlib.contextmanager
-def faults(aside: Path, kind: str, fault: str | None, at: int, seed: int):
-    """The counts of operations, and a function that ends the faults; for drives opened within."""
-    if kind == "ssd":
-        drive = FaultyDrive(fault, at, seed, np.zeros(4, np.int64))
-        drive.install()
-        try:
-            yield drive.counts, drive.remove
-        finally:
-            drive.released.set() or (drive.undo and drive.remove())
-        return
-    killed = fault == "process killed"
-    counts, path = faulty_drive.share(aside, None if killed else fault, at, seed), os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(aside), path)))
-    send, sent = _Link.send, iter(range(10**9))
-
-    def killing(link, *args, **more):
-        if next(sent) == at:
-            os.kill(link.process.pid, signal.SIGKILL)
-            counts[3] = 1
-        return send(link, *args, **more)
-
-    try:
-        _Link.send = killing if killed else send
-        yield counts, lambda: None
-    finally:
-        _Link.send = send
-        del os.environ[faulty_drive.VARIABLE]
-        os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
-
-
 def sweep(total: int, seed: int = 0) -> int:
-    """So many faults at random places; prints what came of them, by fault. 1 where anything was not as it should."""
+    """Inject `total` faults at random places and print the outcomes by fault. Returns 1 if any was wrong."""
     rng, table, bad, after = random.Random(seed), Counter(), [], 0
     start, done = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        disks = [place for place in bench.places if place.endswith("ssd")]
-        drives = [place for place in bench.places if place.endswith("emulated")]
         engines = ["threads"] if ring.why_not() else ["io_uring", "threads"]
-        common = [f for f in FAULTS if f != "process killed" and not f.startswith("stuck")]
+        common = [f for f in FAULTS if not f.startswith("stuck")]
         stuck = [f for f in FAULTS if f.startswith("stuck")]
         while done < total:
-            place = rng.choice(drives if rng.random() < 0.02 else disks)
-            fault = rng.choice(stuck if rng.random() < 0.03 and place in disks else common)
-            if place in drives and rng.random() < 0.3:
-                fault = "process killed"
+            place = rng.choice(list(bench.places))
+            fault = rng.choice(stuck if rng.random() < 0.03 else common)
             engine = rng.choice(engines)
             tried = bench.try_fault(place, engine, fault, rng.random(), rng.randrange(2**32))
             if tried is None or not tried[1].injected:
@@ -261,7 +221,7 @@ def sweep(total: int, seed: int = 0) -> int:
 
 
 def row(bench: Bench, place: str) -> list[str]:
-    """What one system makes of every fault, at the first and at the last operation of its kind."""
+    """One system's outcome of every fault, at the first and at the last operation of its kind."""
     cells = []
     for fault in FAULTS:
         tries = [bench.try_fault(place, "auto", fault, share, 1) for share in (0, 0.999)]
@@ -272,7 +232,7 @@ def row(bench: Bench, place: str) -> list[str]:
 
 
 def table(path: Path) -> int:
-    """Write the page; 1 where anything was not as it should be."""
+    """Write the page. Returns 1 if any outcome was wrong."""
     with tempfile.TemporaryDirectory() as folder:
         bench, rows = Bench(Path(folder)), []
         for place in bench.places:
@@ -291,28 +251,28 @@ def write(path: Path, rows: list[list[str]]) -> None:
 
 PAGE = """# Faults
 
-What a run does when its drive fails, measured by `make faults`, which writes this page: a tiny random model, each
-fault at the first and at the last operation of its kind.
+The behaviour of a run when its drive fails, measured by `make faults`, which writes this page: a tiny random model,
+each fault at the first and at the last operation of its kind.
 
-- `error` is one `DriveError` of one line, which names layer, sequence and position (of a full or vanished drive, or a
-  killed process: that). Tokens that came before it are those of a run without faults.
-- `right` is the run without a fault, to the token. `right, unnoticed` is a fault in what no token depends on: a write
-  behind the last step, or a read that was only a guess.
+- `error` is one `DriveError` of one line, which names layer, sequence and position (or says that the drive is full or
+  gone). All tokens before it are those of a run without faults.
+- `right` is the run without a fault, to the token. `right, unnoticed` is a fault in bytes that no token depends on: a
+  write behind the last step, or a speculative read.
 - `-`: the system has no such operation.
 
 After each run no file, thread, process or descriptor is left.
 
 {table}
 
-- **read error, write error**: EIO. **short read**: the file really ends in the midst of what is read. **full**: no room
-  to reserve; **full at a write**: ENOSPC. **flipped bit**: one bit of the file itself, anywhere in what is read; every
+- **read error, write error**: EIO. **short read**: the file ends within the range that is read. **full**: no room to
+  reserve; **full at a write**: ENOSPC. **flipped bit**: one random bit of the file, in the range that is read; every
   4 KiB block has a checksum in host memory.
-- **slow**: an answer that comes late. **stuck**: the kernel (io_uring) or the call (threads) never comes back; the run
-  ends after `timeout`. Memory that a stuck request may still write to is kept until it returns, and so is a thread that
-  waits in the kernel.
-- **gone**: from then on the device does not exist (ENODEV). **process killed**: SIGKILL to the emulated drive.
+- **slow**: a late answer. **stuck**: the kernel (io_uring) or the call (threads) never returns; the run ends after
+  `timeout`. Memory that a stuck request may still write to is kept until it returns, and so is a thread that waits in
+  the kernel.
+- **gone**: from then on the device does not exist (ENODEV).
 
-`python -m benchmarks.faults 10000` injects as many at random places and counts what comes of them.
+`python -m benchmarks.faults 10000` injects 10,000 at random places and counts the outcomes.
 """
 
 

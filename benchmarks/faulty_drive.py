@@ -1,25 +1,20 @@
-"""A drive that fails on purpose: every `BlockFile` that is opened while one is installed, in this process or in that
-of an emulated drive, fails at a chosen transfer. numpy only.
-"""
+"""A drive that fails on purpose: every `BlockFile` opened while one is installed fails at a chosen transfer."""
 
 import contextlib
 import copy
 import errno
 import fcntl
-import json
 import os
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 
 from hillinfer.tiers import block_file
 from hillinfer.tiers.block_file import BLOCK, BlockFile
 
-VARIABLE = "HILLINFER_TEST_FAULT"
 COUNTS = ("read", "write", "extend", "injected")
-FAULTS = {  # name -> which operation it waits for
+FAULTS = {  # name -> the operation that triggers it
     "read error": "read",
     "write error": "write",
     "short read": "read",
@@ -31,33 +26,37 @@ FAULTS = {  # name -> which operation it waits for
     "stuck write": "write",
     "gone at a read": "read",
     "gone at a write": "write",
-    "process killed": "command",  # of the emulated drive
 }
 
 
 class FaultyDrive:
-    """`fault` happens at operation number `at` of its kind. `counts`, int64 (4,), may be shared between processes."""
+    """`fault` happens at operation number `at` of its kind. `counts`, int64 (4,), counts operations as in COUNTS."""
 
     def __init__(self, fault: str | None, at: int, seed: int, counts: np.ndarray):
         self.fault, self.verb, self.at = fault, FAULTS.get(fault), at
         self.rng, self.counts, self.lock = np.random.default_rng(seed), counts, threading.Lock()
         self.gone, self.released, self.pipes, self.undo = False, threading.Event(), [], []
-        self.ends: dict[str, int] = {}  # what a stuck drive waits for
+        self.ends: dict[str, int] = {}  # descriptors that a stuck drive waits for
 
-    def install(self) -> None:
+    def install_everywhere(self) -> None:
+        """In every file opened from now on, until `remove`."""
         make = BlockFile.__init__
 
         def faulty(file: BlockFile, *args, **options) -> None:
             make(file, *args, **options)
-            move, extend = file._move, file._extend
-            file._move = lambda verb, *rest, **more: self.move(file, move, verb, *rest, **more)
-            file._extend = lambda nbytes: self.extend(extend, nbytes)
+            self.install(file)
 
         BlockFile.__init__ = faulty
         self.undo.append(lambda: setattr(BlockFile, "__init__", make))
 
+    def install(self, file: BlockFile) -> None:
+        """In one open file, for good."""
+        move, extend = file._move, file._extend
+        file._move = lambda verb, *rest, **more: self.move(file, move, verb, *rest, **more)
+        file._extend = lambda nbytes: self.extend(extend, nbytes)
+
     def remove(self) -> None:
-        """No more faults; what is stuck comes back."""
+        """End all faults; stuck transfers return."""
         self.released.set()
         while self.pipes:
             os.close(self.pipes.pop())
@@ -65,7 +64,7 @@ class FaultyDrive:
             self.undo.pop()()
 
     def due(self, verb: str) -> bool:
-        """Count an operation; whether the fault happens at it."""
+        """Count an operation. True if the fault happens at it."""
         with self.lock:
             index = COUNTS.index(verb)
             self.counts[index] += 1
@@ -101,7 +100,7 @@ class FaultyDrive:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if fault == "slow":
             time.sleep(0.03)
-        elif fault == "short read":  # the file really ends in the midst of this piece
+        elif fault == "short read":  # the file ends within this piece
             os.ftruncate(file.fd, offset + int(self.rng.integers(length // BLOCK)) * BLOCK)
         elif fault == "flipped bit":  # of the file itself
             fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDWR)
@@ -113,8 +112,9 @@ class FaultyDrive:
             self.stick(verb)
 
     def stick(self, verb: str) -> None:
-        """From now on no transfer comes back: the kernel waits for an empty pipe's data, or a full one's room; and
-        `preadv` and `pwritev`, which pipes do not have, wait themselves."""
+        """Let no later transfer return: the kernel waits for data of an empty pipe, or for room in a full one.
+        `preadv` and `pwritev`, which fail on pipes, are replaced by calls that wait.
+        """
         empty, full = os.pipe(), os.pipe()
         self.pipes += [*empty, *full]
         fcntl.fcntl(full[1], fcntl.F_SETPIPE_SZ, BLOCK)
@@ -126,7 +126,7 @@ class FaultyDrive:
         self.ends = {"read": empty[0], "write": full[1]}
 
     def wait(self, file: BlockFile, verb: str, *rest, **more) -> None:
-        """The drive's own transfer, but with a file that never answers."""
+        """The file's own transfer, on a descriptor that never answers."""
         stand = copy.copy(file)
         stand.fd = self.ends[verb]
         try:
@@ -137,7 +137,7 @@ class FaultyDrive:
 
 @contextlib.contextmanager
 def full():
-    """The file system has no room, as `BlockFile` meets it."""
+    """A file system without room for `BlockFile`."""
     real = block_file.os.posix_fallocate
 
     def refuse(*_):
@@ -148,21 +148,3 @@ def full():
         yield
     finally:
         block_file.os.posix_fallocate = real
-
-
-def install_from_environment() -> None:
-    """In an emulated drive's process, by a `sitecustomize` that stands in its path."""
-    about = json.loads(os.environ[VARIABLE])
-    counts = np.memmap(about.pop("counts"), np.int64, "r+", shape=(len(COUNTS),))
-    FaultyDrive(**about, counts=counts).install()
-
-
-def share(folder: Path, fault: str | None, at: int, seed: int) -> np.ndarray:
-    """Have emulated drives started from now on fail; returns the counts."""
-    (folder / "sitecustomize.py").write_text(
-        "from benchmarks.faulty_drive import install_from_environment as install\ninstall()\n"
-    )
-    path = folder / "counts"
-    path.write_bytes(bytes(8 * len(COUNTS)))
-    os.environ[VARIABLE] = json.dumps(dict(counts=str(path), fault=fault, at=at, seed=seed))
-    return np.memmap(path, np.int64, "r+", shape=(len(COUNTS),))

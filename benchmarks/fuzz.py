@@ -17,16 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hillinfer.errors import UsageError
 from hillinfer.longbench import results, sources
 from hillinfer.longbench.tasks import find_task
 from hillinfer.session_file import Saved, save
-from hillinfer.systems.hillinfer import wire
 from hillinfer.systems.hillinfer.balance import Speeds
-from hillinfer.systems.hillinfer.drive import Work
 from hillinfer.systems.shapes import find_shape
 from hillinfer.timeline import Timeline
 from hillinfer.whatif.devices import Profile, find_profile
@@ -110,30 +107,15 @@ def parsers(folder: Path) -> list[Parser]:
 
         return run
 
-    def command(data: bytes) -> None:
-        for at, shape, dtype in wire.command(data, len(shared))[3]:
-            np.ndarray(shape, dtype, shared, at)
-
-    shared = bytearray(1 << 12)
-    work = Work(1, 2, 3, 4, 0.5, 0.25, 7, 8)
-    commands = [wire.pack(1, ["write", [0, 5], [[0, [4, 16], "|u1"], [64, [2, 4, 8], "|i1"], [128, [0], "|u1"]]])]
-    commands += [wire.pack(2, ["evaluate", [1, 64], [[0, [2, 3, 8], "|i1"], [64, [96], "|u1"]]])]
-    commands += [
-        wire.pack(3, ["attend", [1, "float32"], [[0, [2, 1, 4], "<f4"], [64, [1, 2], "<i8"], [128, [40], "|u1"]]])
-    ]
-    answers = [wire.answer(1, "done", work), wire.answer(2, "done", {"write": work}), wire.answer(3, "block", (0, 64))]
-    answers += [wire.answer(4, "error", "no room"), wire.answer(0, "done", True)]
     return [
-        Parser("session", _sessions(folder), on_file("doc.kv", session), (UsageError,), 0.15),
-        Parser("profile of a machine", _profiles(folder), on_file("p.toml", Profile.load), (UsageError,), 0.07),
-        Parser("profile of a drive", _speeds(), on_file("s.toml", Speeds.load), (UsageError,), 0.13),
-        Parser("trace", _traces(folder), on_file("t.json", load_run), (UsageError,), 0.15),
-        Parser("task rows, LongBench v2", _rows("v2"), rows("longbench-v2"), (UsageError,), 0.05),
-        Parser("task rows, LongEval", _rows("longeval"), rows("longeval_200"), (UsageError,), 0.05),
-        Parser("task rows, RULER", _rows("ruler"), rows("ruler_niah_single_1"), (UsageError,), 0.05),
-        Parser("results", _results(), lambda data: results.parse(data, folder), (UsageError,), 0.1),
-        Parser("commands to the drive", commands, command, (wire.WireError,), 0.125),
-        Parser("answers and score blocks", answers, wire.answered, (wire.WireError,), 0.125),
+        Parser("session", _sessions(folder), on_file("doc.kv", session), (UsageError,), 0.2),
+        Parser("profile of a machine", _profiles(folder), on_file("p.toml", Profile.load), (UsageError,), 0.1),
+        Parser("profile of a drive", _speeds(), on_file("s.toml", Speeds.load), (UsageError,), 0.15),
+        Parser("trace", _traces(folder), on_file("t.json", load_run), (UsageError,), 0.2),
+        Parser("task rows, LongBench v2", _rows("v2"), rows("longbench-v2"), (UsageError,), 0.07),
+        Parser("task rows, LongEval", _rows("longeval"), rows("longeval_200"), (UsageError,), 0.07),
+        Parser("task rows, RULER", _rows("ruler"), rows("ruler_niah_single_1"), (UsageError,), 0.07),
+        Parser("results", _results(), lambda data: results.parse(data, folder), (UsageError,), 0.14),
     ]
 
 

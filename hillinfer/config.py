@@ -31,7 +31,7 @@ class Settings:
     host_budget  bytes of host memory for KV records, all layers together; None takes what the system asks for.
                  Key codes are not part of it: `TieredCache.memory()` reports both
     drive        folder for the private KV file; None keeps all KV in memory
-    drive_kind   `ssd`; `xrt`, a SmartSSD, which scores what it holds; or `emulated`, a process that stands for one
+    drive_kind   `ssd`; `xrt`, a SmartSSD, which scores what it holds; or `emulated`, one in software
     xclbin       the SmartSSD's kernel (fpga/README.md says how it is made)
     profile      what `hillinfer profile` wrote: with a drive that scores, the host's pool is then as large as makes
                  a step shortest, within the host budget

@@ -37,7 +37,7 @@ def test_each_way_to_a_drive(bench, place, fault):
     check(bench, place, fault, "auto", (0, 0.6))
 
 
-@pytest.mark.parametrize("fault", ["read error", "flipped bit", "process killed"])
+@pytest.mark.parametrize("fault", ["read error", "flipped bit", "stuck read", "gone at a write"])
 @pytest.mark.parametrize("place", ["hillinfer, emulated", "instattention, emulated"])
 def test_the_emulated_drives(bench, place, fault):
     check(bench, place, fault, "auto", (0.2, 0.5, 0.8))

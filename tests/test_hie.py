@@ -1,12 +1,11 @@
 """Host and computational drive score their own pools: the same tokens as when the host scores all, paced or not."""
 
-import os
-import signal
-
+import numpy as np
 import pytest
 import torch
 
 import hillinfer
+from benchmarks.faulty_drive import FaultyDrive
 
 NEW = dict(max_new_tokens=24, do_sample=False, num_beams=1)
 
@@ -56,12 +55,13 @@ def test_chunks_turns_and_crops(models, prompt, tmp_path):
     hillinfer.disable(model)
 
 
-def test_a_drive_that_dies_ends_generation_and_the_next_run_is_right(models, prompt, tmp_path):
+def test_a_drive_that_fails_ends_generation_and_the_next_run_is_right(models, prompt, tmp_path):
     model = models("llama")
     with hillinfer.make_cache(model, "hillinfer", alpha=0.1, drive=tmp_path, drive_kind="emulated") as cache:
         want = model.generate(prompt, past_key_values=cache, **NEW)
-        os.kill(cache.run.drive.pid, signal.SIGKILL)
-        with pytest.raises(hillinfer.DriveError, match="killed by signal 9"):
+        faulty = FaultyDrive("gone at a read", 0, 0, np.zeros(4, np.int64))
+        faulty.install(cache.run.drive._worker.file)
+        with pytest.raises(hillinfer.DriveError, match=r"read failed at layer .*No such device"):
             model.generate(torch.cat((want, prompt[:, :1]), 1), past_key_values=cache, **NEW)
         cache.reset()
         assert torch.equal(model.generate(prompt, past_key_values=cache, **NEW), want)

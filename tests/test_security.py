@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from hillinfer import UsageError, files
-from hillinfer.systems.hillinfer import wire
 from hillinfer.systems.hillinfer.balance import Speeds
 from hillinfer.tiers.record_file import RecordFile
 from hillinfer.timeline import Timeline
@@ -195,35 +194,3 @@ def test_lab_listens_on_loopback_and_keeps_its_token(monkeypatch, tmp_path):
     lab.open_lab(tmp_path)
     assert [word for word in ran[0] if word.startswith("--ip")] == ["--ip=127.0.0.1"]
     assert not [word for word in ran[0] for bad in ("token", "password", "origin", "xsrf") if bad in word]
-
-
-class TestWire:
-    """What is no message of host and drive is refused, whoever sends it."""
-
-    @pytest.mark.parametrize(
-        "body",
-        [
-            ["__class__", [], []],
-            ["write", [0], []],
-            ["hold", [0, 1], [[0, [1], "<i8"], [64, [0], "|u1"]]],  # a number for a flag
-            ["fetch", [0], [[0, [1], "O"], [64, [8], "|u1"]]],  # an array of objects
-            ["fetch", [0], [[0, [-1], "<i8"], [64, [8], "|u1"]]],
-            ["fetch", [0], [[1000, [100], "<i8"], [64, [8], "|u1"]]],  # beyond the memory
-            ["fetch", [0], [[0, [2**40, 2**40], "<i8"], [64, [8], "|u1"]]],
-            "fetch",
-            None,
-        ],
-    )
-    def test_commands(self, body):
-        with pytest.raises(wire.WireError):
-            wire.command(wire.pack(1, body), 1024)
-
-    def test_answers_and_frames(self):
-        for body in (["done", [1, 2]], ["done", "x"], ["block", [-1]], ["code", None], [], 7):
-            with pytest.raises(wire.WireError):
-                wire.answered(wire.pack(1, body))
-        whole = wire.answer(5, "block", (1, 2))
-        for frame in (b"", whole[:-1], whole + b" ", b"HIL2" + whole[4:], whole[:16] + b"\xff" * (len(whole) - 16)):
-            with pytest.raises(wire.WireError):
-                wire.answered(frame)
-        assert wire.answered(whole) == (5, "block", [1, 2])

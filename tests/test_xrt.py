@@ -19,7 +19,7 @@ from hillinfer.errors import DriveError
 from hillinfer.evaluator.codes import group_scores_reference
 from hillinfer.systems.hardware.card import Xrt
 from hillinfer.systems.hardware.xrt import XrtDrive
-from hillinfer.systems.hillinfer.drive import Shape
+from hillinfer.systems.hillinfer.protocol import Shape
 from tests import fake_pyxrt
 from tests.test_computational import SMALL, Model, check_blocks, filled
 from tests.test_fpga import CONFIGS, opened
@@ -83,7 +83,7 @@ def card(tmp_path, monkeypatch):
 
     yield make
     gc.collect()
-    assert not [thread for thread in threading.enumerate() if thread.name == "hillinfer-xrt"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "hillinfer-worker"]
     files, buffers = len(list(Path("/proc/self/fd").iterdir())), len(fake_pyxrt.open_buffers)
     assert files <= before[0] and buffers == before[1]  # what an earlier test left may have been closed since
 

@@ -35,7 +35,7 @@ Alpha = Annotated[float, typer.Option(help="Share of the tokens that a step atte
 Budget = Annotated[
     str | None, typer.Option(help="Host memory for KV records, such as 64MiB; by default 2*alpha of them.")
 ]
-Kind = Annotated[str, typer.Option(help="ssd; xrt, a SmartSSD; or emulated, a process that stands for one.")]
+Kind = Annotated[str, typer.Option(help="ssd; xrt, a SmartSSD; or emulated, a SmartSSD in software.")]
 Precision = Annotated[str, typer.Option(help="int8 or int4, of the key codes that are scored.")]
 
 

@@ -10,7 +10,6 @@ MIB = 1 << 20
 NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 LIBRARIES = 320 * MIB  # anonymous memory of torch and transformers once imported, before any model (275 measured)
 AT_WORK = 80 * MIB  # what they take beside tensors while a model runs: code loaded late, threads, the allocator's own
-WORKER = 100 * MIB  # an emulated drive's process, without its codes
 BEHIND = 64 * MIB  # bytes that may wait to be written, as in `tiers.stream`, which loads torch
 PART = 512  # tokens of KV that a prefill chunk attends to at once, as in `tiers.store`
 
@@ -117,7 +116,7 @@ def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -
         "libraries at work": AT_WORK,
     }
     if settings.drive_kind == "emulated":
-        parts["the emulated drive"] = WORKER + codes + 2 * min(BEHIND, tokens * record)
+        parts["the emulated drive"] = codes + 2 * min(BEHIND, tokens * record)
     return {name: nbytes for name, nbytes in parts.items() if nbytes}
 
 

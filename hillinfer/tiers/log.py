@@ -63,6 +63,10 @@ class RecordLog:
         flushed, tail = self.state
         return flushed + len(tail)
 
+    def fills(self, n: int) -> bool:
+        """True if n more records make a write."""
+        return len(self.state[1]) + n >= HELD
+
     def append(self, records: torch.Tensor, codes=None) -> int:
         """Add records (n, 2, Hkv, D). Returns the bytes whose write began; raises what an earlier write raised.
 

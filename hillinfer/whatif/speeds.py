@@ -10,8 +10,8 @@ import torch
 
 from hillinfer.evaluator.codes import group_scores
 from hillinfer.systems.hillinfer.balance import Speeds
-from hillinfer.systems.hillinfer.drive import Shape
-from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.drive import EmulatedDrive
+from hillinfer.systems.hillinfer.protocol import Emulation, Shape
 
 TOKENS, HEADS, GROUP, DIM = 16_384, 8, 4, 128  # one layer of a Llama-3-8B, 16K tokens: 64 MiB of records in bf16
 CHOSEN = 0.1  # share of the tokens that is moved

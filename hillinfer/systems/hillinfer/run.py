@@ -9,8 +9,8 @@ from hillinfer.systems.hardware.xrt import XrtDrive
 from hillinfer.systems.hillinfer import cec
 from hillinfer.systems.hillinfer.attending import AttendingStore
 from hillinfer.systems.hillinfer.balance import Chosen, Speeds
-from hillinfer.systems.hillinfer.drive import SMARTSSD, ComputationalDrive, Shape
-from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.drive import ComputationalDrive, EmulatedDrive
+from hillinfer.systems.hillinfer.protocol import SMARTSSD, Emulation, Shape
 from hillinfer.systems.hillinfer.scoring import DriveLog, ScoringStore
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.timeline import Track

@@ -1,158 +1,236 @@
-"""The emulated drive's own side: the process that keeps the file and the codes, and scores. numpy only."""
+"""The drive's side of a computational drive: a thread that runs its commands in order."""
 
-import contextlib
-import mmap
-import os
-import select
-import signal
-import socket
+import queue
+import threading
 import time
-import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from hillinfer import native
 from hillinfer.errors import DriveError
-from hillinfer.systems.hillinfer import wire
-from hillinfer.systems.hillinfer.drive import CodeMemory, Meter, Rates, Shape, Work
-from hillinfer.systems.hillinfer.remote import Emulation
+from hillinfer.systems.hillinfer.codes_memory import CodeMemory
+from hillinfer.systems.hillinfer.protocol import Emulation, Meter, ScoreBlock, Shape, Work
+from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.log import RecordLog
 from hillinfer.tiers.record_file import RecordFile
 
-PART = 1024  # records that attention reads at once
-HELD = 64  # records gathered in memory before a write: one large write beats many of one block
+PART = 1024  # records read at once by attention
+QUEUED = 64 << 20  # bytes of records and codes in queued commands; more would defeat the memory budget
+AWAITED = ("evaluate", "fetch", "attend", "report")  # commands with a result: their errors are raised to the caller
+CLOSED = "the drive is closed"
+Memory = Callable[[RecordFile], CodeMemory]
+
+
+class Command:
+    """A command in progress. Iterate over an evaluation's score blocks, or wait for another command's `result`.
+    `work` is known afterwards.
+    """
+
+    def __init__(self, kind: str, args: tuple, nbytes: int):
+        self.kind, self.args, self.nbytes = kind, args, nbytes
+        self.value = self.work = self.error = None
+        self.over = False
+        # No Condition or Future: Ctrl-C inside their Python code can leave them locked. SimpleQueue is C.
+        self.blocks: queue.SimpleQueue[ScoreBlock | None] = queue.SimpleQueue()
+
+    def __iter__(self) -> "Command":
+        return self
+
+    def __next__(self) -> ScoreBlock:
+        # Once over, an empty queue means that its end was taken: it is not waited for a second time.
+        if not (self.over and self.blocks.empty()) and (block := self.blocks.get()) is not None:
+            return block
+        if self.error:
+            raise DriveError(self.error)
+        raise StopIteration
+
+    def result(self):
+        """Wait for the end and return the value. Raises DriveError."""
+        for _ in self:
+            pass
+        return self.value
+
+    def end(self, value=None, work: Work | None = None, error: str | None = None) -> None:
+        self.value, self.work, self.error, self.args = value, work, error, ()
+        self.over = True
+        self.blocks.put(None)
 
 
 class Worker:
-    """The drive's side: one method for each command. `tell` sends the host a part of the answer."""
+    """Records, codes, and the thread that serves one method per command. Each takes a `Meter` first.
 
-    def __init__(self, connection: socket.socket | None, folder: Path, shape: Shape, settings: Emulation):
-        self.connection, self.shape, self.settings = connection, shape, settings
-        self.file = RecordFile(
-            folder,
-            shape.record_bytes,
-            shape.streams,
-            shape.batch,
-            settings.threads,
-            settings.engine,
-            checksums=settings.checksums,
-            timeout=settings.timeout / 2,  # so that its word, which names the place, comes before the host gives up
-        )
-        self.codes = self._memory()
-        self.tails = [np.empty((0, shape.record_bytes), np.uint8) for _ in range(shape.streams)]
-        self.flushed = [0] * shape.streams  # records on the file; the rest are in the tail
+    memory   makes the `CodeMemory` over the drive's file
+    """
+
+    def __init__(self, folder: Path, shape: Shape, settings: Emulation, memory: Memory):
+        if not folder.is_dir():
+            raise DriveError(f"the drive folder {folder} does not exist")
+        self.shape, self.settings = shape, settings
+        sizes = shape.record_bytes, shape.streams, shape.batch
+        safety = dict(checksums=settings.checksums, timeout=settings.timeout)
+        self.file = RecordFile(folder, *sizes, settings.threads, settings.engine, **safety)
+        try:
+            self.codes = memory(self.file)
+        except BaseException:
+            self.file.close()
+            raise
+        raw = Geometry(shape.batch, 1, shape.record_bytes // 2, torch.uint8, torch.device("cpu"))  # bytes, K and V
+        self.logs = [RecordLog(self.file, raw, stream) for stream in range(shape.streams)]
         self.hot = [np.empty(0, bool) for _ in range(shape.streams)]
         self.totals = {kind: Work() for kind in ("write", "rescale", "evaluate", "attend", "fetch")}
-        self.hangup = select.poll()
-        if connection is not None:
-            self.hangup.register(connection, 0)
+        self.failure: str | None = None  # raised by every later call
+        self.closed, self.queued = False, 0
+        self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self.lock = threading.RLock()  # reentrant: the collector may close a drive from either thread
+        self.thread = threading.Thread(target=self._serve, name="hillinfer-worker", daemon=True)
+        self.thread.start()
 
-    def _memory(self) -> CodeMemory:
-        return CodeMemory(self.file, self.shape, self.settings.dram_bytes, self.settings.page_bytes)
+    def submit(self, kind: str, *args, nbytes: int = 0) -> Command:
+        """Queue a command. Blocks while more than QUEUED bytes are waiting. Raises DriveError."""
+        command = Command(kind, args, nbytes)
+        while True:
+            if not self.thread.is_alive():
+                raise DriveError(self.failure or "the drive belongs to the process that opened it, not to its fork")
+            with self.lock:
+                if self.failure:
+                    raise DriveError(self.failure)
+                if self.queued <= 0 or self.queued + nbytes <= QUEUED:
+                    self.commands.put(command)
+                    self.queued += nbytes
+                    return command
+            time.sleep(0.001)
 
-    def write(self, tell, stream: int, total: int, records: np.ndarray, codes: np.ndarray, _) -> Work:
-        meter = self._meter()
-        spilled, tail = self.codes.append(stream, codes), np.concatenate((self.tails[stream], records))
+    def close(self) -> None:
+        """Fail queued commands, finish the current step of the running one, and release the file."""
+        if not self.thread.is_alive():  # closed already, or in a forked process, which has no such thread
+            return
+        with self.lock:
+            self.failure, self.closed = self.failure or CLOSED, True
+            self.commands.put(None)
+        if threading.current_thread() is not self.thread:
+            self.thread.join()
+
+    def _serve(self) -> None:
+        while (command := self.commands.get()) is not None:
+            self._run(command)
+            with self.lock:
+                self.queued -= command.nbytes
+            command = None  # its result belongs to the caller
+        self.file.close()
+
+    def _run(self, command: Command) -> None:
+        try:
+            if self.failure:
+                raise DriveError(self.failure)
+            meter = Meter(self.settings.rates, self._pace)
+            value = getattr(self, command.kind)(meter, *command.args)
+            if command.kind == "evaluate":
+                for block in value:
+                    command.blocks.put(block)
+            work = meter.stop()
+            if command.kind in self.totals:
+                self.totals[command.kind] += work
+            command.end(value, work)
+        except Exception as error:
+            text = str(error) if isinstance(error, DriveError) else f"the drive failed in {command.kind}: {error!r}"
+            if command.kind not in AWAITED:
+                self.failure = self.failure or text
+            command.end(error=text)
+
+    def _pace(self, until: float) -> None:
+        """If paced, sleep until this time.perf_counter. Raises DriveError once the drive is closed."""
+        while True:
+            if self.closed:
+                raise DriveError(CLOSED)
+            left = until - time.perf_counter()
+            if not self.settings.paced or left <= 0:
+                return
+            time.sleep(min(left, 0.01))
+
+    def write(self, meter: Meter, stream: int, total: int, records: np.ndarray, codes: np.ndarray) -> None:
+        spilled, log = self.codes.append(stream, codes), self.logs[stream]
+        if log.fills(len(records)):
+            self.file.reserve(total)  # the whole batch in one segment, although it comes in parts
+        written = log.append(torch.from_numpy(records).view(-1, *log.geometry.record_shape))
         self.hot[stream] = np.append(self.hot[stream], np.ones(len(records), bool))
-        whole = len(tail) // self.file.group * self.file.group if len(tail) >= HELD else 0
-        if whole:
-            self.file.reserve(total)
-            self.file.write(stream, self.flushed[stream], tail[:whole])
-        self.tails[stream], self.flushed[stream] = tail[whole:].copy(), self.flushed[stream] + whole
-        written = whole * self.shape.record_bytes + spilled
-        meter.move(link=records.nbytes + codes.nbytes, dram_read=codes.nbytes, nand_write=written)
-        return self._count("write", meter)
+        meter.move(link=records.nbytes + codes.nbytes, dram_read=codes.nbytes, nand_write=written + spilled)
 
-    def rescale(self, tell, stream: int, doublings: np.ndarray, _) -> Work:
-        meter = self._meter()
+    def rescale(self, meter: Meter, stream: int, doublings: np.ndarray) -> None:
         moved, held = self.codes.rescale(stream, doublings), self.codes.lengths[stream] * self.shape.code_bytes
         meter.move(link=doublings.nbytes, nand_read=moved, dram_read=2 * held, nand_write=moved)
-        return self._count("rescale", meter)
 
-    def hold(self, tell, stream: int, hot: bool, positions: np.ndarray, _) -> None:
+    def hold(self, meter: Meter, stream: int, positions: np.ndarray, hot: bool) -> None:
         self.hot[stream][positions] = hot
 
-    def evaluate(self, tell, stream: int, block: int, query: np.ndarray, out: np.ndarray) -> Work:
-        meter, out, width = self._meter(), out.view(np.int32), 1 + self.shape.kv_heads
+    def evaluate(self, meter: Meter, stream: int, query: np.ndarray, block: int) -> Iterator[ScoreBlock]:
         meter.move(link=query.nbytes)
-        meter.wait("kernel", self.settings.rates.call)
-        cold = np.flatnonzero(~self.hot[stream])
-        for at in range(0, len(cold), block):
-            positions = cold[at : at + block]
-            m = len(positions)
-            answer = out[at * width : (at + m) * width].reshape(width, m)
-            answer[0] = positions
-            answer[1:], read = self.codes.scores(stream, query, positions)
-            codes = m * self.shape.code_bytes
-            meter.move(nand_read=read, dram_read=codes, kernel=codes, link=answer.nbytes)
-            tell("block", (at, m))
-        return self._count("evaluate", meter)
+        meter.free["kernel"] = self.settings.rates.call
+        cold = np.flatnonzero(~self.hot[stream]).astype(np.int32)
+        ready, done = np.empty((self.shape.kv_heads, 0), np.int32), 0  # scores, and the number of those sent before
+        read = codes = 0
+        for part in self.codes.scores(stream, query, cold, block):  # parts end with pages, score blocks do not
+            ready, read, codes = np.concatenate((ready, part.scores), 1), read + part.read, codes + part.codes
+            last = done + ready.shape[1] == len(cold)
+            while ready.shape[1] >= block or (last and ready.shape[1]):
+                out = ScoreBlock(cold[done : done + block], ready[:, :block])
+                link = out.positions.nbytes + out.scores.nbytes
+                meter.move(nand_read=read, dram_read=codes, kernel=codes, link=link)
+                yield out
+                ready, done, read, codes = ready[:, block:], done + block, 0, 0
 
-    def fetch(self, tell, stream: int, positions: np.ndarray, out: np.ndarray) -> Work:
-        meter = self._meter()
-        read = self._read(stream, positions, out.reshape(len(positions), self.shape.record_bytes))
-        meter.move(nand_read=read, link=out.nbytes)
-        tell("block", ())
-        return self._count("fetch", meter)
+    def fetch(self, meter: Meter, stream: int, positions: np.ndarray) -> np.ndarray:
+        log = self.logs[stream]
+        records, nbytes = log.read(positions)
+        out = log.geometry.as_bytes(records.tensor())
+        meter.move(nand_read=nbytes, link=out.nbytes)
+        return out
 
-    def attend(self, tell, stream: int, dtype: str, query: np.ndarray, runs: np.ndarray, out: np.ndarray) -> Work:
-        """Exact attention with a running softmax (the online softmax of FlashAttention): one pass over the records."""
-        meter, heads, dim = self._meter(), *query.shape[::2]
+    def attend(
+        self, meter: Meter, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Exact attention, part by part; outputs merge by their logsumexp (FlashAttention's online softmax)."""
         meter.move(link=query.nbytes)
-        top = np.full((*query.shape[:2], 1), -np.inf, np.float32)
-        total, output = np.zeros_like(top), np.zeros_like(query)
-        for start, end in runs:
+        out, total = np.zeros_like(query), np.full((*query.shape[:2], 1), -np.inf, np.float32)
+        log = self.logs[stream]
+        for start, end in runs.tolist():
             for at in range(start, end, PART):
-                raw = np.empty((min(PART, end - at), self.shape.record_bytes), np.uint8)
-                read = self._read(stream, np.arange(at, at + len(raw)), raw)
-                meter.move(nand_read=read)
-                keys, values = _floats(raw, dtype).reshape(len(raw), 2, heads, dim).transpose(1, 2, 0, 3)
-                logits = query @ keys.transpose(0, 2, 1)
-                new = np.maximum(top, logits.max(2, keepdims=True))
-                weights, fade = np.exp(logits - new), np.exp(top - new)
-                total = total * fade + weights.sum(2, keepdims=True)
-                output, top = output * fade + weights @ values, new
-        with np.errstate(divide="ignore"):
-            answer = np.concatenate((output / np.maximum(total, 1e-30), top + np.log(total)), 2)
-        out[:] = answer.astype(np.float32).view(np.uint8).ravel()
-        meter.move(link=out.nbytes)
-        tell("block", ())
-        return self._count("attend", meter)
+                records, nbytes = log.read(np.arange(at, min(at + PART, end)))
+                meter.move(nand_read=nbytes)
+                part, weight = attend(query, log.geometry.as_bytes(records.tensor()), dtype)
+                both = np.logaddexp(total, weight)
+                out, total = out * np.exp(total - both) + part * np.exp(weight - both), both
+        meter.move(link=out.nbytes + total.nbytes)
+        return out, total
 
-    def truncate(self, tell, stream: int, n: int, _) -> None:
-        if n >= len(self.hot[stream]):
-            return
-        kept = min(self.flushed[stream], n // self.file.group * self.file.group)
-        tail = np.empty((n - kept, self.shape.record_bytes), np.uint8)
-        self._read(stream, np.arange(kept, n), tail)
-        self.tails[stream], self.flushed[stream] = tail, kept
-        self.codes.truncate(stream, n)
-        self.hot[stream] = self.hot[stream][:n].copy()
+    def truncate(self, meter: Meter, stream: int, n: int) -> None:
+        if n < len(self.hot[stream]):
+            self.logs[stream].truncate(n)
+            self.codes.truncate(stream, n)
+            self.hot[stream] = self.hot[stream][:n].copy()
 
-    def report(self, tell, _) -> dict[str, Work]:
-        return self.totals
+    def report(self, meter: Meter) -> dict[str, Work]:
+        return dict(self.totals)
 
-    def _read(self, stream: int, positions: np.ndarray, out: np.ndarray) -> int:
-        """Records of sorted positions (k,) from file and tail into out (k, record_bytes); the file's bytes read."""
-        flushed = self.flushed[stream]
-        split = int(np.searchsorted(positions, flushed))
-        out[split:] = self.tails[stream][positions[split:] - flushed]
-        return self.file.read(stream, positions[:split], out[:split])
 
-    def _count(self, kind: str, meter: Meter) -> Work:
-        work = meter.stop()
-        self.totals[kind] += work
-        return work
-
-    def _meter(self) -> Meter:
-        return Meter(self.settings.rates, self._sleep if self.settings.paced else None)
-
-    def _sleep(self, until: float) -> None:
-        """Sleep until this time.perf_counter, unless the host goes."""
-        while (left := until - time.perf_counter()) > 0:
-            if left < 0.002:
-                time.sleep(left)
-            elif self.hangup.poll(int(left * 1000) - 1):
-                raise EOFError
+def attend(query: np.ndarray, records: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Attention of a scaled query (Hkv, G, D) float32 over records (n, record_bytes) uint8 of K (Hkv, D), V (Hkv, D):
+    (Hkv, G, D), and the logsumexp (Hkv, G, 1). On one thread: BLAS threads would contend with the model's.
+    """
+    heads, group, dim = query.shape
+    if native.available() and dim <= native.MAX_DIM:
+        out, logsumexp = np.empty_like(query), np.empty((heads, group, 1), np.float32)
+        rows = [(native.pointer(records), records.shape[1], len(records))]
+        native.attend(query.reshape(1, heads * group, dim), rows, dtype, heads, 1.0, out, logsumexp)
+        return out, logsumexp
+    keys, values = _floats(records, dtype).reshape(len(records), 2, heads, dim).swapaxes(0, 1)
+    logits = np.einsum("hgd,nhd->hgn", query, keys)
+    top = logits.max(2, keepdims=True)
+    weights = np.exp(logits - top)
+    total = weights.sum(2, keepdims=True)
+    return np.einsum("hgn,nhd->hgd", weights, values) / total, top + np.log(total)
 
 
 def _floats(raw: np.ndarray, dtype: str) -> np.ndarray:
@@ -160,37 +238,3 @@ def _floats(raw: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return raw.view(dtype).astype(np.float32)
-
-
-def _config(about: dict) -> tuple[Path, Shape, Emulation]:
-    settings = about["settings"] | {"rates": Rates(**about["settings"]["rates"])}
-    return Path(about["folder"]), Shape(**about["shape"]), Emulation(**settings)
-
-
-def main(connection: int, memory: int) -> None:
-    """The worker: take commands from this socket, with arrays in this memory file, until the host closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    host, shared = socket.socket(fileno=connection), mmap.mmap(memory, os.fstat(memory).st_size)
-    number = 0
-
-    def tell(kind: str, payload=None) -> None:
-        host.send(wire.answer(number, kind, payload))
-
-    with contextlib.suppress(EOFError, ConnectionError):  # the host is gone, and with it whoever could be told
-        try:
-            worker = Worker(host, *_config(wire.unpack(host.recv(wire.MESSAGE))[1]))
-            tell("done", worker.file.direct)
-        except (OSError, ValueError) as error:
-            tell("error", str(error))
-            return
-        while message := host.recv(wire.MESSAGE):
-            number, op, args, arrays = wire.command(message, len(shared))
-            try:
-                arrays = [np.ndarray(shape, dtype, shared, at) for at, shape, dtype in arrays]
-                tell("done", getattr(worker, op)(tell, *args, *arrays))
-            except (EOFError, ConnectionError):
-                raise
-            except DriveError as error:
-                tell("error", str(error))
-            except Exception:
-                tell("error", f"the emulated drive failed in {op}: {traceback.format_exc()[-4000:]}")

@@ -32,12 +32,12 @@ class Study(LeoAM):
 
     found: list = []
 
-    def start(self, batch, kv_heads, head_dim, pages):
-        super().start(batch, kv_heads, head_dim, pages)
+    def start(self, batch, kv_heads, head_dim):
+        super().start(batch, kv_heads, head_dim)
         self.fixed = {}
         for name, size in METHODS.items():
             self.fixed[name] = type("Fixed", (Quest,), {"page": size})()
-            self.fixed[name].start(batch, kv_heads, head_dim, pages)
+            self.fixed[name].start(batch, kv_heads, head_dim)
 
     def append(self, keys):
         super().append(keys)

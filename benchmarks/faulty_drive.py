@@ -1,7 +1,5 @@
-"""A drive that fails on purpose: every `BlockFile` opened while one is installed fails at a chosen transfer."""
+"""A drive that fails on purpose: an engine that wraps another and fails at a chosen operation."""
 
-import contextlib
-import copy
 import errno
 import fcntl
 import os
@@ -10,8 +8,8 @@ import time
 
 import numpy as np
 
-from hillinfer.tiers import block_file
 from hillinfer.tiers.block_file import BLOCK, BlockFile
+from hillinfer.tiers.engines import ENGINES, Engine, Threads
 
 COUNTS = ("read", "write", "extend", "injected")
 FAULTS = {  # name -> the operation that triggers it
@@ -32,28 +30,23 @@ FAULTS = {  # name -> the operation that triggers it
 class FaultyDrive:
     """`fault` happens at operation number `at` of its kind. `counts`, int64 (4,), counts operations as in COUNTS."""
 
-    def __init__(self, fault: str | None, at: int, seed: int, counts: np.ndarray):
+    def __init__(self, fault: str | None, at: int = 0, seed: int = 0, counts: np.ndarray | None = None):
         self.fault, self.verb, self.at = fault, FAULTS.get(fault), at
-        self.rng, self.counts, self.lock = np.random.default_rng(seed), counts, threading.Lock()
+        self.counts = np.zeros(4, np.int64) if counts is None else counts
+        self.rng, self.lock = np.random.default_rng(seed), threading.Lock()
         self.gone, self.released, self.pipes, self.undo = False, threading.Event(), [], []
-        self.ends: dict[str, int] = {}  # descriptors that a stuck drive waits for
+        self.ends: tuple[int, int] | None = None  # descriptors that a stuck drive reads from, writes to
 
     def install_everywhere(self) -> None:
         """In every file opened from now on, until `remove`."""
-        make = BlockFile.__init__
-
-        def faulty(file: BlockFile, *args, **options) -> None:
-            make(file, *args, **options)
-            self.install(file)
-
-        BlockFile.__init__ = faulty
-        self.undo.append(lambda: setattr(BlockFile, "__init__", make))
+        real = dict(ENGINES)
+        for name, make in real.items():
+            ENGINES[name] = lambda threads, make=make: FaultyEngine(self, make(threads))
+        self.undo.append(lambda: ENGINES.update(real))
 
     def install(self, file: BlockFile) -> None:
         """In one open file, for good."""
-        move, extend = file._move, file._extend
-        file._move = lambda verb, *rest, **more: self.move(file, move, verb, *rest, **more)
-        file._extend = lambda nbytes: self.extend(extend, nbytes)
+        file.engine = FaultyEngine(self, file.engine)
 
     def remove(self) -> None:
         """End all faults; stuck transfers return."""
@@ -72,24 +65,7 @@ class FaultyDrive:
             self.counts[3] += now
             return now
 
-    def extend(self, real, nbytes: int) -> int:
-        if self.due("extend") or self.gone:
-            with full():
-                return real(nbytes)
-        return real(nbytes)
-
-    def move(self, file: BlockFile, real, verb: str, offsets, addresses, lengths, *rest, **more) -> None:
-        due = self.due(verb)
-        if self.gone:
-            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-        if due:
-            piece = int(self.rng.integers(len(offsets)))
-            self.inject(file, verb, int(offsets[piece]), int(lengths[piece]))
-        if self.ends:
-            return self.wait(file, verb, offsets, addresses, lengths, *rest, **more)
-        real(verb, offsets, addresses, lengths, *rest, **more)
-
-    def inject(self, file: BlockFile, verb: str, offset: int, length: int) -> None:
+    def inject(self, engine: Engine, fd: int, offset: int, length: int) -> None:
         fault = self.fault
         if fault in ("read error", "write error"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -101,50 +77,51 @@ class FaultyDrive:
         if fault == "slow":
             time.sleep(0.03)
         elif fault == "short read":  # the file ends within this piece
-            os.ftruncate(file.fd, offset + int(self.rng.integers(length // BLOCK)) * BLOCK)
+            os.ftruncate(fd, offset + int(self.rng.integers(length // BLOCK)) * BLOCK)
         elif fault == "flipped bit":  # of the file itself
-            fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDWR)
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
             at, bit = offset + int(self.rng.integers(length)), int(self.rng.integers(8))
-            os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 1 << bit]), at)
-            os.fsync(fd)
-            os.close(fd)
+            os.pwrite(own, bytes([os.pread(own, 1, at)[0] ^ 1 << bit]), at)
+            os.fsync(own)
+            os.close(own)
         else:
-            self.stick(verb)
+            self.stick(engine)
 
-    def stick(self, verb: str) -> None:
-        """Let no later transfer return: the kernel waits for data of an empty pipe, or for room in a full one.
-        `preadv` and `pwritev`, which fail on pipes, are replaced by calls that wait.
+    def stick(self, engine: Engine) -> None:
+        """Let no later transfer return. Threads wait in their calls; the kernel waits for data of an empty pipe, or for
+        room in a full one.
         """
+        if isinstance(engine, Threads):
+            engine.read = engine.write = lambda *args: self.released.wait() and 0
+            return
         empty, full = os.pipe(), os.pipe()
         self.pipes += [*empty, *full]
         fcntl.fcntl(full[1], fcntl.F_SETPIPE_SZ, BLOCK)
         os.write(full[1], bytes(BLOCK))
-        for name in ("preadv", "pwritev"):
-            call = getattr(os, name)
-            setattr(os, name, lambda *args: self.released.wait() and 0)
-            self.undo.append(lambda name=name, call=call: setattr(os, name, call))
-        self.ends = {"read": empty[0], "write": full[1]}
-
-    def wait(self, file: BlockFile, verb: str, *rest, **more) -> None:
-        """The file's own transfer, on a descriptor that never answers."""
-        stand = copy.copy(file)
-        stand.fd = self.ends[verb]
-        try:
-            type(file)._move(stand, verb, *rest, **more)
-        finally:
-            file.stuck, file._stuck = file.stuck or stand.stuck, stand._stuck
+        self.ends = empty[0], full[1]
 
 
-@contextlib.contextmanager
-def full():
-    """A file system without room for `BlockFile`."""
-    real = block_file.os.posix_fallocate
+class FaultyEngine:
+    """An `Engine` that passes everything on to another until its drive's fault is due."""
 
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def __init__(self, drive: FaultyDrive, engine: Engine):
+        self.drive, self.engine, self.name = drive, engine, engine.name
 
-    block_file.os.posix_fallocate = refuse
-    try:
-        yield
-    finally:
-        block_file.os.posix_fallocate = real
+    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+        if self.drive.due("extend") or self.drive.gone:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.engine.allocate(fd, offset, nbytes)
+
+    def transfer(self, write, fd, offsets, addresses, lengths, *rest, **options) -> None:
+        drive = self.drive
+        due = drive.due("write" if write else "read")
+        if drive.gone:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        if due:
+            piece = int(drive.rng.integers(len(offsets)))
+            drive.inject(self.engine, fd, int(offsets[piece]), int(lengths[piece]))
+        fd = drive.ends[write] if drive.ends else fd
+        self.engine.transfer(write, fd, offsets, addresses, lengths, *rest, **options)
+
+    def close(self):
+        return self.engine.close()

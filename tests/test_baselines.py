@@ -30,7 +30,7 @@ def prefill():
 def test_h2o_adds_up_the_attention_and_evicts_for_good(prefill):
     queries, keys = prefill
     policy = H2O()
-    policy.start(2, 2, 8, None)
+    policy.start(2, 2, 8)
     policy.append(keys)
     policy.observe(queries, keys, None, 0.3)
     want = attention(queries, keys, 0.3).sum((1, 2)).numpy()
@@ -50,7 +50,7 @@ def test_padding_has_no_weight(prefill):
     valid = torch.ones(2, 300, dtype=torch.bool)
     valid[1, :90] = False
     policy = H2O()
-    policy.start(2, 2, 8, None)
+    policy.start(2, 2, 8)
     policy.append(keys)
     policy.observe(queries, keys, valid, 0.3)
     want = attention(queries[1:, :, 90:], keys[1:, :, 90:], 0.3).sum((0, 1, 2)).numpy()
@@ -62,7 +62,7 @@ def test_snapkv_keeps_what_the_last_queries_want_and_what_comes_later(prefill):
     queries, keys = prefill
     keys[0, :, 100] = 4 * queries[0, ::2, -16:].mean(1)
     policy = SnapKV()
-    policy.start(2, 2, 8, None)
+    policy.start(2, 2, 8)
     policy.append(keys)
     policy.observe(queries, keys, None, 0.3)
     picked = policy.select(step(300, 60))
@@ -76,7 +76,7 @@ def test_quest_takes_the_pages_of_highest_bound():
     keys = torch.zeros(1, 2, 100, 8)
     keys[0, 0, 37, 3], keys[0, 1, 70, 5] = 9, -7
     policy = Quest()
-    policy.start(1, 2, 8, None)
+    policy.start(1, 2, 8)
     policy.append(keys[:, :, :50])
     policy.append(keys[:, :, 50:])
     query = torch.zeros(4, 8)
@@ -92,7 +92,7 @@ def test_infinigen_with_all_columns_is_exact_and_keeps_to_the_margin(prefill):
         ratio = 1.0
 
     policy = AllColumns()
-    policy.start(2, 2, 8, None)
+    policy.start(2, 2, 8)
     policy.append(keys[:, :, :200])
     policy.observe(queries[:, :, :200], keys[:, :, :200], None, 1.0)
     policy.append(keys[:, :, 200:])

@@ -1,6 +1,5 @@
 """Host and computational drive score their own pools: the same tokens as when the host scores all, paced or not."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -59,7 +58,7 @@ def test_a_drive_that_fails_ends_generation_and_the_next_run_is_right(models, pr
     model = models("llama")
     with hillinfer.make_cache(model, "hillinfer", alpha=0.1, drive=tmp_path, drive_kind="emulated") as cache:
         want = model.generate(prompt, past_key_values=cache, **NEW)
-        faulty = FaultyDrive("gone at a read", 0, 0, np.zeros(4, np.int64))
+        faulty = FaultyDrive("gone at a read")
         faulty.install(cache.run.drive._worker.file)
         with pytest.raises(hillinfer.DriveError, match=r"read failed at layer .*No such device"):
             model.generate(torch.cat((want, prompt[:, :1]), 1), past_key_values=cache, **NEW)

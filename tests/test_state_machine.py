@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 import hillinfer
 from hillinfer import open_session, save_session
 from hillinfer.evaluator.policies import POLICIES
-from hillinfer.tiers.store import DriveStore
+from hillinfer.tiers.tiered_store import TieredStore as DriveStore
 
 HEADS, DIM = 2, 16  # of the tiny model
 WAYS = {  # where KV lies

@@ -44,7 +44,7 @@ class Prefilled(DynamicCache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         for policy in policies:
             if first:
-                policy.start(*key_states.shape[:2], key_states.shape[3], None)
+                policy.start(*key_states.shape[:2], key_states.shape[3])
             policy.append(key_states)
         if policies:
             keys = keys.view(keys.shape)  # the watcher is for this pass, and the layer keeps its tensor

@@ -203,10 +203,8 @@ def run_job(job: Job) -> list[dict]:
 
 
 def shares_prefill(policy: type) -> bool:
-    """Whether a copied prefill is as good as its own: the policy does not look at it, or can be shown the copied one
-    (not with an index in pages, which lies on the drive of one cache).
-    """
-    return not policy.paged if policy.watches else policy.late
+    """True if a copied prefill serves as well as its own: the policy does not watch it, or can be shown the copy."""
+    return policy.watches or policy.late
 
 
 def timed(function, *arguments):

@@ -39,6 +39,9 @@ class Rings:
         self._free.append(self._open())
         self.close = weakref.finalize(self, _close, self._free)
 
+    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+        os.posix_fallocate(fd, offset, nbytes)
+
     def transfer(
         self, write: bool, fd: int, offsets, addresses, lengths, timeout=0.0, keep=None, sums=None, share=1.0
     ) -> None:

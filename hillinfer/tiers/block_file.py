@@ -83,7 +83,7 @@ class BlockFile:
 
     def _extend(self, nbytes: int) -> int:
         try:
-            os.posix_fallocate(self.fd, self.size, nbytes)
+            self.engine.allocate(self.fd, self.size, nbytes)
         except OSError as error:
             raise DriveError(
                 f"no room for {nbytes:,} bytes of KV in {self.folder} ({error.strerror}); "

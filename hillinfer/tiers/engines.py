@@ -1,11 +1,12 @@
-"""Engines move blocks between one file and memory. This is the narrow waist of every drive: one method.
+"""Engines reserve and move the blocks of one file: the narrow waist of every drive, three methods wide.
 
 `Rings` (io_uring, `hillinfer.native.ring`) and `Threads` (preadv and pwritev) implement it; a test's engine that fails
-implements it too.
+implements it too, and takes its place in `ENGINES`.
 """
 
 import errno
 import os
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
@@ -18,6 +19,9 @@ from hillinfer.tiers.checksums import compare, memory_at
 
 class Engine(Protocol):
     name: str
+
+    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+        """Reserve space in the file. Raises OSError."""
 
     def transfer(
         self,
@@ -45,17 +49,24 @@ class Engine(Protocol):
 
 
 class Threads:
-    """preadv and pwritev on a pool of threads, each with a fixed share of the pieces."""
+    """preadv and pwritev on a pool of threads, each with a fixed share of the pieces.
 
-    def __init__(self, threads: int):
-        self.threads, self.name = threads, f"{threads} threads"
+    read, write  replace the system calls, for tests
+    """
+
+    def __init__(self, threads: int, read: Callable | None = None, write: Callable | None = None):
+        self.threads, self.name, self.read, self.write = threads, f"{threads} threads", read, write
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hillinfer-drive")
         self._late: list[Future] = []
+
+    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+        os.posix_fallocate(fd, offset, nbytes)
 
     def transfer(self, write, fd, offsets, addresses, lengths, timeout, keep, sums=None, share=1) -> None:
         pieces, moved = np.stack((offsets, addresses, lengths), 1), [0]
         threads = min(max(1, int(self.threads * share)), len(pieces))
-        work = [self._pool.submit(_move, write, fd, pieces[i::threads].tolist(), moved, keep) for i in range(threads)]
+        call = self.write or os.pwritev if write else self.read or os.preadv
+        work = [self._pool.submit(_move, call, fd, pieces[i::threads].tolist(), moved, keep) for i in range(threads)]
         self._wait(work, moved, timeout)
         if errors := [future.exception() for future in work if future.exception()]:
             raise min(errors, key=lambda error: getattr(error, "offset", 0))  # the first one in the file
@@ -81,9 +92,8 @@ class Threads:
         return late
 
 
-def _move(write: bool, fd: int, pieces: list, moved: list[int], keep: object) -> None:
+def _move(call: Callable, fd: int, pieces: list, moved: list[int], keep: object) -> None:
     """One thread's pieces. `keep` holds their memory for as long as this runs; `moved` counts progress."""
-    call = os.pwritev if write else os.preadv
     for offset, address, length in pieces:
         try:
             done, buffer = 0, memory_at(address, length)
@@ -98,13 +108,14 @@ def _move(write: bool, fd: int, pieces: list, moved: list[int], keep: object) ->
             raise
 
 
+ENGINES: dict[str, Callable[[int], Engine]] = {"io_uring": lambda threads: Rings(), "threads": Threads}
+
+
 def open_engine(name: str, threads: int) -> Engine:
     """`io_uring`, `threads`, or `auto`: io_uring where the system has it. DriveError where io_uring is missing."""
-    if name == "threads":
-        return Threads(threads)
     try:
-        return Rings()
+        return ENGINES["io_uring" if name == "auto" else name](threads)
     except OSError as error:
-        if name == "io_uring":
+        if name != "auto":
             raise DriveError(error.strerror or str(error)) from None
-        return Threads(threads)
+        return ENGINES["threads"](threads)

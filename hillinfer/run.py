@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass, field, replace
 
-from hillinfer.config import Settings
+from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
 from hillinfer.native import ring
 from hillinfer.pipeline.lookahead import AHEAD, Lookahead, Trial
@@ -63,6 +63,8 @@ class Run:
 
     def __post_init__(self):
         self.turns = Turns(self.layers)
+        if self.geometry is None:  # not for the copy that `needs` takes
+            check_folder(self.settings.drive)
         if self.settings.engine == "io_uring" and (reason := ring.why_not()):
             raise UsageError(f"{reason} (engine io_uring was asked for; auto takes what there is)")
 

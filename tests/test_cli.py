@@ -63,6 +63,7 @@ def check(result, *words):
 def test_unknown_system(prompt_file, drive):
     check(run(prompt_file, "--system", "magic", "--drive", drive), "magic", "full", "hillinfer")
     check(hillinfer("demo", "--systems", "full,magic", "--out", prompt_file.parent / "out"), "magic")
+    check(hillinfer("demo", "--systems", "", "--out", prompt_file.parent / "out"), "no system", "full")
 
 
 def test_systems_are_listed_with_what_they_are():

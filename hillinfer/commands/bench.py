@@ -76,7 +76,7 @@ def measure(systems: str, task: str, context: int, n: int, options: dict, seen: 
     if task not in PROMPTS:
         raise UsageError(f"no task '{task}'; choose one of {', '.join(PROMPTS)}")
     exact, chosen, left_out = {}, [], []
-    for name in list_systems() if systems == "all" else split_list(systems):
+    for name in list_systems() if systems == "all" else split_list(systems) or [systems]:
         try:
             system, settings = find_system(name, options_of(name, options))
         except UsageError as error:

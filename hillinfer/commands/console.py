@@ -55,7 +55,7 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str 
         table.add_column(escape(name), justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    out.print(table, width=max(out.width, WIDTH), crop=False)
+    Console(width=max(out.width, WIDTH)).print(table)
 
 
 def progress() -> Progress:
@@ -65,8 +65,8 @@ def progress() -> Progress:
 
 
 def split_list(text: str) -> list[str]:
-    """The items of `a, b`; never none, so that an empty option is refused as an unknown name."""
-    return [item.strip() for item in text.split(",") if item.strip()] or [text]
+    """The items of `a, b`."""
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def read_text(path: Path) -> str:

@@ -61,7 +61,7 @@ def evaluate(
     given = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
     options = {name: value for name, value in given.items() if value is not None}
     try:
-        alphas = [float(value) for value in split_list(alpha)]
+        alphas = [float(value) for value in split_list(alpha) or [alpha]]
     except ValueError:
         raise UsageError(f"alpha '{alpha}' is no list of numbers; write 0.1,0.2") from None
     for value in alphas:

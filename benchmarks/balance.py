@@ -22,7 +22,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from hillinfer.commands.demo import machine
+from hillinfer.assets import machine
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.systems.hillinfer.balance import Chosen

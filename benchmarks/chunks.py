@@ -12,8 +12,8 @@ import argparse
 import numpy as np
 import pandas as pd
 
+from hillinfer.assets import load_embedded, machine
 from hillinfer.cache import TieredCache
-from hillinfer.commands.demo import load_embedded, machine
 from hillinfer.config import Settings
 from hillinfer.evaluator.boxes import bounds, sortable
 from hillinfer.evaluator.policies import LeoAM, Quest

@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.express as px
 from transformers.utils import logging
 
-from hillinfer.commands import demo
+from hillinfer.assets import load_embedded, machine
 from hillinfer.longbench.runner import ask
 from hillinfer.longbench.synthetic import make_records
 from hillinfer.seam import disable
@@ -27,7 +27,7 @@ SEED = 31
 
 def measure(drive: Path, lengths: list[int], repeats: int, alpha: float) -> pd.DataFrame:
     """One row for each length and system: median milliseconds per token with the quartiles, and bytes in memory."""
-    model, tokenizer = demo.load_embedded()
+    model, tokenizer = load_embedded()
     rows = []
     for tokens in lengths:
         times: dict[str, list[float]] = {}
@@ -69,7 +69,7 @@ def main() -> None:
     )  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(args.out)
-    print(f"measured on {demo.machine()}; plot: {args.out}")
+    print(f"measured on {machine()}; plot: {args.out}")
 
 
 if __name__ == "__main__":

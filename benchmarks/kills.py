@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from hillinfer.commands.demo import load_embedded
+from hillinfer.assets import load_embedded
 from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import feed, own_prompt
 from hillinfer.longbench.synthetic import make_records

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hillinfer import native
-from hillinfer.commands.demo import machine
+from hillinfer.assets import machine
 from hillinfer.config import Settings
 from hillinfer.evaluator.codes import group_scores_torch
 from hillinfer.evaluator.policies import POLICIES

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from benchmarks.claims import Claim, verdict
 from benchmarks.micro import facts, keep
-from hillinfer.commands import demo
+from hillinfer.assets import load_embedded
 from hillinfer.systems.registry import make_cache
 
 CONTEXTS = (128, 512, 2048, 8192, 32_768)
@@ -24,7 +24,7 @@ STEPS, WARM = 60, 5
 
 def measure(contexts: tuple[int, ...] = CONTEXTS, steps: int = STEPS) -> list[dict]:
     """A row for each context: ms of both, and the median over steps of DynamicCache's time over ours."""
-    (plain, _), (tiered, _) = demo.load_embedded(), demo.load_embedded()
+    (plain, _), (tiered, _) = load_embedded(), load_embedded()
     config, rows, token = plain.config, [], torch.tensor([[5]])
     for n in contexts:
         caches = {"dynamic": DynamicCache(config=config), "full": make_cache(tiered, "full")}

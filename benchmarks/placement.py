@@ -9,7 +9,8 @@ import tempfile
 import pandas as pd
 from transformers.utils import logging
 
-from hillinfer.commands import demo
+from hillinfer.assets import load_embedded
+from hillinfer.longbench.comparison import compare, demo_records
 from hillinfer.tiers.hits import PLACEMENTS
 
 TASKS = ("lines_2k", "needle_2k", "chain_2k")
@@ -17,14 +18,14 @@ TASKS = ("lines_2k", "needle_2k", "chain_2k")
 
 def measure(tasks: list[str], n: int, alpha: float) -> pd.DataFrame:
     """One row for each task and placement; the pool holds 2*alpha of the tokens in all of them."""
-    model, tokenizer = demo.load_embedded()
+    model, tokenizer = load_embedded()
     rows = []
     with tempfile.TemporaryDirectory() as drive:
         for task in tasks:
-            records = demo.demo_records({task: n})
+            records = demo_records({task: n})
             for placement in PLACEMENTS:
                 options = {"alpha": alpha, "drive": drive, "placement": placement, "lookahead": False}
-                result = demo.compare(model, tokenizer, records, ["hillinfer"], options)[0]
+                result = compare(model, tokenizer, records, ["hillinfer"], options)[0]
                 last = result.cache.counters.frame()
                 rows.append(
                     {

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from benchmarks.micro import facts, keep
-from hillinfer.commands import demo
+from hillinfer.assets import load_embedded
 from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.systems.registry import make_cache
 
@@ -35,7 +35,7 @@ WAYS = {  # name -> system and options; "drive" is filled in
 
 def prefill(n: int) -> tuple[DynamicCache, int]:
     """An ordinary cache of n tokens of text, and the token that the model says next."""
-    model, tokenizer = demo.load_embedded()
+    model, tokenizer = load_embedded()
     ids = tokenizer(prompt_of(make_records("chain", n + 512, 1, 5)[0])).input_ids[:n]
     cache = DynamicCache(config=model.config)
     for part in torch.tensor([ids]).split(1024, 1):
@@ -58,7 +58,7 @@ def measure(contexts: tuple[int, ...], folder: Path, ways: dict = WAYS, steps: i
     for n in contexts:
         models, caches = {}, {}
         for name, way in ways.items():
-            models[name] = demo.load_embedded()[0]  # its own: what looks ahead hooks into the model
+            models[name] = load_embedded()[0]  # its own: what looks ahead hooks into the model
             caches[name] = cut(source, n, models[name].config)
             if way is not None:
                 system, options = way[0], {"alpha": ALPHA} | way[1]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from hillinfer.commands.demo import demo_records, load_embedded
+from hillinfer.assets import load_embedded
+from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.runner import feed, own_prompt
 from hillinfer.session import open_session, save_session
 from hillinfer.systems.registry import list_systems, make_cache

@@ -18,10 +18,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from hillinfer.commands import demo
+from hillinfer.assets import load_embedded
 from hillinfer.config import Settings
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.topk import merge_heads, topk
+from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.runner import feed, is_right, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS
 
@@ -88,7 +89,7 @@ def answer(model, tokenizer, record: dict) -> str:
 
 def measure(tasks: list[str], n: int, alphas: list[float]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Accuracy, mass and reading by way; recall by layer."""
-    model, tokenizer = demo.load_embedded()
+    model, tokenizer = load_embedded()
     rows, layers = [], []
     for alpha in alphas:
         for bits in (8, 4):
@@ -98,7 +99,7 @@ def measure(tasks: list[str], n: int, alphas: list[float]) -> tuple[pd.DataFrame
                     AttentionInterface.register("study", study.attend)
                     AttentionMaskInterface.register("study", sdpa_mask)
                     model.set_attn_implementation("study")
-                    for record in demo.demo_records({task: n}):
+                    for record in demo_records({task: n}):
                         study.codes.clear()
                         right += is_right(record, answer(model, tokenizer, record))
                     frame = pd.DataFrame(

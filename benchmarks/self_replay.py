@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hillinfer.commands import demo
+from hillinfer.assets import load_embedded
+from hillinfer.longbench.comparison import demo_records
 from hillinfer.timeline import Timeline
 from hillinfer.whatif.calibrate import CONTEXTS, costs, machine, measure_parts, random_models, record, ways
 from hillinfer.whatif.devices import THIS, Profile
@@ -35,8 +36,8 @@ def measure(folder: Path, rounds: int = 3, names: list[str] | None = None, conte
 
 def run(folder: Path, rounds: int, names: list[str] | None, contexts) -> tuple[list[Timeline], dict]:
     """What is calibrated with, and what is to be predicted: (system, context) -> the timeline of each round."""
-    model, tokenizer = demo.load_embedded()
-    document = tokenizer(demo.demo_records({"lines_8k": 1})[0]["context"]).input_ids
+    model, tokenizer = load_embedded()
+    document = tokenizer(demo_records({"lines_8k": 1})[0]["context"]).input_ids
     rng, calibrated, runs = np.random.default_rng(0), [], defaultdict(list)
     small = random_models()
     for _ in range(rounds):

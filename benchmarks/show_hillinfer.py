@@ -14,10 +14,11 @@ from transformers.utils import logging
 
 from benchmarks import balance, context, placement
 from benchmarks.claims import Claim, tests, verdict
+from hillinfer.assets import load_embedded
 from hillinfer.cache import TieredCache
-from hillinfer.commands import demo
 from hillinfer.config import Settings
 from hillinfer.evaluator.policies import POLICIES
+from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.runner import answer as answer_to
 from hillinfer.longbench.runner import is_right, own_prompt, prefill
 from hillinfer.longbench.synthetic import make_records, prompt_of
@@ -30,7 +31,7 @@ SEED = 77  # other documents than the committed ones
 
 def accuracy() -> list[Claim]:
     """Full cache against the selection, INT8 and INT4, over one prefill of each document."""
-    model, tokenizer = demo.load_embedded()
+    model, tokenizer = load_embedded()
     ways = {"full": (POLICIES["full"], Settings())}
     for precision in ("int8", "int4"):
         for alpha in (0.2, 0.1):
@@ -123,8 +124,8 @@ def gain_with_context() -> list[Claim]:
 
 def memory() -> Claim:
     """Peak resident memory at 8K tokens, with a tenth of the KV as host budget, against the full cache's."""
-    record = demo.demo_records({"lines_8k": 1})[0]
-    model, tokenizer = demo.load_embedded()
+    record = demo_records({"lines_8k": 1})[0]
+    model, tokenizer = load_embedded()
     config, text = model.config, prompt_of(record)[:-200]
     kv = (
         len(tokenizer(text).input_ids) * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from benchmarks.claims import ROOT, Claim, verdict
-from hillinfer.commands.demo import load_embedded
+from hillinfer.assets import load_embedded
 from hillinfer.config import Settings
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask_each, is_right

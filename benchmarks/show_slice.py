@@ -48,26 +48,27 @@ def answers() -> list[Claim]:
     """The demo's comparison on more of its questions."""
     from transformers.utils import logging
 
-    from hillinfer.commands import demo
+    from hillinfer.assets import load_embedded
+    from hillinfer.longbench.comparison import SYSTEMS, compare, demo_records, floor
     from hillinfer.longbench.synthetic import facts_of
 
     logging.disable_progress_bar()
-    model, tokenizer = demo.load_embedded()
-    records = demo.demo_records(QUESTIONS)
+    model, tokenizer = load_embedded()
+    records = demo_records(QUESTIONS)
     facts = min(len(facts_of(record)) for record in records)
     with tempfile.TemporaryDirectory() as drive:
-        results = demo.compare(model, tokenizer, records, demo.SYSTEMS, {"alpha": 0.2, "drive": drive})
+        results = compare(model, tokenizer, records, SYSTEMS, {"alpha": 0.2, "drive": drive})
         left = list(Path(drive).iterdir())
     full, streaming, hill = results
     tokens, n = min(answer.prompt_tokens for answer in full.answers), len(records)
     share = hill.mean("attended") / hill.mean("cached")
     same = abs(streaming.mean("attended") - hill.mean("attended"))
-    floor = demo.floor(records)
+    guess = floor(records)
     return [
         Claim("shortest prompt of the questions", f"{tokens} tokens", "1000", tokens >= 1000).show(),
         Claim("fewest facts in a document", f"{facts}", "10", facts >= 10).show(),
         Claim(
-            "partial-key matcher, no model", f"{floor:.1%}", "well below full", floor < full.accuracy - 0.4
+            "partial-key matcher, no model", f"{guess:.1%}", "well below full", guess < full.accuracy - 0.4
         ).show(),
         Claim(f"full answers right (n={n})", f"{full.accuracy:.1%}", "90%", full.accuracy >= 0.9).show(),
         Claim(

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from benchmarks import chunks
 from benchmarks.claims import Claim, tests, verdict
-from hillinfer.commands import demo
+from hillinfer.assets import load_embedded
 from hillinfer.config import Settings
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask, ask_each, is_right
@@ -30,7 +30,7 @@ SEED = 77  # other documents than the committed ones
 
 def accuracy() -> list[Claim]:
     """Full attention against LeoAM's chunks, over one prefill each."""
-    model, tokenizer = demo.load_embedded()
+    model, tokenizer = load_embedded()
     ways = {"full": (POLICIES["full"], Settings()), "leoam": (POLICIES["leoam"], Settings(alpha=0.2))}
     before, claims = enable(model), []
     for task, tokens in TASKS.items():
@@ -65,7 +65,7 @@ def evaluations() -> list[Claim]:
 
 def transfer() -> list[Claim]:
     """Its second: scoring reads abstracts only, and a step's transfer shrinks towards its computation."""
-    model, tokenizer = demo.load_embedded()
+    model, tokenizer = load_embedded()
     before, figures = enable(model), {}
     record = make_records("lines", 2048, 1, SEED)[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ def transfer() -> list[Claim]:
 
 def int4() -> Claim:
     """What INT4 costs: everything that the drive sends in INT4, against nothing."""
-    model, tokenizer = demo.load_embedded()
+    model, tokenizer = load_embedded()
     before, right = enable(model), dict.fromkeys((0.0, 1.0), 0)
     with tempfile.TemporaryDirectory() as folder:
         for record in make_records("lines", 2048, N, SEED):

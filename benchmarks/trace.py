@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from hillinfer.assets import load_embedded
 from hillinfer.cache import TieredCache
-from hillinfer.commands import demo
 from hillinfer.config import Settings
 from hillinfer.evaluator.policies import TopK
 from hillinfer.longbench.runner import feed
@@ -31,7 +31,7 @@ def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) 
     """Record, or read what was recorded before. Prefills `documents` texts of 8K tokens."""
     if not path.exists():
         logging.disable_progress_bar()
-        model, tokenizer = demo.load_embedded()
+        model, tokenizer = load_embedded()
         before, picks = enable(model), {}
         for number in range(documents):
             text = make_records("chain", TOKENS, 1, SEED + number)[0]

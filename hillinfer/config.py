@@ -1,4 +1,4 @@
-"""What a user sets, checked before any work starts."""
+"""The settings of a cache, validated when they are made."""
 
 import math
 import os
@@ -10,10 +10,41 @@ from hillinfer import files
 from hillinfer.errors import UsageError
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_CHOICES = {
+    "drive_kind": ("ssd", "emulated", "xrt"),
+    "split": ("shortest", "paper"),
+    "engine": ("auto", "io_uring", "threads"),
+    "checksums": (True, False),
+    "placement": ("hits", "shared-hits", "lru", "importance"),
+    "precision": ("int8", "int4"),
+    "stream": (None, "host", "dual", "page-cache", "direct"),
+    "pipelining": ("auto", "intra", "cross"),
+}
+
+
+def _share(value) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
+
+
+def _whole(value, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+
+_RULES = {  # field: (whether a value is valid, fix)
+    "alpha": (lambda v: _share(v) and v > 0, "choose a share of the tokens above 0 and up to 1"),
+    "sinks": (lambda v: _whole(v, 0), "give a whole number of at least 0"),
+    "recent": (lambda v: _whole(v, 1), "give a whole number of at least 1"),
+    "io_threads": (lambda v: _whole(v, 1), "give a whole number of at least 1"),
+    "max_tokens": (lambda v: v is None or _whole(v, 1), "give a whole number of at least 1"),
+    "timeout": (lambda v: isinstance(v, int | float) and 0 < v < 1e6, "give the seconds that the drive may be silent"),
+    "pinned": (lambda v: v is None or _share(v), "give a share of the tokens from 0 to 1"),
+    "compress": (lambda v: v == "auto" or _share(v), "give a share from 0 to 1, or auto"),
+    "lookahead": (lambda v: v == "auto" or _share(v), "give true, false, a share from 0 to 1, or auto"),
+}
 
 
 def parse_bytes(text: str | int | None) -> int | None:
-    """`"64MiB"`, `"1.5 GB"`, `4096` or None (no limit) to a number of bytes."""
+    """Bytes of `"64MiB"`, `"1.5 GB"` or `4096`; None (no limit) stays None."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
@@ -24,43 +55,43 @@ def parse_bytes(text: str | int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Settings:
-    """How one cache is run.
+    """The settings of one cache. Making them checks values only; `check_folder` checks the drive.
 
-    alpha        share of the cached tokens that a decode step attends to, in (0, 1] (HillInfer section 1.4 calls it the
-                 importance rate; 0.1 to 0.2 is usual)
-    host_budget  bytes of host memory for KV records, all layers together; None takes what the system asks for.
-                 Key codes are not part of it: `TieredCache.memory()` reports both
-    drive        folder for the private KV file; None keeps all KV in memory
-    drive_kind   `ssd`; `xrt`, a SmartSSD, which scores what it holds; or `emulated`, one in software
-    xclbin       the SmartSSD's kernel (fpga/README.md says how it is made)
-    profile      what `hillinfer profile` wrote: with a drive that scores, the host's pool is then as large as makes
-                 a step shortest, within the host budget
-    split        how a profile is used: for the `shortest` step by what the steps select, or by the `paper`'s form
+    alpha        share of the cached tokens that a decode step attends to, in (0, 1] (the importance rate of HillInfer
+                 section 1.4; usually 0.1 to 0.2)
+    host_budget  bytes of host memory for KV records, all layers together; None is the system's default.
+                 Key codes are extra: `TieredCache.memory()` reports both
+    drive        folder for the private KV file, made absolute; None keeps all KV in memory
+    drive_kind   `ssd`; `xrt`, a SmartSSD, which scores its own records; or `emulated`, a SmartSSD in software
+    xclbin       the SmartSSD's kernel (built as in fpga/README.md)
+    profile      output of `hillinfer profile`: with a drive that scores, sizes the host's pool for the shortest step,
+                 within the host budget
+    split        use of the profile: `shortest` step given the measured selection rates, or the `paper`'s closed form
     paced        slow the emulated drive down to a SmartSSD's rates
-    sinks        first tokens that stay on the model's device
-    recent       last tokens that stay on the model's device
-    engine       how the drive is read: `io_uring`, `threads`, or `auto`, which takes io_uring where it can be had
-    io_threads   threads that read the drive at once, where they do
-    checksums    whether every 4 KiB block that is read from the drive is compared with what was written to it
-    timeout      seconds without any answer from the drive after which it counts as stuck, and the run ends
-    pinned       share of the tokens, the newest, that never leave the hot pool; None: alpha, as in HillInfer
-    placement    what the hot pool keeps: `hits` (a counter for each token and layer), `shared-hits` (the paper's one
-                 table for all layers), or as controls `lru` and `importance`
-    precision    int8 or int4, of the key codes that are scored; what is attended to keeps the model's precision
-    compress     share of the records read from an ssd that come in INT4, 0 to 1, or "auto": as much as makes a layer's
-                 transfer no longer than its computation. Lossy
-    lookahead    whether the next layer's tokens are scored and read while a layer computes; changes no output. A share
-                 of 1 looks ahead to the surest of them only. "auto" tries all, 0.6 and none for a few steps each, and
-                 keeps the fastest
-    stream       set by the lossless systems, which stream whole K and V tensors at each step and take host_budget as
-                 what may stay: `host` (in host memory; FlexGen), `dual` (in the page cache, by default what the memory
-                 limit leaves; DUAL-BLADE), and its two halves alone, `page-cache` and `direct`
-    max_tokens   the longest context to come: of systems that stream, whose room else doubles when it is full; of leoam
-                 with a host_budget, whose abstracts then get what the pinned records will leave, not a quarter
-    device       raw block device (stamped with `hillinfer stamp`), or NVMe character device, for the direct path of a
-                 system that streams; None makes it a file in `drive`
-    pipelining   of the two threads that copy K and V: `intra` (both read at once), `cross` (one reads while the other
-                 copies to the device), or "auto", which tries both for a few steps and keeps the faster
+    sinks        number of first tokens that stay on the model's device
+    recent       number of last tokens that stay on the model's device
+    engine       drive reads: `io_uring`, `threads`, or `auto`, which prefers io_uring
+    io_threads   concurrent reads of the `threads` engine
+    checksums    verify every 4 KiB block read from the drive
+    timeout      seconds without an answer after which the drive counts as stuck and the run ends
+    pinned       share of the tokens, newest first, that never leave the hot pool; None: alpha, as in HillInfer
+    placement    ranking of the hot pool: `hits` (a counter per token and layer), `shared-hits` (the paper's single
+                 table for all layers), or the controls `lru` and `importance`
+    precision    int8 or int4 key codes; attention itself keeps the model's precision
+    compress     share of the records read from an ssd in INT4, 0 to 1, or "auto": just enough that a layer's transfer
+                 takes no longer than its computation. Lossy
+    lookahead    score and read the next layer's tokens while a layer computes; changes no output. A fraction in (0, 1)
+                 prefetches only that share of the predicted tokens, most confident first. "auto" tries all, 0.6 and
+                 none for a few steps each and keeps the fastest
+    stream       set by the lossless systems, which stream whole K and V tensors at each step and keep up to host_budget
+                 of them near: `host` (in host memory; FlexGen), `dual` (in the page cache, by default the memory
+                 limit's remainder; DUAL-BLADE), and its two halves alone, `page-cache` and `direct`
+    max_tokens   expected maximum context length. Lossless systems preallocate for it (otherwise capacity doubles when
+                 full). `leoam` with a host_budget sizes its index cache from it
+    device       raw block device (stamped with `hillinfer stamp`) or NVMe character device for the direct path of a
+                 lossless system; None makes it a file in `drive`
+    pipelining   schedule of the two threads that copy K and V: `intra` (both read at once), `cross` (one reads while
+                 the other copies to the device), or "auto", which tries both for a few steps and keeps the faster
     """
 
     alpha: float = 0.2
@@ -88,47 +119,28 @@ class Settings:
     pipelining: str = "auto"
 
     def __post_init__(self):
-        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= 1:
-            raise UsageError(f"alpha is {self.alpha}, but it is a share of the tokens: choose one above 0 and up to 1")
-        for name, least in (("sinks", 0), ("recent", 1), ("io_threads", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; give a whole number of at least {least}")
-        if not isinstance(self.timeout, (int, float)) or not 0 < self.timeout < 1e6:
-            raise UsageError(f"timeout is {self.timeout!r}; give the seconds that the drive may be silent")
-        for name, known in (
-            ("checksums", (True, False)),
-            ("drive_kind", ("ssd", "emulated", "xrt")),
-            ("placement", ("hits", "shared-hits", "lru", "importance")),
-            ("precision", ("int8", "int4")),
-            ("split", ("shortest", "paper")),
-            ("engine", ("auto", "io_uring", "threads")),
-            ("stream", (None, "host", "dual", "page-cache", "direct")),
-            ("pipelining", ("auto", "intra", "cross")),
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"no {name} '{value}'; choose {', '.join(map(str, known))}")
+        for name, (valid, fix) in _RULES.items():
+            if not valid(value := getattr(self, name)):
+                raise UsageError(f"{name} is {value!r}; {fix}")
+        lossless, scores = self.stream is not None, self.drive_kind != "ssd"
+        for refused, why in (
+            (self.profile and not scores, "profile is for a drive that scores, not an ssd: add drive_kind emulated"),
+            (self.paced and self.drive_kind != "emulated", "paced is for the emulated drive: add drive_kind emulated"),
+            (self.xclbin is not None and self.drive_kind != "xrt", "an xclbin is for a SmartSSD: add drive_kind xrt"),
+            (
+                self.device is not None and not lossless,
+                "a raw device is for dualblade and flexgen: choose one of them",
+            ),
+            (lossless and scores, "a lossless system scores nothing on the drive: leave out drive_kind"),
         ):
-            if getattr(self, name) not in known:
-                raise UsageError(f"no {name} '{getattr(self, name)}'; choose {', '.join(map(str, known))}")
-        if self.compress != "auto" and not (isinstance(self.compress, (int, float)) and 0 <= self.compress <= 1):
-            raise UsageError(f"compress is {self.compress!r}; give a share from 0 to 1, or auto")
-        if self.lookahead != "auto" and not (isinstance(self.lookahead, (int, float)) and 0 <= self.lookahead <= 1):
-            raise UsageError(f"lookahead is {self.lookahead!r}; give true, false, a share from 0 to 1, or auto")
-        if self.pinned is not None and not (isinstance(self.pinned, (int, float)) and 0 <= self.pinned <= 1):
-            raise UsageError(f"pinned is {self.pinned!r}; give a share of the tokens from 0 to 1")
-        for name in ("profile", "paced"):
-            if getattr(self, name) and self.drive_kind == "ssd":
-                raise UsageError(f"{name} is for a drive that scores, which an ssd does not: add drive_kind emulated")
-        if self.max_tokens is not None and (not isinstance(self.max_tokens, int) or self.max_tokens < 1):
-            raise UsageError(f"max_tokens is {self.max_tokens!r}; give a whole number of at least 1")
-        if self.device is not None and self.stream is None:
-            raise UsageError("only systems that stream whole tensors use a raw device: choose dualblade or flexgen")
-        if self.stream is not None and self.drive_kind != "ssd":
-            raise UsageError("a system that streams whole tensors scores nothing on the drive: leave out drive_kind")
-        if self.drive_kind != "emulated" and self.paced:
-            raise UsageError("paced is for the emulated drive: add drive_kind emulated")
-        if self.xclbin is not None and self.drive_kind != "xrt":
-            raise UsageError("an xclbin is for a SmartSSD: add drive_kind xrt")
+            if refused:
+                raise UsageError(why)
         object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
         if self.drive is not None:
-            object.__setattr__(self, "drive", check_folder(self.drive))
+            object.__setattr__(self, "drive", Path(self.drive).expanduser().absolute())
 
     @property
     def pin(self) -> float:
@@ -137,23 +149,26 @@ class Settings:
 
     @property
     def bits(self) -> int:
-        """Of one key code."""
+        """Bits per value of a key code."""
         return int(self.precision.removeprefix("int"))
 
     def budget(self, n: int) -> int:
-        """Tokens that a step over n cached tokens attends to: alpha*n, never less than the device window holds."""
+        """Tokens attended to by a step over n cached tokens: alpha*n, but at least the device window."""
         return min(n, max(math.ceil(self.alpha * n - 1e-9), self.sinks + self.recent))
 
 
-def check_folder(path: str | Path) -> Path:
-    """The folder as an absolute path, after proof that a file can be made in it."""
+def check_folder(path: str | Path | None) -> Path | None:
+    """The folder as an absolute path, after proof that a file can be created in it. None stays None.
+
+    Removes the files that killed runs left there. Raises UsageError.
+    """
+    if path is None:
+        return None
     folder = Path(path).expanduser().resolve()
     if not folder.exists():
         raise UsageError(f"drive folder {folder} does not exist; make it first (mkdir -p) or name another")
     if not folder.is_dir():
-        raise UsageError(
-            f"drive path {folder} is not a folder; name a folder on the drive that should hold the KV cache"
-        )
+        raise UsageError(f"drive path {folder} is not a folder; name a folder on the drive for the KV cache")
     try:
         files.reclaim(folder, ".hillinfer-", ".drive")
         fd, proof = files.scratch(folder, ".hillinfer-", ".drive")

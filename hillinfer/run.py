@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hillinfer.config import Settings
+from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
 from hillinfer.evaluator.policy import Policy
 from hillinfer.native import ring
@@ -36,6 +36,7 @@ class Run:
         self.attended_ns: int | None = None  # when a layer's attention last ended in a decode step
         self._forget()
         self.check_settings(settings)
+        check_folder(settings.drive)
 
     @classmethod
     def check_settings(cls, settings: Settings) -> None:

@@ -25,7 +25,7 @@ seed = 2  # makes the document and the question
 # %%
 from transformers import logging
 
-from hillinfer.commands.demo import load_embedded
+from hillinfer.assets import load_embedded
 from hillinfer.workbench import Case, LiveRun
 from hillinfer.workbench.observe import AttentionRecord
 

@@ -23,7 +23,7 @@ drive = "/tmp"  # a folder on the drive
 # %%
 from transformers import logging
 
-from hillinfer.commands.demo import load_embedded
+from hillinfer.assets import load_embedded
 from hillinfer.workbench import Case, LiveRun
 from hillinfer.workbench.figures import hits_figure
 

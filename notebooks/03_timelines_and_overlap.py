@@ -23,7 +23,7 @@ drive = "/tmp"  # a folder on the drive
 # %%
 from transformers import logging
 
-from hillinfer.commands.demo import load_embedded, machine
+from hillinfer.assets import load_embedded, machine
 from hillinfer.workbench import Case, LiveRun, show_timeline
 
 logging.disable_progress_bar()

@@ -26,7 +26,8 @@ import pandas as pd
 from transformers import logging
 
 import hillinfer
-from hillinfer.commands.demo import compare, demo_records, floor, load_embedded, machine
+from hillinfer.assets import load_embedded, machine
+from hillinfer.longbench.comparison import compare, demo_records, floor
 
 logging.disable_progress_bar()
 model, tokenizer = load_embedded()

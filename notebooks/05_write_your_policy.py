@@ -59,7 +59,8 @@ hillinfer.POLICIES["blocks"] = Blocks
 import pandas as pd
 from transformers import logging
 
-from hillinfer.commands.demo import compare, demo_records, load_embedded
+from hillinfer.assets import load_embedded
+from hillinfer.longbench.comparison import compare, demo_records
 
 logging.disable_progress_bar()
 model, tokenizer = load_embedded()
@@ -73,7 +74,7 @@ table = pd.DataFrame(rows).set_index("system")
 table.style.format({"right": "{:.0%}", "attended": "{:,.0f}", "ms per token": "{:.1f}"})
 
 # %%
-from hillinfer.commands.demo import floor
+from hillinfer.longbench.comparison import floor
 from hillinfer.workbench.figures import systems_figure
 
 title = f"{len(records)} questions of 1K tokens, alpha {alpha}"

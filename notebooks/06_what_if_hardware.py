@@ -44,7 +44,7 @@ pd.DataFrame([{"profile": name, "box": own.about, **own.sources()} for name, own
 # %%
 from transformers import logging
 
-from hillinfer.commands.demo import load_embedded, machine
+from hillinfer.assets import load_embedded, machine
 from hillinfer.workbench import Case, LiveRun, show_timeline
 
 logging.disable_progress_bar()

@@ -117,7 +117,7 @@ figure.update_yaxes(title="ms (modelled)", rangemode="tozero")
 import pandas as pd
 from transformers import logging
 
-from hillinfer.commands.demo import load_embedded, machine
+from hillinfer.assets import load_embedded, machine
 from hillinfer.workbench import Case, LiveRun, show_timeline
 
 logging.disable_progress_bar()

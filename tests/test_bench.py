@@ -37,6 +37,7 @@ def test_every_system_is_in_the_table(tmp_path):
     [
         (["--task", "cooking"], "choose one of lines"),
         (["--systems", "full,nonsense"], "no system 'nonsense'"),
+        (["--systems", ","], "no system ','"),
         (["--alpha", "2"], "alpha is 2"),
         (["--context", "9000"], "window of 8192"),
         (["--drive", "/nowhere"], "does not exist"),

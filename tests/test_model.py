@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hillinfer.longbench.synthetic as syn
-from hillinfer.commands.demo import load_embedded
+from hillinfer.assets import load_embedded
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 import attention

@@ -60,6 +60,13 @@ def test_without_a_limit_it_is_the_machines_memory(tmp_path, mounts, fields):
     assert read_memory(root) == Memory(16 << 30, 0, 0, "the machine's available memory")
 
 
+def test_a_group_that_slows_its_processes_down_has_a_limit(tmp_path):
+    fields = v2(900 * MIB, 100 * MIB, 0) | {"memory.high": f"{700 * MIB}\n"}
+    root = machine(tmp_path, V2, {"sys/fs/cgroup/a": fields})
+    (root / "proc/self/cgroup").write_text("0::/a\n")
+    assert read_memory(root).budget() == 600 * MIB
+
+
 def test_in_a_container_the_mount_is_ours(tmp_path):
     root = machine(tmp_path, V1, {"sys/fs/cgroup/memory": v1(500 * MIB, 100 * MIB, 0)})
     (root / "proc/self/cgroup").write_text("4:memory:/docker/0123\n")

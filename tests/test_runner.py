@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hillinfer import Settings, disable, enable, make_cache
-from hillinfer.commands.demo import demo_records, load_embedded
+from hillinfer.assets import load_embedded
 from hillinfer.evaluator.policies import POLICIES
+from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.runner import ask, ask_each, feed, is_right, own_prompt
 from hillinfer.longbench.synthetic import prompt_of
 

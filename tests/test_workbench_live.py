@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hillinfer import UsageError
-from hillinfer.commands.demo import load_embedded
+from hillinfer.assets import load_embedded
 from hillinfer.longbench.runner import ask, feed
 from hillinfer.seam import enable
 from hillinfer.systems.registry import make_cache

@@ -6,8 +6,9 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hillinfer.commands import demo
+from hillinfer.assets import load_embedded
 from hillinfer.evaluator.codes import KeyCodes, unpack
+from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.synthetic import prompt_of
 
 
@@ -21,10 +22,10 @@ def real_states(task: str = "lines_4k") -> list[tuple[torch.Tensor, torch.Tensor
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register("recording", record)
-    model, tokenizer = demo.load_embedded()
+    model, tokenizer = load_embedded()
     before = model.config._attn_implementation
     model.set_attn_implementation("recording")
-    ids = tokenizer(prompt_of(demo.demo_records({task: 1})[0]), return_tensors="pt").input_ids
+    ids = tokenizer(prompt_of(demo_records({task: 1})[0]), return_tensors="pt").input_ids
     with torch.inference_mode():
         model(ids)
     model.set_attn_implementation(before)

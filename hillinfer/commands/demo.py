@@ -1,122 +1,93 @@
-"""The main job: the same long-context questions answered by several systems, side by side."""
+"""`hillinfer demo`: the embedded model's long-context questions, answered by several systems side by side."""
 
-import platform
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import typer
 
-from hillinfer.assets import data_folder
-from hillinfer.cache import TieredCache
-from hillinfer.errors import UsageError
-from hillinfer.longbench.runner import Answer, ask, is_right
-from hillinfer.longbench.synthetic import load_records, partial_key_floor
-from hillinfer.seam import disable, enable
-from hillinfer.systems.planning import plan
-from hillinfer.systems.registry import find_system, make_cache
+from hillinfer.commands.console import (
+    Alpha,
+    Drive,
+    DriveKind,
+    HostBudget,
+    Precision,
+    progress,
+    say,
+    show_table,
+    split_list,
+)
+from hillinfer.config import Settings, check_folder
 
-SYSTEMS = ("full", "streaming", "hillinfer")
-QUESTIONS = {"lines_2k": 12, "needle_2k": 8, "lines_4k": 4}  # how many of which tasks the demo asks
-
-
-@dataclass
-class Result:
-    """One system's answers; `right` is parallel to them."""
-
-    system: str
-    answers: list[Answer]
-    right: list[bool]
-    cache: TieredCache  # of the last question, closed; its timeline and counters remain
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.right) / len(self.right)
-
-    def mean(self, name: str) -> float:
-        return statistics.fmean(getattr(answer, name) for answer in self.answers)
-
-    def median(self, name: str) -> float:
-        return statistics.median(getattr(answer, name) for answer in self.answers)
-
-    def rate(self, tier: str) -> float:
-        return statistics.fmean(answer.rates[tier] for answer in self.answers)
-
-    def memory(self) -> int:
-        """KV bytes in memory: records on the device and in the host, key codes, hit table. The largest over the
-        questions.
-        """
-        return max(sum(size for kind, size in answer.memory.items() if kind != "drive") for answer in self.answers)
+HEADER = ["system", "answers\nright", "tokens\nattended", "hits % on\ndev/host/drv", "drive\nKiB/token"]
+HEADER += ["ms/\ntoken", "KV KiB\nmemory"]
 
 
-def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that this project trained, and its tokenizer."""
-    folder = data_folder("model")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
+def demo(
+    alpha: Alpha = 0.2,
+    host_budget: HostBudget = None,
+    drive: Drive = None,
+    drive_kind: DriveKind = "ssd",
+    precision: Precision = "int8",
+    systems: Annotated[str, typer.Option(help="Systems to compare, separated by commas.")] = "full,streaming,hillinfer",
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("out/demo"),
+):
+    """Answer the same long-context questions with several systems, and show what each took."""
+    settings = dict(alpha=alpha, host_budget=host_budget, drive=drive, drive_kind=drive_kind, precision=precision)
+    check_folder(Settings(**settings).drive)  # refuse bad input before torch loads
+    if drive is None:
+        settings["drive"] = out_dir / "drive"
+        settings["drive"].mkdir(parents=True, exist_ok=True)
+    names = split_list(systems) or [systems]
+    from hillinfer.assets import load_embedded
+    from hillinfer.longbench.comparison import compare, demo_records
+    from hillinfer.systems.registry import find_system, options_of
+
+    for name in names:
+        find_system(name, options_of(name, settings))
+    model, tokenizer = load_embedded()
+    records = demo_records()
+    with progress() as bars:
+        tasks = {name: bars.add_task(name, total=len(records)) for name in names}
+        results = compare(model, tokenizer, records, names, settings, lambda result: bars.advance(tasks[result.system]))
+    show(results, records, alpha, out_dir)
 
 
-def demo_records(wanted: dict[str, int] = QUESTIONS) -> list[dict]:
-    """The first records of each of these task files."""
-    folder = data_folder("tasks")
-    return [record for name, n in wanted.items() for record in load_records(folder / f"{name}.jsonl")[:n]]
+def show(results: list, records: list[dict], alpha: float, folder: Path) -> None:
+    """Print the table, and write it with figures as HTML, and the last system's trace."""
+    from hillinfer.assets import machine
+    from hillinfer.longbench.comparison import floor
+    from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure
+    from hillinfer.workbench.report import write_report
 
-
-def compare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[dict],
-    systems: Sequence[str],
-    settings: dict,
-    each: Callable[[str, int], None] = lambda system, done: None,
-) -> list[Result]:
-    """Ask every system every question. `each(system, done)` is called after each answer.
-
-    settings  fields of `Settings`; `full` keeps all its KV in memory, the others use the drive where one is named.
-    """
-    chosen = {name: options_of(name, settings) for name in systems}
-    longest = max(len(tokenizer(record["context"]).input_ids) for record in records) + 128
-    for name, own in chosen.items():
-        plan(model.config, find_system(name, own)[1], longest, model.dtype)
-    if longest > (window := model.config.max_position_embeddings):
-        raise UsageError(
-            f"a document of {longest} tokens exceeds the model's window of {window}; ask about shorter ones"
-        )
-    before = enable(model)
-    try:
-        return [_run(model, tokenizer, records, name, own, each) for name, own in chosen.items()]
-    finally:
-        disable(model, before)
-
-
-def options_of(system: str, options: dict) -> dict:
-    """`full` is the reference: all KV in memory, whatever the drive and budget of the others."""
-    return options | {"drive": None, "host_budget": None} if system == "full" else options
-
-
-def _run(model, tokenizer, records, name, options, each) -> Result:
-    answers = []
-    for done, record in enumerate(records, 1):
-        with make_cache(model, name, **options) as cache:
-            answers.append(ask(model, tokenizer, record, cache))
-        each(name, done)
-    return Result(name, answers, [is_right(r, a.text) for r, a in zip(records, answers, strict=True)], cache)
-
-
-def floor(records: Sequence[dict]) -> float:
-    """What a solver without a model gets that knows one half of the asked key."""
-    return statistics.fmean(partial_key_floor(record) for record in records)
-
-
-def machine() -> str:
-    """The machine, in one line, for every measured table."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+    guess, last = floor(records), results[-1]
+    rows = [
+        [
+            result.system,
+            f"{sum(result.right)}/{len(records)} {result.accuracy:.0%}",
+            f"{result.mean('attended'):,.0f}/{result.mean('cached'):,.0f}",
+            "/".join(f"{100 * result.rate(tier):.0f}" for tier in ("device", "host", "drive")),
+            f"{result.mean('drive_bytes_per_token') / 1024:,.0f}",
+            f"{result.median('ms_per_token'):.1f}",
+            f"{result.memory() / 1024:,.0f}",
         ]
-        cpu = f"{len(names)} cores of {names[0]}" if names else cpu
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return f"{cpu}, {gpu}, torch {torch.__version__} with {torch.get_num_threads()} threads"
+        for result in results
+    ]
+    show_table(HEADER, rows, f"{len(records)} questions, documents of 2K to 4K tokens, alpha {alpha}")
+    facts = [
+        f"Guessing among the entries that share half of the queried key would score {guess:.0%}.",
+        f"Measured on {machine()}; times are medians over the questions.",
+        "Tokens attended: mean per step and layer. KV in memory: records, codes, hit table; largest question.",
+    ]
+    timelines = [
+        timeline_figure(result.cache.timeline, f"{result.system}: the last steps of the last question")
+        for result in results
+    ]
+    accuracies = [result.accuracy for result in results]
+    figures = [
+        systems_figure([result.system for result in results], accuracies, guess, "Answers right"),
+        *timelines,
+        hits_figure(last.cache.counters, f"{last.system}: tokens attended by tier, last question"),
+    ]
+    trace = last.cache.timeline.save(folder / "timeline.json")
+    page = write_report(folder / "report.html", "hillinfer demo", facts, HEADER, rows, figures)
+    say(*facts, f"timeline ({last.system}, last question; open in ui.perfetto.dev): {trace}", f"report: {page}")

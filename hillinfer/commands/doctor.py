@@ -1,26 +1,34 @@
-"""hillinfer doctor: what this machine can do, what will be slow because of it, and the fix, within ten seconds."""
+"""`hillinfer doctor`: the machine's abilities, the cost of the missing ones and their fixes, within ten seconds."""
 
 import os
 import platform
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-LLAMA = 32 * 4096  # bytes of KV for each token of a Llama-3-8B in bf16
+from hillinfer.commands.console import out
+from hillinfer.config import check_folder
+from hillinfer.pipeline.memory import read_memory
+
+LLAMA = 32 * 4096  # bytes of KV per token of a Llama-3-8B in bf16
 CONTEXT = 32_768
-PIECE = 256 << 20  # bytes of the file that is measured
-SECONDS = 0.6  # for each measurement
+RECORD = 4096  # bytes; one layer's K and V of one token of that model
+FILE = 256 << 20  # bytes of the file that is written and read
+SECONDS = 0.6
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what there is, and where something is missing what that costs and what to do."""
+    """One finding. If not `fine`: its cost and the fix."""
 
     name: str
     found: str
@@ -31,28 +39,23 @@ class Check:
 
 def doctor(
     drive: Annotated[Path, typer.Option(help="Folder on the drive that would hold the KV.")] = Path(),
-    seconds: Annotated[float, typer.Option(min=0.1, help="For each of the measurements.")] = SECONDS,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration of each measurement.")] = SECONDS,
 ):
-    """What this machine can do, what will be slow because of it, and the fix."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    from hillinfer.config import check_folder
-
-    out, folder = Console(), check_folder(drive)
-    for check in examine(folder, seconds):
+    """Check and measure this machine: what works, what will be slow, and the fix."""
+    for check in examine(check_folder(drive), seconds):
         mark = "[green]ok  [/]" if check.fine else "[yellow]slow[/]"
-        out.print(f"{mark} {check.name:<16} {escape(check.found)}", highlight=False, soft_wrap=True)
+        lines = [f"{mark} {check.name:<16} {escape(check.found)}"]
         if not check.fine:
-            out.print(f"     {'':<16} {escape(check.slow)}", highlight=False, soft_wrap=True)
-            out.print(f"     {'':<16} fix: {escape(check.fix)}", highlight=False, soft_wrap=True)
+            lines += [f"{'':<21} {escape(check.slow)}", f"{'':<21} fix: {escape(check.fix)}"]
+        out.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def examine(folder: Path, seconds: float = SECONDS) -> Iterator[Check]:
-    """All checks; `folder` is on the drive that would hold the KV."""
+    """All checks. `folder` is on the drive that would hold the KV; each measurement takes `seconds`."""
     yield from (gpu(), instructions(), compiler(), ring(), direct_io(folder), space(folder))
-    yield from (cgroup(), raw_devices(), xrt())
-    yield from bandwidths(folder, seconds)
+    yield from (memory_limit(), raw_devices(), xrt())
+    memory, all_threads = memory_speed(seconds)
+    yield from (memory, scoring_speed(seconds, all_threads), *gpu_link_speed(seconds), drive_speed(folder, seconds))
 
 
 def gpu() -> Check:
@@ -61,7 +64,7 @@ def gpu() -> Check:
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
         return Check("GPU", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, torch {torch.__version__}")
-    fix = "none is needed for small models; for a large one install torch for CUDA on a machine with a GPU"
+    fix = "none needed for small models; for a large one, install torch for CUDA on a machine with a GPU"
     return Check("GPU", f"none, torch {torch.__version__}", False, "the model itself runs on the CPU", fix)
 
 
@@ -70,10 +73,9 @@ def instructions() -> Check:
 
     best = native.isa()
     found = f"{platform.machine()}, {os.cpu_count()} cores, kernels for {', '.join(native.isas()) or 'none'}"
-    if best in ("avx512-vnni", "neon"):
-        return Check("instructions", f"{found}; in use: {best}")
     slow = "scoring is slower than memory: AVX2 takes 2 times as long as AVX512-VNNI, plain C 10 times"
-    return Check("instructions", f"{found}; in use: {best}", best == "avx2", slow, "see compiler, or another machine")
+    fine = best in ("avx512-vnni", "avx2", "neon")
+    return Check("instructions", f"{found}; in use: {best}", fine, slow, "see compiler, or use another machine")
 
 
 def compiler() -> Check:
@@ -93,146 +95,103 @@ def ring() -> Check:
 
     if not (reason := io_uring.why_not()):
         return Check("io_uring", "yes")
-    switch = Path("/proc/sys/kernel/io_uring_disabled")
-    off = switch.exists() and switch.read_text().strip() != "0"
-    fix = "sysctl kernel.io_uring_disabled=0" if off else "Linux 5.6 or newer; in a container allow io_uring_setup"
-    return Check(
-        "io_uring", f"no: {reason}", False, "tokens are read by threads: 1.1 to 1.6 times slower, twice the CPU", fix
-    )
+    off = _text("/proc/sys/kernel/io_uring_disabled").strip() not in ("", "0")
+    fix = "sysctl kernel.io_uring_disabled=0" if off else "Linux 5.6 or newer; in a container, allow io_uring_setup"
+    slow = "tokens are read by threads: 1.1 to 1.6 times slower, twice the CPU"
+    return Check("io_uring", f"no: {reason}", False, slow, fix)
 
 
 def direct_io(folder: Path) -> Check:
-    import warnings
-
     from hillinfer.tiers.block_file import BlockFile
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = BlockFile(folder)
     file.close()
-    slow = "KV goes through the page cache, which keeps nothing of use on repeated passes, and takes its memory"
-    fix = f"name a folder on ext4, xfs or btrfs instead of {file_system(folder)} with --drive"
-    return Check(
-        "O_DIRECT", f"{'yes' if file.direct else 'no'}, {folder} ({file_system(folder)})", file.direct, slow, fix
-    )
+    kind = file_system(folder)
+    slow = "KV goes through the page cache, which takes memory and is useless for repeated passes"
+    fix = f"name a folder on ext4, xfs or btrfs instead of {kind} with --drive"
+    return Check("O_DIRECT", f"{'yes' if file.direct else 'no'}, {folder} ({kind})", file.direct, slow, fix)
 
 
 def file_system(folder: Path) -> str:
-    """The type of the mount that the folder is on."""
-    try:
-        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    except OSError:
-        return "an unknown file system"
+    """The file system type of the folder's mount."""
+    mounts = [line.split() for line in _text("/proc/mounts").splitlines()]
     over = [(len(where), kind) for _, where, kind, *_ in mounts if folder.is_relative_to(where)]
     return max(over)[1] if over else "an unknown file system"
 
 
 def space(folder: Path) -> Check:
     free, need = shutil.disk_usage(folder).free, CONTEXT * LLAMA
-    found = f"{free / 1e9:.0f} GB free in {folder}"
     slow = f"a Llama-3-8B's KV at {CONTEXT:,} tokens takes {need / 1e9:.1f} GB, and generation would be refused"
-    return Check("free space", found, free > need, slow, "free some, or name a folder on another drive with --drive")
+    fix = "free some, or name a folder on another drive with --drive"
+    return Check("free space", f"{free / 1e9:.0f} GB free in {folder}", free > need, slow, fix)
 
 
-def cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Check:
-    """The memory limit of this process's control group, or of one above it."""
+def memory_limit(root: Path = Path("/")) -> Check:
+    """The limit that the planner uses. `root` holds /proc and /sys."""
     try:
-        group = root / own.read_text().strip().splitlines()[-1].split(":")[2].lstrip("/")
-    except (OSError, IndexError):
-        return Check("memory limit", "no control groups here")
-    limits = []
-    for folder in (group, *group.parents):
-        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            text = (folder / name).read_text().strip() if (folder / name).is_file() else "max"
-            limits += [int(text)] if text.isdigit() and int(text) < 1 << 60 else []
-        if folder == root:
-            break
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not limits or min(limits) >= total:
-        return Check("memory limit", f"none below the machine's {total / 2**30:.1f} GiB")
-    slow = "records, codes and page cache share that; beyond it the process is killed"
-    fix = "give --host-budget a part of it, or raise the group's memory.max"
-    return Check("memory limit", f"{min(limits) / 2**30:.2f} GiB by its control group", False, slow, fix)
+        memory = read_memory(root)
+    except (OSError, KeyError):
+        return Check("memory limit", "unknown: no /proc/meminfo here")
+    size = f"{memory.limit / 2**30:.2f} GiB"
+    if not memory.source.startswith("cgroup"):
+        return Check("memory limit", f"none below {memory.source} of {size}")
+    slow = "records, codes and page cache share it; beyond it the process is slowed down or killed"
+    fix = "set --host-budget to a part of it, or raise the control group's memory.max and memory.high"
+    return Check("memory limit", f"{size} by {memory.source}", False, slow, fix)
 
 
 def raw_devices() -> Check:
-    """Whole block devices that nothing is mounted from and this user may write to."""
-    mounted = Path("/proc/mounts").read_text() if Path("/proc/mounts").exists() else ""
-    names = sorted(path.name for path in Path("/sys/block").glob("*")) if Path("/sys/block").exists() else []
-    names = [name for name in names if not name.startswith(("loop", "ram", "zram", "dm-", "sr", "md"))]
+    """Whole block devices that are not mounted and that this user may write to."""
+    mounted, virtual = _text("/proc/mounts"), ("loop", "ram", "zram", "dm-", "sr", "md")
+    names = sorted(path.name for path in Path("/sys/block").glob("*") if not path.name.startswith(virtual))
     free = [f"/dev/{name}" for name in names if f"/dev/{name}" not in mounted and os.access(f"/dev/{name}", os.W_OK)]
-    return Check("raw device", ", ".join(free) or "none that is free and writable; a file does as well, measured")
+    return Check("raw device", ", ".join(free) or "none free and writable; a file performs as well, measured")
 
 
 def xrt() -> Check:
-    found = (
-        shutil.which("xrt-smi")
-        or shutil.which("xbutil")
-        or ("/opt/xilinx/xrt" if Path("/opt/xilinx/xrt").exists() else "")
-    )
-    return Check("XRT (SmartSSD)", found or "none: a drive that scores is emulated (--drive-kind emulated)")
+    folder = Path("/opt/xilinx/xrt")
+    found = shutil.which("xrt-smi") or shutil.which("xbutil") or (str(folder) if folder.exists() else "")
+    return Check("XRT (SmartSSD)", found or "none; a drive that scores can be emulated (--drive-kind emulated)")
 
 
-def bandwidths(folder: Path, seconds: float) -> Iterator[Check]:
-    """Measured now: memory, scoring and the drive; and what that means for a Llama-3-8B, by arithmetic."""
+def memory_speed(seconds: float) -> tuple[Check, float]:
+    """Read bandwidth; also as GB/s with all threads."""
     import numpy as np
     import torch
 
     from hillinfer import native
-    from hillinfer.errors import DriveError
-    from hillinfer.evaluator.codes import group_scores
-    from hillinfer.tiers.record_file import RecordFile
 
-    rng, cores = np.random.default_rng(0), torch.get_num_threads()
-    words = np.ones(8 << 20, np.uint64)
+    words, threads = np.ones(8 << 20, np.uint64), torch.get_num_threads()
     read = native.read if native.available() else lambda words, threads=1: words.sum()
-    alone, all_cores = (rate(words.nbytes, lambda n=n: read(words, n), seconds) for n in (1, cores))
-    yield Check("memory", f"{alone:.1f} GB/s one core, {all_cores:.1f} with {cores} threads")
-    codes = torch.from_numpy(rng.integers(-127, 128, (8, 16_384, 128), np.int8))
-    query = torch.from_numpy(rng.integers(-127, 128, (8, 4, 128), np.int8))
-    scored = rate(codes.nbytes, lambda: group_scores(query, codes), seconds)
-    step = CONTEXT * 32 * 1024 / scored / 1e6  # 32 layers of 8 KV heads by 128 channels
-    slow = f"{scored / all_cores:.0%} of what memory gives: {step:,.0f} ms a step of a Llama-3-8B, {CONTEXT:,} tokens"
-    fine = scored > 0.3 * all_cores
-    yield Check("scoring INT8", f"{scored:.1f} GB/s of codes", fine, slow, "see compiler and instructions")
-    if torch.cuda.is_available():
-        yield _to_gpu(seconds)
-    width, part = 4096, rng.integers(0, 255, (PIECE // 4096 // 8, 4096), np.uint8)
-    try:
-        file = RecordFile(folder, width, 1)
-        try:
-            start = time.perf_counter()
-            for at in range(8):
-                file.write(0, at * len(part), part)
-            written = 8 * part.nbytes / (time.perf_counter() - start) / 1e9
-            n, out = 8 * len(part), np.empty((len(part), width), np.uint8)
-            turn = iter(range(10**9))
-
-            def in_order() -> None:
-                at = next(turn) % 8 * len(part)
-                file.read(0, np.arange(at, at + len(part)), out)
-
-            def scattered() -> None:
-                file.read(0, np.sort(rng.choice(n, n // 10, replace=False)), out[: n // 10])
-
-            stream = rate(part.nbytes, in_order, seconds)
-            tokens = rate(n // 10 * width, scattered, seconds)
-        finally:
-            file.close()
-    except DriveError as error:
-        yield Check("drive", str(error), False, "nothing can be kept on it", "name another folder with --drive")
-        return
-    found = f"{stream:.2f} GB/s in order, {tokens:.2f} a tenth of the 4 KiB records, {written:.2f} written"
-    kv = CONTEXT * LLAMA / 1e9
-    slow = f"a Llama-3-8B's KV at {CONTEXT:,} tokens would take {kv / stream:.1f} s to stream for each new token, "
-    slow += f"and a tenth of it {kv / 10 / tokens:.1f} s (arithmetic)"
-    fix = "an idle NVMe drive: name a folder on it with --drive"
-    yield Check("drive", f"{found} ({file.engine.name})", stream > 1.5, slow, fix)
+    one, every = (rate(words.nbytes, lambda n=n: read(words, n), seconds) for n in (1, threads))
+    return Check("memory", f"{one:.1f} GB/s one core, {every:.1f} with {threads} threads"), every
 
 
-def _to_gpu(seconds: float) -> Check:
+def scoring_speed(seconds: float, memory: float) -> Check:
+    """Scoring of INT8 key codes against `memory` GB/s, and its share of a step by arithmetic."""
+    import numpy as np
     import torch
 
+    from hillinfer.evaluator.codes import group_scores
+
+    rng = np.random.default_rng(0)
+    codes, query = (
+        torch.from_numpy(rng.integers(-127, 128, (8, n, 128), np.int8)) for n in (16_384, 4)
+    )  # 8 KV heads of 128 channels, 4 query heads for each
+    speed = rate(codes.nbytes, lambda: group_scores(query, codes), seconds)
+    step = CONTEXT * 32 * 1024 / speed / 1e6  # 32 layers
+    slow = f"{speed / memory:.0%} of memory bandwidth: {step:,.0f} ms per step of a Llama-3-8B at {CONTEXT:,} tokens"
+    fix = "see compiler and instructions"
+    return Check("scoring INT8", f"{speed:.1f} GB/s of codes", speed > 0.3 * memory, slow, fix)
+
+
+def gpu_link_speed(seconds: float) -> Iterator[Check]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return
     host = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
 
     def copy() -> None:
@@ -240,13 +199,51 @@ def _to_gpu(seconds: float) -> Check:
         torch.cuda.synchronize()
 
     speed = rate(host.nbytes, copy, seconds)
-    return Check(
-        "host to GPU", f"{speed:.1f} GB/s, pinned", speed > 10, "every fetched token crosses it", "a PCIe 4 x16 slot"
-    )
+    fix = "a PCIe 4 x16 slot"
+    yield Check("host to GPU", f"{speed:.1f} GB/s, pinned", speed > 10, "every fetched token crosses it", fix)
+
+
+def drive_speed(folder: Path, seconds: float) -> Check:
+    """Reads in order and of a tenth of the records at random, and by arithmetic the time of a Llama-3-8B's KV."""
+    import numpy as np
+
+    from hillinfer.errors import DriveError
+    from hillinfer.tiers.record_file import RecordFile
+
+    rng, n = np.random.default_rng(0), FILE // RECORD
+    piece, tenth = n // 8, n // 10
+    starts = cycle(range(0, n, piece))
+    records, buffer = rng.integers(0, 255, (piece, RECORD), np.uint8), np.empty((piece, RECORD), np.uint8)
+
+    def in_order() -> None:
+        start = next(starts)
+        file.read(0, np.arange(start, start + piece), buffer)
+
+    def scattered() -> None:
+        file.read(0, np.sort(rng.choice(n, tenth, replace=False)), buffer[:tenth])
+
+    try:
+        file = RecordFile(folder, RECORD, 1)
+        try:
+            begin = time.perf_counter()
+            for start in range(0, n, piece):
+                file.write(0, start, records)
+            written = FILE / (time.perf_counter() - begin) / 1e9
+            stream, tokens = rate(piece * RECORD, in_order, seconds), rate(tenth * RECORD, scattered, seconds)
+        finally:
+            file.close()
+    except DriveError as error:
+        return Check("drive", str(error), False, "nothing can be kept on it", "name another folder with --drive")
+    found = f"{stream:.2f} GB/s in order, {tokens:.2f} a tenth of the 4 KiB records, {written:.2f} written"
+    kv = CONTEXT * LLAMA / 1e9
+    slow = f"a Llama-3-8B's KV at {CONTEXT:,} tokens would take {kv / stream:.1f} s to stream for each new token, "
+    slow += f"and a tenth of it {kv / 10 / tokens:.1f} s (arithmetic)"
+    fix = "an idle NVMe drive: name a folder on it with --drive"
+    return Check("drive", f"{found} ({file.engine.name})", stream > 1.5, slow, fix)
 
 
 def rate(nbytes: int, work: Callable[[], object], seconds: float) -> float:
-    """Median GB/s of repeats for about so long, after one that is not counted."""
+    """Median GB/s of `work` repeated for about `seconds`, after one warm-up."""
     work()
     speeds, until = [], time.perf_counter() + seconds
     while not speeds or time.perf_counter() < until:
@@ -254,3 +251,11 @@ def rate(nbytes: int, work: Callable[[], object], seconds: float) -> float:
         work()
         speeds.append(nbytes / (time.perf_counter() - start) / 1e9)
     return statistics.median(speeds)
+
+
+def _text(path: str) -> str:
+    """The text of a file of the kernel's; empty if there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

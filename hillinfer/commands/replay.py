@@ -37,7 +37,7 @@ def replay(
     ),
 ):
     """Model decode steps on other hardware: recorded runs by their own record, systems by their stated work."""
-    from hillinfer.commands.app import clear_errors
+    from hillinfer.commands.console import clear_errors
     from hillinfer.whatif import sweep as job
 
     with clear_errors():

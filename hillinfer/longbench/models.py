@@ -3,7 +3,7 @@
 from functools import lru_cache
 from pathlib import Path
 
-from hillinfer.assets import data_folder
+from hillinfer.assets import load_pretrained, model_path
 from hillinfer.errors import UsageError
 from hillinfer.longbench.results import fingerprint
 from hillinfer.longbench.sources import hub_answers
@@ -16,25 +16,13 @@ def describe(name: str, chat: bool | None) -> dict:
     from hillinfer.seam import check_supported
 
     path = model_path(name)
-    reach = {"local_files_only": Path(path).is_dir() or not hub_answers(), "trust_remote_code": False}
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(path, **reach), AutoTokenizer.from_pretrained(path, **reach)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"cannot load model '{name}' ({reason}); give a folder with config.json, or a hub id in reach"
-        ) from None
+    offline = Path(path).is_dir() or not hub_answers()
+    config, tokenizer = (load_pretrained(kind, name, local_files_only=offline) for kind in (AutoConfig, AutoTokenizer))
     check_supported(config)
     if chat and not tokenizer.chat_template:
         raise UsageError(f"the tokenizer of {name} has no chat template; leave out --chat")
     used = bool(tokenizer.chat_template) if chat is None else chat
     return {"fingerprint": fingerprint(Path(path)) if Path(path).is_dir() else "hub", "chat": used}
-
-
-def model_path(name: str) -> str:
-    """A folder as an absolute path, so that workers find it; a hub id as it is."""
-    folder = data_folder("model") if name == "embedded" else Path(name)
-    return str(folder.resolve()) if folder.is_dir() else name
 
 
 @lru_cache(maxsize=1)
@@ -52,7 +40,7 @@ def load_model(path: str, dtype: str, threads: int, seed: int):
     width = dtype if dtype == "auto" else getattr(torch, dtype)
     if path == model_path("embedded") and dtype == "auto":
         width = torch.float32  # as it was evaluated
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=width, trust_remote_code=False).eval()
+    model = load_pretrained(AutoModelForCausalLM, path, dtype=width).eval()
     model = model.cuda() if torch.cuda.is_available() else model
     enable(model)
-    return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return model, load_pretrained(AutoTokenizer, path)

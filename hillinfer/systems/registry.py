@@ -106,6 +106,11 @@ def run_for(settings: Settings) -> type[Run]:
     return LeoAMRun if settings.compress else Run
 
 
+def options_of(system: str, options: dict) -> dict:
+    """The options of one system in a comparison: `full` is the reference and keeps all KV in memory."""
+    return options | {"drive": None, "host_budget": None} if system == "full" else options
+
+
 def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinfer", **options) -> TieredCache:
     """A cache for `generate`, and the model switched to tiered attention.
 

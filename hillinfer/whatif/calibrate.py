@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hillinfer.commands.demo import machine
+from hillinfer.assets import machine
 from hillinfer.seam import disable, enable
 from hillinfer.systems.registry import list_systems, make_cache
 from hillinfer.systems.shapes import shape_of

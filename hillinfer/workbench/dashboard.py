@@ -11,7 +11,7 @@ from pathlib import Path
 import ipywidgets as w
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
-from hillinfer.commands.demo import load_embedded, machine
+from hillinfer.assets import load_embedded, machine
 from hillinfer.errors import UsageError
 from hillinfer.longbench.synthetic import TASKS
 from hillinfer.systems.registry import list_systems

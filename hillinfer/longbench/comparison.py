@@ -1,0 +1,97 @@
+"""The same long-context questions answered by several systems, side by side."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hillinfer.assets import data_folder
+from hillinfer.cache import TieredCache
+from hillinfer.errors import UsageError
+from hillinfer.longbench.runner import Answer, ask, is_right, own_prompt
+from hillinfer.longbench.synthetic import load_records, partial_key_floor
+from hillinfer.seam import disable, enable
+from hillinfer.systems.planning import plan
+from hillinfer.systems.registry import find_system, make_cache, options_of
+
+SYSTEMS = ("full", "streaming", "hillinfer")
+QUESTIONS = {"lines_2k": 12, "needle_2k": 8, "lines_4k": 4}  # task file: number of questions in the demo
+
+
+@dataclass
+class Result:
+    """One system's answers; `right` is parallel to them."""
+
+    system: str
+    answers: list[Answer] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    cache: TieredCache | None = None  # of the last question; closed, but with its timeline and counters
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.fmean(self.right)
+
+    def mean(self, name: str) -> float:
+        return statistics.fmean(getattr(answer, name) for answer in self.answers)
+
+    def median(self, name: str) -> float:
+        return statistics.median(getattr(answer, name) for answer in self.answers)
+
+    def rate(self, tier: str) -> float:
+        """Mean share of the attended tokens that this tier served."""
+        return statistics.fmean(answer.rates[tier] for answer in self.answers)
+
+    def memory(self) -> int:
+        """KV bytes in memory, the largest over the questions: records on device and host, key codes, hit table."""
+        return max(sum(size for kind, size in answer.memory.items() if kind != "drive") for answer in self.answers)
+
+
+def demo_records(wanted: dict[str, int] = QUESTIONS) -> list[dict]:
+    """The first records of these task files, as many of each as asked for."""
+    folder = data_folder("tasks")
+    return [record for name, n in wanted.items() for record in load_records(folder / f"{name}.jsonl")[:n]]
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[dict],
+    systems: Iterable[str],
+    settings: dict,
+    each: Callable[[Result], None] = lambda result: None,
+    seen: bool = False,
+) -> list[Result]:
+    """Ask every system every question. Systems take turns, so that a slow minute of the machine hits them all.
+
+    settings  fields of `Settings`; `full` keeps all KV in memory, the others use the drive if there is one
+    each      called with a system's growing result after each of its answers, when its cache is closed
+    seen      prefill the question with the document
+
+    Raises UsageError, before the first question, if a system cannot run or a prompt exceeds the model's window.
+    """
+    chosen = {name: options_of(name, settings) for name in systems}
+    prompts = [own_prompt(tokenizer, record) for record in records]
+    longest = max(len(prompt.ids) + task.max_new_tokens for task, prompt in prompts)
+    if longest > (window := model.config.max_position_embeddings):
+        raise UsageError(f"{longest} tokens exceed the model's window of {window}; ask about a shorter document")
+    for name, options in chosen.items():
+        plan(model.config, find_system(name, options)[1], longest, model.dtype)
+    results = [Result(name) for name in chosen]
+    before = enable(model)
+    try:
+        for record in records:
+            for result in results:
+                with make_cache(model, result.system, **chosen[result.system]) as result.cache:
+                    answer = ask(model, tokenizer, record, result.cache, seen)
+                result.answers.append(answer)
+                result.right.append(is_right(record, answer.text))
+                each(result)
+    finally:
+        disable(model, before)
+    return results
+
+
+def floor(records: Sequence[dict]) -> float:
+    """Expected accuracy of guessing among the entries that share half of the queried key."""
+    return statistics.fmean(partial_key_floor(record) for record in records)

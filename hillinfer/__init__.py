@@ -16,37 +16,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "POLICIES": "evaluator.policies",
+    "DriveError": "errors",
+    "Policy": "evaluator.policy",
+    "Settings": "config",
+    "Step": "evaluator.policy",
     "TieredCache": "cache",
+    "UsageError": "errors",
     "disable": "seam",
     "enable": "seam",
-    "Settings": "config",
-    "UsageError": "errors",
-    "POLICIES": "evaluator.policies",
-    "Policy": "evaluator.policy",
-    "Step": "evaluator.policy",
     "keep_session": "session",
+    "list_systems": "systems.registry",
+    "make_cache": "systems.registry",
     "open_session": "session",
     "save_session": "session",
-    "make_cache": "systems.registry",
-    "list_systems": "systems.registry",
-    "DriveError": "errors",
 }
-__all__ = [
-    "POLICIES",
-    "DriveError",
-    "Policy",
-    "Settings",
-    "Step",
-    "TieredCache",
-    "UsageError",
-    "disable",
-    "enable",
-    "keep_session",
-    "list_systems",
-    "make_cache",
-    "open_session",
-    "save_session",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str):

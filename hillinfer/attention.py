@@ -42,13 +42,13 @@ def over_tensors(
     keys, values = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
     mask = None if valid is None else valid[:, None, None].to(query.device)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, 1, heads, dim), logits(query, kv, valid, scaling).logsumexp(-1).flatten(1)
+    return out.reshape(batch, 1, heads, dim), logits(query, kv[:, :, 0], valid, scaling).logsumexp(-1).flatten(1)
 
 
-def logits(query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> torch.Tensor:
-    """Scaled logits of a query (B, H, 1, D) over kv (B, n, 2, Hkv, D), fp32 (B, Hkv, G, n); -inf where not valid."""
-    keys = kv[:, :, 0].permute(0, 2, 3, 1).float()  # (B, Hkv, D, n)
-    out = query.float().view(len(kv), keys.shape[1], -1, keys.shape[2]) * scaling @ keys
+def logits(query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """Scaled logits of a query (B, H, 1, D) over keys (B, n, Hkv, D), fp32 (B, Hkv, G, n); -inf where not valid."""
+    keys = keys.permute(0, 2, 3, 1).float()  # (B, Hkv, D, n)
+    out = query.float().view(len(keys), keys.shape[1], -1, keys.shape[2]) * scaling @ keys
     return out if valid is None else out.masked_fill_(~valid[:, None, None].to(out.device), -torch.inf)
 
 
@@ -98,19 +98,11 @@ def over_parts(
 
 
 def attention_weights(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    scaling: float,
-    visible: torch.Tensor | np.ndarray | None,
-    where: np.ndarray,
+    query: torch.Tensor, keys: torch.Tensor, scaling: float, valid: torch.Tensor | np.ndarray | None
 ) -> np.ndarray:
-    """query (H, D), keys (k, Hkv, D) of positions `where` (k,) -> softmax weights (H, k) float32."""
-    keys = keys.transpose(0, 1).float()  # (Hkv, k, D)
-    logits = (query.float().view(len(keys), -1, query.shape[1]) * scaling @ keys.transpose(1, 2)).flatten(0, 1)
-    if visible is not None:
-        shown = torch.as_tensor(visible)
-        logits[:, ~shown[torch.from_numpy(where).to(shown.device)].to(logits.device)] = -torch.inf
-    return logits.softmax(1).cpu().numpy()
+    """query (H, D), keys (k, Hkv, D), valid (k,) or None -> softmax weights (H, k) float32."""
+    shown = None if valid is None else torch.as_tensor(valid)[None]
+    return logits(query[None, :, None], keys[None], shown, scaling).softmax(-1).flatten(0, 2).cpu().numpy()
 
 
 def attendable(mask: torch.Tensor) -> torch.Tensor:

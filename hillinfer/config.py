@@ -15,7 +15,7 @@ _CHOICES = {
     "split": ("shortest", "paper"),
     "engine": ("auto", "io_uring", "threads"),
     "checksums": (True, False),
-    "placement": ("hits", "shared-hits", "lru", "importance"),
+    "placement": ("hits", "shared-hits", "lru"),
     "precision": ("int8", "int4"),
     "stream": (None, "host", "dual", "page-cache", "direct"),
     "pipelining": ("auto", "intra", "cross"),
@@ -76,7 +76,7 @@ class Settings:
     timeout      seconds without an answer after which the drive counts as stuck and the run ends
     pinned       share of the tokens, newest first, that never leave the hot pool; None: alpha, as in HillInfer
     placement    ranking of the hot pool: `hits` (a counter per token and layer), `shared-hits` (the paper's single
-                 table for all layers), or the controls `lru` and `importance`
+                 table for all layers), or the control `lru`
     precision    int8 or int4 key codes; attention itself keeps the model's precision
     compress     share of the records read from an ssd in INT4, 0 to 1, or "auto": just enough that a layer's transfer
                  takes no longer than its computation. Lossy

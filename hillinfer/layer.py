@@ -160,7 +160,7 @@ class Layer:
 
     def _weights(self, query: torch.Tensor, row: int, valid: np.ndarray | None, scaling: float) -> np.ndarray:
         """Exact attention weights of all keys, (H, n) float32."""
-        return attention.attention_weights(query, self.store.all()[0][row, :, 0], scaling, valid, np.arange(self.n))
+        return attention.attention_weights(query, self.store.all()[0][row, :, 0], scaling, valid)
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -196,7 +196,9 @@ class Layer:
                     own = query[0, :, 0], kv[0, :, 0], picks[0], self.n, scaling, visible, every_key
                     observer.take(self.index, step, *own)
             if self.policy.watches:
-                weights = attention.logits(query, kv, shown, scaling).softmax(-1).flatten(1, 2).numpy(force=True)
+                weights = (
+                    attention.logits(query, kv[:, :, 0], shown, scaling).softmax(-1).flatten(1, 2).numpy(force=True)
+                )
                 for row, pick in enumerate(picks):
                     pick = np.arange(self.n) if pick is None else pick
                     self.policy.attended(row, pick, weights[row, :, : len(pick)])

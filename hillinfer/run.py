@@ -82,8 +82,7 @@ class Run:
             self.hits = kind(geometry.batch)
         self.drive = self.open_drive(geometry)
         self.lookahead, self.trial = Lookahead(), Trial(settings.lookahead, AHEAD)
-        budget = settings.host_budget
-        self.writer = Writer() if budget is None else Writer(min(BEHIND, budget // 4))
+        self.writer = Writer(self.write_behind)
 
     def open_drive(self, geometry: Geometry):
         return self.record_file(geometry)
@@ -125,9 +124,30 @@ class Run:
         return self.settings.host_budget
 
     @property
+    def write_behind(self) -> int:
+        """Bytes of records that may wait to be written."""
+        budget = self.settings.host_budget
+        return BEHIND if budget is None else min(BEHIND, budget // 4)
+
+    @property
     def token_bytes(self) -> int:
         """One token's records in all layers and sequences."""
         return self.layers * self.geometry.batch * self.geometry.record_bytes
+
+    def host_bytes(self, tokens: int) -> dict[str, int]:
+        """Upper-bound estimate of host memory for KV and codes of this many tokens, by component."""
+        budget, kv, size = self.settings.host_budget, tokens * self.token_bytes, self.geometry
+        if self.settings.drive is not None:
+            held = self.pool_tokens(tokens) * self.token_bytes + 2 * min(kv, self.write_behind)
+        elif size.device.type != "cpu" and budget is None:
+            held = 0
+        else:
+            held = kv * 9 // 8 + kv // self.layers  # a buffer that grows is copied
+        return {"KV in memory": held, "codes and index": 3 * self.code_bytes(tokens)}  # bounds beside codes, growth
+
+    def code_bytes(self, tokens: int) -> int:
+        """INT8 key codes of all layers and sequences."""
+        return self.layers * self.geometry.batch * tokens * self.geometry.kv_heads * self.geometry.head_dim
 
     @property
     def drive_bytes(self) -> int:

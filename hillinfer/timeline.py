@@ -100,29 +100,12 @@ class Timeline:
             tracks = ends[span.lane]
             tid = next((i for i, end in enumerate(tracks) if end <= span.start_ns), len(tracks))
             tracks[tid : tid + 1] = [span.end_ns]
-            events.append(
-                {
-                    "ph": "X",
-                    "name": span.kind,
-                    "cat": span.lane,
-                    "pid": LANES.index(span.lane),
-                    "tid": tid,
-                    "ts": (span.start_ns - origin) / 1e3,
-                    "dur": (span.end_ns - span.start_ns) / 1e3,
-                    "args": {
-                        "layer": span.layer,
-                        "step": span.step,
-                        "bytes": span.bytes,
-                        "thread": span.thread,
-                        **span.detail,
-                    },
-                }
-            )
-        return {
-            "traceEvents": events,
-            "displayTimeUnit": "ms",
-            "otherData": {"times": self.source, "about": self.about},
-        }
+            place = {"pid": LANES.index(span.lane), "tid": tid}
+            times = {"ts": (span.start_ns - origin) / 1e3, "dur": (span.end_ns - span.start_ns) / 1e3}
+            about = {"layer": span.layer, "step": span.step, "bytes": span.bytes, "thread": span.thread, **span.detail}
+            events.append({"ph": "X", "name": span.kind, "cat": span.lane, **place, **times, "args": about})
+        other = {"times": self.source, "about": self.about}
+        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
 
     def save(self, path: str | Path) -> Path:
         """Write the Chrome trace as JSON."""

@@ -10,7 +10,6 @@ MIB = 1 << 20
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 LIBRARIES = 320 * MIB  # anonymous memory of torch and transformers once imported, before any model (275 measured)
 AT_WORK = 80 * MIB  # their further memory, beside tensors, while a model runs: lazy imports, threads, the allocator
-BEHIND = 64 * MIB  # bytes queued for writing, as in `tiers.log`, which loads torch
 PART = 512  # tokens of KV per block of prefill attention, as in `tiers.tiered_store`
 LIMITS = {  # cgroup version: files with a limit, counter of anonymous memory, counter of shared memory
     "cgroup v1": (("memory.limit_in_bytes",), "total_rss", "total_shmem"),
@@ -97,34 +96,12 @@ def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -
     chunk    tokens per prefill chunk; None prefills all at once
     weights  bytes of the model's weights
     """
-    settings, size = run.settings, run.geometry
-    batch, record = size.batch, run.layers * size.batch * size.record_bytes  # one token, all layers
-    lossless = settings.stream is not None  # attends to everything: no scoring, no codes
-    codes = 0 if lossless else run.layers * batch * tokens * size.kv_heads * size.head_dim
-    queued = min(BEHIND, tokens * record)
-    rows = batch * min(tokens, chunk or tokens)
-    dense, on_gpu = 0, size.device.type != "cpu"
-    if shape is not None and not on_gpu:
+    rows, dense = run.geometry.batch * min(tokens, chunk or tokens), 0
+    if shape is not None and run.geometry.device.type == "cpu":
         dense = 4 * rows * (6 * shape.hidden + 3 * shape.inner + 8 * shape.heads * shape.head_dim)
-        dense += 6 * rows * min(PART, tokens) * shape.heads if settings.drive is not None else 0
-    if settings.drive is None:
-        resident = on_gpu and settings.host_budget is None
-        kv = 0 if resident else tokens * record * 9 // 8 + tokens * record // run.layers  # growing copies a layer
-    elif lossless:
-        near = 0 if settings.stream != "host" else min(settings.host_budget or 0, tokens * record)
-        kv = near + 2 * tokens * record // run.layers + queued  # slots for two layers
-    else:
-        budget = settings.host_budget
-        kv = run.pool_tokens(tokens) * record + 2 * (queued if budget is None else min(queued, budget // 4))
-    parts = {
-        "weights": weights,
-        "KV in memory": kv,
-        "codes and index": 3 * codes,  # some policies keep bounds beside the codes; an eighth for growth
-        f"prefill of {rows:,} tokens at once": dense,
-        "libraries at work": AT_WORK,
-    }
-    if settings.drive_kind == "emulated":
-        parts["the emulated drive"] = codes + 2 * queued
+        dense += 6 * rows * min(PART, tokens) * shape.heads if run.settings.drive is not None else 0
+    parts = {"weights": weights, f"prefill of {rows:,} tokens at once": dense, "libraries at work": AT_WORK}
+    parts |= run.host_bytes(tokens)
     return {name: nbytes for name, nbytes in parts.items() if nbytes}
 
 

@@ -78,22 +78,8 @@ class LastUse(SharedHits):
     def age(self) -> None: ...
 
 
-class LatestOnly(SharedHits):
-    """The control `importance`: a layer keeps what is important right now and forgets what was."""
-
-    shared = False
-    dtype = np.uint8
-
-    def touch(self, row: int, positions: np.ndarray) -> None:
-        self.rank[row] = 0
-        self.rank[row, positions] = 1
-
-    def age(self) -> None: ...
-
-
 PLACEMENTS: dict[str, type[SharedHits]] = {
     "hits": LayerHits,
     "shared-hits": SharedHits,
     "lru": LastUse,
-    "importance": LatestOnly,
 }

@@ -81,7 +81,8 @@ class AttentionRecord:
         start = time.perf_counter_ns()
         pick = np.arange(n) if pick is None else pick
         where = np.arange(n) if self.exact else pick
-        weights = attention_weights(query, everything() if self.exact else keys[: len(pick)], scaling, visible, where)
+        shown = None if visible is None else visible[torch.from_numpy(where).to(visible.device)]
+        weights = attention_weights(query, everything() if self.exact else keys[: len(pick)], scaling, shown)
         block = block_size(n, self.blocks)
         edges = np.searchsorted(where, np.arange(0, n, block))
         totals = np.concatenate((np.zeros((len(weights), 1)), weights.cumsum(1, dtype=np.float64)), 1)

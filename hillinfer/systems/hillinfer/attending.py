@@ -40,7 +40,7 @@ class AttendingStore(ScoringStore):
             start = time.perf_counter_ns()
             kv = self.window.records[row, slots]
             visible = None if valid is None else valid[row : row + 1, torch.from_numpy(near).to(valid.device)]
-            logits = attention.logits(query[row : row + 1], kv[None], visible, scaling)[0]
+            logits = attention.logits(query[row : row + 1], kv[None, :, 0], visible, scaling)[0]
             values = kv[:, 1].transpose(0, 1).float()
             own = logits.softmax(-1).nan_to_num() @ values, logits.logsumexp(-1)
             attended = self.track.add("cpu", "attend", start, kv.nbytes)

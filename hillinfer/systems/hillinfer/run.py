@@ -13,6 +13,7 @@ from hillinfer.systems.hillinfer.drive import ComputationalDrive, EmulatedDrive
 from hillinfer.systems.hillinfer.protocol import SMARTSSD, Emulation, Shape
 from hillinfer.systems.hillinfer.scoring import DriveLog, ScoringStore
 from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.log import BEHIND
 from hillinfer.timeline import Track
 
 REBALANCE_EVERY = 16  # decode steps after which the split is corrected by what they selected
@@ -51,6 +52,13 @@ class ScoringRun(Run):
 
     def open_store(self, track: Track) -> ScoringStore:
         return self.tiered_store(self.store, track, lambda stream: DriveLog(self.drive, self.geometry, stream))
+
+    def host_bytes(self, tokens: int) -> dict[str, int]:
+        parts = super().host_bytes(tokens)
+        if self.settings.drive_kind == "emulated":
+            queued = 2 * min(BEHIND, tokens * self.token_bytes)
+            parts["the emulated drive"] = self.code_bytes(tokens) + queued
+        return parts
 
     def pool_tokens(self, n: int) -> int:
         return super().pool_tokens(n) if self.speeds is None else self.capped(self._balanced_share(), n)

@@ -10,6 +10,7 @@ from hillinfer.systems.lossless.store import TensorStore
 from hillinfer.systems.lossless.tensors import HostPath, Tensors
 from hillinfer.tiers.block_file import BLOCK, BlockFile
 from hillinfer.tiers.geometry import Geometry
+from hillinfer.tiers.log import BEHIND
 from hillinfer.timeline import Track
 
 SPARE = 16 << 20  # bytes of a memory limit that are not counted on: the kernel's own pages for this process
@@ -69,6 +70,11 @@ class StreamedRun(Run):
 
     def open_store(self, track: Track) -> TensorStore:
         return TensorStore(self.tensors, track.layer, track)
+
+    def host_bytes(self, tokens: int) -> dict[str, int]:
+        kv, limit = tokens * self.token_bytes, self.settings.host_budget or 0
+        near = min(limit, kv) if self.settings.stream == "host" else 0
+        return {"KV in memory": near + 2 * kv // self.layers + min(BEHIND, kv)}  # slots for two layers, and writes
 
     @property
     def drive_bytes(self) -> int:

@@ -43,9 +43,7 @@ class TieredLayer(CacheLayerMixin):
         self.is_initialized = True
         first = self.layer.n == 0
         self.layer.append(key_states, value_states)
-        if key_states.shape[2] == 1:
-            return self.layer, self.layer
-        if not first and self.layer.in_parts:
+        if key_states.shape[2] == 1 or (not first and self.layer.in_parts):
             return self.layer, self.layer
         keys, values = (key_states, value_states) if first else self.layer.everything()
         if self.layer.policy.watches:

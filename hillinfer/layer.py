@@ -9,7 +9,7 @@ import torch
 
 from hillinfer import attention
 from hillinfer.errors import UsageError
-from hillinfer.evaluator.codes import KeyCodes
+from hillinfer.evaluator.codes import KeyCodes, group_scores
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.run import Run
 from hillinfer.tiers.geometry import Geometry
@@ -153,7 +153,8 @@ class Layer:
         """Integer scores of all keys, (Hkv, n) int32, wherever they are computed. query (H, D)."""
         size, coded = self.run.geometry, self.codes.query(query, row)
         scanned = self.n * size.kv_heads * size.head_dim * self.run.settings.bits // 8
-        result = self.store.scores(row, coded, partial(self.codes.scores, coded, row), scanned)
+        score = partial(group_scores, coded, self.codes.codes.view()[row], self.codes.bits)
+        result = self.store.scores(row, coded, score, scanned)
         if valid is not None:
             result[:, ~valid] = NEVER
         return result

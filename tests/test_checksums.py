@@ -5,12 +5,12 @@ import zlib
 
 import numpy as np
 import pytest
+from hillinfer.tiers.drive import DirectDrive
 
 from hillinfer import native
 from hillinfer.errors import DriveError
 from hillinfer.tiers import checksums
 from hillinfer.tiers.checksums import BLOCK, Checksums
-from hillinfer.tiers.drive import DirectDrive
 from tests.test_drive import ENGINES, geometry, random_records, same
 
 

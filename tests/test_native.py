@@ -423,7 +423,7 @@ def test_nvme_commands_are_laid_out_as_the_kernel_expects(write):
     offset, address, length = (5 << 32) * 512 + 7 * 512, 0x7F0123456000, 8 * BLOCK
     entry = np.full(1, 0xFF, "V128").view(ENTRY)
     entry.view(np.uint8)[:] = 0xFF
-    native.call("hi_nvme_entry", native.pointer(entry), 77, int(write), 3, 512, offset, address, length)
+    native.function("hi_nvme_entry")(native.pointer(entry), 77, int(write), 3, 512, offset, address, length)
     want = np.zeros(1, ENTRY)
     assert COMMAND.itemsize == 72
     read_or_write = 0x01 if write else 0x02
@@ -453,7 +453,7 @@ def test_nvme_commands_are_laid_out_as_the_kernel_expects(write):
 )
 def test_results_of_requests(command, result, before, code, after):
     done = np.array([before], np.int64)
-    assert native.call("hi_ring_result", int(command), result, 4096, native.pointer(done)) == code
+    assert native.function("hi_ring_result")(int(command), result, 4096, native.pointer(done)) == code
     assert done[0] == after
 
 

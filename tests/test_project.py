@@ -132,6 +132,34 @@ def test_commands_stand_apart():
         assert path.stem == "app" or used <= may, path
 
 
+def test_layer_names_no_store():
+    names = {name for name in imports(size.PACKAGE / "layer.py") if name.startswith("hillinfer.tiers")}
+    assert names == {"hillinfer.tiers.geometry", "hillinfer.tiers.store"}
+    assert "isinstance(self.store" not in (size.PACKAGE / "layer.py").read_text()
+
+
+def test_each_paper_has_one_folder():
+    """Beside its folder, a paper's classes are named in the registry only."""
+    wings = {"LeoAM": "leoam", "ChunkTree": "leoam", "PackedStore": "leoam", "StreamedRun": "lossless"}
+    wings |= {"TensorStore": "lossless", "ScoringStore": "hillinfer", "AttendingStore": "hillinfer"}
+    for path in size.modules():
+        for word, wing in wings.items():
+            if re.search(rf"\b{word}\b", strip_text(path)):
+                assert path.parts[:2] in (("systems", wing), ("systems", "registry.py")), (path, word)
+
+
+def strip_text(path: Path) -> str:
+    """The code of a module: no docstrings, no comments."""
+    return ast.unparse(_without_docstrings(ast.parse((size.PACKAGE / path).read_text())))
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
 def test_modules_are_small():
     counted = size.modules()
     assert not {str(path): raw for path, (raw, _) in counted.items() if raw > 300 and str(path) not in LONG}

@@ -104,9 +104,9 @@ def isa_number() -> int:
     return _library.isa
 
 
-def call(name: str, *arguments):
-    """Call a library function by name, for modules that wrap their own functions."""
-    return getattr(_library, name)(*arguments)
+def function(name: str):
+    """A library function by name, for modules that wrap their own."""
+    return getattr(_library, name)
 
 
 def read(words: np.ndarray, threads: int = 1) -> int:

@@ -59,14 +59,16 @@ class Rings:
         try:
             where = *map(native.pointer, (*pieces, done)), ctypes.byref(failed)
             rest = int(timeout * 1000), native.isa_number(), native.pointer(sums)
-            error = native.call("hi_ring_run", ring, fd, int(write), len(done), *where, *rest, *(self.nvme or (0, 0)))
+            error = native.function("hi_ring_run")(
+                ring, fd, int(write), len(done), *where, *rest, *(self.nvme or (0, 0))
+            )
         finally:
             if error == errno.ETIMEDOUT and failed.value < 0:
                 _stuck.append((ring, keep))
             elif failed.value >= 0:
                 self._free.append(ring)
             else:
-                native.call("hi_ring_close", ring)
+                native.function("hi_ring_close")(ring)
         if error:
             piece = max(0, failed.value)
             if error == errno.ETIMEDOUT:
@@ -84,7 +86,7 @@ class Rings:
 
     def _open(self) -> int:
         error = ctypes.c_int()
-        ring = native.call("hi_ring_open", self.depth, int(self.nvme is not None), ctypes.byref(error))
+        ring = native.function("hi_ring_open")(self.depth, int(self.nvme is not None), ctypes.byref(error))
         if not ring:
             raise OSError(error.value, f"no io_uring here ({os.strerror(error.value)}): choose engine threads")
         return ring
@@ -101,7 +103,7 @@ def _error(code: int, where: str) -> OSError:
 
 def _close(rings: list[int]) -> None:
     while rings:
-        native.call("hi_ring_close", rings.pop())
+        native.function("hi_ring_close")(rings.pop())
     release_stuck()
 
 
@@ -109,9 +111,9 @@ def release_stuck() -> int:
     """Close stuck rings whose requests have completed since and release their memory; returns how many remain."""
     with _releasing:
         for entry in list(_stuck):
-            if not native.call("hi_ring_in_flight", entry[0]):
+            if not native.function("hi_ring_in_flight")(entry[0]):
                 _stuck.remove(entry)
-                native.call("hi_ring_close", entry[0])
+                native.function("hi_ring_close")(entry[0])
         return len(_stuck)
 
 

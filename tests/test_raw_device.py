@@ -15,9 +15,9 @@ import hillinfer
 from hillinfer.commands.app import app
 from hillinfer.errors import DriveError, UsageError
 from hillinfer.native import ring
-from hillinfer.systems.hardware import check_path, open_device
-from hillinfer.systems.hardware.nvme import NvmeDevice, check_namespace
-from hillinfer.systems.hardware.raw_device import STAMP, BlockDevice, check_device, check_stamped, stamp
+from hillinfer.systems.lossless.devices import check_path, open_device
+from hillinfer.systems.lossless.nvme import NvmeDevice, check_namespace
+from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, check_device, check_stamped, stamp
 from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned
 
 MIB = 1 << 20
@@ -282,12 +282,12 @@ def test_nvme_transfers_are_cut_at_what_the_device_takes(ours):
 def test_an_nvme_device_of_another_namespace_is_refused(ours, tmp_path, monkeypatch):
     """Its stamp is not what commands read. /dev/null takes real io_uring commands, and they read nothing."""
     null_takes_commands()
-    monkeypatch.setattr("hillinfer.systems.hardware.nvme.check_namespace", lambda path: (Path(ours), tmp_path))
+    monkeypatch.setattr("hillinfer.systems.lossless.nvme.check_namespace", lambda path: (Path(ours), tmp_path))
     (tmp_path / "logical_block_size").write_text("512\n")
     (tmp_path / "max_hw_sectors_kb").write_text("128\n")
     with pytest.raises(UsageError, match=r"/dev/null cannot be sent NVMe commands .* name /dev/loop"):
         NvmeDevice("/dev/null")
-    monkeypatch.setattr("hillinfer.systems.hardware.nvme.fcntl.ioctl", lambda fd, number: 1)
+    monkeypatch.setattr("hillinfer.systems.lossless.nvme.fcntl.ioctl", lambda fd, number: 1)
     before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with pytest.raises(UsageError, match="/dev/null is not the namespace of /dev/loop"):
         NvmeDevice("/dev/null")

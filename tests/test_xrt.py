@@ -17,9 +17,9 @@ from fpga.sim import kernel as sim
 from fpga.sim.kernel import Config, Kernel
 from hillinfer.errors import DriveError
 from hillinfer.evaluator.codes import group_scores_reference
-from hillinfer.systems.hardware.card import Xrt
-from hillinfer.systems.hardware.xrt import XrtDrive
+from hillinfer.systems.hillinfer.card import Xrt
 from hillinfer.systems.hillinfer.protocol import Shape
+from hillinfer.systems.hillinfer.xrt import XrtDrive
 from tests import fake_pyxrt
 from tests.test_computational import SMALL, Model, check_blocks, filled
 from tests.test_fpga import CONFIGS, opened
@@ -189,7 +189,7 @@ def test_blocks_come_while_the_kernel_works(card, tmp_path):
         (lambda patch, setting: patch.setattr(fake_pyxrt, "P2P", False), "P2P is off.*p2p enable"),
         (lambda patch, setting: setting.xclbin.write_bytes(b"other"), "wrong shell"),
         (lambda patch, setting: setting.xclbin.unlink(), "no xclbin"),
-        (lambda patch, setting: patch.setattr("hillinfer.systems.hardware.card.KERNEL", "other"), "has no other"),
+        (lambda patch, setting: patch.setattr("hillinfer.systems.hillinfer.card.KERNEL", "other"), "has no other"),
     ],
 )
 def test_what_is_missing_is_named(card, tmp_path, monkeypatch, break_it, words):

@@ -10,7 +10,7 @@ from hillinfer.commands.console import say
 
 def stamp(device: Annotated[Path, typer.Argument(help="An empty block device, such as /dev/nvme1n1.")]):
     """Mark an empty block device for hillinfer, so that dualblade and flexgen may write KV to it."""
-    from hillinfer.systems.hardware import raw_device
+    from hillinfer.systems.lossless import raw_device
 
     raw_device.stamp(device)
     say(f"{device} is marked: use it with --device {device}")

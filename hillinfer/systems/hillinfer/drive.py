@@ -2,7 +2,7 @@
 
 The host scores its hot pool and the drive its cold one, concurrently. The drive streams score blocks
 `<positions, scores>`, which the host merges while the next block is scored; the selected records are fetched
-afterwards. `EmulatedDrive` scores on this machine, `hardware.xrt.XrtDrive` on a SmartSSD; both work on a thread of
+afterwards. `EmulatedDrive` scores on this machine, `xrt.XrtDrive` on a SmartSSD; both work on a thread of
 their own (`worker`). numpy only.
 """
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from hillinfer.config import Settings
 from hillinfer.run import Run
-from hillinfer.systems.hardware.card import Xrt, check_card
-from hillinfer.systems.hardware.xrt import XrtDrive
 from hillinfer.systems.hillinfer import cec
 from hillinfer.systems.hillinfer.attending import AttendingStore
 from hillinfer.systems.hillinfer.balance import Chosen, Speeds
+from hillinfer.systems.hillinfer.card import Xrt, check_card
 from hillinfer.systems.hillinfer.drive import ComputationalDrive, EmulatedDrive
 from hillinfer.systems.hillinfer.protocol import SMARTSSD, Emulation, Shape
 from hillinfer.systems.hillinfer.scoring import DriveLog, ScoringStore
+from hillinfer.systems.hillinfer.xrt import XrtDrive
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.log import BEHIND
 from hillinfer.timeline import Track

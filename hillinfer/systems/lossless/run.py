@@ -4,7 +4,7 @@ from hillinfer.config import Settings
 from hillinfer.pipeline.lookahead import Trial
 from hillinfer.pipeline.memory import read_memory
 from hillinfer.run import Run
-from hillinfer.systems.hardware import check_path, open_device
+from hillinfer.systems.lossless.devices import check_path, open_device
 from hillinfer.systems.lossless.plan import DIRECT, NEAR
 from hillinfer.systems.lossless.store import TensorStore
 from hillinfer.systems.lossless.tensors import HostPath, Tensors

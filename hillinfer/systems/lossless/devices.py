@@ -1,10 +1,10 @@
-"""Real devices: a SmartSSD through XRT, raw block devices, NVMe passthrough."""
+"""Raw devices for the direct path, by path: NVMe passthrough or a block device."""
 
 import re
 from pathlib import Path
 
-from hillinfer.systems.hardware.nvme import NvmeDevice, check_namespace
-from hillinfer.systems.hardware.raw_device import BlockDevice, check_stamped
+from hillinfer.systems.lossless.nvme import NvmeDevice, check_namespace
+from hillinfer.systems.lossless.raw_device import BlockDevice, check_stamped
 
 
 def open_device(path: str | Path, threads: int = 16, **options) -> BlockDevice:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hillinfer.systems.hardware.card import Buffer, Card, Xrt
+from hillinfer.systems.hillinfer.card import Buffer, Card, Xrt
 from hillinfer.systems.hillinfer.codes_memory import CodeMemory, Scored
 from hillinfer.systems.hillinfer.drive import ComputationalDrive
 from hillinfer.systems.hillinfer.protocol import Shape

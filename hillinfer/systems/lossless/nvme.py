@@ -13,7 +13,7 @@ import numpy as np
 
 from hillinfer.errors import UsageError
 from hillinfer.native.ring import Namespace, Rings
-from hillinfer.systems.hardware.raw_device import STAMP, BlockDevice, stamp_of
+from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, stamp_of
 from hillinfer.tiers.block_file import BLOCK, aligned
 
 NVME_ID = 0x4E40  # ioctl NVME_IOCTL_ID: the namespace's number

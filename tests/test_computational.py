@@ -21,7 +21,6 @@ from hillinfer import native
 from hillinfer.errors import DriveError
 from hillinfer.evaluator.codes import KeyCodes, group_scores_reference
 from hillinfer.native import ring
-from hillinfer.systems.hillinfer import drive as drive_module
 from hillinfer.systems.hillinfer import worker
 from hillinfer.systems.hillinfer.drive import EmulatedDrive
 from hillinfer.systems.hillinfer.protocol import Emulation, Rates, Shape
@@ -245,7 +244,7 @@ def test_threads_share_a_drive(open_drive, monkeypatch):
 def test_writes_wait_for_a_slow_drive(open_drive, monkeypatch):
     """A host that writes faster than the drive does not queue its whole prompt, and its buffers are its own."""
     monkeypatch.setattr(worker, "QUEUED", 1 << 18)
-    monkeypatch.setattr(drive_module, "CHUNK", 1 << 16)
+    monkeypatch.setattr(worker, "CHUNK", 1 << 16)
     slow = Rates(nand_read=1e9, nand_write=1e9, dram_read=1e9, link=8e6)
     drive, model = open_drive(settings=Emulation(rates=slow, paced=True)), Model(SMALL, 0)
     records, codes = model.tokens(2000)
@@ -262,7 +261,8 @@ def test_writes_wait_for_a_slow_drive(open_drive, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kernels", [True, False])
 def test_attention_in_the_drive_equals_softmax(open_drive, monkeypatch, dtype, kernels):
-    """Over runs that cross parts, file and tail; the logsumexp of nothing is that of an empty sum."""
+    """Over runs that cross chunks, file and tail; the logsumexp of nothing is that of an empty sum."""
+    monkeypatch.setattr(worker, "CHUNK", 1 << 16)
     if not kernels:
         monkeypatch.setattr(native, "available", lambda: False)
     torch.manual_seed(0)
@@ -336,6 +336,9 @@ def test_a_silent_file_is_an_error_in_time_that_names_the_place(open_drive, engi
     faulty.remove()
     drive.close()
     ring.release_stuck()
+    for thread in threading.enumerate():
+        if thread.name == "hillinfer-stuck":  # closes the file once its reads have returned
+            thread.join(5)
 
 
 def test_a_full_disk_fails_the_next_call(open_drive):

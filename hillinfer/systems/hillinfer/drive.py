@@ -15,8 +15,6 @@ from hillinfer.systems.hillinfer.codes_memory import CodeMemory
 from hillinfer.systems.hillinfer.protocol import Emulation, Shape, Work
 from hillinfer.systems.hillinfer.worker import Command, Memory, Worker
 
-CHUNK = 8 << 20  # bytes of records and codes in one write command
-
 
 class ComputationalDrive:
     """Commands run in order on the drive's thread. Those without a result return at once; if one fails, the next call
@@ -43,7 +41,7 @@ class ComputationalDrive:
         _check("codes", codes, (shape.kv_heads, n, shape.head_dim), np.int8)
         if start != self._lengths[stream]:
             raise ValueError(f"stream {stream} holds {self._lengths[stream]} tokens: {start} is not the next")
-        step = max(1, CHUNK // (shape.record_bytes + shape.code_bytes))
+        step = self._worker.chunk
         for at in range(0, n, step):
             part = records[at : at + step].copy(), codes[:, at : at + step].copy()
             self._worker.submit("write", stream, start + n, *part, nbytes=part[0].nbytes + part[1].nbytes)

@@ -14,7 +14,7 @@ from hillinfer.systems.hillinfer.codes_memory import CodeMemory
 from hillinfer.systems.hillinfer.protocol import Emulation, Meter, ScoreBlock, Shape, Work
 from hillinfer.tiers.record_file import RecordFile
 
-PART = 1024  # records read at once by attention and fetches
+CHUNK = 8 << 20  # bytes of records and codes written or attended to at once
 HELD = 64  # records gathered in memory before a write: one large write beats many of one block
 QUEUED = 64 << 20  # bytes of records and codes in queued commands; more would defeat the memory budget
 AWAITED = ("evaluate", "fetch", "attend", "report")  # commands with a result: their errors are raised to the caller
@@ -67,6 +67,7 @@ class Worker:
         if not folder.is_dir():
             raise DriveError(f"the drive folder {folder} does not exist")
         self.shape, self.settings = shape, settings
+        self.chunk = max(1, CHUNK // (shape.record_bytes + shape.code_bytes))  # tokens
         sizes = shape.record_bytes, shape.streams, shape.batch
         safety = dict(checksums=settings.checksums, timeout=settings.timeout)
         self.file = RecordFile(folder, *sizes, settings.threads, settings.engine, **safety)
@@ -177,18 +178,18 @@ class Worker:
 
     def fetch(self, meter: Meter, stream: int, positions: np.ndarray) -> np.ndarray:
         out = np.empty((len(positions), self.shape.record_bytes), np.uint8)
-        meter.move(nand_read=self.logs[stream].read(positions, out), link=out.nbytes)
+        meter.move(nand_read=self.logs[stream].read(positions, out), link=out.nbytes)  # one read: deepest queue
         return out
 
     def attend(
         self, meter: Meter, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Exact attention, part by part; outputs merge by their logsumexp (FlashAttention's online softmax)."""
+        """Exact attention, chunk by chunk; outputs merge by their logsumexp, as in FlashAttention."""
         meter.move(link=query.nbytes)
         out, total = np.zeros_like(query), np.full((*query.shape[:2], 1), -np.inf, np.float32)
-        buffer = np.empty((PART, self.shape.record_bytes), np.uint8)
+        buffer = np.empty((self.chunk, self.shape.record_bytes), np.uint8)
         for start, end in runs.tolist():
-            for at in range(start, end, PART):
+            for at in range(start, end, self.chunk):
                 records = buffer[: end - at]
                 meter.move(nand_read=self.logs[stream].read(np.arange(at, at + len(records)), records))
                 part, weight = attend(query, records, dtype)

@@ -75,7 +75,7 @@ def check_blocks(blocks: list, model: Model, query: np.ndarray, block: int) -> N
 
 @pytest.fixture
 def open_drive(tmp_path):
-    """Opens drives. After the test nothing of them is left: thread, descriptor, file."""
+    """Opens drives. No thread, descriptor or file of them is left after the test."""
     before, drives = len(list(Path("/proc/self/fd").iterdir())), []
 
     def make(shape: Shape = SMALL, settings: Emulation = ROOMY) -> EmulatedDrive:
@@ -355,8 +355,10 @@ def test_a_full_disk_fails_the_next_call(open_drive):
 def test_a_failed_result_fails_only_its_own_call(open_drive):
     drive = open_drive()
     model = filled(drive, 100)
-    with pytest.raises(DriveError, match="failed in attend: KeyError"):
-        drive.begin_attend(0, np.zeros((2, 1, 16), np.float32), np.array([[0, 9]]), "float64").result()
+    drive.report()
+    FaultyDrive("read error", 0, 0, np.zeros(4, np.int64)).install(drive._worker.file)
+    with pytest.raises(DriveError, match=r"layer 0, sequence 0, position 0: .*Input/output error"):
+        drive.fetch(0, np.arange(100))
     np.testing.assert_array_equal(drive.fetch(0, np.arange(100)), model.records)
 
 
@@ -372,6 +374,8 @@ def test_what_cannot_be_right_is_refused_at_once(open_drive, tmp_path):
         (lambda: drive.fetch(0, np.array([3, 3])), "distinct"),
         (lambda: drive.evaluate(0, model.query().astype(np.int16)), "query must be int8"),
         (lambda: drive.evaluate(0, model.query(), 0), "at least one token"),
+        (lambda: drive.begin_attend(0, model.query(), np.array([[0, 11]]), "float32"), r"within \[0, 10\)"),
+        (lambda: drive.begin_attend(0, model.query(), np.array([[0, 10]]), "float64"), "float64 one of"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

@@ -1,8 +1,8 @@
-"""Broken input for everything that is parsed: python -m benchmarks.fuzz --cases 1000000
+"""Fuzz every parser: python -m benchmarks.fuzz --cases 1000000
 
-Cases are whole examples that are broken by mutation (bytes flipped, cut, repeated, spliced; numbers and words replaced
-by awkward ones). A parser may take a case or refuse it with its stated error; anything else, or more than a second, is
-a failure. Seeded: the same cases each time.
+Cases are valid examples, mutated (bytes flipped, cut, repeated, spliced; numbers and words replaced by awkward ones). A
+parser may accept a case or refuse it with its documented error; anything else, or more than a second, is a failure.
+Seeded: the same cases every time.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from hillinfer.whatif.sweep import load_run
 
 AWKWARD = [b"", b"null", b"-1", b"0", b"1e999", b"NaN", b"9" * 23, b"[]", b"{}", b'"x"', b"true", b"[[", b"{", b"\xff"]
 AWKWARD += [b"\x00", b"\\ud800", b"[" * 3000, b"1" * 5000, b"\n", b'"', b"1e400", b"-0.0"]
-LIMIT = 1.0  # seconds for one case; all of them are small
+LIMIT = 1.0  # seconds for one case; all cases are small
 
 
 @dataclass
@@ -70,7 +70,7 @@ def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:
             data[at : at + rng.randrange(40)] = other[at : at + rng.randrange(40)]
         elif kind == 5:
             data[at : at + rng.choice((0, 1, 4, 8))] = rng.choice(AWKWARD)
-        else:  # replace what stands between two signs of the format
+        else:  # replace the text between two delimiters
             ends = [i for i in range(at, min(len(data), at + 80)) if data[i] in b',:[]{}=\n"']
             if len(ends) > 1:
                 data[ends[0] + 1 : ends[1]] = rng.choice(AWKWARD)
@@ -197,7 +197,7 @@ def fuzz(parser: Parser, cases: int, seed: int) -> Iterator[int]:
 
 
 def run(cases: int, seed: int = 0, tell: Callable[[str], None] = print) -> list[Parser]:
-    """All parsers, each with its share of the cases. Each seed must be taken as it is."""
+    """Fuzz all parsers, each with its share of the cases."""
     home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=home) as name:
         found = parsers(Path(name))

@@ -21,7 +21,6 @@ from hillinfer import native
 from hillinfer.errors import DriveError
 from hillinfer.evaluator.codes import KeyCodes, group_scores_reference
 from hillinfer.native import ring
-from hillinfer.systems.hillinfer import drive as drive_module
 from hillinfer.systems.hillinfer import worker
 from hillinfer.systems.hillinfer.drive import EmulatedDrive
 from hillinfer.systems.hillinfer.protocol import Emulation, Rates, Shape
@@ -76,7 +75,7 @@ def check_blocks(blocks: list, model: Model, query: np.ndarray, block: int) -> N
 
 @pytest.fixture
 def open_drive(tmp_path):
-    """Opens drives. After the test nothing of them is left: thread, descriptor, file."""
+    """Opens drives. No thread, descriptor or file of them is left after the test."""
     before, drives = len(list(Path("/proc/self/fd").iterdir())), []
 
     def make(shape: Shape = SMALL, settings: Emulation = ROOMY) -> EmulatedDrive:
@@ -245,7 +244,7 @@ def test_threads_share_a_drive(open_drive, monkeypatch):
 def test_writes_wait_for_a_slow_drive(open_drive, monkeypatch):
     """A host that writes faster than the drive does not queue its whole prompt, and its buffers are its own."""
     monkeypatch.setattr(worker, "QUEUED", 1 << 18)
-    monkeypatch.setattr(drive_module, "CHUNK", 1 << 16)
+    monkeypatch.setattr(worker, "CHUNK", 1 << 16)
     slow = Rates(nand_read=1e9, nand_write=1e9, dram_read=1e9, link=8e6)
     drive, model = open_drive(settings=Emulation(rates=slow, paced=True)), Model(SMALL, 0)
     records, codes = model.tokens(2000)
@@ -262,7 +261,8 @@ def test_writes_wait_for_a_slow_drive(open_drive, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kernels", [True, False])
 def test_attention_in_the_drive_equals_softmax(open_drive, monkeypatch, dtype, kernels):
-    """Over runs that cross parts, file and tail; the logsumexp of nothing is that of an empty sum."""
+    """Over runs that cross chunks, file and tail; the logsumexp of nothing is that of an empty sum."""
+    monkeypatch.setattr(worker, "CHUNK", 1 << 16)
     if not kernels:
         monkeypatch.setattr(native, "available", lambda: False)
     torch.manual_seed(0)
@@ -336,6 +336,9 @@ def test_a_silent_file_is_an_error_in_time_that_names_the_place(open_drive, engi
     faulty.remove()
     drive.close()
     ring.release_stuck()
+    for thread in threading.enumerate():
+        if thread.name == "hillinfer-stuck":  # closes the file once its reads have returned
+            thread.join(5)
 
 
 def test_a_full_disk_fails_the_next_call(open_drive):
@@ -352,8 +355,10 @@ def test_a_full_disk_fails_the_next_call(open_drive):
 def test_a_failed_result_fails_only_its_own_call(open_drive):
     drive = open_drive()
     model = filled(drive, 100)
-    with pytest.raises(DriveError, match="failed in attend: KeyError"):
-        drive.begin_attend(0, np.zeros((2, 1, 16), np.float32), np.array([[0, 9]]), "float64").result()
+    drive.report()
+    FaultyDrive("read error", 0, 0, np.zeros(4, np.int64)).install(drive._worker.file)
+    with pytest.raises(DriveError, match=r"layer 0, sequence 0, position 0: .*Input/output error"):
+        drive.fetch(0, np.arange(100))
     np.testing.assert_array_equal(drive.fetch(0, np.arange(100)), model.records)
 
 
@@ -369,6 +374,8 @@ def test_what_cannot_be_right_is_refused_at_once(open_drive, tmp_path):
         (lambda: drive.fetch(0, np.array([3, 3])), "distinct"),
         (lambda: drive.evaluate(0, model.query().astype(np.int16)), "query must be int8"),
         (lambda: drive.evaluate(0, model.query(), 0), "at least one token"),
+        (lambda: drive.begin_attend(0, model.query(), np.array([[0, 11]]), "float32"), r"within \[0, 10\)"),
+        (lambda: drive.begin_attend(0, model.query(), np.array([[0, 10]]), "float64"), "float64 one of"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

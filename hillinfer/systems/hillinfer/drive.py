@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hillinfer import native
 from hillinfer.systems.hillinfer.codes_memory import CodeMemory
 from hillinfer.systems.hillinfer.protocol import Emulation, Shape, Work
 from hillinfer.systems.hillinfer.worker import Command, Memory, Worker
-
-CHUNK = 8 << 20  # bytes of records and codes in one write command
 
 
 class ComputationalDrive:
@@ -43,7 +42,7 @@ class ComputationalDrive:
         _check("codes", codes, (shape.kv_heads, n, shape.head_dim), np.int8)
         if start != self._lengths[stream]:
             raise ValueError(f"stream {stream} holds {self._lengths[stream]} tokens: {start} is not the next")
-        step = max(1, CHUNK // (shape.record_bytes + shape.code_bytes))
+        step = self._worker.chunk
         for at in range(0, n, step):
             part = records[at : at + step].copy(), codes[:, at : at + step].copy()
             self._worker.submit("write", stream, start + n, *part, nbytes=part[0].nbytes + part[1].nbytes)
@@ -87,7 +86,10 @@ class ComputationalDrive:
         records of this dtype (float32, float16 or bfloat16). The result is the output (Hkv, G, D) and the logsumexp
         (Hkv, G, 1), both float32.
         """
-        return self._worker.submit("attend", stream, np.array(query, np.float32), np.array(runs, np.int64), dtype)
+        runs, n = np.array(runs, np.int64).reshape(-1, 2), self._lengths[stream]
+        if dtype not in native.DTYPES or (len(runs) and not 0 <= runs.min() <= runs.max() <= n):
+            raise ValueError(f"runs must be within [0, {n}), and {dtype} one of {', '.join(native.DTYPES)}")
+        return self._worker.submit("attend", stream, np.array(query, np.float32), runs, dtype)
 
     def truncate(self, stream: int, n: int) -> None:
         """Discard all tokens from n on."""

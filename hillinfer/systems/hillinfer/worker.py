@@ -17,7 +17,7 @@ from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.log import RecordLog
 from hillinfer.tiers.record_file import RecordFile
 
-PART = 1024  # records read at once by attention
+CHUNK = 8 << 20  # bytes of records and codes written or attended to at once
 QUEUED = 64 << 20  # bytes of records and codes in queued commands; more would defeat the memory budget
 AWAITED = ("evaluate", "fetch", "attend", "report")  # commands with a result: their errors are raised to the caller
 CLOSED = "the drive is closed"
@@ -69,6 +69,7 @@ class Worker:
         if not folder.is_dir():
             raise DriveError(f"the drive folder {folder} does not exist")
         self.shape, self.settings = shape, settings
+        self.chunk = max(1, CHUNK // (shape.record_bytes + shape.code_bytes))  # tokens
         sizes = shape.record_bytes, shape.streams, shape.batch
         safety = dict(checksums=settings.checksums, timeout=settings.timeout)
         self.file = RecordFile(folder, *sizes, settings.threads, settings.engine, **safety)
@@ -185,19 +186,19 @@ class Worker:
         log = self.logs[stream]
         records, nbytes = log.read(positions)
         out = log.geometry.as_bytes(records.tensor())
-        meter.move(nand_read=nbytes, link=out.nbytes)
+        meter.move(nand_read=nbytes, link=out.nbytes)  # one read: deepest queue
         return out
 
     def attend(
         self, meter: Meter, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Exact attention, part by part; outputs merge by their logsumexp (FlashAttention's online softmax)."""
+        """Exact attention, chunk by chunk; outputs merge by their logsumexp, as in FlashAttention."""
         meter.move(link=query.nbytes)
         out, total = np.zeros_like(query), np.full((*query.shape[:2], 1), -np.inf, np.float32)
         log = self.logs[stream]
         for start, end in runs.tolist():
-            for at in range(start, end, PART):
-                records, nbytes = log.read(np.arange(at, min(at + PART, end)))
+            for at in range(start, end, self.chunk):
+                records, nbytes = log.read(np.arange(at, min(at + self.chunk, end)))
                 meter.move(nand_read=nbytes)
                 part, weight = attend(query, log.geometry.as_bytes(records.tensor()), dtype)
                 both = np.logaddexp(total, weight)

@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 3_154, 8_325
+CORE_LINES, PACKAGE_LINES = 3_132, 8_214
 LONG = {"layer.py", "systems/hillinfer/drive.py"}
 OWED = {  # to be paid off by the moves that follow
     "cache.py": {"systems"},

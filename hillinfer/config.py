@@ -5,21 +5,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from hillinfer import files
 from hillinfer.errors import UsageError
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_CHOICES = {
-    "drive_kind": ("ssd", "emulated", "xrt"),
-    "split": ("shortest", "paper"),
-    "engine": ("auto", "io_uring", "threads"),
-    "checksums": (True, False),
-    "placement": ("hits", "shared-hits", "lru"),
-    "precision": ("int8", "int4"),
-    "stream": (None, "host", "dual", "page-cache", "direct"),
-    "pipelining": ("auto", "intra", "cross"),
-}
 
 
 def _share(value) -> bool:
@@ -36,6 +27,7 @@ _RULES = {  # field: (whether a value is valid, fix)
     "recent": (lambda v: _whole(v, 1), "give a whole number of at least 1"),
     "io_threads": (lambda v: _whole(v, 1), "give a whole number of at least 1"),
     "max_tokens": (lambda v: v is None or _whole(v, 1), "give a whole number of at least 1"),
+    "checksums": (lambda v: isinstance(v, bool), "give true or false"),
     "timeout": (lambda v: isinstance(v, int | float) and 0 < v < 1e6, "give the seconds that the drive may be silent"),
     "pinned": (lambda v: v is None or _share(v), "give a share of the tokens from 0 to 1"),
     "compress": (lambda v: v == "auto" or _share(v), "give a share from 0 to 1, or auto"),
@@ -97,31 +89,31 @@ class Settings:
     alpha: float = 0.2
     host_budget: int | str | None = None
     drive: str | Path | None = None
-    drive_kind: str = "ssd"
+    drive_kind: Literal["ssd", "emulated", "xrt"] = "ssd"
     xclbin: str | Path | None = None
     profile: str | Path | None = None
-    split: str = "shortest"
+    split: Literal["shortest", "paper"] = "shortest"
     paced: bool = False
     sinks: int = 4
     recent: int = 16
-    engine: str = "auto"
+    engine: Literal["auto", "io_uring", "threads"] = "auto"
     io_threads: int = 16
     checksums: bool = True
     timeout: float = 60.0
     pinned: float | None = None
-    placement: str = "hits"
-    precision: str = "int8"
+    placement: Literal["hits", "shared-hits", "lru"] = "hits"
+    precision: Literal["int8", "int4"] = "int8"
     compress: float | str = 0.0
     lookahead: bool | float | str = "auto"
-    stream: str | None = None
+    stream: Literal[None, "host", "dual", "page-cache", "direct"] = None
     max_tokens: int | None = None
     device: str | Path | None = None
-    pipelining: str = "auto"
+    pipelining: Literal["auto", "intra", "cross"] = "auto"
 
     def __post_init__(self):
-        for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise UsageError(f"no {name} '{value}'; choose {', '.join(map(str, known))}")
+        for name, choices in self.__annotations__.items():
+            if get_origin(choices) is Literal and (value := getattr(self, name)) not in get_args(choices):
+                raise UsageError(f"no {name} '{value}'; choose {', '.join(map(str, get_args(choices)))}")
         for name, (valid, fix) in _RULES.items():
             if not valid(value := getattr(self, name)):
                 raise UsageError(f"{name} is {value!r}; {fix}")

@@ -85,7 +85,7 @@ def test_the_folder_is_checked_once_for_a_cache(models, prompt, tmp_path, monkey
         (dict(pinned=1.1), "pinned is 1.1"),
         (dict(compress="some"), "compress is 'some'; .* or auto"),
         (dict(lookahead=None), "lookahead is None; .* or auto"),
-        (dict(checksums="yes"), "no checksums 'yes'; choose True, False"),
+        (dict(checksums="yes"), "checksums is 'yes'; give true or false"),
         (dict(drive_kind="tape"), "no drive_kind 'tape'; choose ssd, emulated, xrt"),
         (dict(placement="best"), "no placement 'best'; choose hits"),
         (dict(precision="int2"), "no precision 'int2'; choose int8, int4"),

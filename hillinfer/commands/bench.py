@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hillinfer import files
-from hillinfer.commands.console import Alpha, Drive, HostBudget, say, show_table, split_list
+from hillinfer.commands.console import say, show_table, split_list
+from hillinfer.commands.options import Alpha, Drive, HostBudget
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
 

@@ -1,9 +1,8 @@
-"""The terminal: consoles, one-line errors, tables, progress bars, and the options that several commands share."""
+"""The terminal: consoles, one-line errors, tables and progress bars."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich import box
@@ -16,17 +15,6 @@ from hillinfer.errors import UsageError
 
 out, err = Console(), Console(stderr=True)
 WIDTH = 200  # columns at which table cells fold; a narrower terminal wraps lines, and nothing is cut
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-Alpha = Annotated[float, typer.Option(help="Fraction of the cached tokens that a decode step attends to, in (0, 1].")]
-HostBudget = Annotated[
-    str | None, typer.Option(help="Host memory for KV records, such as 64MiB; by default 2*alpha of them.")
-]
-Drive = Annotated[Path | None, typer.Option(help="Folder on the drive; by default one under --out.")]
-DriveKind = Annotated[str, typer.Option(help="ssd, xrt (a SmartSSD) or emulated (a SmartSSD in software).")]
-Precision = Annotated[str, typer.Option(help="Precision of the key codes: int8 or int4.")]
-Dtype = Annotated[str, typer.Option(help=f"Precision of the model: {', '.join(DTYPES)}.")]
-PrefillChunk = Annotated[int | None, typer.Option(min=2, help="Tokens per prefill chunk; smaller takes less memory.")]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hillinfer.assets import load_pretrained
 from hillinfer.cache import TieredCache
-from hillinfer.commands.console import DTYPES
+from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import feed, measured
 from hillinfer.seam import check_supported

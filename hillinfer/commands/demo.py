@@ -5,17 +5,8 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import (
-    Alpha,
-    Drive,
-    DriveKind,
-    HostBudget,
-    Precision,
-    progress,
-    say,
-    show_table,
-    split_list,
-)
+from hillinfer.commands.console import progress, say, show_table, split_list
+from hillinfer.commands.options import Alpha, Drive, DriveKind, HostBudget, Precision
 from hillinfer.config import Settings, check_folder
 
 HEADER = ["system", "answers\nright", "tokens\nattended", "hits % on\ndev/host/drv", "drive\nKiB/token"]

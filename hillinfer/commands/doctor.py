@@ -82,12 +82,9 @@ def compiler() -> Check:
     from hillinfer import native
     from hillinfer.native.build import compiler as command
 
-    found = " ".join(command() or ["none"])
-    if not (reason := native.why_not()):
-        return Check("compiler", f"{found}; kernels are compiled")
-    return Check(
-        "compiler", found, False, "scoring, selection and attention run in torch: 5 to 50 times slower", reason
-    )
+    found, reason = " ".join(command() or ["none"]), native.why_not()
+    slow = "scoring, selection and attention run in torch: 5 to 50 times slower"
+    return Check("compiler", found if reason else f"{found}; kernels are compiled", not reason, slow, reason or "")
 
 
 def ring() -> Check:
@@ -170,16 +167,14 @@ def memory_speed(seconds: float) -> tuple[Check, float]:
 
 
 def scoring_speed(seconds: float, memory: float) -> Check:
-    """Scoring of INT8 key codes against `memory` GB/s, and its share of a step by arithmetic."""
+    """Scoring of INT8 key codes (8 KV heads of 128 channels, 4 query heads each), against `memory` GB/s."""
     import numpy as np
     import torch
 
     from hillinfer.evaluator.codes import group_scores
 
     rng = np.random.default_rng(0)
-    codes, query = (
-        torch.from_numpy(rng.integers(-127, 128, (8, n, 128), np.int8)) for n in (16_384, 4)
-    )  # 8 KV heads of 128 channels, 4 query heads for each
+    codes, query = (torch.from_numpy(rng.integers(-127, 128, (8, n, 128), np.int8)) for n in (16_384, 4))
     speed = rate(codes.nbytes, lambda: group_scores(query, codes), seconds)
     step = CONTEXT * 32 * 1024 / speed / 1e6  # 32 layers
     slow = f"{speed / memory:.0%} of memory bandwidth: {step:,.0f} ms per step of a Llama-3-8B at {CONTEXT:,} tokens"

@@ -6,44 +6,32 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import DTYPES, Dtype, HostBudget, PrefillChunk, progress, say, show_table, split_list
+from hillinfer.commands.console import progress, say, show_table, split_list
+from hillinfer.commands.options import DTYPES, Dtype, HostBudget, PrefillChunk
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
 
+OUT = Path("out/eval")
 QUESTIONS = ("stepwise", "prefilled")
 GROUPS = "own, longbench, longbench-en, longbench-e, longbench-v2, quest, auto, or names of tasks."
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option(help="Folders or hub ids, separated by commas; 'embedded' is the one that ships.")
-    ] = "embedded",
+    model: Annotated[str, typer.Option(help="Folders or hub ids, by commas; 'embedded' ships.")] = "embedded",
     tasks: Annotated[str, typer.Option(help=GROUPS)] = "own",
-    systems: Annotated[
-        str, typer.Option(help="Systems, separated by commas, or all; full is always added.")
-    ] = "streaming,topk,hillinfer",
+    systems: Annotated[str, typer.Option(help="By commas, or all; full is always added.")] = "streaming,topk,hillinfer",
     alpha: Annotated[str, typer.Option(help="Values of alpha, separated by commas.")] = "0.2",
     samples: Annotated[int, typer.Option(min=0, help="Samples per task, drawn with the seed; 0 takes all.")] = 4,
     data: Annotated[list[Path] | None, typer.Option(help="LongBench folder or data.zip; may be repeated.")] = None,
     revision: Annotated[str, typer.Option(help="Revision of the hub's data set, if it is downloaded.")] = "main",
-    folder: Annotated[Path, typer.Option("--out", help="Folder for results; a stopped run is resumed from it.")] = Path(
-        "out/eval"
-    ),
+    folder: Annotated[Path, typer.Option("--out", help="Folder for results; resumes a stopped run.")] = OUT,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads per process.")] = 1,
     cluster: Annotated[str | None, typer.Option(help="dask:HOST:PORT, ray or ray:ADDRESS.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=16, help="Longest prompt in tokens; by default LongBench's rule for the window.")
-    ] = None,
-    chat: Annotated[
-        bool | None, typer.Option(help="Use the chat template; by default if the tokenizer has one.")
-    ] = None,
-    question: Annotated[
-        str, typer.Option(help="stepwise: decode the question token by token; prefilled: with the document.")
-    ] = "stepwise",
-    drive: Annotated[
-        Path | None, typer.Option(help="Folder on the drive; by default --out, on a cluster the temporary folder.")
-    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=16, help="Prompt limit in tokens; default LongBench's.")] = None,
+    chat: Annotated[bool | None, typer.Option(help="Chat template; by default if the tokenizer has one.")] = None,
+    question: Annotated[str, typer.Option(help="stepwise, or prefilled with the document.")] = "stepwise",
+    drive: Annotated[Path | None, typer.Option(help="By default --out; on a cluster, a temporary folder.")] = None,
     drive_kind: Annotated[str | None, typer.Option(help="ssd or emulated.")] = None,
     host_budget: HostBudget = None,
     precision: Annotated[str | None, typer.Option(help="Precision of the key codes: int8 or int4.")] = None,

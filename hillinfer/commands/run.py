@@ -5,32 +5,19 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import (
-    Alpha,
-    DriveKind,
-    Dtype,
-    HostBudget,
-    Precision,
-    PrefillChunk,
-    err,
-    read_text,
-    say,
-)
+from hillinfer.commands.console import err, read_text, say
+from hillinfer.commands.options import Alpha, DriveKind, Dtype, HostBudget, Precision, PrefillChunk
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
 from hillinfer.pipeline.memory import check_libraries
 
 
 def run(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of a decoder-only model, or 'embedded' for the one that ships.")
-    ],
+    model: Annotated[str, typer.Option(help="Folder or hub id of a decoder-only model; 'embedded' ships.")],
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue, instead of --prompt-file.")] = None,
     document: Annotated[Path | None, typer.Option(help="File with a text that precedes the prompt.")] = None,
-    session: Annotated[
-        Path | None, typer.Option(help="File for the document's KV: opened if it exists, otherwise written.")
-    ] = None,
+    session: Annotated[Path | None, typer.Option(help="File for the document's KV, made if it is missing.")] = None,
     system: Annotated[str, typer.Option(help="One of those that `hillinfer systems` lists.")] = "hillinfer",
     alpha: Alpha = 0.2,
     host_budget: HostBudget = None,
@@ -38,15 +25,10 @@ def run(
     drive_kind: DriveKind = "ssd",
     xclbin: Annotated[Path | None, typer.Option(help="The SmartSSD's kernel, for --drive-kind xrt.")] = None,
     precision: Precision = "int8",
-    profile: Annotated[
-        Path | None, typer.Option(help="Output of `hillinfer profile`, to balance host and drive.")
-    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="From `hillinfer profile`, to balance host and drive.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     prefill_chunk: PrefillChunk = None,
-    device: Annotated[
-        Path | None,
-        typer.Option(help="Stamped block device or /dev/ngXnY for the direct path of dualblade and flexgen."),
-    ] = None,
+    device: Annotated[Path | None, typer.Option(help="Raw device for dualblade's and flexgen's direct path.")] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams; more than one needs all KV in memory.")] = 1,
     dtype: Dtype = "auto",
     trace: Annotated[Path | None, typer.Option(help="Write the timeline here, for ui.perfetto.dev.")] = None,

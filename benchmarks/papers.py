@@ -12,13 +12,14 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from hillinfer.systems.hillinfer.balance import Chosen
+from hillinfer.systems.hillinfer.balance import SelectionRates
+from hillinfer.systems.hillinfer.profile import Profile
 from hillinfer.systems.shapes import SHAPES
-from hillinfer.whatif.case import Case, DoesNotFit
-from hillinfer.whatif.devices import Profile, find_profile
+from hillinfer.whatif.devices import find_profile
 from hillinfer.whatif.engine import Task, schedule
 from hillinfer.whatif.modelled import model, seconds
-from hillinfer.whatif.work import missed
+from hillinfer.whatif.rules import missed
+from hillinfer.whatif.scenario import DoesNotFit, Scenario
 
 SMART, PLAIN, EDGE = "rtx4090-smartssd", "rtx4090-gen4-nvme", "rtx5060ti-16gb-gen5"
 GIB = 1 << 30
@@ -27,7 +28,7 @@ BATCHES = (1, 4, 8)
 M0 = 16 * GIB  # the paper does not give it; `gains` sweeps it
 
 
-def ms(case: Case, system: str) -> float:
+def ms(case: Scenario, system: str) -> float:
     """Milliseconds of a step, or NaN where the system cannot run the case."""
     try:
         return seconds(case, system) * 1e3
@@ -52,8 +53,8 @@ def gains(
     for host in hosts:
         for batch in batches:
             for context in contexts:
-                smart = Case(profile(SMART), SHAPES[model_name], context, batch, alpha, host)
-                plain = Case(profile(PLAIN), SHAPES[model_name], context, batch, alpha, host)
+                smart = Scenario(profile(SMART), SHAPES[model_name], context, batch, alpha, host)
+                plain = Scenario(profile(PLAIN), SHAPES[model_name], context, batch, alpha, host)
                 row = dict(model=model_name, batch=batch, context=context, M0=host / GIB, KV=smart.kv / GIB)
                 row |= {name: ms(smart, name) for name in ("hillinfer", "hillinfer-paper", "hillinfer-nand")}
                 row["hillinfer-int4"] = ms(replace(smart, bits=4), "hillinfer-paper")
@@ -66,7 +67,7 @@ def gains(
     return pd.DataFrame(rows).assign(profile=f"{SMART}, {PLAIN}")
 
 
-def _cold_codes(case: Case) -> float:
+def _cold_codes(case: Scenario) -> float:
     """Bytes of the key codes that the host's pool does not hold, over all layers; at least one."""
     return max(1.0, (1 - case.pool()) * case.codes * case.shape.layers)
 
@@ -79,8 +80,8 @@ def balance(model_name: str = "qwen-7b", context: int = 12288, batch: int = 1, a
     """
     shape, own = SHAPES[model_name], profile(SMART)
     code, record = shape.code_bytes(), shape.record_bytes
-    speeds, tokens = own.speeds(code, record), context * batch
-    beta, chosen = speeds.beta(alpha, code, record), Chosen(alpha, alpha)
+    speeds, tokens = own.speeds(record), context * batch
+    beta, rates = speeds.beta(alpha, code, record), SelectionRates(alpha, alpha)
     rows = []
     for share in np.linspace(0.02, 1, 50):
         hot, cold = share * tokens, (1 - share) * tokens
@@ -94,7 +95,7 @@ def balance(model_name: str = "qwen-7b", context: int = 12288, batch: int = 1, a
             times[form] = max(end for _, end in schedule(tasks)) * 1e3
         rows.append({"share": share} | times)
     frame = pd.DataFrame(rows).assign(profile=own.name)
-    return frame.assign(predicted=beta / (1 + beta), own=speeds.host_share(chosen, code, record))
+    return frame.assign(predicted=beta / (1 + beta), own=speeds.host_share(rates, code, record))
 
 
 def transfer_bound(model_name: str = "longchat-7b", contexts=(2048, 8192, 32768), batch: int = 1) -> pd.DataFrame:
@@ -105,7 +106,7 @@ def transfer_bound(model_name: str = "longchat-7b", contexts=(2048, 8192, 32768)
     rows = []
     for context in contexts:
         host = SHAPES[model_name].kv_bytes(context, batch) / 8
-        case = Case(profile(PLAIN), SHAPES[model_name], context, batch, 0.2, host)
+        case = Scenario(profile(PLAIN), SHAPES[model_name], context, batch, 0.2, host)
         for system in ("flexgen", "scan", "leoam"):
             tasks, work = model(case, system)
             last = [task for task in tasks if task.step == 2]
@@ -125,7 +126,7 @@ def leoam_gains(model_names=("opt-6.7b", "longchat-7b", "llama-2-13b"), contexts
         for batch in batches:
             for context in contexts:
                 kv = SHAPES[name].kv_bytes(context, batch)
-                case = Case(profile(PLAIN), SHAPES[name], context, batch, 0.2, kv / 8)
+                case = Scenario(profile(PLAIN), SHAPES[name], context, batch, 0.2, kv / 8)
                 row = dict(model=name, batch=batch, context=context, leoam=ms(case, "leoam"))
                 others = {"full cache": "flexgen-held", "h2o-like": "scan", "prefetch": "infinigen"}
                 row |= {label: ms(case, system) for label, system in others.items()}
@@ -140,7 +141,7 @@ def page_cache_collapse(caps=range(2, 12), batch: int = 32, context: int = 528) 
     """
     rows = []
     for cap in caps:
-        case = Case(profile(EDGE), SHAPES["opt-6.7b"], context, batch, 1.0, cap * GIB)
+        case = Scenario(profile(EDGE), SHAPES["opt-6.7b"], context, batch, 1.0, cap * GIB)
         row = dict(cap=cap, KV=case.kv / GIB, hit=float(case.held() == 1), resident=case.held())
         row |= {"page cache": ms(case, "page-cache"), "direct": ms(case, "flexgen"), "dual": ms(case, "dualblade")}
         rows.append(row | {"cut": 1 - row["dual"] / row["page cache"]})
@@ -160,12 +161,12 @@ def awkward_truth(cases=SCANNED, hosts=(4 * GIB, M0)) -> pd.DataFrame:
     to_host = min(plain.get("drive.read"), plain.score_rate)
     rows = []
     for (name, context, batch), host in product(cases, hosts):
-        case = Case(smart, SHAPES[name], context, batch, 0.2, host)
+        case = Scenario(smart, SHAPES[name], context, batch, 0.2, host)
         pool = min(1.0, host / case.kv)
         keys, codes = (1 - pool) * case.kv / 2, (1 - pool) * case.codes * case.shape.layers
         in_dram = min(codes, smart.get("scorer.memory"))
         nand, record = smart.get("scorer.nand_read"), case.shape.record_bytes
-        fetch = missed(pool) * case.chosen * case.shape.layers
+        fetch = missed(pool) * case.selected * case.shape.layers
         ways = {
             "card, keys on NAND": keys / nand,
             "card, codes on NAND": codes / nand,

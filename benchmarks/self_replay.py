@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from hillinfer.assets import machine
 from hillinfer.commands import demo
+from hillinfer.systems.hillinfer.profile import THIS, Profile
 from hillinfer.timeline import Timeline
-from hillinfer.whatif.calibrate import CONTEXTS, costs, machine, measure_parts, random_models, record, ways
-from hillinfer.whatif.devices import THIS, Profile
+from hillinfer.whatif.calibrate import CONTEXTS, costs, random_models, record, variants
+from hillinfer.whatif.measure import measure_parts
 from hillinfer.whatif.recording import decode_steps
 from hillinfer.whatif.replay import modelled_seconds, replay
 
@@ -40,12 +42,12 @@ def run(folder: Path, rounds: int, names: list[str] | None, contexts) -> tuple[l
     rng, calibrated, runs = np.random.default_rng(0), [], defaultdict(list)
     small = random_models()
     for _ in range(rounds):
-        for way in ways(folder, names=names):
+        for variant in variants(folder, names=names):
             for other in small:
                 for context in CONTEXTS:
-                    calibrated.append(record(other, way, rng.integers(3, 1000, context).tolist()))
+                    calibrated.append(record(other, variant, rng.integers(3, 1000, context).tolist()))
             for context in contexts:
-                runs[way.name, context].append(record(model, way, document[:context]))
+                runs[variant.name, context].append(record(model, variant, document[:context]))
             print(".", end="", file=sys.stderr, flush=True)
     return calibrated, runs
 

@@ -10,12 +10,14 @@ from hillinfer.native import ring
 from hillinfer.pipeline.lookahead import AHEAD, Lookahead, Trial
 from hillinfer.pipeline.memory import FIX, needs, refuse
 from hillinfer.pipeline.ownership import Turns
+from hillinfer.pipeline.pool_size import pool_tokens
 from hillinfer.systems.hardware.card import Xrt
 from hillinfer.systems.hardware.xrt import XrtDrive
 from hillinfer.systems.hillinfer import cec
-from hillinfer.systems.hillinfer.balance import Chosen, Speeds
+from hillinfer.systems.hillinfer.balance import SelectionRates, Speeds
 from hillinfer.systems.hillinfer.drive import SMARTSSD, Shape
 from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.profile import load_speeds
 from hillinfer.systems.hillinfer.scoring import RemoteStream
 from hillinfer.systems.leoam.compression import Compression
 from hillinfer.systems.leoam.packed import packed_geometry
@@ -49,7 +51,7 @@ class Run:
     writer: Writer | None = None
     lookahead: Lookahead | None = None
     speeds: Speeds | None = None  # of the profile
-    chosen: Chosen | None = None  # what the last steps selected from either side
+    chosen: SelectionRates | None = None  # what the last steps selected from either side
     in_drive: bool = False  # whether the drive attends to what it holds
     packed: DirectDrive | None = None  # the records in INT4
     compression: Compression = field(default_factory=Compression)
@@ -82,7 +84,7 @@ class Run:
                 if (kind := PLACEMENTS[self.settings.placement]).shared:
                     self.hits = kind(geometry.batch)
                 if self.settings.profile is not None:
-                    self.speeds = Speeds.load(self.settings.profile)
+                    self.speeds = load_speeds(self.settings.profile, geometry.record_bytes)
                 self.drive = self._open_drive(geometry)
                 if self.settings.compress and self.settings.drive_kind == "ssd":
                     own, streams = packed_geometry(geometry), self.layers * geometry.batch
@@ -119,19 +121,11 @@ class Run:
         return int(min(1.25 * tokens * index, max(budget / 4, budget - 1.25 * tokens * pinned)))
 
     def pool_tokens(self, n: int) -> int:
-        """Hot pool size in tokens, for each layer and sequence, at n cached tokens.
-
-        HKM keeps alpha*N by recency and alpha*N by frequency, unless a profile says where host and drive balance (APP),
-        or the user gave a budget. It is never below what is pinned.
-        """
-        alpha, budget = self.settings.alpha, self.records_budget
-        share = min(1.0, 2 * alpha) if budget is None else 1.0
-        if self.speeds is not None:
-            share = self._balanced_share()
+        """Hot pool size in tokens, for each layer and sequence, at n cached tokens (`pool_size.pool_tokens`)."""
         if self.in_drive:
             return 0
-        tokens = min(n, max(int(share * n), int(self.settings.pin * n)) + 1)
-        return tokens if budget is None else min(tokens, budget // self._bytes_per_token())
+        share = None if self.speeds is None else self._balanced_share()
+        return pool_tokens(self.settings, n, self._bytes_per_token(), self.records_budget, share)
 
     def why_split(self) -> str:
         """The pool's size and its reason, in one line."""
@@ -163,14 +157,12 @@ class Run:
 
     def _balanced_share(self) -> float:
         """The host's share of the tokens by the profile, for the shortest step or by the paper's closed form."""
-        code_bytes = self.geometry.kv_heads * self.geometry.head_dim * self.settings.bits // 8
-        if self.settings.split == "paper":
-            beta = self.speeds.beta(self.settings.alpha, code_bytes, self.geometry.record_bytes)
-            return beta / (1 + beta)
-        return self.speeds.host_share(self._chosen(), code_bytes, self.geometry.record_bytes)
+        settings, geometry = self.settings, self.geometry
+        code_bytes = geometry.kv_heads * geometry.head_dim * settings.bits // 8
+        return self.speeds.split(settings.split, self._chosen(), settings.alpha, code_bytes, geometry.record_bytes)
 
-    def _chosen(self) -> Chosen:
-        return self.chosen or Chosen(self.settings.alpha, self.settings.alpha)
+    def _chosen(self) -> SelectionRates:
+        return self.chosen or SelectionRates(self.settings.alpha, self.settings.alpha)
 
     def _correct(self) -> None:
         """Hot tokens are selected more often than alpha, cold ones less: balance by what the last steps selected."""
@@ -179,7 +171,7 @@ class Run:
         rest = sum(row.cached for row in rows) * self.geometry.batch - pool
         if min(pool, rest) > 0:  # of a side that holds nothing nothing is known
             host, drive = sum(row.host for row in rows), sum(row.drive for row in rows)
-            self.chosen = Chosen(host / pool, drive / rest)
+            self.chosen = SelectionRates(host / pool, drive / rest)
 
     def _open_drive(self, geometry: Geometry) -> DirectDrive | EmulatedDrive | XrtDrive:
         settings, streams, safety = self.settings, self.layers * geometry.batch, self._safety

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,22 +13,22 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hillinfer.commands import doctor
 from hillinfer.commands.bench import bench
+from hillinfer.commands.console import clear_errors, err, out
 from hillinfer.commands.evaluate import evaluate
+from hillinfer.commands.profile import profile
 from hillinfer.commands.replay import replay
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.pipeline.memory import check_libraries
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-app.command()(replay)
-out, err = Console(), Console(stderr=True)
+app.command()(clear_errors()(replay))
 
 Alpha = Annotated[float, typer.Option(help="Share of the tokens that a step attends to, in (0, 1].")]
 Budget = Annotated[
@@ -37,22 +36,6 @@ Budget = Annotated[
 ]
 Kind = Annotated[str, typer.Option(help="ssd; xrt, a SmartSSD; or emulated, a process that stands for one.")]
 Precision = Annotated[str, typer.Option(help="int8 or int4, of the key codes that are scored.")]
-
-
-@contextmanager
-def clear_errors():
-    """Usage errors end with code 2 and one line, drive errors with 1, Ctrl-C with 130."""
-    try:
-        yield
-    except UsageError as error:
-        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        err.print("stopped; the drive's space is free again")
-        raise typer.Exit(130) from None
-    except OSError as error:
-        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -213,38 +196,7 @@ def run(
             err.print(f"timeline (open in ui.perfetto.dev): {result.timeline.save(trace)}", soft_wrap=True)
 
 
-@app.command()
-def profile(
-    drive: Annotated[Path, typer.Option(help="Folder on the drive to measure.")],
-    paced: Annotated[bool, typer.Option(help="Hold the emulated drive to a SmartSSD's rates.")] = False,
-    out_file: Annotated[Path, typer.Option("--out", help="Where to write the profile.")] = Path("out/profile.toml"),
-    device: Annotated[bool, typer.Option(help="Also what replay needs: this-machine.toml, in some minutes.")] = True,
-):
-    """Measure how fast host and drive score and move KV here; for --profile, and to see what would balance."""
-    with clear_errors():
-        folder = Settings(drive=drive).drive
-        from hillinfer.commands.demo import machine
-        from hillinfer.systems.hillinfer.balance import Chosen
-        from hillinfer.whatif.calibrate import calibrate
-        from hillinfer.whatif.speeds import CHOSEN, DIM, HEADS, measure
-
-        speeds, facts = measure(folder, paced)
-        facts.append(f"measured on {machine()}" + (", the drive paced to a SmartSSD's rates" if paced else ""))
-        speeds.save(out_file, facts)
-        for fact in facts:
-            out.print(fact, soft_wrap=True, highlight=False)
-        code, record = HEADS * DIM, 4 * HEADS * DIM
-        for alpha in (0.1, 0.2):
-            beta, share = speeds.beta(alpha, code, record), speeds.host_share(Chosen(alpha, alpha), code, record)
-            out.print(
-                f"at alpha {alpha} a step is shortest when the host holds {share:.0%} of the tokens; "
-                f"by the paper's closed form {beta / (1 + beta):.0%}"
-            )
-        out.print(f"profile: {out_file} (records chosen at random: {CHOSEN:.0%})")
-        if device:
-            with err.status("what each kind of work costs here ...") as status:
-                own = calibrate(folder, lambda what: status.update(f"what each kind of work costs here: {what}"))
-            out.print(f"for hillinfer replay --profile this-machine: {own.save(out_file.parent / 'this-machine.toml')}")
+app.command()(clear_errors()(profile))
 
 
 @app.command()

@@ -1,15 +1,13 @@
 """The main job: the same long-context questions answered by several systems, side by side."""
 
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hillinfer.assets import data_folder
+from hillinfer.assets import data_folder, machine  # noqa: F401 (imported from here by others)
 from hillinfer.cache import TieredCache
 from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import Answer, ask, is_right
@@ -107,16 +105,3 @@ def _run(model, tokenizer, records, name, options, each) -> Result:
 def floor(records: Sequence[dict]) -> float:
     """What a solver without a model gets that knows one half of the asked key."""
     return statistics.fmean(partial_key_floor(record) for record in records)
-
-
-def machine() -> str:
-    """The machine, in one line, for every measured table."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = f"{len(names)} cores of {names[0]}" if names else cpu
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return f"{cpu}, {gpu}, torch {torch.__version__} with {torch.get_num_threads()} threads"

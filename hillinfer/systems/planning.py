@@ -11,7 +11,7 @@ from hillinfer.pipeline.memory import FIX, needs, refuse
 from hillinfer.run import Run
 from hillinfer.seam import check_supported
 from hillinfer.systems.hardware.card import check_card
-from hillinfer.systems.hillinfer.balance import Speeds
+from hillinfer.systems.hillinfer.profile import load_speeds
 from hillinfer.systems.lossless.run import check_device
 from hillinfer.systems.shapes import shape_of
 from hillinfer.tiers.geometry import Geometry
@@ -33,7 +33,7 @@ def plan(
     run.check(tokens)
     check_device(settings)
     if settings.profile is not None:
-        Speeds.load(settings.profile)
+        load_speeds(settings.profile, run.geometry.record_bytes)
     if settings.drive_kind == "xrt":
         check_card(settings.xclbin)
     need = run.layers * tokens * run.geometry.record_bytes

@@ -1,0 +1,50 @@
+"""`hillinfer profile`: measure this machine and write its device profile."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hillinfer.commands.console import err, out
+from hillinfer.config import Settings
+
+
+def profile(
+    drive: Annotated[Path, typer.Option(help="Folder on the drive to measure.")],
+    paced: Annotated[bool, typer.Option(help="Pace the emulated drive to a SmartSSD's rates.")] = False,
+    out_file: Annotated[Path, typer.Option("--out", help="The profile to write.")] = Path("out/this-machine.toml"),
+    device: Annotated[
+        bool, typer.Option(help="Also measure the cost of each kind of work, for replay; takes some minutes.")
+    ] = True,
+):
+    """Measure this machine: its device profile, for `run --profile FILE` and `replay --profile this-machine`."""
+    from hillinfer.systems.hillinfer.balance import SelectionRates
+    from hillinfer.systems.hillinfer.profile import check_replaceable
+
+    folder = Settings(drive=drive).drive
+    check_replaceable(out_file)
+    from hillinfer.whatif.calibrate import calibrate
+    from hillinfer.whatif.measure import DIM, HEADS, RECORD_BYTES, SELECTED
+
+    with err.status("measuring ...") as status:
+        found = calibrate(folder, paced, device, lambda text: status.update(f"measuring: {text}"))
+    found.save(out_file)
+    for path, text in (
+        ("cpu.score", "host scores key codes"),
+        ("emulated.score", "drive scores key codes"),
+        ("cpu.gather", "host gathers records"),
+        ("emulated.fetch", "drive fetches records"),
+    ):
+        part, number = path.split(".")
+        rate = found.parts[part][number]
+        out.print(f"{path}: {text}, {rate.at() / 1e9:.2f} GB/s ({rate.source})", soft_wrap=True, highlight=False)
+    out.print(f"measured on {found.about}; records selected at random: {SELECTED:.0%}", soft_wrap=True, highlight=False)
+    speeds, code = found.speeds(RECORD_BYTES), HEADS * DIM
+    for alpha in (0.1, 0.2):
+        beta = speeds.beta(alpha, code, RECORD_BYTES)
+        share = speeds.host_share(SelectionRates(alpha, alpha), code, RECORD_BYTES)
+        out.print(
+            f"at alpha {alpha} a step is shortest when the host holds {share:.0%} of the tokens; "
+            f"by the paper's closed form {beta / (1 + beta):.0%}"
+        )
+    out.print(f"profile: {out_file}", soft_wrap=True)

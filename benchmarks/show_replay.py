@@ -7,7 +7,6 @@ they are what the model says, not claims of this project.
 import os
 import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 
@@ -93,15 +92,8 @@ def dualblade_shapes() -> list[Claim]:
 
 
 def headlines() -> Claim:
+    papers.main()
     frame = papers.headlines()
-    for row in frame.itertuples():
-        text = f"{row.claim}: {row.verdict}, {row.ours:.3g} (least {row.least:.3g}) at {row.where}"
-        print(
-            "\n".join(
-                textwrap.wrap(f"verdict| {text} [{row.profile}]. Why: {row.why}", 120, subsequent_indent="       | ")
-            )
-        )
-    print(f"       | shared work that would make DUAL-BLADE's cut 42.4 %: {papers.shared_work():.0f} ms a step")
     good = frame.verdict.isin(["reached", "not reached"]) & (frame.why.str.len() > 0)
     return Claim("headline figures with verdict, place, profile and reason", f"{good.sum()} of {len(frame)}", "all",
                  bool(good.all())).show()  # fmt: skip

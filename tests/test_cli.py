@@ -137,7 +137,7 @@ def test_a_profile_that_cannot_be_used(prompt_file, drive, tmp_path):
     check(run(prompt_file, "--drive", drive, "--precision", "int2"), "int8, int4")
 
 
-def test_profile_measures_and_writes(drive, tmp_path):
+def test_profile_measures_and_writes(drive, prompt_file, tmp_path):
     out = tmp_path / "new" / "profile.toml"
     result = hillinfer("profile", "--drive", drive, "--out", out, "--no-device")
     assert result.exit_code == 0 and "a step is shortest" in result.stdout

@@ -42,12 +42,12 @@ def run(folder: Path, rounds: int, names: list[str] | None, contexts) -> tuple[l
     rng, calibrated, runs = np.random.default_rng(0), [], defaultdict(list)
     small = random_models()
     for _ in range(rounds):
-        for variant in variants(folder, names=names):
+        for name, options in variants(folder, names=names).items():
             for other in small:
                 for context in CONTEXTS:
-                    calibrated.append(record(other, variant, rng.integers(3, 1000, context).tolist()))
+                    calibrated.append(record(other, name, options, rng.integers(3, 1000, context).tolist()))
             for context in contexts:
-                runs[variant.name, context].append(record(model, variant, document[:context]))
+                runs[name, context].append(record(model, name, options, document[:context]))
             print(".", end="", file=sys.stderr, flush=True)
     return calibrated, runs
 

@@ -7,7 +7,6 @@ cost of a kind is a curve of seconds over size.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,39 +19,25 @@ from hillinfer.systems.hillinfer.profile import THIS, Cost, Profile
 from hillinfer.systems.registry import list_systems, make_cache
 from hillinfer.systems.shapes import shape_of
 from hillinfer.timeline import Timeline
+from hillinfer.whatif import recording
 from hillinfer.whatif.measure import measure_parts
-from hillinfer.whatif.recording import (
-    DRIVE_COMPUTE,
-    decode_steps,
-    describe,
-    exclusive_seconds,
-    read_summary,
-    seconds_of,
-    size_of,
-)
 
 CONTEXTS = (1024, 6144)
 STEPS = 12
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A system with options, and the name under which its costs are kept."""
+def variants(drive: Path, alpha: float = 0.1, names: Iterable[str] | None = None) -> dict[str, dict]:
+    """Options of `make_cache`, by the name under which the costs are kept: every system, or those of `names`.
 
-    name: str
-    system: str
-    options: dict = field(default_factory=dict)
-
-
-def variants(drive: Path, alpha: float = 0.1, names: Iterable[str] | None = None) -> list[Variant]:
-    """Every system, or those of `names`; on a drive without and with lookahead, as that changes what overlaps."""
-    out = []
+    On a drive without and with lookahead, as that changes what overlaps.
+    """
+    out = {}
     for name, system in list_systems().items():
         if names is None or name in names:
-            ways = {"": False, "+ahead": True} if system.needs_drive else {"": None}
-            for suffix, ahead in ways.items():
-                on_drive = {} if ahead is None else {"drive": drive, "lookahead": ahead}
-                out.append(Variant(name + suffix, name, {"alpha": alpha, **on_drive}))
+            out[name] = dict(system=name, alpha=alpha)
+            if system.needs_drive:
+                out[name] |= dict(drive=drive, lookahead=False)
+                out[f"{name}+ahead"] = out[name] | dict(lookahead=True)
     return out
 
 
@@ -66,18 +51,18 @@ def random_models() -> list[PreTrainedModel]:
 
 
 @torch.inference_mode()
-def record(model: PreTrainedModel, variant: Variant, ids: Sequence[int], steps: int = STEPS) -> Timeline:
+def record(model: PreTrainedModel, name: str, options: dict, ids: Sequence[int], steps: int = STEPS) -> Timeline:
     """The measured timeline of `steps` decode steps after a prefill of `ids`; they decode the first of `ids` again."""
     before = enable(model)
     try:
-        with make_cache(model, variant.system, **variant.options) as cache:
+        with make_cache(model, **options) as cache:
             model(torch.tensor([list(ids)]), past_key_values=cache, logits_to_keep=1)
             cache.timeline.clear()
             cache.counters.clear()
             for token in ids[: steps + 1]:
                 model(torch.tensor([[token]]), past_key_values=cache, logits_to_keep=1)
             width = next(model.parameters()).element_size()
-            cache.timeline.about = describe(cache.run, shape_of(model.config, width), variant.name)
+            cache.timeline.about = recording.describe(cache.run, shape_of(model.config, width), name)
             return cache.timeline
     finally:
         disable(model, before)
@@ -85,17 +70,17 @@ def record(model: PreTrainedModel, variant: Variant, ids: Sequence[int], steps: 
 
 def samples(timeline: Timeline) -> dict[str, tuple[float, float]]:
     """Size and seconds of one call, by kind of work: means over the calls of a step, medians over the steps."""
-    summary, found = read_summary(timeline), defaultdict(list)
+    summary, found = recording.read_summary(timeline), defaultdict(list)
     layers = summary.shape.layers
-    for step in decode_steps(timeline):
+    for step in recording.decode_steps(timeline):
         if step.seconds is None:
             continue
         calls = defaultdict(list)
         for spans in step.threads.values():
-            drive = [(span, seconds_of(span)) for span in spans if span.kind in DRIVE_COMPUTE]
-            for span, took in exclusive_seconds(spans) + drive:
-                calls[span.kind].append((size_of(span.kind, span.bytes, summary), took))
-        calls["other"].append((size_of("other", 0, summary), max(0.0, step.other) / layers))
+            drive = [(span, recording.seconds_of(span)) for span in spans if span.kind in recording.DRIVE_COMPUTE]
+            for span, took in recording.exclusive_seconds(spans) + drive:
+                calls[span.kind].append((recording.size_of(span.kind, span.bytes, summary), took))
+        calls["other"].append((recording.size_of("other", 0, summary), max(0.0, step.other) / layers))
         for kind, points in calls.items():
             found[kind].append(np.mean(points, 0))
     return {kind: tuple(np.median(points, 0)) for kind, points in found.items() if kind != "wait"}
@@ -108,7 +93,7 @@ def costs(timelines: Iterable[Timeline], source: str) -> dict[str, Cost]:
     """
     points = defaultdict(lambda: defaultdict(list))
     for timeline in timelines:
-        summary = read_summary(timeline)
+        summary = recording.read_summary(timeline)
         for kind, point in samples(timeline).items():
             for name in (f"{summary.system}.{kind}", kind):
                 points[name][summary.shape, summary.cached].append(point)
@@ -149,9 +134,9 @@ def calibrate(
     parts, timelines = measure_parts(folder, paced), []
     rng = np.random.default_rng(0)
     for model in random_models() if kinds else []:
-        for variant in variants(folder, names=names):
+        for name, options in variants(folder, names=names).items():
             for context in CONTEXTS:
-                each(f"{variant.name}, {context} tokens")
-                timelines.append(record(model, variant, rng.integers(3, 1000, context).tolist()))
+                each(f"{name}, {context} tokens")
+                timelines.append(record(model, name, options, rng.integers(3, 1000, context).tolist()))
     source = f"measured: {time.strftime('%Y-%m-%d')}, random models of two shapes"
     return Profile(THIS, machine(), parts, costs(timelines, source))

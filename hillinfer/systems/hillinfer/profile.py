@@ -35,8 +35,6 @@ PARTS = {
     "scorer": ({"memory", "dram_read", "nand_read", "link"}, set()),  # a computational drive, with its own DRAM
     "emulated": ({"score", "fetch"}, set()),  # the drive of `--drive-kind emulated`: key codes, records
 }
-RATE = "{ value, source } or { block, rate, source }"
-COST = "{ size, seconds, source }"
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class Profile:
                 raise ValueError(f"{part} is not a table: write [{part}]")
         parts = {part: _read_part(part, data[part]) for part in PARTS if part in data}
         costs = data.get("kinds", {}).items()
-        kinds = {kind: Cost(*_read_curve(entry, f"kinds.{kind}", "size", "seconds", COST)) for kind, entry in costs}
+        kinds = {kind: Cost(*_read_curve(entry, f"kinds.{kind}", "size", "seconds")) for kind, entry in costs}
         return cls(data["name"], data["about"], parts, kinds)
 
 
@@ -218,22 +216,22 @@ def _read_part(part: str, table: dict) -> dict[str, Rate]:
     for number, entry in table.items():
         if isinstance(entry, dict) and set(entry) == {"value", "source"}:
             entry = {"block": [1], "rate": [entry["value"]], "source": entry["source"]}
-        blocks, values, source = _read_curve(entry, f"{part}.{number}", "block", "rate", RATE)
+        blocks, values, source = _read_curve(entry, f"{part}.{number}", "block", "rate")
         rates[number] = Rate(values, source, blocks if len(blocks) > 1 else ())
     return rates
 
 
-def _read_curve(entry, where: str, x: str, y: str, form: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+def _read_curve(entry, where: str, x: str, y: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """The points and the source of one entry. ValueError names the rule that it breaks."""
     if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
         raise ValueError(f'{where} has no source: write {{ value = ..., source = "measured: ..." }}')
     if not entry["source"].startswith(tuple(f"{known}: " for known in KNOWN)):
         raise ValueError(f"the source of {where} must begin with one of {', '.join(f'{known}:' for known in KNOWN)}")
-    if set(entry) != {x, y, "source"}:
-        raise ValueError(f"{where} must be {form}")
-    xs, ys = entry[x], entry[y]
-    if not (isinstance(xs, list) and isinstance(ys, list) and 0 < len(xs) == len(ys)):
-        raise ValueError(f"{where} needs two lists of the same length, {x} and {y}")
+    xs, ys = entry.get(x), entry.get(y)
+    lists = isinstance(xs, list) and isinstance(ys, list) and 0 < len(xs) == len(ys)
+    if set(entry) != {x, y, "source"} or not lists:
+        value = "{ value, source } or " if y == "rate" else ""
+        raise ValueError(f"{where} must be {value}{{ {x}, {y}, source }}, with {x} and {y} lists of the same length")
     if not all(type(value) in (int, float) and 0 < value < 1e300 for value in xs + ys):
         raise ValueError(f"{where} must have numbers above zero")
     if any(b <= a for a, b in pairwise(xs)):

@@ -25,14 +25,15 @@ import torch
 from hillinfer.assets import machine
 from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.topk import merge_heads
-from hillinfer.systems.hillinfer.balance import Chosen
+from hillinfer.systems.hillinfer.balance import SelectionRates
 from hillinfer.systems.hillinfer.drive import EmulatedDrive
+from hillinfer.systems.hillinfer.profile import THIS, Profile
 from hillinfer.systems.hillinfer.protocol import Emulation, Shape
 from hillinfer.systems.hillinfer.scoring import RemoteStream, ScoringStore
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import LayerHits
 from hillinfer.tiers.window import Window
-from hillinfer.whatif.speeds import DIM, GROUP, HEADS, measure
+from hillinfer.whatif.measure import DIM, GROUP, HEADS, RECORD_BYTES, measure_scoring
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 REPEATS = 21
@@ -83,16 +84,22 @@ def measure_splits(folder: Path, n: int, alphas: list[float], rate: float = math
     """One row for each alpha and host share, with the time measured and what the forms predict; and the speeds. The
     host scores at most `rate` bytes/s.
     """
-    speeds, facts = measure(folder, paced=True)
+    parts = measure_scoring(folder, paced=True)
+    speeds = Profile(THIS, machine(), parts).speeds(RECORD_BYTES)
+    facts = [
+        f"{part}.{number}: {found.at() / 1e9:.2f} GB/s ({found.source})"
+        for part, rates in parts.items()
+        for number, found in rates.items()
+    ]
     if rate < speeds.fc:
         speeds = replace(speeds, fc=rate)
         facts.append(f"fc: emulated, {rate / 1e9:g} GB/s: the host's scoring was paced to that")
-    code, record, rows = HEADS * DIM, 4 * HEADS * DIM, []
+    code, record, rows = HEADS * DIM, RECORD_BYTES, []
     for alpha in alphas:
-        beta, chosen = speeds.beta(alpha, code, record), Chosen(alpha, alpha)
-        for share in sorted({*SHARES, round(best := speeds.host_share(chosen, code, record), 2)}):
+        beta, rates = speeds.beta(alpha, code, record), SelectionRates(alpha, alpha)
+        for share in sorted({*SHARES, round(best := speeds.host_share(rates, code, record), 2)}):
             own = {"tokens": n, "alpha": alpha, "host share": share, "ms": step_ms(folder, n, share, alpha, rate)}
-            own["predicted ms"] = speeds.step_seconds(share, chosen, code, record) * n * 1e3
+            own["predicted ms"] = speeds.step_seconds(share, rates, code, record) * n * 1e3
             rows.append(own | {"predicted share": best, "paper's share": beta / (1 + beta)})
     return pd.DataFrame(rows), facts
 

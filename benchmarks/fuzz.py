@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +23,10 @@ from hillinfer.errors import UsageError
 from hillinfer.longbench import results, sources
 from hillinfer.longbench.tasks import find_task
 from hillinfer.session_file import Saved, save
-from hillinfer.systems.hillinfer.balance import Speeds
+from hillinfer.systems.hillinfer.profile import Cost, load_speeds
 from hillinfer.systems.shapes import find_shape
 from hillinfer.timeline import Timeline
-from hillinfer.whatif.devices import Profile, find_profile
+from hillinfer.whatif.devices import find_profile
 from hillinfer.whatif.sweep import load_run
 
 AWKWARD = [b"", b"null", b"-1", b"0", b"1e999", b"NaN", b"9" * 23, b"[]", b"{}", b'"x"', b"true", b"[[", b"{", b"\xff"]
@@ -87,6 +87,9 @@ def parsers(folder: Path) -> list[Parser]:
 
         return run
 
+    def profile(path: Path) -> None:
+        load_speeds(path, 4096)
+
     def session(path: Path) -> None:
         file = Saved(path)
         try:
@@ -109,8 +112,7 @@ def parsers(folder: Path) -> list[Parser]:
 
     return [
         Parser("session", _sessions(folder), on_file("doc.kv", session), (UsageError,), 0.2),
-        Parser("profile of a machine", _profiles(folder), on_file("p.toml", Profile.load), (UsageError,), 0.1),
-        Parser("profile of a drive", _speeds(), on_file("s.toml", Speeds.load), (UsageError,), 0.15),
+        Parser("device profile", _profiles(folder), on_file("p.toml", profile), (UsageError,), 0.25),
         Parser("trace", _traces(folder), on_file("t.json", load_run), (UsageError,), 0.2),
         Parser("task rows, LongBench v2", _rows("v2"), rows("longbench-v2"), (UsageError,), 0.07),
         Parser("task rows, LongEval", _rows("longeval"), rows("longeval_200"), (UsageError,), 0.07),
@@ -131,14 +133,10 @@ def _sessions(folder: Path) -> list[bytes]:
 
 
 def _profiles(folder: Path) -> list[bytes]:
-    return [find_profile(name).save(folder / "seed.toml").read_bytes() for name in ("h200", "rtx4090-smartssd")] + [
-        b'name = "x"\nabout = "y"\n[cpu]\nmemory = { value = 1e9, source = "assumed: x" }\n[kinds]\n'
-        b'"a" = { size = [1, 2], seconds = [0.1, 0.2], source = "measured: here" }\n'
-    ]
-
-
-def _speeds() -> list[bytes]:
-    return [b"# measured\nfc = 1e9\nfs = 2e9\nbc = 3e9\nbs = 4e8\n"]
+    measured = find_profile("h200").with_numbers("this-machine", emulated_score=1e9, emulated_fetch=2e9)
+    measured = replace(measured, kinds={"topk.score": Cost((1.0, 2.0), (0.1, 0.2), "measured: here")})
+    seeds = [find_profile("h200"), find_profile("rtx4090-smartssd"), measured]
+    return [seed.save(folder / "seed.toml").read_bytes() for seed in seeds]
 
 
 def _traces(folder: Path) -> list[bytes]:

@@ -1,10 +1,14 @@
-"""The papers' claims, one function each, as DataFrames: the paper's figure, ours (modelled, with the profile), and why.
+"""The papers' claims: the paper's figure, the modelled one with its profile, and the reason for the difference.
 
-Everything here is modelled (`hillinfer.whatif.work`): by stated rules, on profiles whose numbers name their source.
-Nothing in it was run on the papers' boxes. `headlines()` gives the verdicts, the others what stands behind them.
+    python -m benchmarks.papers
+
+prints the headline table. Each claim is a function that returns a DataFrame: `headlines()` gives the verdicts, the
+others the data behind them. Everything is modelled, by the rules of `hillinfer.whatif.rules`, on device profiles whose
+numbers name their source; nothing was run on the papers' machines.
 """
 
 import math
+import textwrap
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -12,23 +16,24 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from hillinfer.systems.hillinfer.balance import Chosen
+from hillinfer.systems.hillinfer.balance import SelectionRates
+from hillinfer.systems.hillinfer.profile import Profile
 from hillinfer.systems.shapes import SHAPES
-from hillinfer.whatif.case import Case, DoesNotFit
-from hillinfer.whatif.devices import Profile, find_profile
+from hillinfer.whatif.devices import find_profile
 from hillinfer.whatif.engine import Task, schedule
 from hillinfer.whatif.modelled import model, seconds
-from hillinfer.whatif.work import missed
+from hillinfer.whatif.rules import missed
+from hillinfer.whatif.scenario import DoesNotFit, Scenario
 
 SMART, PLAIN, EDGE = "rtx4090-smartssd", "rtx4090-gen4-nvme", "rtx5060ti-16gb-gen5"
 GIB = 1 << 30
 CONTEXTS = (2048, 4096, 8192, 16384, 36864)
 BATCHES = (1, 4, 8)
-M0 = 16 * GIB  # the paper does not give it; `gains` sweeps it
+M0 = 16 * GIB  # not given in the paper; `gains` sweeps it
 
 
-def ms(case: Case, system: str) -> float:
-    """Milliseconds of a step, or NaN where the system cannot run the case."""
+def ms(case: Scenario, system: str) -> float:
+    """Milliseconds of a step; NaN if the system cannot run the case."""
     try:
         return seconds(case, system) * 1e3
     except DoesNotFit:
@@ -43,17 +48,17 @@ def profile(name: str) -> Profile:
 def gains(
     model_name: str = "qwen-7b", contexts=CONTEXTS, batches=BATCHES, hosts=(4 * GIB, M0, 32 * GIB), alpha: float = 0.2
 ) -> pd.DataFrame:
-    """HillInfer on its box against what it was compared with there, on the plain drive that its paper gave those.
+    """HillInfer on its SmartSSD machine against its baselines, which run on a plain drive as in the paper.
 
-    `gain over X` is X's time over that of `hillinfer-paper`, which selects once, ahead, as the paper draws it;
-    `hillinfer` is what this project runs: it selects again with the true query, so that a guess changes no output.
+    `gain over X` is X's time over that of `hillinfer-paper`, which selects once, one layer ahead, as in the paper.
+    This project's `hillinfer` selects again with the true query, so that lookahead changes no output.
     """
     rows = []
     for host in hosts:
         for batch in batches:
             for context in contexts:
-                smart = Case(profile(SMART), SHAPES[model_name], context, batch, alpha, host)
-                plain = Case(profile(PLAIN), SHAPES[model_name], context, batch, alpha, host)
+                smart = Scenario(profile(SMART), SHAPES[model_name], context, batch, alpha, host)
+                plain = Scenario(profile(PLAIN), SHAPES[model_name], context, batch, alpha, host)
                 row = dict(model=model_name, batch=batch, context=context, M0=host / GIB, KV=smart.kv / GIB)
                 row |= {name: ms(smart, name) for name in ("hillinfer", "hillinfer-paper", "hillinfer-nand")}
                 row["hillinfer-int4"] = ms(replace(smart, bits=4), "hillinfer-paper")
@@ -66,21 +71,21 @@ def gains(
     return pd.DataFrame(rows).assign(profile=f"{SMART}, {PLAIN}")
 
 
-def _cold_codes(case: Case) -> float:
-    """Bytes of the key codes that the host's pool does not hold, over all layers; at least one."""
+def _cold_codes(case: Scenario) -> float:
+    """Bytes of key codes outside the host's pool, over all layers; at least one."""
     return max(1.0, (1 - case.pool()) * case.codes * case.shape.layers)
 
 
 def balance(model_name: str = "qwen-7b", context: int = 12288, batch: int = 1, alpha: float = 0.2) -> pd.DataFrame:
-    """A step's time against the host pool's share, beside the shares that the closed forms predict (APP).
+    """A step's time against the host pool's share, beside the shares predicted by the closed forms (APP).
 
-    Engine runs of one layer, alpha of the tokens selected from either side: `paper`, where each side sends as soon as
-    it has scored; `barrier`, where nothing can be chosen before both have, and one thread then gathers and reads.
+    Engine runs of one layer, with alpha of the tokens selected from either side. `paper`: each side sends as soon as it
+    has scored. `barrier`: selection needs both results, and one thread then gathers and reads.
     """
     shape, own = SHAPES[model_name], profile(SMART)
     code, record = shape.code_bytes(), shape.record_bytes
-    speeds, tokens = own.speeds(code, record), context * batch
-    beta, chosen = speeds.beta(alpha, code, record), Chosen(alpha, alpha)
+    speeds, tokens = own.speeds(record), context * batch
+    beta, rates = speeds.beta(alpha, code, record), SelectionRates(alpha, alpha)
     rows = []
     for share in np.linspace(0.02, 1, 50):
         hot, cold = share * tokens, (1 - share) * tokens
@@ -94,18 +99,18 @@ def balance(model_name: str = "qwen-7b", context: int = 12288, batch: int = 1, a
             times[form] = max(end for _, end in schedule(tasks)) * 1e3
         rows.append({"share": share} | times)
     frame = pd.DataFrame(rows).assign(profile=own.name)
-    return frame.assign(predicted=beta / (1 + beta), own=speeds.host_share(chosen, code, record))
+    return frame.assign(predicted=beta / (1 + beta), own=speeds.host_share(rates, code, record))
 
 
 def transfer_bound(model_name: str = "longchat-7b", contexts=(2048, 8192, 32768), batch: int = 1) -> pd.DataFrame:
     """LeoAM's step: milliseconds of transfer and of compute, for all KV from the drive and for LeoAM (claim 4).
 
-    Host memory may hold an eighth of the KV, so that there is something to read at every length.
+    Host memory for KV is an eighth of the KV, so that every length reads from the drive.
     """
     rows = []
     for context in contexts:
         host = SHAPES[model_name].kv_bytes(context, batch) / 8
-        case = Case(profile(PLAIN), SHAPES[model_name], context, batch, 0.2, host)
+        case = Scenario(profile(PLAIN), SHAPES[model_name], context, batch, 0.2, host)
         for system in ("flexgen", "scan", "leoam"):
             tasks, work = model(case, system)
             last = [task for task in tasks if task.step == 2]
@@ -119,13 +124,13 @@ def transfer_bound(model_name: str = "longchat-7b", contexts=(2048, 8192, 32768)
 
 
 def leoam_gains(model_names=("opt-6.7b", "longchat-7b", "llama-2-13b"), contexts=CONTEXTS, batches=(1, 4)):
-    """LeoAM against the systems that its paper compares with, host memory capped to an eighth of the KV."""
+    """LeoAM against the baselines of its paper, with host memory for an eighth of the KV."""
     rows = []
     for name in model_names:
         for batch in batches:
             for context in contexts:
                 kv = SHAPES[name].kv_bytes(context, batch)
-                case = Case(profile(PLAIN), SHAPES[name], context, batch, 0.2, kv / 8)
+                case = Scenario(profile(PLAIN), SHAPES[name], context, batch, 0.2, kv / 8)
                 row = dict(model=name, batch=batch, context=context, leoam=ms(case, "leoam"))
                 others = {"full cache": "flexgen-held", "h2o-like": "scan", "prefetch": "infinigen"}
                 row |= {label: ms(case, system) for label, system in others.items()}
@@ -136,11 +141,12 @@ def leoam_gains(model_names=("opt-6.7b", "longchat-7b", "llama-2-13b"), contexts
 def page_cache_collapse(caps=range(2, 12), batch: int = 32, context: int = 528) -> pd.DataFrame:
     """DUAL-BLADE's workload (OPT-6.7B, batch 32, 512 tokens in, 32 out: its middle) at its host memory caps, in GiB.
 
-    `page cache` reads all layers in turn through an LRU cache, `direct` all from the drive, `dual` keeps what fits.
+    `page cache` reads all layers in turn through an LRU cache, `direct` all from the drive, `dual` keeps what fits in
+    memory and reads the rest.
     """
     rows = []
     for cap in caps:
-        case = Case(profile(EDGE), SHAPES["opt-6.7b"], context, batch, 1.0, cap * GIB)
+        case = Scenario(profile(EDGE), SHAPES["opt-6.7b"], context, batch, 1.0, cap * GIB)
         row = dict(cap=cap, KV=case.kv / GIB, hit=float(case.held() == 1), resident=case.held())
         row |= {"page cache": ms(case, "page-cache"), "direct": ms(case, "flexgen"), "dual": ms(case, "dualblade")}
         rows.append(row | {"cut": 1 - row["dual"] / row["page cache"]})
@@ -151,21 +157,21 @@ SCANNED = (("qwen-7b", 16384, 1), ("qwen-7b", 16384, 8), ("llama-3.1-8b", 16384,
 
 
 def awkward_truth(cases=SCANNED, hosts=(4 * GIB, M0)) -> pd.DataFrame:
-    """Where keys are scanned decides: seconds to score every cold key once, all layers, and to fetch what is wanted.
+    """Seconds to score every cold key once, all layers, by where it is scanned, and to fetch the selected records.
 
-    A plain Gen4 drive reads twice as fast as a SmartSSD's NAND, so a computational drive that scans NAND loses to it.
-    It wins where its codes sit in its DRAM; codes in host memory (`host codes`) beat both, and need `codes GiB` of it.
+    A plain Gen4 drive reads twice as fast as a SmartSSD's NAND, so a computational drive that scans NAND loses to it
+    and wins only while its DRAM holds the codes. Codes in host memory (`host codes`) beat both and need `codes GiB`.
     """
     smart, plain = profile(SMART), profile(PLAIN)
     to_host = min(plain.get("drive.read"), plain.score_rate)
     rows = []
     for (name, context, batch), host in product(cases, hosts):
-        case = Case(smart, SHAPES[name], context, batch, 0.2, host)
+        case = Scenario(smart, SHAPES[name], context, batch, 0.2, host)
         pool = min(1.0, host / case.kv)
         keys, codes = (1 - pool) * case.kv / 2, (1 - pool) * case.codes * case.shape.layers
         in_dram = min(codes, smart.get("scorer.memory"))
         nand, record = smart.get("scorer.nand_read"), case.shape.record_bytes
-        fetch = missed(pool) * case.chosen * case.shape.layers
+        fetch = missed(pool) * case.selected * case.shape.layers
         ways = {
             "card, keys on NAND": keys / nand,
             "card, codes on NAND": codes / nand,
@@ -186,7 +192,7 @@ def awkward_truth(cases=SCANNED, hosts=(4 * GIB, M0)) -> pd.DataFrame:
 
 
 def headlines() -> pd.DataFrame:
-    """The three headline figures: the paper's, the most that is modelled here, where, and why it differs."""
+    """The three headline figures: the paper's, the largest modelled one, where, and the reason for the difference."""
     hill, leo, dual = gains(), leoam_gains(), page_cache_collapse()
     rows = []
     for label in ("full cache", "h2o-like", "prefetch", "leoam"):
@@ -234,6 +240,18 @@ DUAL = (
 
 
 def shared_work(cut: float = 0.424) -> float:
-    """Milliseconds of work in each step that, shared by both paths, would make the largest modelled cut this one."""
+    """Milliseconds of work common to both paths that would bring the largest modelled cut down to this one."""
     best = page_cache_collapse().sort_values("cut").iloc[-1]
     return max(0.0, (best["page cache"] * (1 - cut) - best["dual"]) / cut)
+
+
+def main() -> None:
+    """Print the headline table, one claim a paragraph."""
+    for row in headlines().itertuples():
+        print(f"{row.claim}: {row.verdict}, {row.ours:.3g} (least {row.least:.3g}) at {row.where} [{row.profile}]")
+        print(textwrap.fill(row.why, 120, initial_indent="    ", subsequent_indent="    "))
+    print(f"Common work that would make DUAL-BLADE's cut 42.4 %: {shared_work():.0f} ms a step")
+
+
+if __name__ == "__main__":
+    main()

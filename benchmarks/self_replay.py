@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hillinfer.assets import load_embedded
+from hillinfer.assets import load_embedded, machine
 from hillinfer.longbench.comparison import demo_records
+from hillinfer.systems.hillinfer.profile import THIS, Profile
 from hillinfer.timeline import Timeline
-from hillinfer.whatif.calibrate import CONTEXTS, costs, machine, measure_parts, random_models, record, ways
-from hillinfer.whatif.devices import THIS, Profile
+from hillinfer.whatif.calibrate import CONTEXTS, costs, random_models, record, variants
+from hillinfer.whatif.measure import measure_parts
 from hillinfer.whatif.recording import decode_steps
 from hillinfer.whatif.replay import modelled_seconds, replay
 
@@ -41,12 +42,12 @@ def run(folder: Path, rounds: int, names: list[str] | None, contexts) -> tuple[l
     rng, calibrated, runs = np.random.default_rng(0), [], defaultdict(list)
     small = random_models()
     for _ in range(rounds):
-        for way in ways(folder, names=names):
+        for name, options in variants(folder, names=names).items():
             for other in small:
                 for context in CONTEXTS:
-                    calibrated.append(record(other, way, rng.integers(3, 1000, context).tolist()))
+                    calibrated.append(record(other, name, options, rng.integers(3, 1000, context).tolist()))
             for context in contexts:
-                runs[way.name, context].append(record(model, way, document[:context]))
+                runs[name, context].append(record(model, name, options, document[:context]))
             print(".", end="", file=sys.stderr, flush=True)
     return calibrated, runs
 

@@ -10,8 +10,9 @@ import hillinfer
 OTHER = {  # module: its names that notebooks and how-to pages use
     "hillinfer.timeline": ["Timeline", "Counters", "Hits", "Span"],
     "hillinfer.workbench.observe": ["AttentionRecord", "Seen"],
-    "hillinfer.whatif.devices": ["find_profile", "list_profiles", "Profile", "Rate"],
-    "hillinfer.whatif.case": ["Case"],
+    "hillinfer.systems.hillinfer.profile": ["Profile", "Rate", "load_speeds"],
+    "hillinfer.whatif.devices": ["find_profile", "list_profiles"],
+    "hillinfer.whatif.scenario": ["Scenario"],
     "hillinfer.whatif.modelled": ["seconds", "timeline"],
     "hillinfer.whatif.replay": ["replay", "Target"],
     "hillinfer.whatif.sweep": ["cells", "sweep"],

@@ -12,6 +12,7 @@ from hillinfer.native import ring
 from hillinfer.pipeline.lookahead import AHEAD, Lookahead, Trial
 from hillinfer.pipeline.memory import FIX, needs, refuse
 from hillinfer.pipeline.ownership import CacheOwner
+from hillinfer.pipeline.pool_size import pool_tokens
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 from hillinfer.tiers.log import BEHIND, RecordLog, Writer
@@ -155,19 +156,8 @@ class Run:
         return getattr(self.drive, "size", 0)
 
     def pool_tokens(self, n: int) -> int:
-        """Hot pool size in tokens, for each layer and sequence, at n cached tokens.
-
-        HKM keeps alpha*N by recency and alpha*N by frequency, or what a budget holds; never less than is pinned.
-        """
-        budget = self.records_budget
-        share = min(1.0, 2 * self.settings.alpha) if budget is None else 1.0
-        return self.capped(share, n)
-
-    def capped(self, share: float, n: int) -> int:
-        """This share of n tokens, not less than is pinned nor more than the budget holds."""
-        budget = self.records_budget
-        tokens = min(n, max(int(share * n), int(self.settings.pin * n)) + 1)
-        return tokens if budget is None else min(tokens, budget // self.token_bytes)
+        """Hot pool size in tokens, for each layer and sequence, at n cached tokens."""
+        return pool_tokens(self.settings, n, self.token_bytes, self.records_budget)
 
     def why_split(self) -> str:
         """The pool's size and its reason, in one line."""

@@ -9,12 +9,12 @@
 # %% [markdown]
 # # What if: other hardware
 #
-# **What you will see:** a run that is recorded here, replayed on machines that you do not have and at sizes that
-# this one cannot hold; every system on one of those machines, from 4K to 128K tokens; and which of the assumed
-# numbers the answer hangs on.
+# **What you will see:** a run recorded here, replayed on machines that you do not have and at sizes that do not
+# fit this one; every system on those machines, from 4K to 128K tokens; and how sensitive the answer is to each
+# assumed number.
 #
-# What is recorded is measured. Everything after that is **modelled**, and says so: a profile is a file in which
-# each number names its source, and half of them are assumptions. Within a factor of two there is no result.
+# The recording is measured. Everything after it is **modelled**, and labelled so: a device profile names the source
+# of every number, and half of them are assumptions. A difference of less than a factor of two is not a result.
 
 # %% tags=["parameters"]
 profiles = ["rtx4090-smartssd", "rtx4090-gen4-nvme", "rtx5060ti-16gb-gen5", "laptop-igpu", "h200"]
@@ -38,8 +38,8 @@ pd.DataFrame([{"profile": name, "box": own.about, **own.sources()} for name, own
 # %% [markdown]
 # ## A run, recorded here
 #
-# Order and dependencies of the replay are those of this run; its sizes are scaled by the rules in
-# `docs/replay.md`. How long a span took here does not matter.
+# The replay keeps the order and the dependencies of this run and scales its sizes by the rules in
+# `docs/replay.md`. The durations measured here are not used.
 
 # %%
 from transformers import logging
@@ -74,8 +74,8 @@ rows = {key: 1e3 * replay.modelled_seconds(timeline)[-1] for key, timeline in mo
 pd.Series(rows, name="ms per step (modelled)").unstack()[list(sizes)].loc[profiles].style.format("{:,.1f}")
 
 # %% [markdown]
-# Where the time would go, on the first of them: modelled spans are pale and dashed, and carry a `~`. Zoom in with
-# the wheel or W.
+# Where the time goes on the first machine: modelled spans are pale and dashed, and marked with `~`. Zoom in with the
+# wheel or W.
 
 # %%
 show_timeline(modelled[profiles[0], f"{shape}, 32K"])
@@ -83,8 +83,8 @@ show_timeline(modelled[profiles[0], f"{shape}, 32K"])
 # %% [markdown]
 # ## Every system, from short to long
 #
-# Here no run is replayed: each system's bytes and operations are stated by a rule (`hillinfer/whatif/work.py`).
-# A line that ends has outgrown the machine. With a browser, the menu changes the machine.
+# No run is replayed here: a rule states the traffic of each system (`hillinfer/whatif/rules.py`). A line ends where
+# the KV no longer fits the machine. In a browser, the menu selects the machine.
 
 # %%
 from hillinfer.whatif import sweep
@@ -95,14 +95,14 @@ frame = sweep.sweep(cells, jobs=1)
 sweep_figure(frame, title=f"A decode step of {shape}, modelled")
 
 # %% [markdown]
-# ## What the answer hangs on
+# ## Sensitivity
 #
 # Every assumed number of the first machine, halved and doubled, one at a time.
 
 # %%
 import plotly.graph_objects as go
 
-from hillinfer.whatif.devices import Rate
+from hillinfer.systems.hillinfer.profile import Rate
 from hillinfer.workbench.figures import LAYOUT
 from hillinfer.workbench.palette import COLOURS
 
@@ -125,8 +125,7 @@ figure.update_xaxes(title="change of a step's time, modelled", tickformat="+.0%"
 # %% [markdown]
 # ## With your own model and machine
 #
-# `hillinfer profile --drive FOLDER` measures this machine and writes `out/this-machine.toml`: name `this-machine`
-# among the profiles. Record a run of your own model with `hillinfer run --model M --prompt-file long.txt --drive
-# FOLDER --trace trace.json`, or save one with the dashboard's *Perfetto* button, and load it with
-# `sweep.load_run(path)`. A machine that you think of buying is a copy of one of the files in
-# `hillinfer/whatif/profiles/`.
+# `hillinfer profile --drive FOLDER` measures this machine and writes `out/this-machine.toml`; add `this-machine` to
+# the profiles. Record a run of your own model with `hillinfer run --model M --prompt-file long.txt --drive FOLDER
+# --trace trace.json`, or save one with the dashboard's *Perfetto* button, and load it with `sweep.load_run(path)`. To
+# describe another machine, copy and edit one of the files in `hillinfer/whatif/profiles/`.

@@ -9,16 +9,16 @@
 # %% [markdown]
 # # SmartSSD explorer
 #
-# **What you will see:** what the evaluation kernel inside a SmartSSD costs in silicon and how fast it scores keys
-# (HillInfer's CEC), for each configuration that was built; when the drive beats a plain SSD and when it does not;
-# how much of the KV should stay in the host; and the whole pipeline over an emulated card.
+# **What you will see:** the area and the scoring rate of the evaluation kernel inside a SmartSSD (HillInfer's CEC),
+# for each configuration; when the drive beats a plain SSD and when it does not; how much of the KV should stay in the
+# host; and the whole pipeline over an emulated card.
 #
-# Three kinds of numbers, each marked: cycles are **simulated** and areas **synthesised** from the Verilog in
+# Three kinds of numbers, each labelled: cycles are **simulated** and areas **synthesised** from the Verilog in
 # `fpga/`; rates are **modelled** from them at an assumed clock; the last section is **measured** here, with an
-# emulated drive. No card took part.
+# emulated drive. No card was used.
 
 # %% tags=["parameters"]
-clock = 300e6  # Hz, assumed: no timing tool took part
+clock = 300e6  # Hz, assumed: no timing tool was used
 memory = "DDR4 measured"  # or "DDR4 peak", "NAND", "NAND, one stream"
 shape = "llama-3.1-8b"
 alpha = 0.2
@@ -39,16 +39,16 @@ cec_frame(clock).set_index("kernel").transpose()
 # %% [markdown]
 # ## Rate against area
 #
-# Up and left is better. INT4 is twice as fast for each byte that the memory gives, and misses more.
+# Up and left is better. INT4 scores twice as many keys per byte read, at a lower recall.
 
 # %%
 pareto_figure(memory, clock)
 
 # %% [markdown]
-# ## What a decode step would wait for
+# ## Scoring time of a decode step
 #
-# The time to score every cached key once, all layers and KV heads. Dotted where the codes no longer fit into the
-# card's 4 GB of DRAM: from there on they come from flash.
+# The time to score every cached key once, all layers and KV heads. Dotted where the codes exceed the card's 4 GB of
+# DRAM and are read from flash.
 
 # %%
 import plotly.graph_objects as go
@@ -79,28 +79,56 @@ figure.update_yaxes(type="log", title="ms per step (modelled)")
 # %% [markdown]
 # ## Against a plain drive
 #
-# Seconds to score every cold key once, with 4 GiB of host memory for KV: a plain Gen4 drive reads twice as fast as
-# the card's flash, so the card wins only where its codes lie in its DRAM. The shortest of each row is marked.
+# Seconds to score every cold key once, with 4 GiB of host memory for KV. A plain Gen4 drive reads twice as fast as
+# the card's flash, so the card wins only while its DRAM holds the codes. The shortest time of each row is marked.
 
 # %%
-from benchmarks import papers as claims
+import pandas as pd
 
-truth = claims.awkward_truth(hosts=(4 * 2**30,)).set_index(["model", "context", "batch"])
-ways = ["card, keys on NAND", "card, codes on NAND", "card, codes in DRAM", "Gen4, keys to host", "Gen4, codes to host"]
-truth[ways].style.format("{:.2f}").highlight_min(axis=1, props="font-weight: bold; text-decoration: underline")
+from hillinfer.whatif.scenario import Scenario
+
+card, plain = find_profile("rtx4090-smartssd"), find_profile("rtx4090-gen4-nvme")
+nand, dram = card.get("scorer.nand_read"), card.get("scorer.dram_read")
+to_host = min(plain.get("drive.read"), plain.score_rate)
+rows = {}
+for name, context, batch in (("qwen-7b", 16384, 1), ("qwen-7b", 16384, 8), (shape, 16384, 8), (shape, 131072, 4)):
+    case = Scenario(card, find_shape(name), context, batch, alpha, host=4 * 2**30)
+    cold = 1 - case.held()
+    keys, codes = cold * case.kv / 2, cold * case.codes * case.shape.layers
+    in_dram = min(codes, room)
+    rows[name, context, batch] = {
+        "card, keys on NAND": keys / nand,
+        "card, codes on NAND": codes / nand,
+        "card, codes in DRAM": max(in_dram / dram, (codes - in_dram) / nand),
+        "Gen4, keys to host": keys / to_host,
+        "Gen4, codes to host": codes / to_host,
+    }
+truth = pd.DataFrame(rows).transpose().rename_axis(["model", "context", "batch"])
+truth.style.format("{:.2f}").highlight_min(axis=1, props="font-weight: bold; text-decoration: underline")
 
 # %% [markdown]
 # ## How much should the host hold?
 #
 # A step's time against the host pool's share of the tokens (APP's balance): in the paper's form each side sends as
-# soon as it has scored; with a barrier nothing is chosen before both have.
+# soon as it has scored; with a barrier, selection needs both results.
 
 # %%
-balance = claims.balance()
+import numpy as np
+
+from hillinfer.systems.hillinfer.balance import SelectionRates
+
+qwen, tokens, shares = find_shape("qwen-7b"), 12288, np.linspace(0.02, 1, 50)
+code, record = qwen.code_bytes(), qwen.record_bytes
+speeds, rates = card.speeds(record), SelectionRates(alpha, alpha)
+host, cold = code / speeds.fc + alpha * record / speeds.bc, code / speeds.fs + alpha * record / speeds.bs
+forms = {
+    "paper": np.maximum(shares * host, (1 - shares) * cold),
+    "barrier": np.array([speeds.step_seconds(share, rates, code, record) for share in shares]),
+}
 figure = go.Figure()
-for form, colour in (("paper", COLOURS["compute"]), ("barrier", COLOURS["drive read"])):
-    figure.add_scatter(x=balance.share, y=balance[form], name=form, line_color=colour)
-predicted = balance.predicted[0]
+for (form, seconds), colour in zip(forms.items(), (COLOURS["compute"], COLOURS["drive read"]), strict=True):
+    figure.add_scatter(x=shares, y=1e3 * tokens * seconds, name=form, line_color=colour)
+predicted = cold / (host + cold)
 note = f"the paper's closed form: {predicted:.0%}"
 figure.add_vline(x=predicted, line_dash="dot", annotation_text=note, annotation_position="bottom left")
 figure.update_layout(LAYOUT, title="qwen-7b, 12K tokens: one layer's scoring and sending, modelled")
@@ -110,11 +138,10 @@ figure.update_yaxes(title="ms (modelled)", rangemode="tozero")
 # %% [markdown]
 # ## The pipeline over an emulated card
 #
-# A process on this machine stands for the drive: real files, real codes, exact scores in blocks, paced to a
-# SmartSSD's rates. It takes time from a core here that a real drive would not.
+# The drive is emulated on this machine: real files, real codes, exact scores in blocks, paced to a SmartSSD's rates.
+# It uses CPU time that a real drive would not.
 
 # %%
-import pandas as pd
 from transformers import logging
 
 from hillinfer.assets import load_embedded, machine

@@ -5,9 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hillinfer
-from hillinfer.systems.hillinfer.balance import Chosen, Speeds
+from hillinfer.systems.hillinfer.balance import SelectionRates, Speeds
+from hillinfer.systems.hillinfer.profile import THIS, Profile, Rate, load_speeds
 
 positive = st.floats(1e6, 1e12)
+
+
+def write(path, speeds: Speeds):
+    """A profile of this machine with these speeds."""
+    numbers = dict(cpu_score=speeds.fc, emulated_score=speeds.fs, cpu_gather=speeds.bc, emulated_fetch=speeds.bs)
+    parts = {"cpu": ("memory", "bandwidth", "flops"), "drive": ("read", "write")}
+    rates = {part: {name: Rate((1e9,), "assumed: a test") for name in names} for part, names in parts.items()}
+    return Profile(THIS, "a test", rates).with_numbers(THIS, **numbers).save(path)
 
 
 @given(fc=positive, fs=positive, bc=positive, bs=positive, alpha=st.floats(0.01, 1))
@@ -20,7 +29,7 @@ def test_the_papers_form_lets_both_sides_take_equally_long(fc, fs, bc, bs, alpha
 
 @given(fc=positive, fs=positive, bc=positive, bs=positive, host=st.floats(0.01, 1), drive=st.floats(0.01, 1))
 def test_no_share_is_faster_than_the_chosen_one(fc, fs, bc, bs, host, drive):
-    speeds, chosen = Speeds(fc, fs, bc, bs), Chosen(host, drive)
+    speeds, chosen = Speeds(fc, fs, bc, bs), SelectionRates(host, drive)
     best = speeds.step_seconds(speeds.host_share(chosen, 1024, 4096), chosen, 1024, 4096)
     assert all(speeds.step_seconds(i / 50, chosen, 1024, 4096) >= best * (1 - 1e-9) for i in range(51))
 
@@ -32,16 +41,16 @@ def test_worked_examples():
     """
     assert Speeds(1e9, 1e9, 1e9, 1e9).beta(0.2, 1024, 4096) == 1
     assert Speeds(1e9, 0.5e9, 1e9, 0.5e9).beta(0.2, 1024, 4096) == pytest.approx(2)
-    assert Speeds(1e9, 3e9, 1e9, 1e9).host_share(Chosen(0.1, 0.1), 1024, 4096) == pytest.approx(0.25)
-    assert Speeds(1e9, 3e9, 1e9, 1e8).host_share(Chosen(0.1, 0.1), 1024, 4096) == 1  # sending costs more than scoring
-    assert Speeds(1e9, 3e9, 1e9, 1e8).host_share(Chosen(0.1, 0.01), 1024, 4096) == pytest.approx(0.25)
+    assert Speeds(1e9, 3e9, 1e9, 1e9).host_share(SelectionRates(0.1, 0.1), 1024, 4096) == pytest.approx(0.25)
+    slow = Speeds(1e9, 3e9, 1e9, 1e8)  # sending costs more than scoring
+    assert slow.host_share(SelectionRates(0.1, 0.1), 1024, 4096) == 1
+    assert slow.host_share(SelectionRates(0.1, 0.01), 1024, 4096) == pytest.approx(0.25)
 
 
 def test_a_profile_is_read_back_and_sets_the_pool(models, prompt, tmp_path):
     path, drive = tmp_path / "new" / "profile.toml", tmp_path / "drive"
     drive.mkdir()
-    Speeds(3e9, 1e9, 3e9, 3e9).save(path, ["three to one"])
-    assert Speeds.load(path) == Speeds(3e9, 1e9, 3e9, 3e9)
+    assert load_speeds(write(path, Speeds(3e9, 1e9, 3e9, 3e9)), 4096) == Speeds(3e9, 1e9, 3e9, 3e9)
     model = models("llama")
     options = dict(alpha=0.1, drive=drive, drive_kind="emulated", profile=path)
     with hillinfer.make_cache(model, "hillinfer", **options) as cache:
@@ -59,19 +68,19 @@ def test_a_bad_profile_names_the_command(tmp_path, text):
     path = tmp_path / "p.toml"
     path.write_text(text)
     with pytest.raises(hillinfer.UsageError, match="hillinfer profile"):
-        Speeds.load(path)
+        load_speeds(path, 4096)
 
 
 def test_the_split_follows_what_is_selected(models, prompt, tmp_path):
     """Cold tokens are hardly selected: the pool shrinks to its share of the scoring, and answers stay the same."""
     path, drive = tmp_path / "profile.toml", tmp_path / "drive"
     drive.mkdir()
-    Speeds(1e9, 3e9, 1e9, 1e8).save(path, [])  # with alpha from both sides all belongs in memory
+    write(path, Speeds(1e9, 3e9, 1e9, 1e8))  # with alpha from both sides all belongs in memory
     model, answers = models("llama"), []
     for split in ("shortest", "paper"):
         options = dict(alpha=0.1, drive=drive, drive_kind="emulated", profile=path, split=split)
         with hillinfer.make_cache(model, "hillinfer", **options) as cache:
-            cache.run.chosen = Chosen(0.1, 0.001)
+            cache.run.chosen = SelectionRates(0.1, 0.001)
             out = model.generate(prompt, past_key_values=cache, max_new_tokens=24, do_sample=False)
             answers.append(out.tolist())
             sizes = [len(layer.layer.store.pools[0].token_of) for layer in cache.layers]
@@ -80,7 +89,7 @@ def test_the_split_follows_what_is_selected(models, prompt, tmp_path):
                 share = (beta := cache.run.speeds.beta(0.1, 32, 256)) / (1 + beta)
                 assert sizes == [int(share * n) + 1] * 3
             else:
-                assert cache.run.chosen != Chosen(0.1, 0.001)  # corrected on the way
+                assert cache.run.chosen != SelectionRates(0.1, 0.001)  # corrected on the way
                 assert "in the last steps" in cache.run.why_split()
     hillinfer.disable(model)
     assert answers[0] == answers[1]

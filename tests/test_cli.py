@@ -140,13 +140,18 @@ def test_a_profile_that_cannot_be_used(prompt_file, drive, tmp_path):
     check(run(prompt_file, "--drive", drive, "--precision", "int2"), "int8, int4")
 
 
-def test_profile_measures_and_writes(drive, tmp_path):
+def test_profile_measures_and_writes(drive, prompt_file, tmp_path):
     out = tmp_path / "new" / "profile.toml"
     result = hillinfer("profile", "--drive", drive, "--out", out, "--no-device")
     assert result.exit_code == 0 and "a step is shortest" in result.stdout
-    from hillinfer.systems.hillinfer.balance import Speeds
+    from hillinfer.systems.hillinfer.profile import Profile, load_speeds
 
-    assert Speeds.load(out).beta(0.1, 1024, 4096) > 0
+    assert load_speeds(out, 4096).beta(0.1, 1024, 4096) > 0
+    assert Profile.load(out).sources()["measured"] >= 9 and not Profile.load(out).kinds
+    result = run(prompt_file, "--drive", drive, "--drive-kind", "emulated", "--profile", out)
+    assert result.exit_code == 0 and "by the profile" in result.stderr, result.output
+    prompt_file.rename(out)
+    check(hillinfer("profile", "--drive", drive, "--out", out), "is not a profile of this machine")
     check(hillinfer("profile", "--drive", tmp_path / "nowhere"), "does not exist")
 
 

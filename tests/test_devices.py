@@ -3,7 +3,8 @@
 import pytest
 
 from hillinfer import UsageError
-from hillinfer.whatif.devices import THIS, Cost, Profile, Rate, find_profile, list_profiles
+from hillinfer.systems.hillinfer.profile import THIS, Cost, Profile, Rate, check_replaceable, load_speeds
+from hillinfer.whatif.devices import find_profile, list_profiles
 
 SHIPPED = ["h200", "laptop-igpu", "rtx4090-gen4-nvme", "rtx4090-smartssd", "rtx5060ti-16gb-gen5"]
 
@@ -28,14 +29,14 @@ def test_a_shipped_profile(name, tmp_path):
 
 
 def test_this_drive_is_measured_by_size(tmp_path, monkeypatch):
-    from hillinfer.whatif import calibrate
+    from hillinfer.whatif import measure
 
-    monkeypatch.setattr(calibrate, "BLOCKS", (4096, 1 << 16, 1 << 22))
-    found = calibrate._drive(tmp_path, "measured: here")
+    monkeypatch.setattr(measure, "BLOCKS", (4096, 1 << 16, 1 << 22))
+    found = measure._drive(tmp_path)
     assert set(found) == {"read", "read_one", "write"} and not list(tmp_path.iterdir())
     for name, rate in found.items():
         assert rate.blocks == (4096, 1 << 16, 1 << 22)
-        assert rate.values[0] < rate.values[-1], name
+        assert rate.values[0] < rate.values[-1] and rate.source.startswith("measured: "), name
 
 
 def test_between_points_a_curve_is_straight_in_logarithms():
@@ -92,18 +93,24 @@ def test_a_small_one(tmp_path):
         (', source = "published: x"', "", "drive.read has no source"),
         ("published: x", "somewhere", "the source of drive.read must begin with one of measured:"),
         ("{ value = 1e9, source = \"assumed: x\" }", "1e9", "drive.write has no source"),
-        ("value = 1e9, source = \"assumed", "value = -1, source = \"assumed", "must be a number above zero"),
-        ("value = 1e9, source = \"assumed", "value = true, source = \"assumed", "must be a number above zero"),
+        ("value = 1e9, source = \"assumed", "value = -1, source = \"assumed", "must have numbers above zero"),
+        ("value = 1e9, source = \"assumed", "value = true, source = \"assumed", "must have numbers above zero"),
         ("value = 1e9, source = \"assumed", "valeu = 1e9, source = \"assumed", "drive.write must be { value, source }"),
-        ("[4096, 8192]", "[8192, 4096]", "drive.read needs its blocks in ascending order"),
-        ("[4096, 8192]", "[4096]", "as many rates as blocks"),
+        ("[4096, 8192]", "[8192, 4096]", "drive.read needs its block in ascending order"),
+        ("[4096, 8192]", "[4096]", "with block and rate lists of the same length"),
         ("[drive]", "[disk]", "no part 'disk'"),
         ("flops", "flop", "[cpu] lacks flops"),
         ("write =", "speed = { value = 1, source = 'assumed: x' }\nwrite =", "[drive] has no 'speed'"),
         ("[drive]", "[gpu]\n[drive]", "add a part [link]"),
-        ("[10, 1000]", "[1000, 10]", "kinds.full.dense must have numbers above zero, its sizes in ascending"),
-        ("[10, 1000]", "[10]", "kinds.full.dense needs as many seconds as sizes"),
-        ("[cpu]", "[cpu", "is no profile"),
+        ("[10, 1000]", "[1000, 10]", "kinds.full.dense needs its size in ascending order"),
+        ("[10, 1000]", "[10]", "with size and seconds lists of the same length"),
+        ("10, 1000", "-10, 1000", "kinds.full.dense must have numbers above zero"),
+        ("1e-5", "nan", "kinds.full.dense must have numbers above zero"),
+        ("1e-5", "inf", "kinds.full.dense must have numbers above zero"),
+        ("size", "sizes", "kinds.full.dense must be { size, seconds, source }"),
+        ("[kinds]", "[[kinds]]", "kinds is not a table"),
+        ("[drive]", "[[drive]]", "drive is not a table"),
+        ("[cpu]", "[cpu", "is not a device profile"),
     ],
 )  # fmt: skip
 def test_a_bad_profile_is_refused(tmp_path, old, new, says):
@@ -120,5 +127,45 @@ def test_names_that_are_none(tmp_path):
         find_profile("rtx9090")
     with pytest.raises(UsageError, match="hillinfer profile"):
         find_profile(THIS, tmp_path / "none.toml")
-    with pytest.raises(UsageError, match="is no profile"):
+    with pytest.raises(UsageError, match="is not a device profile"):
         find_profile(tmp_path / "none.toml")
+
+
+def test_the_balance_of_host_and_drive(tmp_path):
+    """Of a drive that scores: a computational one as its profile states, or the emulated one as it was measured."""
+    smart = find_profile("rtx4090-smartssd").speeds(4096)
+    link = 1 / 25.6e9
+    assert (smart.fc, smart.fs) == (20e9, 15.4e9)
+    assert (smart.bc, smart.bs) == pytest.approx((1 / (1 / 45e9 + link), 1 / (1 / 1.6e9 + link)))
+    path = tmp_path / "p.toml"
+    path.write_text(GOOD)
+    with pytest.raises(UsageError, match=r"no drive that scores .* hillinfer profile --drive FOLDER"):
+        load_speeds(path, 4096)
+    numbers = dict(cpu_score=3e9, cpu_gather=2e9, emulated_score=4e9, emulated_fetch=1e9)
+    found = load_speeds(Profile.load(path).with_numbers(THIS, **numbers).save(path), 4096)
+    assert (found.fc, found.fs, found.bc, found.bs) == pytest.approx((3e9, 4e9, 2e9, 1e9))
+
+
+RETIRED = "# measured\nfc = 1e9\nfs = 2e9\nbc = 3e9\nbs = 4e8\n"
+
+
+def test_the_advice_for_a_file_in_the_retired_format_works(tmp_path):
+    """It is refused; what the message says to do writes another file, and may also write over this one."""
+    path = tmp_path / "profile.toml"
+    path.write_text(RETIRED)
+    for load in (Profile.load, lambda path: load_speeds(path, 4096)):
+        with pytest.raises(UsageError, match=r"earlier version .* hillinfer profile --drive FOLDER, which writes out/"):
+            load(path)
+    check_replaceable(path)
+
+
+@pytest.mark.parametrize("text", [GOOD, "", "not a profile", "[project]\nname = 'mine'", "name = 'h200'"])
+def test_no_other_file_is_replaced(tmp_path, text):
+    """A new profile replaces this machine's own; no notes, no project file, no other machine's profile."""
+    path = tmp_path / "p.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"p.toml is not a profile of this machine; .* --out"):
+        check_replaceable(path)
+    check_replaceable(tmp_path / "new.toml")
+    find_profile("h200").with_numbers(THIS).save(path)
+    check_replaceable(path)

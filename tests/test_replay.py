@@ -7,11 +7,12 @@ from itertools import pairwise
 import pytest
 
 import hillinfer
+from hillinfer.systems.hillinfer.profile import Cost, Profile, Rate
 from hillinfer.systems.shapes import SHAPES, ModelShape, find_shape, shape_of
 from hillinfer.timeline import Span, Timeline
 from hillinfer.whatif import replay as R
-from hillinfer.whatif.devices import Cost, Profile, Rate, find_profile
-from hillinfer.whatif.recording import decode_steps, describe, own_seconds, recorded
+from hillinfer.whatif.devices import find_profile
+from hillinfer.whatif.recording import decode_steps, describe, exclusive_seconds, read_summary
 from hillinfer.workbench.figures import timeline_figure
 
 MS = 1_000_000
@@ -115,21 +116,21 @@ def test_a_drive_that_scores_works_beside_the_host():
         assert took == pytest.approx((2 * (one + scored + 1) + 5 + 7) / 1e3)
 
 
-def test_own_seconds_leave_out_what_is_within():
+def test_exclusive_seconds_leave_out_what_is_within():
     took = dict(zip(("append", "score", "select"), (1, 1, 1), strict=True))
-    own = own_seconds([Span(s[1], s[2], 0, 0, s[5] * MS, s[6] * MS) for s in plain_step()[:3]])
+    own = exclusive_seconds([Span(s[1], s[2], 0, 0, s[5] * MS, s[6] * MS) for s in plain_step()[:3]])
     assert {span.kind: ms * 1e3 for span, ms in own} == pytest.approx(took)
 
 
 @pytest.mark.parametrize("waits", [(0, 6), (1, 6), (3, 6), (3, 9)])
-def test_own_seconds_of_a_loader_are_the_time_it_was_at_work(waits):
+def test_exclusive_seconds_of_a_loader_are_the_time_it_was_at_work(waits):
     """K from 0 to 5 and V from 2 to 6, at once, are 6 of work, whenever the wait for both began; what it waits beyond
     is its own.
     """
     spans = [Span("drive", "prefetch", 0, 0, 0, 5 * MS), Span("drive", "prefetch", 0, 0, 2 * MS, 6 * MS)]
     spans.append(Span("cpu", "wait", 0, 0, waits[0] * MS, waits[1] * MS))
     took = defaultdict(float)
-    for span, seconds in own_seconds(spans):
+    for span, seconds in exclusive_seconds(spans):
         took[span.kind] += seconds * 1e3
     assert dict(took) == pytest.approx({"prefetch": 6, "wait": max(0, waits[1] - 6)}, abs=1e-9)
 
@@ -236,7 +237,7 @@ def total(line: Timeline, kind: str, target: R.Target) -> float:
 
 def test_the_stated_rules_of_scaling(runs):
     line, none = runs["hillinfer"], R.Target()
-    about = recorded(line)
+    about = read_summary(line)
 
     def ratio(kind: str, **change) -> float:
         return total(line, kind, R.Target(**change)) / total(line, kind, none)
@@ -260,7 +261,7 @@ def test_the_stated_rules_of_scaling(runs):
 
 def test_what_moves_no_bytes_on_another_machine(runs):
     """Choosing reads a score of 4 bytes for each token and KV head; this code's overhead is not known there."""
-    profile, about = find_profile("h200"), recorded(runs["topk"])
+    profile, about = find_profile("h200"), read_summary(runs["topk"])
     took = {task.kind: task.seconds for task in R.to_tasks(runs["topk"], profile, most=1)}
     scores = 4 * about.cached * about.shape.kv_heads
     assert took["select"] == pytest.approx(scores / profile.gather_rate + profile.get("cpu.call"))
@@ -299,7 +300,7 @@ def test_a_faster_part_never_makes_a_step_slower(runs, way, number):
 
 def test_a_trace_that_says_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not say what was run"):
-        recorded(Timeline())
+        read_summary(Timeline())
     line = by_hand(("main", "cpu", "append", 0, 0, 0, 1, 0))
     with pytest.raises(ValueError, match="no decode step"):
         decode_steps(line)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from hillinfer import UsageError, files
-from hillinfer.systems.hillinfer.balance import Speeds
 from hillinfer.tiers.record_file import RecordFile
 from hillinfer.timeline import Timeline
 from hillinfer.whatif.devices import find_profile
@@ -73,7 +72,6 @@ def test_a_models_own_code_never_runs(tmp_path):
 WRITERS = {
     "trace": lambda path: Timeline().save(path),
     "profile": lambda path: find_profile("h200").save(path),
-    "speeds": lambda path: Speeds(1, 1, 1, 1).save(path, []),
     "text": lambda path: files.write_text(path, "x"),
 }
 

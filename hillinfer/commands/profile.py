@@ -1,4 +1,4 @@
-"""`hillinfer profile`: how fast this machine scores and moves KV."""
+"""`hillinfer profile`: measure this machine and write its device profile."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,31 +11,40 @@ from hillinfer.config import check_folder
 
 def profile(
     drive: Annotated[Path, typer.Option(help="Folder on the drive to measure.")],
-    paced: Annotated[bool, typer.Option(help="Hold the emulated drive to a SmartSSD's rates.")] = False,
-    out_file: Annotated[Path, typer.Option("--out", help="Where to write the profile.")] = Path("out/profile.toml"),
-    device: Annotated[bool, typer.Option(help="Also what replay needs: this-machine.toml, in some minutes.")] = True,
+    paced: Annotated[bool, typer.Option(help="Pace the emulated drive to a SmartSSD's rates.")] = False,
+    out_file: Annotated[Path, typer.Option("--out", help="The profile to write.")] = Path("out/this-machine.toml"),
+    device: Annotated[
+        bool, typer.Option(help="Also measure the cost of each kind of work, for replay; takes some minutes.")
+    ] = True,
 ):
-    """Measure how fast host and drive score and move KV here; for --profile, and to see what would balance."""
-    folder = check_folder(drive)
-    from hillinfer.assets import machine
-    from hillinfer.systems.hillinfer.balance import Chosen
-    from hillinfer.whatif.calibrate import calibrate
-    from hillinfer.whatif.speeds import CHOSEN, DIM, HEADS, measure
+    """Measure this machine: its device profile, for `run --profile FILE` and `replay --profile this-machine`."""
+    from hillinfer.systems.hillinfer.balance import SelectionRates
+    from hillinfer.systems.hillinfer.profile import check_replaceable
 
-    speeds, facts = measure(folder, paced)
-    facts.append(f"measured on {machine()}" + (", the drive paced to a SmartSSD's rates" if paced else ""))
-    speeds.save(out_file, facts)
-    for fact in facts:
-        out.print(fact, soft_wrap=True, highlight=False)
-    code, record = HEADS * DIM, 4 * HEADS * DIM
+    folder = check_folder(drive)
+    check_replaceable(out_file)
+    from hillinfer.whatif.calibrate import calibrate
+    from hillinfer.whatif.measure import DIM, HEADS, RECORD_BYTES, SELECTED
+
+    with err.status("measuring ...") as status:
+        found = calibrate(folder, paced, device, lambda text: status.update(f"measuring: {text}"))
+    found.save(out_file)
+    for path, text in (
+        ("cpu.score", "host scores key codes"),
+        ("emulated.score", "drive scores key codes"),
+        ("cpu.gather", "host gathers records"),
+        ("emulated.fetch", "drive fetches records"),
+    ):
+        part, number = path.split(".")
+        rate = found.parts[part][number]
+        out.print(f"{path}: {text}, {rate.at() / 1e9:.2f} GB/s ({rate.source})", soft_wrap=True, highlight=False)
+    out.print(f"measured on {found.about}; records selected at random: {SELECTED:.0%}", soft_wrap=True, highlight=False)
+    speeds, code = found.speeds(RECORD_BYTES), HEADS * DIM
     for alpha in (0.1, 0.2):
-        beta, share = speeds.beta(alpha, code, record), speeds.host_share(Chosen(alpha, alpha), code, record)
+        beta = speeds.beta(alpha, code, RECORD_BYTES)
+        share = speeds.host_share(SelectionRates(alpha, alpha), code, RECORD_BYTES)
         out.print(
             f"at alpha {alpha} a step is shortest when the host holds {share:.0%} of the tokens; "
             f"by the paper's closed form {beta / (1 + beta):.0%}"
         )
-    out.print(f"profile: {out_file} (records chosen at random: {CHOSEN:.0%})")
-    if device:
-        with err.status("what each kind of work costs here ...") as status:
-            own = calibrate(folder, lambda what: status.update(f"what each kind of work costs here: {what}"))
-        out.print(f"for hillinfer replay --profile this-machine: {own.save(out_file.parent / 'this-machine.toml')}")
+    out.print(f"profile: {out_file}", soft_wrap=True)

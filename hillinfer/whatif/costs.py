@@ -1,12 +1,12 @@
-"""What one piece of work costs on a profile: its bytes over the rate of the part that does it."""
+"""The modelled time of one piece of work on a profile: its bytes over the throughput of the part that does it."""
 
 import math
 
-from hillinfer.whatif.devices import Profile
+from hillinfer.systems.hillinfer.profile import Profile
 
-MODEL = ("dense", "head", "attend")  # the model's own work, on its device: the GPU where there is one
-SYNCED = ("wait",)  # no work of its own; what it waits for is a dependency
-OVERHEAD = ("other", "view")  # of this project's own code: known only where it was measured
+MODEL = ("dense", "head", "attend")  # the model's own work: on the GPU if there is one
+SYNC = ("wait",)  # no work of its own: a dependency
+OVERHEAD = ("other", "view")  # of this project's own code: known only if measured
 RATES = {
     "transfer": "link.to_gpu",
     "weights": "link.to_gpu",
@@ -19,12 +19,13 @@ RATES = {
     "scan": "scorer.nand_read",
     "inside": "scorer.nand_read",
 }
+DEFAULT_RATES = {"drive": "drive.read", "link": "link.to_gpu"}  # of other kinds: moving their bytes
 
 
 def lane_of(profile: Profile, lane: str, kind: str) -> str:
-    """Where a recorded kind of work would be done on this machine."""
-    if kind in MODEL and lane in ("cpu", "gpu"):
-        return "gpu" if profile.has("gpu") else "cpu"
+    """The lane of a recorded kind of work on this machine."""
+    if kind in MODEL and lane == "cpu" and profile.has("gpu"):
+        return "gpu"
     return "cpu" if lane == "gpu" and not profile.has("gpu") else lane
 
 
@@ -40,15 +41,15 @@ def seconds(
     kernels: int = 1,
     system: str = "",
 ) -> float:
-    """Modelled seconds. `size` in bytes (`recording.size_of`), `block` the size of one piece.
+    """Modelled seconds of `size` bytes (`recording.size_of`), moved in pieces of `block` bytes.
 
-    calls    how often the kind is done, for a measured cost
-    kernels  how often the part's latency is paid, elsewhere
+    calls    number of calls, for a measured cost
+    kernels  how often the part's latency is paid, otherwise
 
-    Where the profile was measured with this project's code, its own cost of that kind (and system) counts; elsewhere
-    the part's rate, a call's latency, and for the model's work the longer of reading and computing.
+    A profile measured with this project's code gives the cost of that kind (and system). Otherwise: the part's rate and
+    the latency of a call; for the model's own work the roofline, the longer of reading and computing.
     """
-    if kind in SYNCED:
+    if kind in SYNC:
         return 0.0
     for name in (f"{system}.{kind}", kind):
         if name in profile.kinds:
@@ -56,17 +57,12 @@ def seconds(
     if kind in OVERHEAD:
         return 0.0
     part = lane.partition(":")[0]
-    latency = kernels * profile.get(f"{part}.call", default=0.0) if size or flops else 0.0
     if part == "gpu" or (kind in MODEL and part == "cpu"):
-        work = max(size / profile.get(f"{part}.bandwidth"), flops / profile.get(f"{part}.flops"))
+        took = max(size / profile.get(f"{part}.bandwidth"), flops / profile.get(f"{part}.flops"))
     elif kind == "gather" and not profile.has("gpu"):
-        work = 0.0  # attended to where it lies: no byte moves
-    elif kind in RATES:
-        work = size / profile.get(RATES[kind], block)
-    elif part in ("drive", "link"):  # what a drive or a link does otherwise: it moves the bytes
-        work = size / profile.get("drive.read" if part == "drive" else "link.to_gpu", block)
-    elif kind == "score":
-        work = size / profile.score_rate
+        took = 0.0  # attention reads the records in place: no byte moves
+    elif rate := RATES.get(kind, DEFAULT_RATES.get(part)):
+        took = size / profile.get(rate, block)
     else:
-        work = size / profile.gather_rate
-    return work + latency
+        took = size / (profile.score_rate if kind == "score" else profile.gather_rate)
+    return took + (kernels * profile.get(f"{part}.call", default=0.0) if size or flops else 0.0)

@@ -12,7 +12,7 @@ from hillinfer.timeline import Timeline
 class Task:
     """One piece of work. `lane` is a lane of the timeline, or a part of one, such as `link:out` or `drive:dram`.
 
-    It may begin when all tasks of `after` (their places in the list) have ended and its lane has room.
+    It may start when all tasks of `after` (indices in the list) have ended and its lane has a free slot.
     """
 
     lane: str
@@ -27,9 +27,8 @@ class Task:
 def schedule(tasks: Sequence[Task], capacity: Mapping[str, int] | None = None) -> list[tuple[float, float]]:
     """Start and end of each task in seconds.
 
-    A lane does `capacity` tasks at once (one by default), each as fast as if it were alone; others wait in the order
-    in which they could have begun, and of those that could at once in the order of the list. Deterministic.
-    ValueError for a task that can never begin.
+    A lane runs `capacity` tasks at once (one by default), each at full speed; the others queue in the order in which
+    they became ready, ties in list order. Deterministic. ValueError for a task that can never start.
     """
     free = defaultdict(lambda: 1, capacity or {})
     missing, followers = [len(set(task.after)) for task in tasks], [[] for _ in tasks]
@@ -39,34 +38,29 @@ def schedule(tasks: Sequence[Task], capacity: Mapping[str, int] | None = None) -
         for other in set(task.after):
             followers[other].append(index)
     times: list = [None] * len(tasks)
-    waiting = defaultdict(list)  # lane -> heap of (ready, index)
-    ending = []  # heap of (end, index)
-
-    def begin(lane: str, now: float) -> None:
-        while waiting[lane] and free[lane]:
-            _, index = heapq.heappop(waiting[lane])
-            free[lane] -= 1
-            times[index] = (now, now + tasks[index].seconds)
-            heapq.heappush(ending, (times[index][1], index))
-
+    ready = defaultdict(list)  # lane -> heap of (time when ready, index)
+    running, now = [], 0.0  # heap of (end, index)
     for index, count in enumerate(missing):
         if not count:
-            heapq.heappush(waiting[tasks[index].lane], (0.0, index))
-    for lane in list(waiting):
-        begin(lane, 0.0)
-    while ending:
-        now, touched = ending[0][0], {}
-        while ending and ending[0][0] == now:  # all that ends now, before anything begins
-            _, index = heapq.heappop(ending)
+            heapq.heappush(ready[tasks[index].lane], (now, index))
+    touched = set(ready)
+    while touched:
+        for lane in touched:
+            while ready[lane] and free[lane]:
+                _, index = heapq.heappop(ready[lane])
+                free[lane] -= 1
+                times[index] = (now, now + tasks[index].seconds)
+                heapq.heappush(running, (times[index][1], index))
+        touched, now = set(), running[0][0] if running else now
+        while running and running[0][0] == now:  # everything that ends now, before anything starts
+            _, index = heapq.heappop(running)
             free[tasks[index].lane] += 1
-            touched[tasks[index].lane] = None
+            touched.add(tasks[index].lane)
             for follower in followers[index]:
                 missing[follower] -= 1
                 if not missing[follower]:
-                    heapq.heappush(waiting[tasks[follower].lane], (now, follower))
-                    touched[tasks[follower].lane] = None
-        for lane in touched:
-            begin(lane, now)
+                    heapq.heappush(ready[tasks[follower].lane], (now, follower))
+                    touched.add(tasks[follower].lane)
     if None in times:
         stuck = tasks[times.index(None)]
         raise ValueError(f"{stuck.kind} of layer {stuck.layer}, step {stuck.step}, waits for itself")
@@ -74,7 +68,7 @@ def schedule(tasks: Sequence[Task], capacity: Mapping[str, int] | None = None) -
 
 
 def play(tasks: Sequence[Task], times: Sequence[tuple[float, float]], source: str, about: dict) -> Timeline:
-    """The scheduled tasks as a timeline, marked with the source of its times ("modelled: ...")."""
+    """The scheduled tasks as a timeline, labelled with the source of its times ("modelled: ...")."""
     timeline = Timeline()
     timeline.source, timeline.about = source, about
     for task, (start, end) in zip(tasks, times, strict=True):
@@ -86,6 +80,6 @@ def play(tasks: Sequence[Task], times: Sequence[tuple[float, float]], source: st
 
 
 def step_seconds(tasks: Sequence[Task], times: Sequence[tuple[float, float]]) -> float:
-    """Seconds of the last step, once the pipeline is full: from the end of the head of the step before to its own."""
+    """Seconds of the last step in steady state: from the end of the previous step's head to the end of its own."""
     ends = [end for task, (_, end) in zip(tasks, times, strict=True) if task.kind == "head"]
     return ends[-1] - (ends[-2] if len(ends) > 1 else 0.0)

@@ -1,14 +1,14 @@
-"""A recorded run on other hardware, or of another size: its spans as tasks, re-timed by the engine.
+"""A recorded run on other hardware or at another size: its spans as tasks, re-timed by the engine.
 
-The order and the dependencies are those that the run itself had, so a change in the pipeline changes its replay. What a
-span did counts, never how long it took. How sizes scale (`Target`), each by its own stated rule:
+Order and dependencies are those of the run, so a change in the pipeline changes its replay. Recorded durations are
+ignored; only the work of each span counts. How its size scales to a `Target`, by stated rules:
 
     score, evaluate, abstract, select, guess, other cached tokens x batch x bytes of a token's codes
-    gather, near, read, prefetch, attend, swap ...  attended tokens x batch x bytes of a token's record; where the pool
-                                                    holds a smaller share, more of them are read and fewer gathered
+    gather, near, read, prefetch, attend, swap ...  attended tokens x batch x bytes of a token's record; a smaller share
+                                                    of tokens in the pool turns gathers into reads
     append, encode, write                           batch x bytes of a token's record
     dense, head                                     parameters; operations also by the batch
-    layers                                          the first is the first; the others are spread over the recorded
+    layers                                          the first from the first; the rest spread over the recorded ones
 """
 
 import bisect
@@ -17,24 +17,26 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
+from hillinfer.systems.hillinfer.profile import Profile
 from hillinfer.systems.shapes import ModelShape
 from hillinfer.tiers.block_file import BLOCK
 from hillinfer.timeline import Span, Timeline
 from hillinfer.whatif import costs
-from hillinfer.whatif.devices import Profile
 from hillinfer.whatif.engine import Task, play, schedule
-from hillinfer.whatif.recording import BESIDE, Recorded, Step, decode_steps, recorded, size_of
+from hillinfer.whatif.recording import DRIVE_COMPUTE, RecordedStep, RunSummary, decode_steps, read_summary, size_of
+from hillinfer.whatif.scenario import HOST_USABLE
 
 CACHED = ("score", "evaluate", "inside", "merge", "select", "guess", "other", "view", "abstract")
 ATTENDED = ("gather", "near", "read", "prefetch", "transfer", "attend", "swap")
-AMONG_ROWS = CACHED + ATTENDED  # one call for each sequence of a batch
+PER_ROW = (*CACHED, *ATTENDED)  # one call for each sequence of a batch
 FROM_DRIVE = ("read", "prefetch")
-BOARD = 0.8  # share of host memory that may hold KV records
+WAITS_FOR = {"append": "guess", "wait": "prefetch", "prefetch": "guess"}  # across threads (`Layer.append`, `fetch`)
+JOINS_DRIVE = ("merge", "select", "guess", "wait")  # where a thread waits for the drive's computation
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a run is scaled to; None keeps what was recorded."""
+    """The size that a run is scaled to; None keeps the recorded one."""
 
     shape: ModelShape | None = None
     context: int | None = None
@@ -43,145 +45,132 @@ class Target:
 
 
 def to_tasks(timeline: Timeline, profile: Profile, target: Target | None = None, most: int = 8) -> list[Task]:
-    """The last `most` decode steps as tasks, their work scaled to the target and timed by the profile.
+    """The last `most` decode steps as tasks, scaled to the target and timed by the profile.
 
-    What one thread did, it does in order. Beside it: a drive's evaluation, from where its span began until its thread
-    merges; another thread's work for a layer, from where the main thread was when it began. The main thread waits for a
-    guess before it changes what the guess reads, and for a prefetch before it uses it (`Layer.append`, `fetch`).
+    The work of one thread stays in order. Concurrent with it: a drive's evaluation, from where its span began until its
+    thread merges; another thread's work for a layer, from where the main thread was when it began. The main thread
+    waits for a guess before it changes the data that the guess reads, and for a prefetch before it uses it.
     """
-    scale = Scale(recorded(timeline), target or Target(), profile)
+    scaling = Scaling(read_summary(timeline), target or Target(), profile)
     steps, tasks, last = decode_steps(timeline), [], None
     for number, step in enumerate(steps[-most - 1 : -1] or steps):
-        last = _add_step(tasks, step, number, scale, last)
+        last = _add_step(tasks, step, number, scaling, last)
     return tasks
 
 
-def _add_step(tasks: list[Task], step: Step, number: int, scale: "Scale", last: int | None) -> int:
+def _add_step(tasks: list[Task], step: RecordedStep, number: int, scaling: "Scaling", last: int | None) -> int:
     """Append one step's tasks, after the main thread's `last` one; returns its new last one."""
-    old, new = scale.about.shape.layers, scale.shape.layers
+    old, new = scaling.summary.shape.layers, scaling.shape.layers
     by_layer: dict[str, dict[int, list[Span]]] = {thread: defaultdict(list) for thread in step.threads}
-    for thread, own in step.threads.items():
-        for span in own:
+    for thread, spans in step.threads.items():
+        for span in spans:
             by_layer[thread][old if span.kind == "head" else span.layer].append(span)
     main = step.threads[step.main]
-    place = {id(span): (layer, i) for layer, own in by_layer[step.main].items() for i, span in enumerate(own)}
-    first = {thread: min(span.start_ns for span in own) for thread, own in step.threads.items()}
-    before_step, latest = last, {step.main: last}  # thread -> its last task
-    made: dict[tuple[int, int], int] = {}  # the main thread's (layer, place in it) -> task
+    place = {id(span): (layer, i) for layer, spans in by_layer[step.main].items() for i, span in enumerate(spans)}
+    first = {thread: min(span.start_ns for span in spans) for thread, spans in step.threads.items()}
+    latest = {step.main: last}  # thread -> its last task
+    made: dict[tuple[int, int], int] = {}  # place of a span of the main thread -> its task
 
     def origin(span: Span, layer: int, source: int) -> int | None:
-        """What the main thread had done when this span began, moved along with the layer."""
-        for spans, where, done in ((main, place, made), *([scale.before] if scale.before else [])):
-            index = bisect.bisect_right(spans, span.start_ns, key=lambda own: own.end_ns) - 1
+        """The main thread's last task when this span began, moved along with the layer."""
+        for spans, places, done in ((main, place, made), *([scaling.previous] if scaling.previous else [])):
+            index = bisect.bisect_right(spans, span.start_ns, key=lambda other: other.end_ns) - 1
             if index >= 0:
-                of, i = where[id(spans[index])]
-                return done.get((of + (layer - source if spans is main else 0), i), before_step)
-        return before_step
+                of, i = places[id(spans[index])]
+                return done.get((of + (layer - source if spans is main else 0), i), last)
+        return last
 
     for layer in range(new + 1):
         source = old if layer == new else layer and 1 + (layer - 1) * (old - 1) // max(1, new - 1)
         ready: dict[str, list[int]] = defaultdict(list)  # kind -> tasks of this layer that others wait for
         for thread in sorted(by_layer, key=lambda name: (name == step.main, first[name])):  # a guess, then its reads
-            began = False
+            background = thread.startswith("background")
             for i, span in enumerate(by_layer[thread][source]):
+                in_drive, waits = span.kind in DRIVE_COMPUTE, WAITS_FOR.get(span.kind)
                 after = [latest.get(thread)]
-                waits = {"append": "guess", "wait": "prefetch", "prefetch": "guess"}.get(span.kind)
-                if thread != step.main and not began and (not waits or thread.startswith("beside")):
-                    after.append(origin(span, layer, source))
-                began = True
-                if span.kind in BESIDE and thread == step.main:
+                if thread == step.main and in_drive:
                     after = [origin(span, layer, source)]
+                elif thread != step.main and i == 0 and (background or not waits):
+                    after.append(origin(span, layer, source))
                 after += ready[waits] if waits else []
-                if thread.startswith("beside") or span.kind in ("wait", "attend"):
-                    after += ready["beside"]
-                if span.kind in ("merge", "select", "guess", "wait"):
-                    after += [index for kind in BESIDE for index in ready.pop(kind, [])]
-                for part in [*(scale.before_attend(span) if span.kind == "attend" else []), span]:
-                    wanted = tuple(sorted({index for index in after if index is not None}))
-                    tasks.append(scale.task(part, layer, number, wanted))
+                if background or span.kind in ("wait", "attend"):
+                    after += ready["background"]
+                if span.kind in JOINS_DRIVE:
+                    after += [index for kind in DRIVE_COMPUTE for index in ready.pop(kind, [])]
+                for part in [*(scaling.before_attend(span) if span.kind == "attend" else []), span]:
+                    known = tuple(sorted({index for index in after if index is not None}))
+                    tasks.append(scaling.task(part, layer, number, known))
                     after = [len(tasks) - 1]
-                ready["beside" if thread.startswith("beside") else span.kind].append(len(tasks) - 1)
-                if span.kind not in BESIDE:
-                    latest[thread] = len(tasks) - 1
+                ready["background" if background else span.kind] += after
+                if not in_drive:
+                    latest[thread] = after[0]
                 if thread == step.main:
-                    made[layer, i] = latest[thread] if span.kind not in BESIDE else made.get((layer, i - 1), last)
-    scale.before = (main, place, made)
+                    made[layer, i] = made.get((layer, i - 1), last) if in_drive else after[0]
+    scaling.previous = (main, place, made)
     return latest[step.main]
 
 
-class Scale:
-    """Recorded sizes -> sizes at the target, and these to seconds on the profile."""
+class Scaling:
+    """Recorded sizes to sizes at the target, and those to seconds on the profile."""
 
-    def __init__(self, about: Recorded, target: Target, profile: Profile):
-        self.about, self.profile = about, profile
-        self.before: tuple | None = None  # the step before: its spans, their places, the tasks made of them
-        self.shape, self.batch = target.shape or about.shape, target.batch or about.batch
-        self.cached = target.context or about.cached
-        share = about.attended / about.cached
+    def __init__(self, summary: RunSummary, target: Target, profile: Profile):
+        self.summary, self.profile = summary, profile
+        self.previous: tuple | None = None  # the main thread's spans of the step before, their places and tasks
+        old, new = summary.shape, target.shape or summary.shape
+        self.shape, self.batch, self.cached = new, target.batch or summary.batch, target.context or summary.cached
+        rows, record = self.batch / summary.batch, new.record_bytes / old.record_bytes
+        share = summary.attended / summary.cached
         alpha = share if target.alpha is None or share > 0.999 else target.alpha
-        self.attended = alpha * self.cached
-        old, rows = about.shape, self.batch / about.batch
-        tokens = self.cached / about.cached
-        self.cached_factor = tokens * rows * self.shape.code_bytes() / old.code_bytes()
-        record = self.shape.record_bytes / old.record_bytes
-        self.new_factor = rows * record
-        self.attended_factor = self.attended / about.attended * rows * record
-        room = profile.get("cpu.memory") * BOARD / self.shape.kv_bytes(round(self.cached), self.batch)
-        self.pool = min(about.pool, room)
-        miss = drive_share(about, self.pool)
-        self.drive_factor = miss / about.drive if about.drive else 1.0
-        self.pool_factor = (1 - miss) / (1 - about.drive) if about.drive < 1 else 1.0
-        kv = self.shape.kv_bytes(round(self.cached), self.batch)
-        fits = profile.has("gpu") and kv + self.shape.weight_bytes < profile.get("gpu.memory")
-        self.crosses = profile.has("gpu") and not (about.pool == 1 and fits)
-
-    def factor(self, kind: str) -> float:
-        if kind in FROM_DRIVE:
-            return self.attended_factor * self.drive_factor
-        if kind == "gather":
-            return self.attended_factor * self.pool_factor
-        if kind in ATTENDED:
-            return self.attended_factor
-        return self.cached_factor if kind in CACHED else self.new_factor
+        kv = new.kv_bytes(round(self.cached), self.batch)
+        self.pool = min(summary.pool, profile.get("cpu.memory") * HOST_USABLE / kv)
+        miss = drive_share(summary, self.pool)
+        attended = alpha * self.cached / summary.attended * rows * record
+        self.factors = dict.fromkeys(ATTENDED, attended)
+        self.factors |= dict.fromkeys(FROM_DRIVE, attended * (miss / summary.drive if summary.drive else 1.0))
+        self.factors["gather"] = attended * ((1 - miss) / (1 - summary.drive) if summary.drive < 1 else 1.0)
+        cached = self.cached / summary.cached * rows * new.code_bytes() / old.code_bytes()
+        self.factors |= dict.fromkeys(CACHED, cached)
+        self.new_factor = rows * record  # of the kinds that grow with the new tokens
+        fits = profile.has("gpu") and kv + new.weight_bytes < profile.get("gpu.memory")
+        self.crosses = profile.has("gpu") and not (summary.pool == 1 and fits)
 
     def task(self, span: Span, layer: int, step: int, after: tuple[int, ...]) -> Task:
-        profile, shape = self.profile, self.shape
-        kind, calls = span.kind, 1
+        profile, shape, kind, flops = self.profile, self.shape, span.kind, 0.0
         if kind in ("dense", "head"):
-            size = shape.width * (shape.layer_weights if kind == "dense" else shape.head_weights)
+            weights = shape.layer_weights if kind == "dense" else shape.head_weights
+            size, flops = shape.width * weights, 2.0 * weights * self.batch
         else:
-            size = size_of(kind, span.bytes, self.about) * self.factor(kind)
-            calls = max(1, round(self.batch / self.about.batch)) if kind in AMONG_ROWS and kind != "attend" else 1
+            size = size_of(kind, span.bytes, self.summary) * self.factors.get(kind, self.new_factor)
         if kind in ("select", "guess") and not profile.kinds:
-            size *= 4 / shape.head_dim  # it reads a score where the code of a key was
-        flops = 2 * size / shape.width * self.batch if kind in ("dense", "head") else 0.0
+            size *= 4 / shape.head_dim  # it reads a score in place of a key's code
         if kind == "attend":
             flops = 4 * size / shape.record_bytes * shape.heads * shape.head_dim
+        calls = max(1, round(self.batch / self.summary.batch)) if kind in PER_ROW and kind != "attend" else 1
         block = math.ceil(shape.record_bytes / BLOCK) * BLOCK if kind in FROM_DRIVE else math.inf
         lane = costs.lane_of(profile, span.lane, kind)
-        how = dict(block=block, flops=flops, calls=calls, system=self.about.system)
+        how = dict(block=block, flops=flops, calls=calls, system=self.summary.system)
         moved = round(size) if span.bytes else 0
         return Task(lane, kind, layer, step, costs.seconds(profile, lane, kind, size, **how), moved, after)
 
     def before_attend(self, attend: Span) -> list[Span]:
-        """What a recording lacks: work between the spans, and the way to a GPU where it was made without one."""
+        """Work that has no span of its own: between the spans, and the copy to a GPU if the run had none."""
         extra = [Span("cpu", "other", attend.layer, attend.step, 0, 0)]
         if self.crosses:
             extra.append(Span("link", "transfer", attend.layer, attend.step, 0, 0, attend.bytes))
         return extra
 
 
-def drive_share(about: Recorded, pool: float) -> float:
-    """Share of the attended tokens that the drive serves where the pool holds this share of all tokens.
+def drive_share(summary: RunSummary, pool: float) -> float:
+    """Share of the attended tokens that the drive serves if the pool holds this share of all tokens.
 
-    A straight line from all (an empty pool) to what was recorded at the recorded pool: recorded pools are ranked, so
-    this is what holds for a pool made smaller at random, an upper bound.
+    Linear from all (an empty pool) to the recorded share at the recorded pool. Recorded pools are ranked, so this is
+    exact for a pool reduced at random: an upper bound.
     """
-    return 1 - (1 - about.drive) * pool / about.pool if about.pool else about.drive
+    return 1 - (1 - summary.drive) * pool / summary.pool if summary.pool else summary.drive
 
 
 def replay(timeline: Timeline, profile: Profile, target: Target | None = None, most: int = 8) -> Timeline:
-    """The run's last decode steps, `most` of them, on this hardware and of this size; marked as modelled."""
+    """The run's last `most` decode steps on this hardware and at this size; labelled as modelled."""
     about = timeline.about | {"profile": profile.name, "target": repr(target or "as recorded")}
     tasks = to_tasks(timeline, profile, target, most)
     return play(tasks, schedule(tasks, profile.capacity), f"modelled: {profile.name}", about)

@@ -1,4 +1,4 @@
-"""Figures of what was modelled. Their axes say so."""
+"""Figures of modelled results. Their axes say so."""
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -8,18 +8,18 @@ from hillinfer.workbench.figures import LAYOUT
 
 
 def sweep_figure(frame: pd.DataFrame, x: str = "context", title: str = "") -> go.Figure:
-    """Milliseconds per step against `x`: a colour and a marker for each system, a dash for each batch; one
-    profile and model at a time, chosen by the menu.
+    """Milliseconds per step against `x`: a colour and a marker per system, a dash per batch size. A menu selects the
+    profile, model and alpha.
     """
     figure, views = go.Figure(), []
     looks = {system: palette.line(i) for i, system in enumerate(frame.system.unique())}
     dashes = dict(zip(sorted(frame.batch.unique()), ("solid", "dash", "dot", "dashdot", "longdash") * 9, strict=False))
     for key, part in frame.groupby(["profile", "model", "alpha"], sort=False):
         before = len(figure.data)
-        for (system, batch), own in part.groupby(["system", "batch"], sort=False):
-            own = own.groupby(x, as_index=False).agg({"ms": "first", "note": "first"})
+        for (system, batch), line in part.groupby(["system", "batch"], sort=False):
+            line = line.groupby(x, as_index=False).agg({"ms": "first", "note": "first"})
             figure.add_scatter(
-                x=own[x], y=own.ms, name=f"{system}, batch {batch}", mode="lines+markers", text=own.note,
+                x=line[x], y=line.ms, name=f"{system}, batch {batch}", mode="lines+markers", text=line.note,
                 visible=not views, line=dict(color=looks[system][0], dash=dashes[batch]),
                 marker_symbol=looks[system][1],
                 hovertemplate="%{fullData.name}<br>" + x + " %{x:,}<br>%{y:,.1f} ms<br>%{text}<extra></extra>",

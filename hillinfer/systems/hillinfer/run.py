@@ -3,15 +3,18 @@
 from dataclasses import replace
 
 from hillinfer.config import Settings
+from hillinfer.pipeline.pool_size import pool_tokens
 from hillinfer.run import Run
 from hillinfer.systems.hillinfer import cec
 from hillinfer.systems.hillinfer.attending import AttendingStore
-from hillinfer.systems.hillinfer.balance import Chosen, Speeds
+from hillinfer.systems.hillinfer.balance import SelectionRates, Speeds
 from hillinfer.systems.hillinfer.card import Xrt, check_card
 from hillinfer.systems.hillinfer.drive import ComputationalDrive, EmulatedDrive
+from hillinfer.systems.hillinfer.profile import load_speeds
 from hillinfer.systems.hillinfer.protocol import SMARTSSD, Emulation, Shape
 from hillinfer.systems.hillinfer.scoring import DriveLog, ScoringStore
 from hillinfer.systems.hillinfer.xrt import XrtDrive
+from hillinfer.tiers.block_file import BLOCK
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.log import BEHIND
 from hillinfer.timeline import Track
@@ -24,22 +27,23 @@ class ScoringRun(Run):
 
     store = ScoringStore
 
-    def __init__(self, settings: Settings, *args):
-        super().__init__(settings, *args)
-        self.speeds = None if settings.profile is None else Speeds.load(settings.profile)
-
     @classmethod
     def check_settings(cls, settings: Settings) -> None:
         super().check_settings(settings)
+        if settings.profile is not None:
+            load_speeds(settings.profile, BLOCK)  # at any size: can it be read?
         if settings.drive_kind == "xrt":
             check_card(settings.xclbin)
 
     def _forget(self) -> None:
         super()._forget()
-        self.chosen: Chosen | None = None  # selection rates of the last steps
+        self.speeds: Speeds | None = None  # of the profile
+        self.chosen: SelectionRates | None = None  # of the last steps
 
     def open_drive(self, geometry: Geometry) -> ComputationalDrive:
         settings, streams = self.settings, self.layers * geometry.batch
+        if settings.profile is not None:
+            self.speeds = load_speeds(settings.profile, geometry.record_bytes)
         coded = geometry.head_dim if self.store.scores_keys else 0
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
         if settings.drive_kind == "xrt":
@@ -61,18 +65,17 @@ class ScoringRun(Run):
         return parts
 
     def pool_tokens(self, n: int) -> int:
-        return super().pool_tokens(n) if self.speeds is None else self.capped(self._balanced_share(), n)
+        share = None if self.speeds is None else self._balanced_share()
+        return pool_tokens(self.settings, n, self.token_bytes, self.records_budget, share)
 
     def _balanced_share(self) -> float:
         """The host's share of the tokens by the profile, for the shortest step or by the paper's closed form."""
-        code_bytes = self.geometry.kv_heads * self.geometry.head_dim * self.settings.bits // 8
-        if self.settings.split == "paper":
-            beta = self.speeds.beta(self.settings.alpha, code_bytes, self.geometry.record_bytes)
-            return beta / (1 + beta)
-        return self.speeds.host_share(self._chosen(), code_bytes, self.geometry.record_bytes)
+        settings, size = self.settings, self.geometry
+        code_bytes = size.kv_heads * size.head_dim * settings.bits // 8
+        return self.speeds.split(settings.split, self._chosen(), settings.alpha, code_bytes, size.record_bytes)
 
-    def _chosen(self) -> Chosen:
-        return self.chosen or Chosen(self.settings.alpha, self.settings.alpha)
+    def _chosen(self) -> SelectionRates:
+        return self.chosen or SelectionRates(self.settings.alpha, self.settings.alpha)
 
     def begin_step(self, tokens: int) -> None:
         if self.speeds is not None and tokens == 1 and self.step % REBALANCE_EVERY == 0:
@@ -86,7 +89,7 @@ class ScoringRun(Run):
         rest = sum(row.cached for row in rows) * batch - pool
         if min(pool, rest) > 0:  # nothing is known of an empty side
             host, drive = sum(row.host for row in rows), sum(row.drive for row in rows)
-            self.chosen = Chosen(host / pool, drive / rest)
+            self.chosen = SelectionRates(host / pool, drive / rest)
 
     def why_split(self) -> str:
         text, budget = super().why_split(), self.settings.host_budget

@@ -1,0 +1,124 @@
+"""Measured throughput of this machine's parts, for its device profile. Medians, with their range as the source."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hillinfer.evaluator.codes import group_scores
+from hillinfer.systems.hillinfer.drive import Shape
+from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.profile import Rate
+from hillinfer.tiers.block_file import MAX_READ, BlockFile, aligned
+
+BLOCKS = tuple(1 << bits for bits in (12, 14, 16, 18, 20, 24, 27))  # transfer sizes: 4 KiB to 128 MiB
+# One layer of a Llama-3-8B at 16K tokens, 64 MiB of records in bf16, of which a step selects SELECTED at random.
+TOKENS, HEADS, GROUP, DIM, SELECTED = 16_384, 8, 4, 128, 0.1
+RECORD_BYTES = 2 * HEADS * DIM * 2
+
+
+def measure_parts(folder: Path, paced: bool = False) -> dict[str, dict[str, Rate]]:
+    """Memory, bandwidth and flops of host and GPU; the drive by transfer size, with O_DIRECT; scoring and fetching.
+
+    `paced` holds the emulated drive to a SmartSSD's rates.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    parts = {"cpu": {"memory": _rate(memory), **_compute("cpu")}}
+    parts["cpu"]["lanes"] = _rate(len(os.sched_getaffinity(0)))
+    if torch.cuda.is_available():
+        parts["gpu"] = {"memory": _rate(torch.cuda.mem_get_info()[1]), **_compute("cuda")}
+        parts["link"] = {"to_gpu": _link("cpu", "cuda"), "from_gpu": _link("cuda", "cpu")}
+    parts["drive"] = _drive(folder)
+    scoring = measure_scoring(folder, paced)
+    return parts | {"cpu": parts["cpu"] | scoring["cpu"], "emulated": scoring["emulated"]}
+
+
+def measure_scoring(folder: Path, paced: bool = False) -> dict[str, dict[str, Rate]]:
+    """The host's and the emulated drive's rates of scoring key codes and of collecting selected records."""
+    rng = np.random.default_rng(0)
+    codes = torch.from_numpy(rng.integers(-127, 128, (HEADS, TOKENS, DIM), np.int8))
+    query = torch.from_numpy(rng.integers(-127, 128, (HEADS, GROUP, DIM), np.int8))
+    records = torch.from_numpy(rng.integers(0, 255, (TOKENS, RECORD_BYTES), np.uint8))
+    selected = np.sort(rng.choice(TOKENS, int(SELECTED * TOKENS), replace=False))
+    index, nbytes = torch.from_numpy(selected), len(selected) * RECORD_BYTES
+    note = ", paced to a SmartSSD's rates" if paced else ""
+    drive = EmulatedDrive(folder, Shape(1, 1, RECORD_BYTES, HEADS, DIM), Emulation(paced=paced))
+    try:
+        drive.write(0, 0, records.numpy(), codes.numpy())
+        drive.hold(0, np.arange(TOKENS), False)
+        drive.report()  # waits for the writes
+        return {
+            "cpu": {
+                "score": _time(codes.nbytes, lambda: group_scores(query, codes)),
+                "gather": _time(nbytes, lambda: records.index_select(0, index)),
+            },
+            "emulated": {
+                "score": _time(codes.nbytes, lambda: list(drive.evaluate(0, query.numpy())), note=note),
+                "fetch": _time(nbytes, lambda: drive.fetch(0, selected), note=note),
+            },
+        }
+    finally:
+        drive.close()
+
+
+def _rate(value: float, note: str = "by hillinfer profile") -> Rate:
+    return Rate((float(value),), f"measured: {time.strftime('%Y-%m-%d')}, {note}")
+
+
+def _time(amount: float, work: Callable[[], object], repeats: int = 5, note: str = "") -> Rate:
+    """`amount` per second, the median of `repeats` runs after one that warms up."""
+    rates = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        rates.append(amount / (time.perf_counter() - start))
+    rates = sorted(rates[1:])
+    return _rate(statistics.median(rates), f"median of {repeats}, {rates[0]:.3g} to {rates[-1]:.3g}{note}")
+
+
+def _curve(rates: dict[int, Rate]) -> Rate:
+    """Rates by transfer size as one curve."""
+    blocks = sorted(rates)
+    return replace(_rate(0), values=tuple(rates[b].values[0] for b in blocks), blocks=tuple(map(float, blocks)))
+
+
+def _compute(device: str) -> dict[str, Rate]:
+    size, side, dtype = (64 << 20, 1024, torch.float32) if device == "cpu" else (1 << 30, 8192, torch.bfloat16)
+    data, square = torch.ones(size // 4, device=device), torch.ones(side, side, device=device, dtype=dtype)
+    return {"bandwidth": _time(size, data.sum), "flops": _time(2 * side**3, lambda: square @ square)}
+
+
+def _link(source: str, target: str) -> Rate:
+    rates = {}
+    for size in BLOCKS:
+        data = torch.ones(size, dtype=torch.uint8, device=source)
+        data = data.pin_memory() if source == "cpu" else data
+        rates[size] = _time(size, partial(torch.empty_like(data, device=target).copy_, data))
+    return _curve(rates)
+
+
+def _drive(folder: Path) -> dict[str, Rate]:
+    """Scattered blocks at high queue depth and at queue depth 1, in requests of at most MAX_READ, as in a run."""
+    whole, rates = aligned(BLOCKS[-1]), {"write": {}, "read": {}, "read_one": {}}
+    for name, engine, threads in (("read", "auto", 16), ("read_one", "threads", 1)):
+        file = BlockFile(folder, threads, engine)
+        try:
+            base = file.allocate(len(whole))
+            for block in reversed(BLOCKS):  # the largest first: reading an unwritten range costs nothing
+                step = min(block, MAX_READ)
+                places = range(0, len(whole), max(block, len(whole) // 256))
+                jobs = [(base + at, whole[at : at + step]) for p in places for at in range(p, p + block, step)]
+                for verb, number in (("write", "write"), ("read", name)):
+                    rate = _time(len(jobs) * step, partial(file.transfer, verb, jobs, 0, 0), 3)
+                    rates[number].setdefault(block, rate)
+        finally:
+            file.close()
+    return {number: _curve(own) for number, own in rates.items()}

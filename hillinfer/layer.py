@@ -185,7 +185,7 @@ class Layer:
 
     def _watch(self, query: torch.Tensor, picks: list, valid: torch.Tensor | None, scaling: float):
         """What shows the attended records to the observer and the policy; None if neither asks for them."""
-        observer, step = self.run.observer, self.run.timeline.step
+        observer, step = self.run.observer, self.track.timeline.step
         observed = observer is not None and observer.wants(self.index, step)
         if not (observed or self.policy.watches):
             return None

@@ -173,11 +173,14 @@ class Run:
 
     def check(self, n: int) -> None:
         """UsageError where n tokens cannot be held within the budget."""
-        budget, pin, on_drive = self.records_budget, self.settings.pin, self.settings.drive is not None
-        held = math.ceil(pin * n) if on_drive else n
-        if budget is None or held * self.token_bytes <= budget:
+        budget = self.records_budget
+        if budget is None:
             return
+        pin, on_drive = self.settings.pin, self.settings.drive is not None
+        held = math.ceil(pin * n) if on_drive else n
         need = held * self.token_bytes
+        if need <= budget:
+            return
         if not on_drive:
             raise UsageError(
                 f"{n} tokens of KV take {need:,} bytes but the host budget for them is {budget:,}: "

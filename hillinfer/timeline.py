@@ -196,7 +196,7 @@ class Counters:
         return pd.DataFrame([asdict(row) for row in self.rows], columns=list(Hits.__slots__))
 
 
-@dataclass
+@dataclass(slots=True)
 class Served:
     """Tokens of one attention by the tier that served them, over all sequences of the batch."""
 
@@ -208,7 +208,9 @@ class Served:
     prefetched: int = 0  # of `drive`, tokens that the prefetch had read
 
     def __add__(self, other: "Served") -> "Served":
-        return Served(*(getattr(self, name) + getattr(other, name) for name in Served.__dataclass_fields__))
+        tiers = self.device + other.device, self.host + other.host, self.drive + other.drive
+        rest = self.demoted + other.demoted, self.guessed + other.guessed, self.prefetched + other.prefetched
+        return Served(*tiers, *rest)
 
 
 class Track:
@@ -219,15 +221,18 @@ class Track:
 
     def span(self, lane: str, kind: str, nbytes: int = 0) -> _Body:
         """See `Timeline.span`."""
-        return self.timeline.span(lane, kind, self.layer, self.timeline.step, nbytes)
+        return _Body(self.timeline, (lane, kind, self.layer, self.timeline.step), nbytes, {})
 
     def add(self, lane: str, kind: str, start_ns: int, nbytes: int = 0, end_ns: int | None = None) -> int:
         """A span from `start_ns` until now, or until `end_ns`. Returns its end."""
-        end_ns = time.perf_counter_ns() if end_ns is None else end_ns
-        self.timeline.add(lane, kind, self.layer, self.timeline.step, start_ns, end_ns, nbytes)
+        end_ns, thread = time.perf_counter_ns() if end_ns is None else end_ns, threading.current_thread().name
+        self.timeline.spans.append(
+            Span(lane, kind, self.layer, self.timeline.step, start_ns, end_ns, nbytes, {}, thread)
+        )
         return end_ns
 
     def count(self, cached: int, attended: int, served: Served, swapped: int) -> None:
-        queries = served.device + served.host + served.drive
-        row = Hits(self.timeline.step, self.layer, cached, queries, attended, **asdict(served), swapped=swapped)
-        self.counters.rows.append(row)
+        tiers = served.device, served.host, served.drive
+        rest = served.demoted, served.guessed, served.prefetched, swapped
+        step = self.timeline.step
+        self.counters.rows.append(Hits(step, self.layer, cached, sum(tiers), attended, *tiers, *rest))

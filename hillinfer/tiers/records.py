@@ -8,7 +8,7 @@ import torch
 from hillinfer import native
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Records:
     """Some rows of a tensor of records.
 
@@ -34,7 +34,7 @@ class Records:
     def addresses(self) -> np.ndarray:
         """Of each record in host memory, int64 (k,)."""
         width = self.data.stride(0) * self.data.element_size()
-        return self.data.data_ptr() + (np.arange(len(self.data)) if self.rows is None else self.rows) * width
+        return (np.arange(len(self.data)) if self.rows is None else self.rows) * width + self.data.data_ptr()
 
 
 class Selection:

@@ -55,8 +55,9 @@ class Store:
         """
         whole = all(pick is None for pick in picks)
         if watch is None and (self.in_place or whole) and attention.is_native(query):
-            rows, side, keep, served = self._locate(picks, whole, None if valid is None else valid.numpy())
-            attended = sum(row[2] if isinstance(row, tuple) else len(row) for row in rows)
+            shown = None if valid is None else valid.numpy()
+            rows, side, keep, served = self._locate(picks, whole, shown)
+            attended = self.n * len(rows) if whole and shown is None else sum(map(len, rows))
             with self.track.span("cpu", "attend", attended * self.geometry.record_bytes):
                 out, lse = attention.over_records(query, rows, self.geometry.kv_heads, scaling, side)
             del keep  # until here the records had to stay where they are
@@ -85,7 +86,7 @@ class Store:
         with self.track.span("cpu", "score", scanned):
             return score(None)
 
-    def find(self, row: int, positions: np.ndarray) -> tuple[Selection, Served]:
+    def find(self, row: int, positions: np.ndarray) -> tuple[Records | Selection, Served]:
         """Where the records of sorted positions (k,) lie, once those on the drive are read."""
         raise NotImplementedError
 
@@ -135,14 +136,15 @@ class Store:
             if shown is not None:
                 rows = [base + np.flatnonzero(own) * width for (base, _, _), own in zip(rows, shown, strict=True)]
             return rows, side, [kv], served
-        rows, keep, total = [], [], Served()
+        rows, keep, total = [], [], None
         for row, positions in enumerate(self._filled(picks)):
             selection, served = self.find(row, positions)
             start = time.perf_counter_ns()
             addresses = selection.addresses()
             self.track.add("cpu", "gather", start, served.host * self.geometry.record_bytes)  # in place: no byte moves
             rows.append(addresses if shown is None else addresses[shown[row][positions]])
-            keep, total = [*keep, selection], total + served
+            keep.append(selection)
+            total = served if total is None else total + served
         return rows, None, keep, total
 
     def _gather(self, picks: list, whole: bool, valid) -> tuple[torch.Tensor, torch.Tensor | None, Served]:
@@ -183,9 +185,8 @@ class HostStore(Store):
     def append(self, kv: torch.Tensor, codes=None) -> None:
         self.buffer.append(kv)
 
-    def find(self, row: int, positions: np.ndarray) -> tuple[Selection, Served]:
-        records = Records(self.buffer.data[row], positions)
-        return Selection([(np.arange(len(positions)), records)]), Served(**{self.tier: len(positions)})
+    def find(self, row: int, positions: np.ndarray) -> tuple[Records, Served]:
+        return Records(self.buffer.data[row], positions), Served(**{self.tier: len(positions)})
 
     def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:
         start = time.perf_counter_ns()

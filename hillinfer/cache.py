@@ -21,7 +21,7 @@ from hillinfer.timeline import Counters, Timeline
 
 
 def chunk_ends(n: int, chunk: int | None) -> list[int]:
-    """Where a prefill of n tokens in chunks begins, pauses and ends; never a chunk of one: a decode step."""
+    """Boundaries of a chunked prefill of n tokens. Never a chunk of one token, which would be a decode step."""
     return [0, *(range(chunk, n - 1, chunk) if chunk else ()), n]
 
 
@@ -51,7 +51,7 @@ class TieredLayer(CacheLayerMixin):
         return keys, values
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
-        """Take in what was computed before: see `Layer.append`."""
+        """Append keys and values computed elsewhere: see `Layer.append`."""
         self.is_initialized = True
         self.layer.append(keys, values, kv)
 
@@ -70,7 +70,7 @@ class TieredLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove that many newest tokens where it is negative; keep that many where positive (the older form)."""
+        """Remove the newest tokens: that many if negative, all but that many if positive (the older form)."""
         self.layer.crop(self.layer.n + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
         if self.layer.index == self.layer.run.layers - 1:
             self.layer.run.owner.free()
@@ -93,8 +93,8 @@ class TieredLayer(CacheLayerMixin):
 class TieredCache(Cache):
     """A cache for `model.generate(..., past_key_values=cache)` over device, host memory and a drive.
 
-    Layers with a sliding window or other state keep transformers' own cache. Call `enable(model)` first; `close()`
-    (or leaving a `with` block, or garbage collection) gives the drive's space back.
+    Layers with a sliding window or other state keep transformers' own cache. Call `enable(model)` first. `close()`,
+    leaving a `with` block, or garbage collection frees the drive's space. `make_cache` opens the named systems.
     """
 
     def __init__(
@@ -113,7 +113,12 @@ class TieredCache(Cache):
             layers[index] = TieredLayer(Layer(order, policy(), self.run))
         super().__init__(layers=layers)
         self._hooks: list = []
-        self._finalizer = weakref.finalize(self, _release, self.run, self._hooks)
+        weakref.finalize(self, _release, self.run, self._hooks)
+
+    @property
+    def tiered(self) -> list[Layer]:
+        """The layers whose KV is tiered, in order."""
+        return [layer.layer for layer in self.layers if isinstance(layer, TieredLayer)]
 
     @property
     def timeline(self) -> Timeline:
@@ -124,10 +129,10 @@ class TieredCache(Cache):
         return self.run.counters
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Let each decode step look one layer ahead, by hooks on the model's decoder layers until `close`.
+        """Look one layer ahead in each decode step, by hooks on the model's decoder layers until `close`.
 
-        A layer's input is nearly the next layer's (the residual stream changes slowly), so the next layer's query can
-        be guessed from it, and its tokens fetched while this layer computes (InfiniGen's rehearsal; HillInfer APP).
+        The residual stream changes slowly, so a layer's input predicts the next layer's query, whose tokens are then
+        prefetched while this layer computes (InfiniGen's rehearsal; HillInfer APP).
         """
         weak = weakref.ref(self)
         blocks = model.get_decoder().layers
@@ -138,62 +143,59 @@ class TieredCache(Cache):
                 self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
     def use(self, policy: type[Policy], settings: Settings) -> None:
-        """Go on with another policy, alpha or window over the same KV; where it lies cannot change any more."""
-        for layer in self.layers:
-            if isinstance(layer, TieredLayer):
-                if policy.needs_codes and layer.layer.codes is None and layer.layer.n:
-                    raise UsageError(f"{policy.__name__} needs key codes, which this cache was started without")
-                if policy.needs_codes and layer.layer.n and settings.precision != self.run.settings.precision:
-                    raise UsageError(f"keys are coded in {self.run.settings.precision} here, not {settings.precision}")
-                if not policy.late and layer.layer.n:
-                    raise UsageError(f"{policy.__name__} must see the prefill: give it a cache of its own")
-                layer.layer.take_over(policy())
+        """Continue with another policy, alpha or window over the same KV, which stays where it is."""
+        precision = self.run.settings.precision
+        for layer in self.tiered:
+            if layer.n and policy.needs_codes and layer.codes is None:
+                raise UsageError(f"{policy.__name__} needs key codes, which this cache was started without")
+            if layer.n and policy.needs_codes and settings.precision != precision:
+                raise UsageError(f"keys are coded in {precision} here, not {settings.precision}")
+            if layer.n and not policy.late:
+                raise UsageError(f"{policy.__name__} must see the prefill: give it a cache of its own")
+            layer.take_over(policy())
         changed = dict(alpha=settings.alpha, sinks=settings.sinks, recent=settings.recent)
         self.run.settings = replace(self.run.settings, **changed)
 
     def fill(self, source: DynamicCache, device: torch.device, chunk: int | None = None) -> None:
-        """Take in what an ordinary cache of this model holds, as a prefill on `device` (in chunks) would: a copy,
-        to the bit. A policy that looks at the prefill must have been shown that one (`Prefilled`).
+        """Copy the KV of an ordinary cache of this model, to the bit as a (chunked) prefill on `device` would leave it.
+
+        A policy that watches the prefill must have been shown the source's (`Prefilled`).
         """
-        n = source.get_seq_length()
-        learned = getattr(source, "learned", {})
-        for start, end in pairwise(chunk_ends(n, chunk)):
-            for own, other in zip(self.layers, source.layers, strict=True):
-                if isinstance(own, TieredLayer):
-                    own.fill(*(part[:, :, start:end].to(device) for part in (other.keys, other.values)))
-        for index, own in enumerate(self.layers):
-            if not isinstance(own, TieredLayer):  # a sliding window has forgotten its past: its state is copied
+        for start, end in pairwise(chunk_ends(source.get_seq_length(), chunk)):
+            for layer, other in zip(self.layers, source.layers, strict=True):
+                if isinstance(layer, TieredLayer):
+                    layer.fill(*(part[:, :, start:end].to(device) for part in (other.keys, other.values)))
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, TieredLayer):  # a sliding window has dropped its past: copy its state
                 self.layers[index] = copy.deepcopy(source.layers[index])
                 continue
-            for policy in learned.get(index, ()):
-                if type(policy) is type(own.layer.policy):
-                    own.layer.policy = copy.deepcopy(policy)
+            for policy in getattr(source, "learned", {}).get(index, ()):
+                if type(policy) is type(layer.layer.policy):
+                    layer.layer.policy = copy.deepcopy(policy)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held now: `device` and `host` records, key `codes`, `hits` table, what is meant to stay in the
-        `page_cache`; `drive` is what the file reserves.
+        """Bytes now: `device` and `host` records, key `codes`, `hits` tables, tensors bound to the `page_cache`, and
+        space reserved on the `drive`.
         """
         total = dict.fromkeys(("device", "host", "codes", "hits", "page_cache"), 0)
-        for layer in self.layers:
-            for kind, nbytes in layer.layer.memory().items() if isinstance(layer, TieredLayer) else ():
+        for layer in self.tiered:
+            for kind, nbytes in layer.memory().items():
                 total[kind] += nbytes
-        run = self.run
-        total["hits"] += run.hits.nbytes if run.hits else 0
-        return total | {"drive": run.drive_bytes}
+        total["hits"] += self.run.hits.nbytes if self.run.hits else 0
+        return total | {"drive": self.run.drive_bytes}
 
     def reset(self) -> None:
-        """Forget everything, and give the drive's space back."""
+        """Forget all tokens and free the drive's space."""
         fresh = DynamicCache(config=self.config).layers  # some releases cannot reset their sliding layers
-        self.layers = [
-            old if isinstance(old, TieredLayer) else new for old, new in zip(self.layers, fresh, strict=True)
-        ]
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if isinstance(layer, TieredLayer):
                 layer.reset()
+            else:
+                self.layers[index] = fresh[index]
         self.run.stop()
 
     def close(self) -> None:
-        """Give back memory, threads, hooks and the drive's space. The record of the run stays."""
+        """Free memory, threads, hooks and the drive's space. The record of the run stays."""
         self.reset()
         _release(self.run, self._hooks)
 
@@ -205,8 +207,8 @@ class TieredCache(Cache):
 
 
 def _look_ahead(weak: weakref.ref, following: torch.nn.Module, layer: Layer, block, args: tuple, kwargs=None) -> None:
-    """Before a decoder layer runs a decode step on our cache: guess for the one that follows."""
-    if kwargs is None:  # torch forgets first that a hook wants them: another thread's cache is just closing
+    """Forward pre-hook of a decoder layer: in a decode step on this cache, guess for the following layer."""
+    if kwargs is None:  # torch drops a removed hook's kwargs flag first: another thread is closing its cache
         return
     hidden = args[0] if args else kwargs.get("hidden_states")
     if weak() is None or kwargs.get("past_key_values") is not weak() or hidden is None or hidden.shape[1] != 1:

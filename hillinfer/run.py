@@ -41,7 +41,10 @@ class Run:
 
     @classmethod
     def check_settings(cls, settings: Settings) -> None:
-        """UsageError for settings that cannot work here, or that another run is for."""
+        """UsageError for settings that cannot work here."""
+        wing = settings.stream is not None or (settings.drive is not None and settings.drive_kind != "ssd")
+        if cls is Run and (wing or (settings.drive is not None and settings.compress)):
+            raise UsageError("these settings need the run of a system: open the cache with hillinfer.make_cache")
         if settings.engine == "io_uring" and (reason := ring.why_not()):
             raise UsageError(f"{reason} (engine io_uring was asked for; auto takes what there is)")
 

@@ -25,16 +25,16 @@ class QueryCaptured(Exception):
 
 
 class QueryProbe:
-    """Stands in for a cache where only the query of a decoder layer is wanted."""
+    """Takes a cache's place in a decoder layer's forward pass, to capture its query."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         return self, self
 
 
 def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict) -> QueryCaptured:
-    """The query that a decoder layer would form from this input: its own forward, ended where attention begins.
+    """The query that a decoder layer forms from this input: its own forward pass, aborted where attention begins.
 
-    Exact for any family, as no layer is rewritten: given the layer's own input it is the true query to the bit.
+    Exact for any family, since no layer is rewritten: given the layer's true input it is its true query to the bit.
     """
     try:
         decoder_layer.forward(*args, **(kwargs | {"past_key_values": QueryProbe()}))  # forward: hooks do not run again
@@ -44,7 +44,7 @@ def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict) -> Qu
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The registered attention function: the layer's own where it was handed over, SDPA for tensors."""
+    """The registered attention function: a `Layer` in place of keys attends itself; tensors go to SDPA."""
     if isinstance(key, Layer | QueryProbe) and scaling is None:
         scaling = query.shape[-1] ** -0.5
     if isinstance(key, QueryProbe):
@@ -62,11 +62,11 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
 
 
 AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it left padding is ignored without a word
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it left padding is silently ignored
 
 
 def enable(model: PreTrainedModel) -> str:
-    """Switch a model to tiered attention; returns the name of what it used before, for `disable`."""
+    """Switch a model to tiered attention. Returns its previous attention implementation, for `disable`."""
     check_supported(model.config)
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
@@ -79,12 +79,12 @@ def enable(model: PreTrainedModel) -> str:
 
 
 def disable(model: PreTrainedModel, before: str = "sdpa") -> None:
-    """Switch a model back."""
+    """Switch a model back to another attention implementation."""
     model.set_attn_implementation(before)
 
 
 def check_supported(config: PretrainedConfig) -> list[int]:
-    """Indices of the layers that can be tiered; UsageError for a family that the seam does not fit."""
+    """Indices of the layers that can be tiered. UsageError for a family that does not fit the seam."""
     if config.is_encoder_decoder or getattr(config, "is_decoder", True) is False:
         kind = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
         raise UsageError(f"{config.model_type} is {kind} model; tiered KV needs a decoder-only one, such as Llama")

@@ -1,4 +1,4 @@
-"""The record of a run: what each device did and when, and which tier served which token."""
+"""The record of a run: each device's work over time, and the tier that served each token."""
 
 import json
 import threading
@@ -29,14 +29,14 @@ class Span:
     end_ns: int
     bytes: int = 0
     detail: dict = field(default_factory=dict)
-    thread: str = ""  # that recorded it: what one thread does, it does in order
+    thread: str = ""  # the recording thread: its spans are sequential
 
 
 class Timeline:
-    """Every span of a run, in the order they ended. Nothing is dropped; `clear()` empties it.
+    """Every span of a run, in the order of their ends. Nothing is dropped; `clear()` empties it.
 
-    step    the step that is running; -1 before the first
-    source  how its times are known: "measured", or "modelled: PROFILE"
+    step    the current step; -1 before the first
+    source  origin of the times: "measured", or "modelled: PROFILE"
     about   what was run, for readers of the file (`recording.describe`)
     """
 
@@ -52,9 +52,7 @@ class Timeline:
         self.spans.append(Span(lane, kind, layer, step, start_ns, end_ns, nbytes, detail, thread))
 
     def span(self, lane: str, kind: str, layer: int, step: int, nbytes: int = 0, **detail) -> "_Body":
-        """Record the body of a `with` as a span; an exception in it is recorded too and goes on. The body may add to
-        the detail, which it is given.
-        """
+        """A context manager that records its body as a span, also if it raises. Yields the span's `detail` dict."""
         self._check(lane)
         return _Body(self, (lane, kind, layer, step), nbytes, detail)
 
@@ -66,7 +64,7 @@ class Timeline:
         self.spans.clear()
 
     def frame(self) -> "pandas.DataFrame":
-        """One row for each span, with its duration in ms."""
+        """One row per span, with its duration in ms."""
         import pandas as pd
 
         columns = list(Span.__slots__)
@@ -74,7 +72,7 @@ class Timeline:
         return frame.assign(ms=(frame.end_ns - frame.start_ns) / 1e6)
 
     def busy_ms(self, *lanes: str) -> float:
-        """Milliseconds in which at least one of these lanes (all, if none is named) did work; waiting is no work."""
+        """Milliseconds in which at least one of these lanes (default: any) was busy. Waiting does not count."""
         total = until = 0
         chosen = [s for s in self.spans if s.kind != "wait" and (not lanes or s.lane in lanes)]
         for span in sorted(chosen, key=lambda s: s.start_ns):
@@ -83,15 +81,13 @@ class Timeline:
         return total / 1e6
 
     def overlap(self, one: tuple[str, ...] = ("cpu", "gpu"), other: tuple[str, ...] = ("drive", "link")) -> float:
-        """Share of the shorter side's work that ran while the other side worked too, 0 to 1."""
+        """Fraction of the shorter side's busy time that overlapped the other side's, 0 to 1."""
         shorter = min(self.busy_ms(*one), self.busy_ms(*other))
         both = self.busy_ms(*one) + self.busy_ms(*other) - self.busy_ms(*one, *other)
         return both / shorter if shorter else 0.0
 
     def chrome_trace(self) -> dict:
-        """Chrome trace events, which Perfetto opens: a process for each lane, a sub-track for each span that overlaps
-        another.
-        """
+        """Chrome trace events, for Perfetto: a process per lane, and a sub-track for every overlapping span."""
         events, ends = [], defaultdict(list)  # lane -> end of the last span of each sub-track
         origin = min((span.start_ns for span in self.spans), default=0)
         for pid, lane in enumerate(LANES):
@@ -113,7 +109,7 @@ class Timeline:
 
     @classmethod
     def load(cls, path: str | Path) -> "Timeline":
-        """What `save` wrote; times count from the first span. ValueError or OSError for another file."""
+        """A timeline from a file that `save` wrote; times start at the first span. ValueError or OSError otherwise."""
         timeline = cls()
         try:
             trace = json.loads(Path(path).read_text())
@@ -134,7 +130,7 @@ class Timeline:
 
 
 class _Body:
-    """The body of a `with`. Not a generator: there are several at each layer and step, and this takes a third."""
+    """The context manager of `Timeline.span`. A generator would take three times as long, several times a layer."""
 
     __slots__ = ("detail", "nbytes", "start", "timeline", "what")
 
@@ -152,24 +148,24 @@ class _Body:
 
 @dataclass(slots=True)
 class Hits:
-    """Who served one layer in one step. `queries` tokens were asked for; each was served by exactly one tier."""
+    """Hits of one layer in one step. Each of the `queries` selected tokens was served by exactly one tier."""
 
     step: int
     layer: int
-    cached: int  # tokens that could have been attended to
+    cached: int  # tokens in the cache
     queries: int
-    attended: int  # queries less padding
+    attended: int  # queries without padding
     device: int
     host: int
     drive: int
-    demoted: int  # misses of the hot pool that it once held; the others never were in it
-    guessed: int  # tokens that were prefetched for this step on a guess
-    prefetched: int  # of `drive`, those that the guess had brought
-    swapped: int  # tokens promoted after the step; as many were demoted
+    demoted: int  # of `drive`, tokens that the hot pool once held
+    guessed: int  # tokens prefetched for this step
+    prefetched: int  # of `drive`, tokens already prefetched
+    swapped: int  # tokens promoted after the step, each in place of a demoted one
 
 
 class Counters:
-    """Hits and queries per tier, layer and step, over all sequences of the batch."""
+    """Hits per layer and step, over all sequences of the batch."""
 
     def __init__(self):
         self.rows: list[Hits] = []
@@ -181,12 +177,12 @@ class Counters:
         return sum(getattr(row, name) for row in self.rows)
 
     def rates(self) -> dict[str, float]:
-        """Share of all queries that each tier served."""
+        """Fraction of all queries served by each tier."""
         queries = self.total("queries")
         return {tier: self.total(tier) / queries if queries else 0.0 for tier in TIERS}
 
     def prefetch(self) -> tuple[float, float]:
-        """Accuracy, the share of prefetched tokens that were used, and cover, the share of the drive's so brought."""
+        """Prefetch accuracy (used / prefetched) and coverage (prefetched / needed from the drive)."""
         used = self.total("prefetched")
         return used / max(1, self.total("guessed")), used / max(1, self.total("drive"))
 
@@ -214,7 +210,7 @@ class Served:
 
 
 class Track:
-    """One layer's part of the record: spans and hits under its number, in the step that is running."""
+    """One layer's view of the record: adds spans and hits under its number and the current step."""
 
     def __init__(self, timeline: Timeline, counters: Counters, layer: int):
         self.timeline, self.counters, self.layer = timeline, counters, layer

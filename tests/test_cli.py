@@ -120,7 +120,9 @@ def test_a_file_system_that_is_really_full(prompt_file, tmp_path):
     try:
         check(run(prompt_file, "--drive", folder), "do not fit")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hillinfer.cache.shutil.disk_usage", lambda path: type("usage", (), {"free": 1 << 40}))
+            patch.setattr(
+                "hillinfer.systems.planning.shutil.disk_usage", lambda path: type("usage", (), {"free": 1 << 40})
+            )
             result = run(prompt_file, "--drive", folder)
         assert result.exit_code == 1 and "No space left" in result.stderr
         assert not list(folder.iterdir()) and os.statvfs(folder).f_bfree == os.statvfs(folder).f_blocks

@@ -44,7 +44,7 @@ SMOKE = {
     "test_session.py::test_answers_are_those_of_a_fresh_prefill": r"\[None-topk\]",
     "test_modelled.py::test_a_step_solved_by_hand": "",
     "test_replay.py::test_a_run_is_replayed_with_all_its_bytes": r"\[(topk|leoam)\]",
-    "test_longbench_metrics.py": r"\[[a-y_]+-",
+    "test_longbench_metrics.py::test_classification": "",
     "test_workbench.py": "",
     "test_cli.py::test_help_names_every_command": "",
     "test_cli.py::test_unknown_system": "",

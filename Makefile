@@ -8,13 +8,17 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults show-speed bench
+.PHONY: demo test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults show-speed bench
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
 
-test: $(VENV)/.longbench
-	$(BIN)/pytest
+test: smoke ## JOBS=n for more processes, each with one thread for torch
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(JOBS),2) --dist loadgroup --no-loadscope-reorder \
+		-m 'not smoke and not slow and not browser'
+
+smoke: $(VENV)/.longbench ## every part once, in seconds
+	$(BIN)/pytest -m smoke
 
 size: $(VENV)/.ready ## raw and code lines, by folder and module
 	$(BIN)/python -m benchmarks.size

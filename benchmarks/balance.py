@@ -29,10 +29,11 @@ from hillinfer.systems.hillinfer.balance import SelectionRates
 from hillinfer.systems.hillinfer.drive import EmulatedDrive
 from hillinfer.systems.hillinfer.profile import THIS, Profile
 from hillinfer.systems.hillinfer.protocol import Emulation, Shape
-from hillinfer.systems.hillinfer.scoring import RemoteStream, ScoringStore
+from hillinfer.systems.hillinfer.scoring import DriveLog, ScoringStore
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import LayerHits
 from hillinfer.tiers.window import Window
+from hillinfer.timeline import Counters, Timeline, Track
 from hillinfer.whatif.measure import DIM, GROUP, HEADS, RECORD_BYTES, measure_scoring
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
@@ -59,9 +60,8 @@ def step_ms(folder: Path, n: int, share: float, alpha: float, rate: float = math
     drive = EmulatedDrive(folder, Shape(1, 1, geometry.record_bytes, HEADS, DIM), Emulation(paced=True))
     try:
         hits = LayerHits(1)
-        store = ScoringStore(
-            geometry, [RemoteStream(drive, geometry, 0)], hits, Window(geometry, 4, 16), 0.0, lambda n: int(share * n)
-        )
+        track, logs, window = Track(Timeline(), Counters(), 0), [DriveLog(drive, geometry, 0)], Window(geometry, 4, 16)
+        store = ScoringStore(geometry, track, logs, hits, window, 0.0, lambda n: int(share * n))
         codes = KeyCodes(1, HEADS, DIM)
         keys = torch.randn(1, n, HEADS, DIM, dtype=torch.bfloat16)
         doublings = codes.append(keys.transpose(1, 2))
@@ -72,9 +72,10 @@ def step_ms(folder: Path, n: int, share: float, alpha: float, rate: float = math
             query = codes.query(torch.randn(HEADS * GROUP, DIM), 0)
             start = time.perf_counter()
             own = paced(lambda hot, query=query: codes.scores(query, 0, hot), rate)
-            scores, _ = store.scores(0, query, own)
-            store.fetch(0, merge_heads(scores, int(alpha * n)), promote=False)
+            scores = store.scores(0, query, own, codes.nbytes)
+            store.fetch(0, merge_heads(scores, int(alpha * n)))
             times.append((time.perf_counter() - start) * 1e3)
+            store.missed.clear()  # nothing is promoted: the share stays
         return statistics.median(times[1:])
     finally:
         drive.close()

@@ -20,6 +20,7 @@ from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask, ask_each, is_right
 from hillinfer.longbench.synthetic import make_records
 from hillinfer.seam import disable, enable
+from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.tree import LEAF, PAGE
 from hillinfer.systems.registry import make_cache
 
@@ -31,7 +32,7 @@ SEED = 77  # other documents than the committed ones
 def accuracy() -> list[Claim]:
     """Full attention against LeoAM's chunks, over one prefill each."""
     model, tokenizer = load_embedded()
-    ways = {"full": (POLICIES["full"], Settings()), "leoam": (POLICIES["leoam"], Settings(alpha=0.2))}
+    ways = {"full": (POLICIES["full"], Settings()), "leoam": (LeoAM, Settings(alpha=0.2))}
     before, claims = enable(model), []
     for task, tokens in TASKS.items():
         right = dict.fromkeys(ways, 0)

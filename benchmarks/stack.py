@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.trace import Trace
 from hillinfer.seam import attention
+from hillinfer.systems.lossless.tensors import Tensors
 from hillinfer.systems.registry import make_cache
 from hillinfer.tiers.block_file import BlockFile
 
@@ -117,10 +118,11 @@ class Stack:
             keys = self.field.keys[self.field.trace.layer(index)]
             layer.append(keys.to(self.field.device), self.field.values.to(self.field.device))
         for layer in self.layers:  # so that no write is left to disturb the reads
-            run, parts = layer.run, getattr(layer.store, "streams", [])
-            for part in [*parts, *(run.tensors.pair(layer.index) if run.tensors else [])]:
-                part.settle()
-        for path in run.tensors.paths.values() if run.tensors else []:
+            for log in getattr(layer.store, "logs", []):
+                getattr(log, "flush", lambda: None)()  # a computational drive's log does not know when it writes
+            for tensor in self.tensors.pair(layer.index) if self.tensors else []:
+                tensor.settle()
+        for path in self.tensors.paths.values() if self.tensors else []:
             if isinstance(path, BlockFile):
                 os.fdatasync(path.fd)
         self.filled, self.module = time.perf_counter() - start, torch.nn.Module()
@@ -146,8 +148,13 @@ class Stack:
         for span in timeline.spans[last:]:
             lanes[f"{span.lane} {span.kind}"] = lanes.get(f"{span.lane} {span.kind}", 0) + span.bytes
         self.lanes.append(lanes)
-        if run.tensors:  # what it fetches ahead for the next step must not disturb the others' turns
-            wait([future for slot in run.tensors.slots.slots for future in slot.loading])
+        if self.tensors:  # what it fetches ahead for the next step must not disturb the others' turns
+            wait([future for slot in self.tensors.slots.slots for future in slot.loading])
+
+    @property
+    def tensors(self) -> Tensors | None:
+        """Of a system that streams."""
+        return getattr(self.cache.run, "tensors", None)
 
     def held(self) -> int:
         """Bytes of KV, codes and index in memory."""

@@ -1,17 +1,18 @@
 """A block that is not what was written is an error that names its place, on every path to a drive; never data."""
 
+import errno
 import os
 import zlib
 
 import numpy as np
 import pytest
-from hillinfer.tiers.drive import DirectDrive
 
 from hillinfer import native
 from hillinfer.errors import DriveError
 from hillinfer.tiers import checksums
-from hillinfer.tiers.checksums import BLOCK, Checksums
-from tests.test_drive import ENGINES, geometry, random_records, same
+from hillinfer.tiers.checksums import BLOCK, Checksums, compare
+from hillinfer.tiers.record_file import RecordFile
+from tests.test_drive import NAMES, random_bytes, read
 
 
 def pieces(buffer: np.ndarray, spans: list[tuple[int, int, int]]) -> tuple[np.ndarray, ...]:
@@ -48,51 +49,57 @@ def test_without_a_kernel_zlib_takes_over(monkeypatch):
     monkeypatch.setattr(native, "available", lambda: False)
     sums, buffer = Checksums(), np.ones(4 * BLOCK, np.uint8)
     sums.note(*pieces(buffer, [(3, 0, 4)]))
-    assert sums.check(*pieces(buffer, [(3, 0, 4)])) is None
+
+    def check(block: int) -> None:
+        offsets, addresses, lengths = pieces(buffer, [(block, 0, 4)])
+        compare(sums.covering(offsets, lengths), offsets, addresses, lengths)
+
+    check(3)
     buffer[2 * BLOCK] = 0
-    assert sums.check(*pieces(buffer, [(3, 0, 4)])) == 5 * BLOCK
-    assert sums.check(*pieces(buffer, [(100, 0, 4)])) is None  # never written: nothing to compare with
+    with pytest.raises(OSError, match="damaged") as damaged:
+        check(3)
+    assert damaged.value.errno == errno.EBADMSG and damaged.value.offset == 5 * BLOCK
+    check(100)  # never written: nothing to compare with
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", NAMES)
 def test_any_flipped_bit_is_found_with_its_place(tmp_path, engine):
     """Bits of the file itself; and where a position is asked for beside it, the neighbours are still given."""
-    size = geometry(8, 64, batch=2)  # a record is a block
-    drive, records = DirectDrive(tmp_path, size, streams=4, engine=engine), random_records(geometry(8, 64), 512)
-    drive.write(3, 0, records)
+    file, records = RecordFile(tmp_path, BLOCK, 4, 2, engine=engine), random_bytes(512)  # a record is a block
+    file.write(3, 0, records)
     everything, rng = np.arange(512), np.random.default_rng(1)
     for token in rng.integers(0, 512, 40):
-        at = int(drive.offsets(3, np.array([token]))[0])
-        flip(drive.fd, at, int(rng.integers(BLOCK * 8)))
+        at = int(file.offsets(3, np.array([token]))[0])
+        flip(file.fd, at, int(rng.integers(BLOCK * 8)))
         with pytest.raises(DriveError, match=f"layer 1, sequence 1, position {token}: .*not what was written"):
-            drive.read(3, everything)
-        assert same(drive.read(3, everything[everything > token + 2])[0], records[token + 3 :])
-        drive.write(3, token, records[token : token + 1])  # written anew it is whole again
-    assert same(drive.read(3, everything)[0], records)
-    drive.close()
+            read(file, 3, everything)
+        assert np.array_equal(read(file, 3, everything[everything > token + 2]), records[token + 3 :])
+        file.write(3, token, records[token : token + 1])  # written anew it is whole again
+    assert np.array_equal(read(file, 3, everything), records)
+    file.close()
 
 
 def test_stale_and_misplaced_blocks_are_found(tmp_path):
     """A write that the drive lost, and one that it put elsewhere: each block is whole, but not the right one."""
-    drive, records = DirectDrive(tmp_path, geometry(8, 64), streams=1), random_records(geometry(8, 64), 64)
-    drive.write(0, 0, records)
-    old = os.pread(os.open(f"/proc/self/fd/{drive.fd}", os.O_RDONLY), BLOCK, 5 * BLOCK)
-    drive.write(0, 5, random_records(drive.geometry, 1))
-    with open(f"/proc/self/fd/{drive.fd}", "r+b", buffering=0) as file:  # noqa: PTH123
-        os.pwrite(file.fileno(), old, 5 * BLOCK)
-        os.pwrite(file.fileno(), old, 9 * BLOCK)
+    file = RecordFile(tmp_path, BLOCK, 1)
+    file.write(0, 0, random_bytes(64))
+    with open(f"/proc/self/fd/{file.fd}", "r+b", buffering=0) as raw:  # noqa: PTH123
+        old = os.pread(raw.fileno(), BLOCK, 5 * BLOCK)
+        file.write(0, 5, random_bytes(1))
+        os.pwrite(raw.fileno(), old, 5 * BLOCK)
+        os.pwrite(raw.fileno(), old, 9 * BLOCK)
     for token in (5, 9):
         with pytest.raises(DriveError, match=f"position {token}"):
-            drive.read(0, np.array([token]))
-    drive.close()
+            read(file, 0, [token])
+    file.close()
 
 
 def test_checksums_can_be_turned_off(tmp_path):
-    drive = DirectDrive(tmp_path, geometry(8, 64), streams=1, checksums=False)
-    drive.write(0, 0, random_records(drive.geometry, 64))
-    flip(drive.fd, 0, 5)
-    assert drive.sums is None and len(drive.read(0, np.arange(64))[0]) == 64
-    drive.close()
+    file = RecordFile(tmp_path, BLOCK, 1, checksums=False)
+    file.write(0, 0, random_bytes(64))
+    flip(file.fd, 0, 5)
+    assert file.sums is None and len(read(file, 0, np.arange(64))) == 64
+    file.close()
 
 
 def flip(fd: int, at: int, bit: int) -> None:

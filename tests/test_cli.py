@@ -60,6 +60,13 @@ def check(result, *words):
         assert word in line, line
 
 
+def test_help_names_every_command():
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    result = hillinfer("--help")
+    assert result.exit_code == 0 and {"run", "demo", "eval"} <= names
+    assert all(name.replace("_", "-") in result.stdout for name in names)
+
+
 def test_unknown_system(prompt_file, drive):
     check(run(prompt_file, "--system", "magic", "--drive", drive), "magic", "full", "hillinfer")
     check(hillinfer("demo", "--systems", "full,magic", "--out", prompt_file.parent / "out"), "magic")

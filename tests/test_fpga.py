@@ -128,11 +128,11 @@ def test_the_committed_table_is_of_this_kernel(tmp_path):
 def test_the_emulated_drive_models_the_tables_kernel(tmp_path):
     """Scoring one token takes the kernel's time for a call, and the run names the parameter set."""
     from hillinfer.config import Settings
-    from hillinfer.run import Run
     from hillinfer.systems.hillinfer import cec
+    from hillinfer.systems.hillinfer.run import ScoringRun
     from hillinfer.tiers.geometry import Geometry
 
-    run = Run(Settings(drive=tmp_path, drive_kind="emulated", precision="int4"), 1)
+    run = ScoringRun(Settings(drive=tmp_path, drive_kind="emulated", precision="int4"), 1)
     run.start(Geometry(1, 2, 64, torch.float32, torch.device("cpu")))
     drive, kernel = run.drive, cec.choose(4, 64)
     drive.write(0, 0, np.zeros((3000, 1024), np.uint8), np.zeros((2, 3000, 64), np.int8))

@@ -214,9 +214,11 @@ def test_a_folder_has_one_writer(tmp_path, common):
         (["--compare", "nowhere", "nowhere"], "--out folder of an eval"),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_fix(common, tmp_path, words, said):
+def test_bad_input_is_one_line_that_names_the_fix(common, tmp_path, monkeypatch, words, said):
     if "dask" in " ".join(words):
-        pytest.importorskip("distributed", reason="pip install 'hillinfer[cluster]'")
+        distributed = pytest.importorskip("distributed", reason="pip install 'hillinfer[cluster]'")
+        own = distributed.Client
+        monkeypatch.setattr(distributed, "Client", lambda address, timeout: own(address, timeout=timeout / 10))
     result = hillinfer(*common, "--out", tmp_path / "out", *words, code=2)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and said in lines[0]

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import hillinfer
+from benchmarks.faulty_drive import FaultyDrive
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.pipeline.lookahead import AHEAD, TRIAL_STEPS, Trial
 from hillinfer.seam import probe_query
-from hillinfer.tiers import drive as drive_module
 from tests.conftest import FAMILIES
 
 NEW = dict(max_new_tokens=24, do_sample=False, num_beams=1)
@@ -110,20 +110,17 @@ def test_a_cache_of_another_model_or_run_is_left_alone(models, prompt, tmp_path)
     hillinfer.disable(model)
 
 
-def test_an_error_of_the_prefetch_ends_generation_with_its_place(models, prompt, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [0, 5])
+def test_an_error_of_the_prefetch_ends_generation_with_its_place(models, prompt, tmp_path, at):
     model = models("llama")
-
-    def broken(fd, buffers, at):
-        raise OSError(5, "Input/output error")
-
-    options = dict(alpha=0.1, recent=4, drive=tmp_path, lookahead=True, engine="threads")
-    with hillinfer.make_cache(model, "hillinfer", **options) as cache:
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.1, recent=4, drive=tmp_path, lookahead=True) as cache:
         with torch.no_grad():
             model(prompt, past_key_values=cache)
-        monkeypatch.setattr(drive_module.os, "preadv", broken)
+        faulty = FaultyDrive("gone at a read", at)
+        faulty.install(cache.run.drive)
         with pytest.raises(hillinfer.DriveError, match=r"layer \d, sequence 0, position \d+"):
             model.generate(torch.cat((prompt, prompt[:, :1]), 1), past_key_values=cache, **NEW)
-        monkeypatch.undo()
+        assert faulty.counts[3] == 1
         cache.reset()
         model.generate(prompt, past_key_values=cache, **NEW)  # model and cache are usable again
     assert not threads() and not list(tmp_path.iterdir())

@@ -5,15 +5,33 @@ python -m benchmarks.placement --n 4
 
 import argparse
 import tempfile
+from unittest import mock
 
+import numpy as np
 import pandas as pd
 from transformers.utils import logging
 
 from hillinfer.assets import load_embedded
 from hillinfer.longbench.comparison import compare, demo_records
-from hillinfer.tiers.hits import PLACEMENTS
+from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 
 TASKS = ("lines_2k", "needle_2k", "chain_2k")
+
+
+class LatestOnly(SharedHits):
+    """The control `importance`: a layer keeps the tokens that are important now and forgets earlier ones."""
+
+    shared = False
+    dtype = np.uint8
+
+    def touch(self, row: int, positions: np.ndarray) -> None:
+        self.rank[row] = 0
+        self.rank[row, positions] = 1
+
+    def age(self) -> None: ...
+
+
+CONTROLS = {"importance": {"lru": LatestOnly}}  # rankings that only this benchmark knows, in the place of another
 
 
 def measure(tasks: list[str], n: int, alpha: float) -> pd.DataFrame:
@@ -23,9 +41,11 @@ def measure(tasks: list[str], n: int, alpha: float) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as drive:
         for task in tasks:
             records = demo_records({task: n})
-            for placement in PLACEMENTS:
-                options = {"alpha": alpha, "drive": drive, "placement": placement, "lookahead": False}
-                result = compare(model, tokenizer, records, ["hillinfer"], options)[0]
+            for placement in (*PLACEMENTS, *CONTROLS):
+                instead = CONTROLS.get(placement, {})
+                options = {"alpha": alpha, "drive": drive, "placement": next(iter(instead), placement)}
+                with mock.patch.dict(PLACEMENTS, instead):
+                    result = compare(model, tokenizer, records, ["hillinfer"], options | {"lookahead": False})[0]
                 last = result.cache.counters.frame()
                 rows.append(
                     {

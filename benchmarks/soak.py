@@ -86,7 +86,7 @@ def setting(rng: random.Random, drive: str) -> tuple[str, dict, bool]:
     options["precision"] = rng.choice(["int8", "int4"])
     if found[name].needs_drive or rng.random() < 0.5:
         options["drive"] = drive
-        options["placement"] = rng.choice(["hits", "shared-hits", "lru", "importance"])
+        options["placement"] = rng.choice(["hits", "shared-hits", "lru"])
         options["engine"] = rng.choice(["auto", "threads"])
         scores = found[name].drive_kind is None and "stream" not in found[name].own and found[name].policy.needs_codes
         if scores and rng.random() < 0.3:

@@ -60,13 +60,13 @@ hits_figure(first.counters, f"{task}, {tokens} tokens, alpha {alpha}: by layer")
 # ## Four rankings, and budgets of host memory
 #
 # Equal pools, one question. `hits` counts for each token and layer, `shared-hits` is one table for all layers,
-# `lru` and `importance` are controls. Measured here; one question is an illustration, not a benchmark.
+# `lru` is the control. Measured here; one question is an illustration, not a benchmark.
 
 # %%
 import pandas as pd
 
 rows = []
-for placement in ("hits", "shared-hits", "lru", "importance"):
+for placement in ("hits", "shared-hits", "lru"):
     one = run(placement=placement)
     rates, steps = one.figures["rates"], one.figures["steps"]
     rows.append(

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import hillinfer
+from benchmarks.placement import LatestOnly
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import ONE, LastUse, LatestOnly, LayerHits, SharedHits
+from hillinfer.tiers.hits import ONE, LastUse, LayerHits, SharedHits
 from hillinfer.tiers.pool import ABSENT, DEMOTED, HotPool
 from hillinfer.tiers.records import Records, Selection
 

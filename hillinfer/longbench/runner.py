@@ -44,6 +44,11 @@ class Answer:
     overlap: float  # share of the shorter side, computing or moving, that was hidden behind the other
     memory: dict[str, int]  # bytes held at the end, by kind
 
+    @property
+    def memory_bytes(self) -> int:
+        """KV bytes in memory at the end: records on device and host, key codes, hit table."""
+        return sum(size for kind, size in self.memory.items() if kind != "drive")
+
 
 def own_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[Task, Prompt]:
     """One of the project's own records, whole."""

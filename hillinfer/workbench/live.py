@@ -15,7 +15,7 @@ from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
 from hillinfer.seam import disable, enable
-from hillinfer.session import check_session, open_session, save_session, session_ids
+from hillinfer.session import open_session, save_session, session_ids
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -101,14 +101,9 @@ class LiveRun:
         """Everything that can be refused is refused before the run starts."""
         settings = find_system(self.system, self.options)[1]
         total = len(self.case.context) + len(self.case.question) + self.case.max_new_tokens
-        window = getattr(self.model.config, "max_position_embeddings", None)
-        if window and total > window:
-            raise UsageError(f"{total:,} tokens exceed the model's window of {window:,}: take a shorter document")
         plan(self.model.config, settings, total, self.model.dtype)
-        if self.session is not None and self.session.exists():
+        if self.session is not None:
             session_ids(self.session, self.case.context)
-        elif self.session is not None:
-            check_session(self.session)
 
     def start(self) -> "LiveRun":
         self.check()

@@ -14,10 +14,12 @@ from hillinfer.commands.console import say, show_table, split_list
 from hillinfer.commands.options import Alpha, Drive, HostBudget
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
+from hillinfer.pipeline.memory import read_fields
 
 if TYPE_CHECKING:
     import pandas
 
+STATUS = Path("/proc/self/status")
 HEADER = ["system", "exact", "answers\nright", "tokens\nattended", "hits % on\ndev/host/drv"]
 HEADER += ["KiB/token on\ncpu/gpu/drv/link", "ms/token\n(quartiles)", "KV KiB\nin memory", "peak MiB\nabove idle"]
 
@@ -78,7 +80,7 @@ def measure(systems: str, task: str, context: int, n: int, options: dict, seen: 
     if task not in PROMPTS:
         raise UsageError(f"no task '{task}'; choose one of {', '.join(PROMPTS)}")
     exact, left_out, config = {}, [], load_pretrained(AutoConfig, "embedded")
-    for name in list_systems() if systems == "all" else split_list(systems) or [systems]:
+    for name in list_systems() if systems == "all" else split_list(systems):
         try:
             system, settings = find_system(name, options_of(name, options))
         except UsageError as error:
@@ -146,17 +148,11 @@ def reset_peak() -> int:
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return read_fields(STATUS)["VmRSS"] * 1024
 
 
 def peak_memory() -> int:
     """The peak since `reset_peak`, in bytes."""
     import torch
 
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    """A field of /proc/self/status, in bytes (Linux)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else read_fields(STATUS)["VmHWM"] * 1024

@@ -1,6 +1,6 @@
 """The terminal: consoles, one-line errors, tables and progress bars."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,9 +66,12 @@ def progress() -> Progress:
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True)
 
 
-def split_list(text: str) -> list[str]:
-    """The items of `a, b`."""
-    return [item.strip() for item in text.split(",") if item.strip()]
+def split_list(text: str, kind: Callable = str) -> list:
+    """The items of `a, b`, each as `kind`; at least one. UsageError if an item is no such number."""
+    try:
+        return [kind(item.strip()) for item in text.split(",") if item.strip()] or [kind(text)]
+    except ValueError:
+        raise UsageError(f"'{text}' is not a list of numbers; separate them with commas, as in 0.1,0.2") from None
 
 
 def read_text(path: Path) -> str:

@@ -11,7 +11,7 @@ from hillinfer.assets import load_pretrained
 from hillinfer.cache import TieredCache
 from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
-from hillinfer.longbench.runner import feed, measured
+from hillinfer.longbench.runner import decode, feed, measured
 from hillinfer.seam import check_supported
 from hillinfer.session import keep_session, session_ids
 from hillinfer.systems.planning import plan
@@ -82,20 +82,12 @@ def continue_text(name: str, job: Job, system: str, options: dict) -> Continuati
         prefilled = time.perf_counter()
         cache.timeline.clear()
         cache.counters.clear()
-        prompt = torch.tensor([ids], device=model.device)
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
-            max_new_tokens=job.max_new_tokens,
-            num_beams=job.num_beams,
-            do_sample=False,
-        )
+        out = decode(model, cache, ids, job.max_new_tokens, num_beams=job.num_beams)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.run.why_split()]
         shape = shape_of(model.config.get_text_config(), model.dtype.itemsize)
         cache.timeline.about = describe(cache.run, shape, system)
-    return Continuation(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True), facts, cache.timeline)
+    return Continuation(tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline)
 
 
 def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:

@@ -28,7 +28,7 @@ def demo(
     if drive is None:
         settings["drive"] = out_dir / "drive"
         settings["drive"].mkdir(parents=True, exist_ok=True)
-    names = split_list(systems) or [systems]
+    names = split_list(systems)
     from hillinfer.assets import load_embedded
     from hillinfer.longbench.comparison import compare, demo_records
     from hillinfer.systems.registry import find_system, options_of

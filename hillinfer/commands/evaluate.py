@@ -48,11 +48,7 @@ def evaluate(
         raise UsageError(f"question is {' or '.join(QUESTIONS)}, dtype {', '.join(DTYPES)}; not {question} and {dtype}")
     given = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
     options = {name: value for name, value in given.items() if value is not None}
-    try:
-        alphas = [float(value) for value in split_list(alpha) or [alpha]]
-    except ValueError:
-        raise UsageError(f"alpha '{alpha}' is no list of numbers; write 0.1,0.2") from None
-    for value in alphas:
+    for value in (alphas := split_list(alpha, float)):
         Settings(alpha=value, **options)  # refuse bad input before torch loads
     check_folder(drive)
     from hillinfer.assets import machine, model_path

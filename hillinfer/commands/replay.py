@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import format_rows, progress, say, show_table
+from hillinfer.commands.console import format_rows, progress, say, show_table, split_list
 
 OUT = Path("out/replay")
 SHOWN = 8  # tables on the terminal; the report and the CSV have all
@@ -29,13 +29,13 @@ def replay(
 
     recording = None if run is None else job.load_run(run)
     wanted = job.cells(
-        job.parse_list(profile),
-        job.parse_list(model_shape),
-        [job.RECORDED] if recording else job.parse_list(systems),
+        split_list(profile),
+        split_list(model_shape),
+        [job.RECORDED] if recording else split_list(systems),
         job.parse_sizes(context),
         job.parse_sizes(batch),
-        job.parse_list(alpha, float),
-        [None] if host_budget is None else job.parse_list(host_budget),
+        split_list(alpha, float),
+        [None] if host_budget is None else split_list(host_budget),
     )
     with progress() as shown:
         bar = shown.add_task("cells", total=len(wanted))

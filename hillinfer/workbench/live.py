@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from hillinfer.cache import TieredCache
 from hillinfer.errors import UsageError
-from hillinfer.longbench.runner import feed, is_right, measured, split_prompt
+from hillinfer.longbench.runner import decode, feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
 from hillinfer.seam import disable, enable
 from hillinfer.session import open_session, save_session, session_ids
@@ -214,15 +214,9 @@ class LiveRun:
             self._note(cache, self.tokenizer.decode([token]), True)
         if self._stop.is_set():
             return
-        ids = torch.tensor([context + question], device=self.model.device)
-        self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=self.case.max_new_tokens,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([_EachToken(self, cache, ids.shape[1])]),
-        )
+        ids, new = context + question, self.case.max_new_tokens
+        watch = StoppingCriteriaList([_EachToken(self, cache, len(ids))])
+        decode(self.model, cache, ids, new, stopping_criteria=watch)
 
     def _note(self, cache: TieredCache, text: str, asked: bool) -> None:
         now = time.perf_counter()

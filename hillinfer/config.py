@@ -122,10 +122,7 @@ class Settings:
             (self.profile and not scores, "profile is for a drive that scores, not an ssd: add drive_kind emulated"),
             (self.paced and self.drive_kind != "emulated", "paced is for the emulated drive: add drive_kind emulated"),
             (self.xclbin is not None and self.drive_kind != "xrt", "an xclbin is for a SmartSSD: add drive_kind xrt"),
-            (
-                self.device is not None and not lossless,
-                "a raw device is for dualblade and flexgen: choose one of them",
-            ),
+            (self.device is not None and not lossless, "a raw device needs a lossless system: dualblade or flexgen"),
             (lossless and scores, "a lossless system scores nothing on the drive: leave out drive_kind"),
         ):
             if refused:

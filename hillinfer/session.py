@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
@@ -76,16 +76,25 @@ def open_session(
         raise UsageError(f"{system} selects by the prompt's queries, which sessions do not keep: prefill again for it")
     file = Saved(Path(path))
     ids, pieces = _checked(file, model, tokenizer)
-    with ExitStack() as on_error:
-        cache = on_error.enter_context(make_cache(model, system, **options))
+    with _new_cache(model, system, options) as cache:
         for index, records in _read_ahead(file, pieces):
             records = records.to(model.device)
             cache.layers[index].fill(*records.permute(2, 0, 3, 1, 4), records)
         cache.timeline.clear()
         cache.counters.clear()
-        on_error.pop_all()
     file.close()
     return cache, ids
+
+
+@contextmanager
+def _new_cache(model: PreTrainedModel, system: str, options: dict) -> Iterator[TieredCache]:
+    """A new cache, closed if the block that fills it fails."""
+    cache = make_cache(model, system, **options)
+    try:
+        yield cache
+    except BaseException:
+        cache.close()
+        raise
 
 
 def _read_ahead(file: Saved, pieces: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -114,27 +123,31 @@ def keep_session(
 
     Raises UsageError as `save_session` and `open_session` do, and if the session is of another document.
     """
-    path, document = Path(path).expanduser(), list(document)
+    path, document = Path(path).expanduser(), session_ids(path, list(document))
     if path.exists():
-        session_ids(path, document)
         return open_session(path, model, system, tokenizer, **options)[0]
-    check_session(path)
-    with ExitStack() as on_error:
-        cache = on_error.enter_context(make_cache(model, system, **options))
+    with _new_cache(model, system, options) as cache:
         for start, end in pairwise(chunk_ends(len(document), chunk)):
             part = torch.tensor([document[start:end]], device=model.device)
             model(part, past_key_values=cache, logits_to_keep=1)
         save_session(cache, path, model, document, tokenizer)
-        on_error.pop_all()
     return cache
 
 
 def session_ids(path: str | Path, document: list[int]) -> list[int]:
-    """Token ids of a session's document, read without its KV. UsageError if `document` is given and differs."""
-    ids = Saved(Path(path)).facts.get("ids")
-    if not isinstance(ids, list) or (document and document != ids):
-        raise UsageError(f"{path} keeps another document; leave out --document, or name another session")
-    return ids
+    """Token ids of the document of a session: those in the file, read without its KV, or `document` if there is none.
+
+    Raises UsageError if `document` is given and differs, if both are missing, or if `path` cannot hold a session.
+    """
+    if Path(path).expanduser().exists():
+        ids = Saved(Path(path)).facts.get("ids")
+        if not isinstance(ids, list) or (document and document != ids):
+            raise UsageError(f"{path} keeps another document; leave out --document, or name another session")
+        return ids
+    if not document:
+        raise UsageError(f"there is no session {path} yet: name the text to keep in it (--document FILE)")
+    check_session(path)
+    return document
 
 
 def fingerprint(model: PreTrainedModel) -> str:

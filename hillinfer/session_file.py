@@ -8,7 +8,6 @@ that is open is then an error and not a signal.
 import json
 import math
 import os
-import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -78,19 +77,19 @@ class Saved:
         self.path = Path(path).expanduser()
         try:
             files.reclaim(self.path.parent.resolve(), f".{self.path.name}-")
-            self.fd = files.open_plain(self.path)
-            self.close = weakref.finalize(self, os.close, self.fd)
+            self.file = os.fdopen(files.open_plain(self.path), "rb")
+            self.close = self.file.close
             self._read_header()
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"{self.path} is not a complete session ({error}); save it again") from None
 
     def _read_header(self) -> None:
         """Raises one of the errors above for a header that `save` would not have written."""
-        size = os.fstat(self.fd).st_size
-        self.start = 8 + int.from_bytes(os.pread(self.fd, 8, 0), "little")
+        size = os.fstat(self.file.fileno()).st_size
+        self.start = 8 + int.from_bytes(self.file.read(8), "little")
         if not 8 < self.start <= min(size, MAX_HEADER):
             raise ValueError("its header is cut off")
-        header = json.loads(os.pread(self.fd, self.start - 8, 8))
+        header = json.loads(self.file.read(self.start - 8))
         metadata = header.get("__metadata__") if isinstance(header, dict) else None
         if not isinstance(metadata, dict) or "hillinfer" not in metadata:
             raise ValueError("another tool wrote it")
@@ -126,15 +125,13 @@ class Saved:
         return out[:, start - first : end - first]
 
     def _fill(self, tensor: torch.Tensor, offset: int) -> None:
-        buffer, done = _bytes(tensor), 0
-        while done < len(buffer):
-            try:
-                n = os.preadv(self.fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise UsageError(f"{self.path} cannot be read ({error.strerror}); save it again") from None
-            if not n:
-                raise UsageError(f"{self.path} is not a complete session: it was truncated; save it again")
-            done += n
+        try:
+            self.file.seek(offset)
+            n = self.file.readinto(_bytes(tensor))
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be read ({error.strerror}); save it again") from None
+        if n < tensor.nbytes:
+            raise UsageError(f"{self.path} is not a complete session: it was truncated; save it again")
 
 
 def check_session(path: Path) -> Path:

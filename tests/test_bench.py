@@ -39,7 +39,7 @@ def test_every_system_is_in_the_table(tmp_path):
         (["--systems", "full,nonsense"], "no system 'nonsense'"),
         (["--systems", ","], "no system ','"),
         (["--alpha", "2"], "alpha is 2"),
-        (["--context", "9000"], "window of 8192"),
+        (["--context", "9000"], "window of 8,192"),
         (["--drive", "/nowhere"], "does not exist"),
         (["--host-budget", "1KiB", "--systems", "hillinfer"], "raise it"),
     ],

@@ -23,18 +23,8 @@ from hillinfer.commands.run import run
 from hillinfer.commands.stamp import stamp
 from hillinfer.commands.systems import systems
 
-COMMANDS = {
-    "demo": demo,
-    "run": run,
-    "eval": evaluate,
-    "bench": bench,
-    "replay": replay,
-    "systems": systems,
-    "profile": profile,
-    "stamp": stamp,
-    "doctor": doctor,
-    "lab": lab,
-}
+COMMANDS = dict(demo=demo, run=run, eval=evaluate, bench=bench, replay=replay, systems=systems)
+COMMANDS |= dict(profile=profile, stamp=stamp, doctor=doctor, lab=lab)
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 for name, command in COMMANDS.items():
     app.command(name)(clear_errors()(command))

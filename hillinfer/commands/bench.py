@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,10 +14,12 @@ from hillinfer.commands.console import say, show_table, split_list
 from hillinfer.commands.options import Alpha, Drive, HostBudget
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
+from hillinfer.pipeline.memory import read_fields
 
 if TYPE_CHECKING:
     import pandas
 
+STATUS = Path("/proc/self/status")
 HEADER = ["system", "exact", "answers\nright", "tokens\nattended", "hits % on\ndev/host/drv"]
 HEADER += ["KiB/token on\ncpu/gpu/drv/link", "ms/token\n(quartiles)", "KV KiB\nin memory", "peak MiB\nabove idle"]
 
@@ -76,22 +79,17 @@ def measure(systems: str, task: str, context: int, n: int, options: dict, seen: 
 
     if task not in PROMPTS:
         raise UsageError(f"no task '{task}'; choose one of {', '.join(PROMPTS)}")
-    exact, chosen, left_out = {}, [], []
-    for name in list_systems() if systems == "all" else split_list(systems) or [systems]:
+    exact, left_out, config = {}, [], load_pretrained(AutoConfig, "embedded")
+    for name in list_systems() if systems == "all" else split_list(systems):
         try:
             system, settings = find_system(name, options_of(name, options))
         except UsageError as error:
             if systems != "all":
                 raise
             left_out.append(f"left out: {error}")
-        else:
-            exact[name] = system.policy.exact
-            chosen.append(settings)
-    config = load_pretrained(AutoConfig, "embedded")
-    if context > (window := config.max_position_embeddings):
-        raise UsageError(f"{context} tokens exceed the model's window of {window}; ask for a shorter --context")
-    for settings in chosen:
-        plan(config, settings, context + 128, torch.float32)
+            continue
+        plan(config, settings, context, torch.float32)  # before weights are loaded; `compare` plans the actual prompts
+        exact[name] = system.policy.exact
     rows, idle = [], 0
 
     def add_row(result: Result) -> None:
@@ -102,9 +100,8 @@ def measure(systems: str, task: str, context: int, n: int, options: dict, seen: 
         row |= dict(attended=answer.attended, cached=answer.cached, ms_per_token=answer.ms_per_token)
         row |= {f"hit_{tier}": share for tier, share in answer.rates.items()}
         row |= {f"{lane}_bytes_per_token": nbytes for lane, (_, nbytes) in answer.lanes.items()}
-        row |= dict(bounds=sum(bounds) / len(bounds) if bounds else None)
-        kv_bytes = sum(size for kind, size in answer.memory.items() if kind != "drive")
-        rows.append(row | dict(kv_bytes=kv_bytes, peak_bytes=peak))
+        row |= dict(bounds=sum(bounds) / len(bounds) if bounds else math.nan)
+        rows.append(row | dict(kv_bytes=answer.memory_bytes, peak_bytes=peak))
         idle = reset_peak()
 
     records, (model, tokenizer) = make_records(task, context, n, seed=77), load_embedded()
@@ -115,16 +112,14 @@ def measure(systems: str, task: str, context: int, n: int, options: dict, seen: 
 
 def summary(frame: "pandas.DataFrame") -> "pandas.DataFrame":
     """One row per system, from the frame of `measure`."""
-    groups = frame.groupby("system", sort=False)
-    means = [c for c in frame if c.startswith("hit_") or c.endswith("_bytes_per_token") or c == "bounds"]
-    quartiles = groups.ms_per_token.quantile([0.25, 0.5, 0.75]).unstack()
-    return (
-        groups.agg(exact=("exact", "first"), right=("right", "sum"), questions=("right", "size"))
-        .join(groups[["attended", "cached"]].mean())
-        .join(quartiles.set_axis(["ms_q1", "ms_median", "ms_q3"], axis=1))
-        .join(groups[means].mean())
-        .join(groups[["kv_bytes", "peak_bytes"]].max())
-        .reset_index()
+    means = [c for c in frame if c.startswith("hit_") or c.endswith("_bytes_per_token")]
+    quartiles = {"ms_q1": 0.25, "ms_median": 0.5, "ms_q3": 0.75}
+    return frame.groupby("system", sort=False, as_index=False).agg(
+        **dict(exact=("exact", "first"), right=("right", "sum"), questions=("right", "size")),
+        **{name: (name, "mean") for name in ("attended", "cached")},
+        **{name: ("ms_per_token", lambda ms, q=q: ms.quantile(q)) for name, q in quartiles.items()},
+        **{name: (name, "mean") for name in (*means, "bounds")},
+        **{name: (name, "max") for name in ("kv_bytes", "peak_bytes")},
     )
 
 
@@ -153,17 +148,11 @@ def reset_peak() -> int:
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return read_fields(STATUS)["VmRSS"] * 1024
 
 
 def peak_memory() -> int:
     """The peak since `reset_peak`, in bytes."""
     import torch
 
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    """A field of /proc/self/status, in bytes (Linux)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else read_fields(STATUS)["VmHWM"] * 1024

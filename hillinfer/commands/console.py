@@ -1,8 +1,9 @@
 """The terminal: consoles, one-line errors, tables and progress bars."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich import box
@@ -12,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hillinfer.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas
 
 out, err = Console(), Console(stderr=True)
 WIDTH = 200  # columns at which table cells fold; a narrower terminal wraps lines, and nothing is cut
@@ -46,15 +50,28 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str 
     Console(width=max(out.width, WIDTH)).print(table)
 
 
+def format_rows(frame: "pandas.DataFrame", **formats: str) -> list[list[str]]:
+    """The cells of a frame as text. `formats` maps columns to format strings; a missing number is `-`."""
+
+    def text(name: str, cell) -> str:
+        style = formats.get(name, "{:g}" if isinstance(cell, float) else "{}")
+        return "-" if cell != cell else style.format(cell)
+
+    return [[text(*pair) for pair in zip(frame, row, strict=True)] for row in frame.itertuples(index=False)]
+
+
 def progress() -> Progress:
     """A progress bar on stderr that disappears when done; use it in a `with` block."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True)
 
 
-def split_list(text: str) -> list[str]:
-    """The items of `a, b`."""
-    return [item.strip() for item in text.split(",") if item.strip()]
+def split_list(text: str, kind: Callable = str) -> list:
+    """The items of `a, b`, each as `kind`; at least one. UsageError if an item is no such number."""
+    try:
+        return [kind(item.strip()) for item in text.split(",") if item.strip()] or [kind(text)]
+    except ValueError:
+        raise UsageError(f"'{text}' is not a list of numbers; separate them with commas, as in 0.1,0.2") from None
 
 
 def read_text(path: Path) -> str:

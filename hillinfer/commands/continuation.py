@@ -11,9 +11,9 @@ from hillinfer.assets import load_pretrained
 from hillinfer.cache import TieredCache
 from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
-from hillinfer.longbench.runner import feed, measured
+from hillinfer.longbench.runner import decode, feed, measured
 from hillinfer.seam import check_supported
-from hillinfer.session import check_session, keep_session, session_ids
+from hillinfer.session import keep_session, session_ids
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -52,11 +52,6 @@ def continue_text(name: str, job: Job, system: str, options: dict) -> Continuati
 
     Raises UsageError, before the weights are loaded, for everything that the model's config and tokenizer show.
     """
-    saved = job.session is not None and job.session.exists()
-    if job.session is not None and not saved:
-        if job.document is None:
-            raise UsageError(f"there is no session {job.session} yet: name the text to keep in it (--document FILE)")
-        check_session(job.session)
     settings = find_system(system, options)[1]
     config = load_pretrained(AutoConfig, name)
     check_supported(config)
@@ -65,15 +60,10 @@ def continue_text(name: str, job: Job, system: str, options: dict) -> Continuati
     dtype = getattr(torch, job.dtype) if job.dtype != "auto" else config.dtype or torch.float32
     tokenizer = load_pretrained(AutoTokenizer, name)
     document = tokenizer(job.document).input_ids if job.document is not None else []
-    if saved:
+    if job.session is not None:
         document = session_ids(job.session, document)
     ids = document + tokenizer(job.text, add_special_tokens=not document).input_ids
-    total, window = len(ids) + job.max_new_tokens, getattr(config, "max_position_embeddings", None)
-    if window and total > window:
-        raise UsageError(
-            f"the prompt's {len(ids)} tokens and {job.max_new_tokens} new ones exceed the model's window of {window}: "
-            "shorten the prompt or lower --max-new-tokens"
-        )
+    total = len(ids) + job.max_new_tokens
     plan(config, settings, total, dtype, job.chunk)
     if settings.stream is not None:
         options = options | {"max_tokens": total}
@@ -81,46 +71,29 @@ def continue_text(name: str, job: Job, system: str, options: dict) -> Continuati
     if torch.cuda.is_available():
         model = model.cuda()
     start = time.perf_counter()
-    with _filled_cache(model, tokenizer, job, system, options, document) as cache:
-        if (rest := ids[cache.get_seq_length() : -1]) and job.num_beams == 1:
-            feed(model, cache, rest, job.chunk)  # the last prompt token is a decode step like those after it
+    if job.session is None:
+        cache = make_cache(model, system, **options)
+    else:
+        cache = keep_session(job.session, model, document, system, tokenizer, job.chunk, **options)
+    with cache:
+        for end in (len(document), len(ids) - 1):  # the last prompt token is a decode step like those after it
+            if (part := ids[cache.get_seq_length() : end]) and job.num_beams == 1:
+                feed(model, cache, part, job.chunk)
         prefilled = time.perf_counter()
         cache.timeline.clear()
         cache.counters.clear()
-        prompt = torch.tensor([ids], device=model.device)
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
-            max_new_tokens=job.max_new_tokens,
-            num_beams=job.num_beams,
-            do_sample=False,
-        )
+        out = decode(model, cache, ids, job.max_new_tokens, num_beams=job.num_beams)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.run.why_split()]
         shape = shape_of(model.config.get_text_config(), model.dtype.itemsize)
         cache.timeline.about = describe(cache.run, shape, system)
-    return Continuation(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True), facts, cache.timeline)
-
-
-def _filled_cache(model, tokenizer, job: Job, system: str, options: dict, document: list[int]) -> TieredCache:
-    """A cache that holds the document, from its session or by prefill."""
-    if job.session is not None:
-        return keep_session(job.session, model, document, system, tokenizer, job.chunk, **options)
-    cache = make_cache(model, system, **options)
-    try:
-        if document:
-            feed(model, cache, document, job.chunk)
-    except BaseException:
-        cache.close()
-        raise
-    return cache
+    return Continuation(tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline)
 
 
 def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:
     """Time, memory and traffic of a run, in a few lines. All measured."""
     rates = ", ".join(f"{tier} {share:.0%}" for tier, share in figures["rates"].items())
-    in_memory = sum(size for kind, size in figures["memory"].items() if kind != "drive")
+    in_memory = sum(size for part, size in figures["memory"].items() if part != "drive")
     busy = [f"{lane} {ms:.2f} ({size:,.0f} bytes)" for lane, (ms, size) in figures["lanes"].items() if ms]
     lines = [
         f"{system}, measured: prefill {figures['prefill_ms']:.0f} ms, then {figures['ms_per_token']:.1f} ms/token "

@@ -28,13 +28,14 @@ def demo(
     if drive is None:
         settings["drive"] = out_dir / "drive"
         settings["drive"].mkdir(parents=True, exist_ok=True)
-    names = split_list(systems) or [systems]
+    names = split_list(systems)
     from hillinfer.assets import load_embedded
     from hillinfer.longbench.comparison import compare, demo_records
     from hillinfer.systems.registry import find_system, options_of
 
     for name in names:
         find_system(name, options_of(name, settings))
+
     model, tokenizer = load_embedded()
     records = demo_records()
     with progress() as bars:
@@ -69,14 +70,10 @@ def show(results: list, records: list[dict], alpha: float, folder: Path) -> None
         f"Measured on {machine()}; times are medians over the questions.",
         "Tokens attended: mean per step and layer. KV in memory: records, codes, hit table; largest question.",
     ]
-    timelines = [
-        timeline_figure(result.cache.timeline, f"{result.system}: the last steps of the last question")
-        for result in results
-    ]
-    accuracies = [result.accuracy for result in results]
+    names, accuracies = [result.system for result in results], [result.accuracy for result in results]
     figures = [
-        systems_figure([result.system for result in results], accuracies, guess, "Answers right"),
-        *timelines,
+        systems_figure(names, accuracies, guess, "Answers right"),
+        *(timeline_figure(r.cache.timeline, f"{r.system}: the last steps of the last question") for r in results),
         hits_figure(last.cache.counters, f"{last.system}: tokens attended by tier, last question"),
     ]
     trace = last.cache.timeline.save(folder / "timeline.json")

@@ -7,6 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -21,6 +22,7 @@ from hillinfer.pipeline.memory import read_memory
 
 LLAMA = 32 * 4096  # bytes of KV per token of a Llama-3-8B in bf16
 CONTEXT = 32_768
+KV = f"a Llama-3-8B's KV at {CONTEXT:,} tokens"
 RECORD = 4096  # bytes; one layer's K and V of one token of that model
 FILE = 256 << 20  # bytes of the file that is written and read
 SECONDS = 0.6
@@ -36,6 +38,11 @@ class Check:
     slow: str = ""
     fix: str = ""
 
+    def __str__(self) -> str:
+        lines = [f"{'[green]ok  [/]' if self.fine else '[yellow]slow[/]'} {self.name:<16} {escape(self.found)}"]
+        advice = [] if self.fine else [self.slow, f"fix: {self.fix}"]
+        return "\n".join(lines + [f"{'':<21} {escape(line)}" for line in advice])
+
 
 def doctor(
     drive: Annotated[Path, typer.Option(help="Folder on the drive that would hold the KV.")] = Path(),
@@ -43,11 +50,7 @@ def doctor(
 ):
     """Check and measure this machine: what works, what will be slow, and the fix."""
     for check in examine(check_folder(drive), seconds):
-        mark = "[green]ok  [/]" if check.fine else "[yellow]slow[/]"
-        lines = [f"{mark} {check.name:<16} {escape(check.found)}"]
-        if not check.fine:
-            lines += [f"{'':<21} {escape(check.slow)}", f"{'':<21} fix: {escape(check.fix)}"]
-        out.print("\n".join(lines), highlight=False, soft_wrap=True)
+        out.print(str(check), highlight=False, soft_wrap=True)
 
 
 def examine(folder: Path, seconds: float = SECONDS) -> Iterator[Check]:
@@ -71,41 +74,35 @@ def gpu() -> Check:
 def instructions() -> Check:
     from hillinfer import native
 
-    best = native.isa()
     found = f"{platform.machine()}, {os.cpu_count()} cores, kernels for {', '.join(native.isas()) or 'none'}"
     slow = "scoring is slower than memory: AVX2 takes 2 times as long as AVX512-VNNI, plain C 10 times"
-    fine = best in ("avx512-vnni", "avx2", "neon")
-    return Check("instructions", f"{found}; in use: {best}", fine, slow, "see compiler, or use another machine")
+    fine = native.isa() in ("avx512-vnni", "avx2", "neon")
+    return Check("instructions", f"{found}; in use: {native.isa()}", fine, slow, "see compiler, or use another machine")
 
 
 def compiler() -> Check:
     from hillinfer import native
     from hillinfer.native.build import compiler as command
 
-    found, reason = " ".join(command() or ["none"]), native.why_not()
+    found, reason = " ".join(command() or ["none"]), native.why_not() or ""
     slow = "scoring, selection and attention run in torch: 5 to 50 times slower"
-    return Check("compiler", found if reason else f"{found}; kernels are compiled", not reason, slow, reason or "")
+    return Check("compiler", found if reason else f"{found}; kernels are compiled", not reason, slow, reason)
 
 
 def ring() -> Check:
     from hillinfer.native import ring as io_uring
 
-    if not (reason := io_uring.why_not()):
-        return Check("io_uring", "yes")
-    off = _text("/proc/sys/kernel/io_uring_disabled").strip() not in ("", "0")
+    reason, off = io_uring.why_not(), _text("/proc/sys/kernel/io_uring_disabled").strip() not in ("", "0")
     fix = "sysctl kernel.io_uring_disabled=0" if off else "Linux 5.6 or newer; in a container, allow io_uring_setup"
     slow = "tokens are read by threads: 1.1 to 1.6 times slower, twice the CPU"
-    return Check("io_uring", f"no: {reason}", False, slow, fix)
+    return Check("io_uring", f"no: {reason}" if reason else "yes", not reason, slow, fix)
 
 
 def direct_io(folder: Path) -> Check:
     from hillinfer.tiers.block_file import BlockFile
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        file = BlockFile(folder)
-    file.close()
-    kind = file_system(folder)
+    with warnings.catch_warnings(action="ignore"), closing(BlockFile(folder)) as file:
+        kind = file_system(folder)
     slow = "KV goes through the page cache, which takes memory and is useless for repeated passes"
     fix = f"name a folder on ext4, xfs or btrfs instead of {kind} with --drive"
     return Check("O_DIRECT", f"{'yes' if file.direct else 'no'}, {folder} ({kind})", file.direct, slow, fix)
@@ -120,7 +117,7 @@ def file_system(folder: Path) -> str:
 
 def space(folder: Path) -> Check:
     free, need = shutil.disk_usage(folder).free, CONTEXT * LLAMA
-    slow = f"a Llama-3-8B's KV at {CONTEXT:,} tokens takes {need / 1e9:.1f} GB, and generation would be refused"
+    slow = f"{KV} takes {need / 1e9:.1f} GB, and generation would be refused"
     fix = "free some, or name a folder on another drive with --drive"
     return Check("free space", f"{free / 1e9:.0f} GB free in {folder}", free > need, slow, fix)
 
@@ -185,17 +182,11 @@ def scoring_speed(seconds: float, memory: float) -> Check:
 def gpu_link_speed(seconds: float) -> Iterator[Check]:
     import torch
 
-    if not torch.cuda.is_available():
-        return
-    host = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
-
-    def copy() -> None:
-        host.to("cuda", non_blocking=True)
-        torch.cuda.synchronize()
-
-    speed = rate(host.nbytes, copy, seconds)
-    fix = "a PCIe 4 x16 slot"
-    yield Check("host to GPU", f"{speed:.1f} GB/s, pinned", speed > 10, "every fetched token crosses it", fix)
+    if torch.cuda.is_available():
+        host = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+        speed = rate(host.nbytes, lambda: (host.to("cuda", non_blocking=True), torch.cuda.synchronize()), seconds)
+        slow, fix = "every fetched token crosses it", "a PCIe 4 x16 slot"
+        yield Check("host to GPU", f"{speed:.1f} GB/s, pinned", speed > 10, slow, fix)
 
 
 def drive_speed(folder: Path, seconds: float) -> Check:
@@ -218,21 +209,17 @@ def drive_speed(folder: Path, seconds: float) -> Check:
         file.read(0, np.sort(rng.choice(n, tenth, replace=False)), buffer[:tenth])
 
     try:
-        file = RecordFile(folder, RECORD, 1)
-        try:
+        with closing(RecordFile(folder, RECORD, 1)) as file:
             begin = time.perf_counter()
             for start in range(0, n, piece):
                 file.write(0, start, records)
             written = FILE / (time.perf_counter() - begin) / 1e9
             stream, tokens = rate(piece * RECORD, in_order, seconds), rate(tenth * RECORD, scattered, seconds)
-        finally:
-            file.close()
     except DriveError as error:
         return Check("drive", str(error), False, "nothing can be kept on it", "name another folder with --drive")
     found = f"{stream:.2f} GB/s in order, {tokens:.2f} a tenth of the 4 KiB records, {written:.2f} written"
-    kv = CONTEXT * LLAMA / 1e9
-    slow = f"a Llama-3-8B's KV at {CONTEXT:,} tokens would take {kv / stream:.1f} s to stream for each new token, "
-    slow += f"and a tenth of it {kv / 10 / tokens:.1f} s (arithmetic)"
+    every, some = CONTEXT * LLAMA / 1e9 / stream, CONTEXT * LLAMA / 1e10 / tokens
+    slow = f"each new token would take {every:.1f} s to stream {KV}, or {some:.1f} s to read a tenth of it (arithmetic)"
     fix = "an idle NVMe drive: name a folder on it with --drive"
     return Check("drive", f"{found} ({file.engine.name})", stream > 1.5, slow, fix)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import progress, say, show_table, split_list
+from hillinfer.commands.console import format_rows, progress, say, show_table, split_list
 from hillinfer.commands.options import DTYPES, Dtype, HostBudget, PrefillChunk
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
@@ -48,11 +48,7 @@ def evaluate(
         raise UsageError(f"question is {' or '.join(QUESTIONS)}, dtype {', '.join(DTYPES)}; not {question} and {dtype}")
     given = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
     options = {name: value for name, value in given.items() if value is not None}
-    try:
-        alphas = [float(value) for value in split_list(alpha) or [alpha]]
-    except ValueError:
-        raise UsageError(f"alpha '{alpha}' is no list of numbers; write 0.1,0.2") from None
-    for value in alphas:
+    for value in (alphas := split_list(alpha, float)):
         Settings(alpha=value, **options)  # refuse bad input before torch loads
     check_folder(drive)
     from hillinfer.assets import machine, model_path
@@ -92,7 +88,7 @@ def evaluate(
     summary = report.summary(table, cost)
     page = write_page(folder, table, cost, summary, facts)
     say(*facts)
-    show_frame(summary)
+    show_table(list(summary), format_rows(summary))
     say(f"{folder}: report.md, {page.name}, scores.csv, costs.csv, results.jsonl, manifest.json")
 
 
@@ -101,12 +97,4 @@ def show_comparison(one: Path, other: Path) -> None:
 
     table, facts = report.compare(one, other)
     say(f"A is {one}, B is {other}.", *facts)
-    show_frame(table)
-
-
-def show_frame(frame) -> None:
-    rows = frame.itertuples(index=False)
-    show_table(
-        [str(name) for name in frame.columns],
-        ([f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows),
-    )
+    show_table(list(table), format_rows(table))

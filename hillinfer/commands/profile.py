@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import err, out
+from hillinfer.commands.console import err, say
 from hillinfer.config import check_folder
 
 
@@ -13,9 +13,7 @@ def profile(
     drive: Annotated[Path, typer.Option(help="Folder on the drive to measure.")],
     paced: Annotated[bool, typer.Option(help="Pace the emulated drive to a SmartSSD's rates.")] = False,
     out_file: Annotated[Path, typer.Option("--out", help="The profile to write.")] = Path("out/this-machine.toml"),
-    device: Annotated[
-        bool, typer.Option(help="Also measure the cost of each kind of work, for replay; takes some minutes.")
-    ] = True,
+    device: Annotated[bool, typer.Option(help="Also measure each kind of work, for replay; takes minutes.")] = True,
 ):
     """Measure this machine: its device profile, for `run --profile FILE` and `replay --profile this-machine`."""
     from hillinfer.systems.hillinfer.balance import SelectionRates
@@ -29,22 +27,19 @@ def profile(
     with err.status("measuring ...") as status:
         found = calibrate(folder, paced, device, lambda text: status.update(f"measuring: {text}"))
     found.save(out_file)
-    for path, text in (
-        ("cpu.score", "host scores key codes"),
-        ("emulated.score", "drive scores key codes"),
-        ("cpu.gather", "host gathers records"),
-        ("emulated.fetch", "drive fetches records"),
-    ):
+    works = {"cpu.score": "host scores key codes", "emulated.score": "drive scores key codes"}
+    works |= {"cpu.gather": "host gathers records", "emulated.fetch": "drive fetches records"}
+    for path, text in works.items():
         part, number = path.split(".")
         rate = found.parts[part][number]
-        out.print(f"{path}: {text}, {rate.at() / 1e9:.2f} GB/s ({rate.source})", soft_wrap=True, highlight=False)
-    out.print(f"measured on {found.about}; records selected at random: {SELECTED:.0%}", soft_wrap=True, highlight=False)
+        say(f"{path}: {text}, {rate.at() / 1e9:.2f} GB/s ({rate.source})")
+    say(f"measured on {found.about}; records selected at random: {SELECTED:.0%}")
     speeds, code = found.speeds(RECORD_BYTES), HEADS * DIM
     for alpha in (0.1, 0.2):
         beta = speeds.beta(alpha, code, RECORD_BYTES)
         share = speeds.host_share(SelectionRates(alpha, alpha), code, RECORD_BYTES)
-        out.print(
+        say(
             f"at alpha {alpha} a step is shortest when the host holds {share:.0%} of the tokens; "
             f"by the paper's closed form {beta / (1 + beta):.0%}"
         )
-    out.print(f"profile: {out_file}", soft_wrap=True)
+    say(f"profile: {out_file}")

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
-from hillinfer.commands.console import out, progress
+from hillinfer.commands.console import format_rows, progress, say, show_table, split_list
 
+OUT = Path("out/replay")
 SHOWN = 8  # tables on the terminal; the report and the CSV have all
+COLUMNS = ["profile", "model", "system", "context", "batch", "alpha", "host memory", "ms", "bound by", "note"]
 
 
 def replay(
@@ -20,29 +19,23 @@ def replay(
     batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")] = "1,8",
     systems: Annotated[str, typer.Option(help="all, or names separated by commas; ignored with --run.")] = "all",
     alpha: Annotated[str, typer.Option(help="Shares of the tokens that a step attends to.")] = "0.2",
-    host_budget: Annotated[
-        str | None, typer.Option(help="Host memory for KV, such as 4GiB,16GiB; by default all.")
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="A trace of `hillinfer run --trace` to replay, scaled to each cell.")
-    ] = None,
+    host_budget: Annotated[str | None, typer.Option(help="Host memory for KV: 4GiB,16GiB; by default all.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Trace of `hillinfer run --trace`, replayed at each size.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes; -1 for one per core.")] = -1,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the table, the plot and a trace.")] = Path(
-        "out/replay"
-    ),
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the table, the plot and a trace.")] = OUT,
 ):
     """Model decode steps on other hardware, of a recorded run or of every system by its stated traffic."""
     from hillinfer.whatif import sweep as job
 
     recording = None if run is None else job.load_run(run)
     wanted = job.cells(
-        job.parse_list(profile),
-        job.parse_list(model_shape),
-        [job.RECORDED] if recording else job.parse_list(systems),
+        split_list(profile),
+        split_list(model_shape),
+        [job.RECORDED] if recording else split_list(systems),
         job.parse_sizes(context),
         job.parse_sizes(batch),
-        job.parse_list(alpha, float),
-        [None] if host_budget is None else job.parse_list(host_budget),
+        split_list(alpha, float),
+        [None] if host_budget is None else split_list(host_budget),
     )
     with progress() as shown:
         bar = shown.add_task("cells", total=len(wanted))
@@ -58,44 +51,25 @@ def show(frame, wanted, recording, folder: Path) -> None:
     from hillinfer.workbench.replays import sweep_figure
     from hillinfer.workbench.report import write_report
 
-    groups = list(frame.groupby(["profile", "model", "alpha", "host", "batch"], sort=False, dropna=False))
+    named = frame.assign(host=["all" if host != host else f"{host / 1e9:.1f} GB" for host in frame.host.astype(float)])
+    groups = list(named.groupby(["profile", "model", "alpha", "host", "batch"], sort=False))
     for (profile, model, alpha, host, batch), part in groups[:SHOWN]:
-        title = (
-            f"ms per step, modelled on {profile}: {model}, batch {batch}, alpha {alpha:g}, host memory {_size(host)}"
-        )
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         wide = part.pivot(index="system", columns="context", values="ms").loc[part.system.unique()]
-        table.add_column("system", no_wrap=True)
-        for context in wide.columns:
-            table.add_column(f"{context:,}", justify="right", no_wrap=True)
-        for row in wide.itertuples():
-            table.add_row(escape(row[0]), *(f"{ms:,.0f}" if ms == ms else "-" for ms in row[1:]))
-        out.print(title, soft_wrap=True, highlight=False)
-        out.print(table)
+        wide = wide.map("{:,.0f}".format, na_action="ignore")
+        say(f"ms per step, modelled on {profile}: {model}, batch {batch}, alpha {alpha:g}, host memory {host}")
+        show_table(["system", *map("{:,}".format, wide)], format_rows(wide.reset_index()))
     if len(groups) > SHOWN:
-        out.print(f"... and {len(groups) - SHOWN} more tables, in the report")
+        say(f"... and {len(groups) - SHOWN} more tables, in the report")
     profiles = {name: find_profile(name) for name in frame.profile.unique()}
     facts = [f"{len(frame)} cells, all modelled; {int(frame.ms.isna().sum())} do not fit (reasons in the CSV)"]
     for name, profile in profiles.items():
         counts = ", ".join(f"{n} {how}" for how, n in profile.sources().items() if n)
         facts.append(f"{name}: {profile.about}; numbers {counts}")
-    fitting = [cell for cell, ms in zip(wanted, frame.ms, strict=True) if ms == ms]
-    if fitting:
-        last = fitting[-1]
+    for last in [cell for cell, ms in zip(wanted, frame.ms, strict=True) if ms == ms][-1:]:
         trace = timeline(last, profiles[last.profile], recording).save(folder / "timeline.json")
         facts.append(f"timeline of the last cell ({last.system}): {trace}")
     table_file = files.write_text(folder / "replay.csv", frame.to_csv(index=False))
-    header = ["profile", "model", "system", "context", "batch", "alpha", "host memory", "ms", "bound by", "note"]
-    rows = [
-        [c.profile, c.model, c.system, f"{c.context:,}", f"{c.batch}", f"{c.alpha:g}", _size(c.host),
-         f"{c.ms:,.1f}" if c.ms == c.ms else "-", c.bound, c.note]
-        for c in frame.itertuples()
-    ]  # fmt: skip
-    figures = [sweep_figure(frame)]
-    page = write_report(folder / "report.html", "hillinfer replay (modelled)", facts, header, rows, figures)
-    for fact in [*facts, f"table: {table_file}\nplot: {page}"]:
-        out.print(fact, soft_wrap=True, highlight=False)
-
-
-def _size(host) -> str:
-    return "all" if host is None or host != host else f"{host / 1e9:.1f} GB"
+    named = named.rename(columns={"host": "host memory", "bound": "bound by"})[COLUMNS]
+    rows, figures = format_rows(named, context="{:,}", ms="{:,.1f}"), [sweep_figure(frame)]
+    page = write_report(folder / "report.html", "hillinfer replay (modelled)", facts, COLUMNS, rows, figures)
+    say(*facts, f"table: {table_file}", f"plot: {page}")

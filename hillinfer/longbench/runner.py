@@ -44,6 +44,11 @@ class Answer:
     overlap: float  # share of the shorter side, computing or moving, that was hidden behind the other
     memory: dict[str, int]  # bytes held at the end, by kind
 
+    @property
+    def memory_bytes(self) -> int:
+        """KV bytes in memory at the end: records on device and host, key codes, hit table."""
+        return sum(size for kind, size in self.memory.items() if kind != "drive")
+
 
 def own_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[Task, Prompt]:
     """One of the project's own records, whole."""
@@ -130,18 +135,18 @@ def answer(
     start = time.perf_counter()
     for token in prompt.ids[prompt.document : -1]:
         feed(model, cache, [token])
-    ids = torch.tensor([prompt.ids], device=model.device)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=task.max_new_tokens,
-        num_beams=1,
-        do_sample=False,
-        **stop_rules(task, tokenizer, ids.shape[1]),
-    )[0, ids.shape[1] :]
+    rules = stop_rules(task, tokenizer, len(prompt.ids))
+    out = decode(model, cache, prompt.ids, task.max_new_tokens, **rules)
     text = tokenizer.decode(out, skip_special_tokens=True)
-    return Answer(text, ids.shape[1], len(out), **measured(cache, prefill_s, time.perf_counter() - start))
+    return Answer(text, len(prompt.ids), len(out), **measured(cache, prefill_s, time.perf_counter() - start))
+
+
+def decode(model: PreTrainedModel, cache: TieredCache, ids: list[int], max_new_tokens: int, **rules) -> torch.Tensor:
+    """Token ids of the greedy continuation of `ids`, of which the cache holds a prefix. `rules` are `generate`'s."""
+    prompt = torch.tensor([ids], device=model.device)
+    settings = {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False} | rules
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **settings)
+    return out[0, len(ids) :]
 
 
 def stop_rules(task: Task, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> dict:

@@ -39,13 +39,13 @@ def read_memory(root: Path = Path("/")) -> Memory:
 
     Raises OSError or KeyError on a system without them.
     """
-    available = _fields(root / "proc/meminfo")["MemAvailable"] * 1024
+    available = read_fields(root / "proc/meminfo")["MemAvailable"] * 1024
     found = [Memory(available, 0, 0, "the machine's available memory")]
     for version, group in _groups(root):
         names, anonymous, shmem = LIMITS[version]
         for file in (group / name for name in names):
             try:
-                limit, stat = file.read_text().strip(), _fields(group / "memory.stat")
+                limit, stat = file.read_text().strip(), read_fields(group / "memory.stat")
             except OSError:
                 continue  # the root group of v2 has no limits
             if limit != "max" and int(limit) < UNLIMITED:
@@ -76,7 +76,7 @@ def _groups(root: Path) -> Iterator[tuple[str, Path]]:
             group = group.parent
 
 
-def _fields(path: Path) -> dict[str, int]:
+def read_fields(path: Path) -> dict[str, int]:
     """The numbers in lines of `name number` or `name: number kB`."""
     lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
     return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}

@@ -1,4 +1,4 @@
-"""Whether a run can work, from the model's config alone, before any weights are loaded."""
+"""Feasibility of a run, decided from the model's config before its weights are loaded."""
 
 import shutil
 
@@ -17,23 +17,29 @@ from hillinfer.tiers.geometry import Geometry
 def plan(
     config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch.dtype, chunk: int | None = None
 ) -> int:
-    """KV bytes of `tokens` tokens of one sequence, after proof from the config alone that they can be placed.
+    """KV bytes of one sequence of `tokens` tokens, after checking that the run is possible.
 
-    Raises UsageError for an unsupported family, a budget that is too small, a drive that is too full, or a run that
-    needs more host memory, prefilled `chunk` tokens at once, than there is.
+    tokens  of the prompt and the answer together
+    chunk   tokens per prefill chunk; None prefills all at once
+
+    Raises UsageError for an unsupported family, a sequence longer than the model's window, a budget that is too small,
+    a full drive, or a run that needs more host memory than the process may use.
     """
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    run = run_for(settings)(settings, len(check_supported(config)))
-    run.geometry = Geometry(1, heads, dim, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    text, layers = config.get_text_config(decoder=True), len(check_supported(config))
+    window = getattr(text, "max_position_embeddings", None)
+    if window and tokens > window:
+        raise UsageError(
+            f"prompt and answer of {tokens:,} tokens exceed the model's window of {window:,}: shorten one of them"
+        )
+    shape, run = shape_of(text, dtype.itemsize), run_for(settings)(settings, layers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run.geometry = Geometry(1, shape.kv_heads, shape.head_dim, dtype, device)
     run.check(tokens)
-    need = run.layers * tokens * run.geometry.record_bytes
+    need = layers * tokens * run.geometry.record_bytes
     if settings.drive is not None and (free := shutil.disk_usage(settings.drive).free) < need:
         raise UsageError(
             f"{need:,} bytes of KV do not fit in {settings.drive}, which has {free:,} free; name another folder"
         )
-    shape = shape_of(text, dtype.itemsize)
     tied = shape.head_weights * shape.width if getattr(text, "tie_word_embeddings", False) else 0
     refuse(needs(run, shape, tokens, chunk, shape.weight_bytes - tied), FIX)
     return need

@@ -37,35 +37,20 @@ class System:
     fixed: dict = field(default_factory=dict)
 
 
+_LOSSLESS = "lossless: K and V tensors streamed from the drive at each step, the next layer prefetched"
 SYSTEMS = {
-    "lru": System(
-        TopK,
-        "hillinfer with a least-recently-used hot pool: the control",
-        needs_drive=True,
-        settings={"placement": "lru"},
-    ),
+    "lru": System(TopK, "hillinfer with an LRU hot pool: the control", needs_drive=True, settings={"placement": "lru"}),
     "hillinfer": System(
         TopK, "hot pool by hit counters in host memory, cold pool on the drive (arXiv 2602.18750)", needs_drive=True
     ),
     "flexgen": System(
-        Full,
-        "lossless: all KV streamed from the drive at each step, the next layer prefetched; host_budget of it stays in "
-        "memory (arXiv 2303.06865)",
-        needs_drive=True,
-        settings={"stream": "host"},
+        Full, f"{_LOSSLESS}, host_budget of it in memory (arXiv 2303.06865)", None, True, {"stream": "host"}
     ),
     "dualblade": System(
-        Full,
-        "lossless: the first K and V tensors in the page cache as far as memory allows, the rest on a direct path "
-        "(arXiv 2604.26557)",
-        needs_drive=True,
-        settings={"stream": "dual"},
+        Full, f"{_LOSSLESS}, part of it in the page cache (arXiv 2604.26557)", None, True, {"stream": "dual"}
     ),
     "leoam": System(
-        LeoAM,
-        "chunk tree, abstracts and INT4 on the drive (arXiv 2506.20187)",
-        LeoAMRun,
-        settings={"compress": "auto"},
+        LeoAM, "chunk tree, abstracts and INT4 on the drive (arXiv 2506.20187)", LeoAMRun, settings={"compress": "auto"}
     ),
     "instattention": System(
         Full,

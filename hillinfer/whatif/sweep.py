@@ -54,14 +54,6 @@ def parse_sizes(text: str) -> list[int]:
     return out
 
 
-def parse_list(text: str, kind: Callable = str) -> list:
-    """The parts of `a,b`, each as `kind`."""
-    try:
-        return [kind(part.strip()) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"'{text}' is not a list of numbers; separate them with commas") from None
-
-
 def cells(
     profiles: Sequence[str],
     models: Sequence[str],

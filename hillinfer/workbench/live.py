@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from hillinfer.cache import TieredCache
 from hillinfer.errors import UsageError
-from hillinfer.longbench.runner import feed, is_right, measured, split_prompt
+from hillinfer.longbench.runner import decode, feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
 from hillinfer.seam import disable, enable
-from hillinfer.session import check_session, open_session, save_session, session_ids
+from hillinfer.session import open_session, save_session, session_ids
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -101,14 +101,9 @@ class LiveRun:
         """Everything that can be refused is refused before the run starts."""
         settings = find_system(self.system, self.options)[1]
         total = len(self.case.context) + len(self.case.question) + self.case.max_new_tokens
-        window = getattr(self.model.config, "max_position_embeddings", None)
-        if window and total > window:
-            raise UsageError(f"{total:,} tokens exceed the model's window of {window:,}: take a shorter document")
         plan(self.model.config, settings, total, self.model.dtype)
-        if self.session is not None and self.session.exists():
+        if self.session is not None:
             session_ids(self.session, self.case.context)
-        elif self.session is not None:
-            check_session(self.session)
 
     def start(self) -> "LiveRun":
         self.check()
@@ -219,15 +214,9 @@ class LiveRun:
             self._note(cache, self.tokenizer.decode([token]), True)
         if self._stop.is_set():
             return
-        ids = torch.tensor([context + question], device=self.model.device)
-        self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=self.case.max_new_tokens,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([_EachToken(self, cache, ids.shape[1])]),
-        )
+        ids, new = context + question, self.case.max_new_tokens
+        watch = StoppingCriteriaList([_EachToken(self, cache, len(ids))])
+        decode(self.model, cache, ids, new, stopping_criteria=watch)
 
     def _note(self, cache: TieredCache, text: str, asked: bool) -> None:
         now = time.perf_counter()

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from hillinfer.evaluator.codes import group_scores
-from hillinfer.systems.hillinfer.drive import Shape
-from hillinfer.systems.hillinfer.emulated import EmulatedDrive, Emulation
+from hillinfer.systems.hillinfer.drive import EmulatedDrive
 from hillinfer.systems.hillinfer.profile import Rate
+from hillinfer.systems.hillinfer.protocol import Emulation, Shape
 from hillinfer.tiers.block_file import MAX_READ, BlockFile, aligned
 
 BLOCKS = tuple(1 << bits for bits in (12, 14, 16, 18, 20, 24, 27))  # transfer sizes: 4 KiB to 128 MiB

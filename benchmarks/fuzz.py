@@ -23,7 +23,7 @@ from hillinfer.errors import UsageError
 from hillinfer.longbench import results, sources
 from hillinfer.longbench.tasks import find_task
 from hillinfer.session_file import Saved, save
-from hillinfer.systems.hillinfer.profile import Cost, load_speeds
+from hillinfer.systems.hillinfer.profile import Cost, Profile
 from hillinfer.systems.shapes import find_shape
 from hillinfer.timeline import Timeline
 from hillinfer.whatif.devices import find_profile
@@ -88,7 +88,7 @@ def parsers(folder: Path) -> list[Parser]:
         return run
 
     def profile(path: Path) -> None:
-        load_speeds(path, 4096)
+        Profile.load(path).speeds(4096)
 
     def session(path: Path) -> None:
         file = Saved(path)

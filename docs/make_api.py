@@ -10,7 +10,7 @@ import hillinfer
 OTHER = {  # module: its names that notebooks and how-to pages use
     "hillinfer.timeline": ["Timeline", "Counters", "Hits", "Span"],
     "hillinfer.workbench.observe": ["AttentionRecord", "Seen"],
-    "hillinfer.systems.hillinfer.profile": ["Profile", "Rate", "load_speeds"],
+    "hillinfer.systems.hillinfer.profile": ["Profile", "Rate"],
     "hillinfer.whatif.devices": ["find_profile", "list_profiles"],
     "hillinfer.whatif.scenario": ["Scenario"],
     "hillinfer.whatif.modelled": ["seconds", "timeline"],

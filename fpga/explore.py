@@ -84,12 +84,12 @@ def measured(now: dict) -> dict[str, dict]:
 
 def show(folder: Path = sim.CACHE) -> Path:
     """The table on the terminal; table and Pareto plot as a page."""
-    from hillinfer.workbench.cec import cec_frame, pareto_figure
+    from hillinfer.workbench.cec import cec_frame, pareto_figure, tools
     from hillinfer.workbench.report import write_report
 
     frame = cec_frame()
     print(frame.to_string(index=False))
-    facts = [f"{name}: {value}" for name, value in cec.tools().items()]
+    facts = [f"{name}: {value}" for name, value in tools().items()]
     facts += [
         f"Clock {cec.CLOCK / 1e6:.0f} MHz assumed. Cycles simulated, area by yosys; shares are of the whole xcku15p."
     ]

@@ -53,9 +53,10 @@ pareto_figure(memory, clock)
 # %%
 import plotly.graph_objects as go
 
-from hillinfer.systems.hillinfer.cec import MEMORIES, choose
+from hillinfer.systems.hillinfer.cec import choose
 from hillinfer.systems.shapes import find_shape
 from hillinfer.whatif.devices import find_profile
+from hillinfer.workbench.cec import MEMORIES, tokens_per_second
 from hillinfer.workbench.figures import LAYOUT
 from hillinfer.workbench.palette import COLOURS
 
@@ -66,7 +67,7 @@ for bits, colour in ((8, COLOURS["link"]), (4, COLOURS["choose"])):
     kernel = choose(bits, model_shape.head_dim)
     fits = [n for n in contexts if n * model_shape.code_bytes(bits) * model_shape.layers <= room]
     for place, own in ((memory, fits), ("NAND", contexts[max(0, len(fits) - 1) :])):
-        rate = kernel.tokens_per_second(MEMORIES[place], clock)
+        rate = tokens_per_second(kernel, MEMORIES[place], clock)
         ms = [1e3 * n * model_shape.layers * model_shape.kv_heads / rate for n in own]
         dash = "solid" if place == memory else "dot"
         figure.add_scatter(x=own, y=ms, name=f"INT{bits}, {place}", line=dict(color=colour, dash=dash))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import hillinfer
 from hillinfer.systems.hillinfer.balance import SelectionRates, Speeds
-from hillinfer.systems.hillinfer.profile import THIS, Profile, Rate, load_speeds
+from hillinfer.systems.hillinfer.profile import THIS, Profile, Rate
 
 positive = st.floats(1e6, 1e12)
 
@@ -50,7 +50,7 @@ def test_worked_examples():
 def test_a_profile_is_read_back_and_sets_the_pool(models, prompt, tmp_path):
     path, drive = tmp_path / "new" / "profile.toml", tmp_path / "drive"
     drive.mkdir()
-    assert load_speeds(write(path, Speeds(3e9, 1e9, 3e9, 3e9)), 4096) == Speeds(3e9, 1e9, 3e9, 3e9)
+    assert Profile.load(write(path, Speeds(3e9, 1e9, 3e9, 3e9))).speeds(4096) == Speeds(3e9, 1e9, 3e9, 3e9)
     model = models("llama")
     options = dict(alpha=0.1, drive=drive, drive_kind="emulated", profile=path)
     with hillinfer.make_cache(model, "hillinfer", **options) as cache:
@@ -68,7 +68,7 @@ def test_a_bad_profile_names_the_command(tmp_path, text):
     path = tmp_path / "p.toml"
     path.write_text(text)
     with pytest.raises(hillinfer.UsageError, match="hillinfer profile"):
-        load_speeds(path, 4096)
+        Profile.load(path)
 
 
 def test_the_split_follows_what_is_selected(models, prompt, tmp_path):

@@ -151,9 +151,9 @@ def test_profile_measures_and_writes(drive, prompt_file, tmp_path):
     out = tmp_path / "new" / "profile.toml"
     result = hillinfer("profile", "--drive", drive, "--out", out, "--no-device")
     assert result.exit_code == 0 and "a step is shortest" in result.stdout
-    from hillinfer.systems.hillinfer.profile import Profile, load_speeds
+    from hillinfer.systems.hillinfer.profile import Profile
 
-    assert load_speeds(out, 4096).beta(0.1, 1024, 4096) > 0
+    assert Profile.load(out).speeds(4096).beta(0.1, 1024, 4096) > 0
     assert Profile.load(out).sources()["measured"] >= 9 and not Profile.load(out).kinds
     result = run(prompt_file, "--drive", drive, "--drive-kind", "emulated", "--profile", out)
     assert result.exit_code == 0 and "by the profile" in result.stderr, result.output

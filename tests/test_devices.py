@@ -3,7 +3,7 @@
 import pytest
 
 from hillinfer import UsageError
-from hillinfer.systems.hillinfer.profile import THIS, Cost, Profile, Rate, check_replaceable, load_speeds
+from hillinfer.systems.hillinfer.profile import THIS, Cost, Profile, Rate, check_replaceable
 from hillinfer.whatif.devices import find_profile, list_profiles
 
 SHIPPED = ["h200", "laptop-igpu", "rtx4090-gen4-nvme", "rtx4090-smartssd", "rtx5060ti-16gb-gen5"]
@@ -140,9 +140,9 @@ def test_the_balance_of_host_and_drive(tmp_path):
     path = tmp_path / "p.toml"
     path.write_text(GOOD)
     with pytest.raises(UsageError, match=r"no drive that scores .* hillinfer profile --drive FOLDER"):
-        load_speeds(path, 4096)
+        Profile.load(path).speeds(4096)
     numbers = dict(cpu_score=3e9, cpu_gather=2e9, emulated_score=4e9, emulated_fetch=1e9)
-    found = load_speeds(Profile.load(path).with_numbers(THIS, **numbers).save(path), 4096)
+    found = Profile.load(Profile.load(path).with_numbers(THIS, **numbers).save(path)).speeds(4096)
     assert (found.fc, found.fs, found.bc, found.bs) == pytest.approx((3e9, 4e9, 2e9, 1e9))
 
 
@@ -153,9 +153,8 @@ def test_the_advice_for_a_file_in_the_retired_format_works(tmp_path):
     """It is refused; what the message says to do writes another file, and may also write over this one."""
     path = tmp_path / "profile.toml"
     path.write_text(RETIRED)
-    for load in (Profile.load, lambda path: load_speeds(path, 4096)):
-        with pytest.raises(UsageError, match=r"earlier version .* hillinfer profile --drive FOLDER, which writes out/"):
-            load(path)
+    with pytest.raises(UsageError, match=r"earlier version .* hillinfer profile --drive FOLDER, which writes out/"):
+        Profile.load(path)
     check_replaceable(path)
 
 

@@ -110,15 +110,23 @@ def test_the_committed_table_is_of_this_kernel(tmp_path):
     """Cached results are those of the source as it is, and hold what the package draws from them."""
     from fpga.explore import EXPLORED, show, source
     from hillinfer.systems.hillinfer import cec
-    from hillinfer.workbench.cec import cec_frame, pareto_figure
+    from hillinfer.workbench.cec import (
+        MEMORIES,
+        cec_frame,
+        overhead,
+        pareto_figure,
+        tokens_per_second,
+        tools,
+        utilisation,
+    )
 
-    assert cec.tools()["kernel source"] == source(), "the kernel changed: make -C fpga table"
+    assert tools()["kernel source"] == source(), "the kernel changed: make -C fpga table"
     names = set(cec_frame()["kernel"])
     assert {config.name for config in CONFIGS} <= names <= {config.name for config in EXPLORED}
     for row in cec.configurations():
-        assert 0 <= row.overhead < 0.1 and 0 < row.share() < 1 and 0.5 < row.recall["0.1"] <= 1
+        assert 0 <= overhead(row) < 0.1 and 0 < utilisation(row) < 1 and 0.5 < row.recall["0.1"] <= 1
     assert cec.choose(8, 16).name == "int8-d64-g4-l64" and cec.choose(4, 128).name == "int4-d128-g4-l64"
-    slow, fast = (cec.choose(8, 128).tokens_per_second(cec.MEMORIES[name]) for name in ("NAND", "DDR4 peak"))
+    slow, fast = (tokens_per_second(cec.choose(8, 128), MEMORIES[name]) for name in ("NAND", "DDR4 peak"))
     assert slow == 3.2e9 / 128 < fast
     assert len(pareto_figure().data) == 4
     page = show(tmp_path).read_text()

@@ -13,7 +13,7 @@ class SelectionRates:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Throughput of host and drive in bytes/s, from a device profile (`profile.load_speeds`).
+    """Throughput of host and drive in bytes/s, from a device profile (`Profile.speeds`).
 
     fc, fs  key codes scored by the host, by the drive
     bc, bs  selected records moved to the model's device from the host's pool, from the drive

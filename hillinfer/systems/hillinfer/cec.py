@@ -12,10 +12,6 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_suffix(".json")
 CLOCK = 300e6  # Hz, assumed: the shell's default kernel clock; Fmax is unknown
-# Bytes/s. DDR: 15.4e9 as measured on the card, 19.2e9 as the peak of 64-bit DDR4-2400; NAND: the card's own flash.
-MEMORIES = {"DDR4 peak": 19.2e9, "DDR4 measured": 15.4e9, "NAND": 3.2e9, "NAND, one stream": 2.4e9}
-# Totals of the xcku15p, including the share that the platform's shell uses.
-DEVICE = {"LUT": 522_720, "FF": 1_045_440, "DSP": 1_968, "BRAM36": 984, "URAM": 128}
 
 
 @dataclass(frozen=True)
@@ -44,19 +40,6 @@ class Configuration:
     def name(self) -> str:
         return f"int{self.bits}-d{self.head_dim}-g{self.group}-l{self.lanes}"
 
-    @property
-    def token_bytes(self) -> int:
-        return self.head_dim * self.bits // 8
-
-    @property
-    def overhead(self) -> float:
-        """Relative cycles above the minimum of the memory port."""
-        return self.cycles * self.lanes / self.token_bytes - 1
-
-    def tokens_per_second(self, memory: float, clock: float = CLOCK) -> float:
-        """Tokens of one KV head per second, limited by the clock (Hz) or by the memory of the keys (bytes/s)."""
-        return min(clock / self.cycles, memory / self.token_bytes)
-
     def code_rate(self, head_dim: int, clock: float = CLOCK) -> float:
         """Codes scored per second if all scores are sent. Heads narrower than the kernel's leave lanes idle."""
         return min(head_dim, self.head_dim) * clock / self.cycles_all
@@ -65,20 +48,11 @@ class Configuration:
     def call_seconds(self) -> float:
         return self.call_cycles / CLOCK
 
-    def share(self) -> float:
-        """Utilisation of the device: the largest over all kinds of resource."""
-        return max(self.area[kind] / total for kind, total in DEVICE.items())
-
 
 @functools.cache
 def configurations() -> tuple[Configuration, ...]:
     """All measured configurations."""
     return tuple(Configuration(**row) for row in json.loads(TABLE.read_text())["rows"])
-
-
-def tools() -> dict[str, str]:
-    """Provenance of the table: tool versions, and the digest of the kernel's source."""
-    return json.loads(TABLE.read_text())["tools"]
 
 
 def choose(bits: int, head_dim: int) -> Configuration:

@@ -3,14 +3,13 @@
 A profile is a TOML file with a table for each part. A number is `{ value = 1e9, source = "..." }`; a rate that depends
 on the size of a transfer is `{ block = [4096, ...], rate = [...], source = "..." }`, in bytes and bytes/s. A source
 begins with `measured:`, `published:` or `assumed:`. `[kinds]` holds measured costs of this project's own code,
-`{ size = [...], seconds = [...], source = "..." }`. `hillinfer profile` writes one for the machine at hand.
+`{ size = [...], seconds = [...], source = "..." }`. `hillinfer profile` writes the profile of this machine.
 """
 
 import json
 import math
 import tomllib
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,28 +38,32 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Rate:
-    """A constant, or a curve over the transfer size: log-log interpolation between its points, flat beyond them."""
+    """A rate in bytes/s over the transfer size: log-log interpolation between its points, flat beyond them.
+
+    One point is a constant.
+    """
 
     values: tuple[float, ...]
     source: str
-    blocks: tuple[float, ...] = ()
+    blocks: tuple[float, ...] = (1.0,)
 
     def at(self, block: float = math.inf) -> float:
-        if not self.blocks or block >= self.blocks[-1]:
+        if block >= self.blocks[-1]:
             return self.values[-1]
-        return math.exp(np.interp(math.log(max(block, 1)), *self._logs))
+        return math.exp(np.interp(math.log(max(block, 1)), np.log(self.blocks), np.log(self.values)))
 
-    @cached_property
-    def _logs(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.log(self.blocks), np.log(self.values)
+    def columns(self) -> dict:
+        """Its entry in a file."""
+        points = {"value": self.values[0]} if len(self.blocks) == 1 else {"block": self.blocks, "rate": self.values}
+        return points | {"source": self.source}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured `seconds` of one call at each of `sizes`, both ascending; sizes in bytes (`recording.size_of`).
+    """Measured `seconds` of one call by size in bytes (`recording.size_of`), both ascending.
 
-    Linear between points, as a call has a fixed part and one that grows; constant below the first; proportional to the
-    size beyond the last. A single line would not do: data that fits the processor's cache takes half the time per byte.
+    Linear between points, since a call has a fixed and a growing part; constant below the first; proportional to the
+    size beyond the last. A single line does not fit: data in the processor's cache takes half the time per byte.
     """
 
     sizes: tuple[float, ...]
@@ -72,10 +75,14 @@ class Cost:
         each = size / calls
         return calls * float(np.interp(each, self.sizes, self.seconds)) * max(1.0, each / self.sizes[-1])
 
+    def columns(self) -> dict:
+        """Its entry in a file."""
+        return {"size": self.sizes, "seconds": self.seconds, "source": self.source}
+
 
 @dataclass(frozen=True)
 class Profile:
-    """`parts` by name and number; `kinds`: measured costs by kind of work, of the machine at hand only."""
+    """Rates by part and number, and measured costs by kind of work, `system.kind` or `kind` (this machine only)."""
 
     name: str
     about: str
@@ -95,14 +102,16 @@ class Profile:
         return default
 
     def speeds(self, record_bytes: int) -> Speeds:
-        """Inputs of the host/drive balance (`balance.py`) at this record size. KeyError without a drive that scores.
+        """Inputs of the host/drive balance (`balance.py`) at this record size. UsageError without a drive that scores.
 
-        Records are gathered in the host and sent in one piece, or read one by one and sent.
+        The host gathers records and sends them in one piece; the drive reads them one by one and sends them.
         """
-        link = 1 / self.get("link.to_gpu", default=math.inf)
         score, fetch = "emulated.score", "emulated.fetch"
         if self.has("scorer"):
             score, fetch = "scorer.dram_read", "drive.read"
+        if not self.has(score.split(".")[0]):
+            raise UsageError(f"profile {self.name} has no drive that scores ([scorer] or [emulated]); {MEASURE}")
+        link = 1 / self.get("link.to_gpu", default=math.inf)
         host, drive = 1 / self.gather_rate + link, 1 / self.get(fetch, record_bytes) + link
         return Speeds(self.score_rate, self.get(score), 1 / host, 1 / drive)
 
@@ -118,11 +127,11 @@ class Profile:
 
     @property
     def gather_rate(self) -> float:
-        """Records gathered by the host, bytes/s; by default half its bandwidth, as each is read and written."""
+        """Records gathered by the host, bytes/s; by default half its bandwidth: each is read and written."""
         return self.get("cpu.gather", default=self.get("cpu.bandwidth") / 2)
 
     def with_numbers(self, name: str, **numbers: float | Rate) -> "Profile":
-        """A copy named `name` with some numbers replaced, as `part_number=value`: for what-ifs and sensitivity."""
+        """A copy named `name` with some numbers replaced, given as `part_number=value`."""
         parts = {part: dict(rates) for part, rates in self.parts.items()}
         for path, value in numbers.items():
             part, number = path.split("_", 1)
@@ -131,21 +140,14 @@ class Profile:
         return replace(self, name=name, parts=parts)
 
     def sources(self) -> dict[str, int]:
-        """How many numbers are measured, published, assumed."""
+        """Count of the numbers by kind of source."""
         entries = [entry for table in (*self.parts.values(), self.kinds) for entry in table.values()]
         return {known: sum(entry.source.startswith(known) for entry in entries) for known in KNOWN}
 
     def save(self, path: Path) -> Path:
-        lines = [f"name = {json.dumps(self.name)}", f"about = {json.dumps(self.about)}"]
-        for part, rates in self.parts.items():
-            lines += ["", f"[{part}]"]
-            for number, rate in rates.items():
-                points = {"block": rate.blocks, "rate": rate.values} if rate.blocks else {"value": rate.values[0]}
-                lines.append(f"{number} = {_inline(points, rate.source)}")
-        if self.kinds:
-            lines += ["", "[kinds]"]
-        for kind, cost in self.kinds.items():
-            lines.append(f'"{kind}" = {_inline({"size": cost.sizes, "seconds": cost.seconds}, cost.source)}')
+        lines = [f"name = {_toml(self.name)}", f"about = {_toml(self.about)}"]
+        for part, table in (self.parts | {"kinds": self.kinds}).items():
+            lines += ["", f"[{part}]", *(f"{_toml(key)} = {_toml(entry.columns())}" for key, entry in table.items())]
         return files.write_text(path, "\n".join(lines) + "\n")
 
     @classmethod
@@ -158,30 +160,21 @@ class Profile:
 
     @classmethod
     def _parse(cls, data: dict) -> "Profile":
-        if set(data) >= RETIRED:
-            raise ValueError("it has the format of an earlier version (fc, fs, bc, bs)")
-        for name in ("name", "about"):
-            if not isinstance(data.get(name), str):
-                raise ValueError(f'add {name} = "..." at the top')
-        if unknown := set(data) - {"name", "about", "kinds", *PARTS}:
-            raise ValueError(f"no part '{min(unknown)}'; the parts are {', '.join(PARTS)}")
-        if missing := {"cpu", "drive", *(["link"] if "gpu" in data else [])} - set(data):
-            raise ValueError(f"add a part [{min(missing)}]")
-        for part in set(data) - {"name", "about"}:
-            if not isinstance(data[part], dict):
-                raise ValueError(f"{part} is not a table: write [{part}]")
-        parts = {part: _read_part(part, data[part]) for part in PARTS if part in data}
-        costs = data.get("kinds", {}).items()
-        kinds = {kind: Cost(*_read_curve(entry, f"kinds.{kind}", "size", "seconds")) for kind, entry in costs}
-        return cls(data["name"], data["about"], parts, kinds)
-
-
-def load_speeds(path: Path, record_bytes: int) -> Speeds:
-    """Speeds of the host/drive balance, from a profile file. UsageError if it has no drive that scores."""
-    try:
-        return Profile.load(path).speeds(record_bytes)
-    except KeyError:
-        raise UsageError(f"{path} has no drive that scores ([scorer] or [emulated]); {MEASURE}") from None
+        _require(not set(data) >= RETIRED, "it has the format of an earlier version (fc, fs, bc, bs)")
+        heads = [data.pop(name, None) for name in ("name", "about")]
+        _require(all(isinstance(text, str) for text in heads), 'add name = "..." and about = "..." at the top')
+        unknown, missing = set(data) - {*PARTS, "kinds"}, {"cpu", "drive"} | ({"link"} if "gpu" in data else set())
+        _require(not unknown, f"no part {_quoted(unknown)}; the parts are {', '.join(PARTS)}")
+        _require(missing <= set(data), f"add a part [{']['.join(sorted(missing - set(data)))}]")
+        for part, table in data.items():
+            _require(isinstance(table, dict), f"{part} is not a table: write [{part}]")
+            required, optional = PARTS.get(part, (set(), set(table)))
+            known, missing = required | optional, required - set(table)
+            _require(not missing, f"[{part}] lacks {', '.join(sorted(missing))}")
+            unknown = _quoted(set(table) - known)
+            _require(not unknown, f"[{part}] has no {unknown}; it may have {', '.join(sorted(known))}")
+        parts = {part: {key: _entry(part, key, entry) for key, entry in table.items()} for part, table in data.items()}
+        return cls(*heads, kinds=parts.pop("kinds", {}), parts=parts)
 
 
 def check_replaceable(path: Path) -> None:
@@ -196,44 +189,38 @@ def check_replaceable(path: Path) -> None:
         raise UsageError(f"{path} is not a profile of this machine; move it away, or name another file with --out")
 
 
-def _inline(points: dict[str, float | tuple[float, ...]], source: str) -> str:
-    """One entry as an inline table, numbers to ten digits."""
-
-    def short(value):
-        return [short(one) for one in value] if isinstance(value, tuple) else float(f"{value:.10g}")
-
-    pairs = {key: short(value) for key, value in points.items()} | {"source": source}
-    return "{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in pairs.items()) + " }"
-
-
-def _read_part(part: str, table: dict) -> dict[str, Rate]:
-    required, optional = PARTS[part]
-    if missing := required - set(table):
-        raise ValueError(f"[{part}] lacks {', '.join(sorted(missing))}")
-    if unknown := set(table) - required - optional:
-        raise ValueError(f"[{part}] has no '{min(unknown)}'; it may have {', '.join(sorted(required | optional))}")
-    rates = {}
-    for number, entry in table.items():
-        if isinstance(entry, dict) and set(entry) == {"value", "source"}:
-            entry = {"block": [1], "rate": [entry["value"]], "source": entry["source"]}
-        blocks, values, source = _read_curve(entry, f"{part}.{number}", "block", "rate")
-        rates[number] = Rate(values, source, blocks if len(blocks) > 1 else ())
-    return rates
+def _toml(value) -> str:
+    """A value as TOML in one line, numbers to ten digits."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value) if isinstance(value, str) else f"{value:.10g}"
 
 
-def _read_curve(entry, where: str, x: str, y: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """The points and the source of one entry. ValueError names the rule that it breaks."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
-        raise ValueError(f'{where} has no source: write {{ value = ..., source = "measured: ..." }}')
-    if not entry["source"].startswith(tuple(f"{known}: " for known in KNOWN)):
-        raise ValueError(f"the source of {where} must begin with one of {', '.join(f'{known}:' for known in KNOWN)}")
+def _require(valid: bool, text: str) -> None:
+    if not valid:
+        raise ValueError(text)
+
+
+def _quoted(names: set[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def _entry(part: str, key: str, entry) -> Rate | Cost:
+    """One validated entry. ValueError names the rule that it breaks."""
+    where, source = f"{part}.{key}", entry.get("source") if isinstance(entry, dict) else None
+    _require(isinstance(source, str), f'{where} has no source: write {{ value = ..., source = "measured: ..." }}')
+    known = [f"{name}:" for name in KNOWN]
+    _require(source.split(" ")[0] in known, f"the source of {where} must begin with one of {', '.join(known)}")
+    if part != "kinds" and set(entry) == {"value", "source"}:
+        entry = {"block": [1], "rate": [entry["value"]], "source": source}
+    x, y, form = ("size", "seconds", "") if part == "kinds" else ("block", "rate", "{ value, source } or ")
     xs, ys = entry.get(x), entry.get(y)
-    lists = isinstance(xs, list) and isinstance(ys, list) and 0 < len(xs) == len(ys)
-    if set(entry) != {x, y, "source"} or not lists:
-        value = "{ value, source } or " if y == "rate" else ""
-        raise ValueError(f"{where} must be {value}{{ {x}, {y}, source }}, with {x} and {y} lists of the same length")
-    if not all(type(value) in (int, float) and 0 < value < 1e300 for value in xs + ys):
-        raise ValueError(f"{where} must have numbers above zero")
-    if any(b <= a for a, b in pairwise(xs)):
-        raise ValueError(f"{where} needs its {x} in ascending order")
-    return tuple(map(float, xs)), tuple(map(float, ys)), entry["source"]
+    lists = isinstance(xs, list) and isinstance(ys, list) and 0 < len(xs) == len(ys) and set(entry) == {x, y, "source"}
+    _require(lists, f"{where} must be {form}{{ {x}, {y}, source }}, with {x} and {y} lists of the same length")
+    valid = all(type(number) in (int, float) and 0 < number < 1e300 for number in xs + ys)
+    _require(valid, f"{where} must have numbers above zero")
+    _require(all(a < b for a, b in pairwise(xs)), f"{where} needs its {x} in ascending order")
+    xs, ys = tuple(map(float, xs)), tuple(map(float, ys))
+    return Cost(xs, ys, source) if part == "kinds" else Rate(ys, source, xs)

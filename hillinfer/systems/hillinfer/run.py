@@ -10,7 +10,7 @@ from hillinfer.systems.hillinfer.attending import AttendingStore
 from hillinfer.systems.hillinfer.balance import SelectionRates, Speeds
 from hillinfer.systems.hillinfer.card import Xrt, check_card
 from hillinfer.systems.hillinfer.drive import ComputationalDrive, EmulatedDrive
-from hillinfer.systems.hillinfer.profile import load_speeds
+from hillinfer.systems.hillinfer.profile import Profile
 from hillinfer.systems.hillinfer.protocol import SMARTSSD, Emulation, Shape
 from hillinfer.systems.hillinfer.scoring import DriveLog, ScoringStore
 from hillinfer.systems.hillinfer.xrt import XrtDrive
@@ -31,7 +31,7 @@ class ScoringRun(Run):
     def check_settings(cls, settings: Settings) -> None:
         super().check_settings(settings)
         if settings.profile is not None:
-            load_speeds(settings.profile, BLOCK)  # at any size: can it be read?
+            Profile.load(settings.profile).speeds(BLOCK)  # raises if it cannot be used, at any size
         if settings.drive_kind == "xrt":
             check_card(settings.xclbin)
 
@@ -43,7 +43,7 @@ class ScoringRun(Run):
     def open_drive(self, geometry: Geometry) -> ComputationalDrive:
         settings, streams = self.settings, self.layers * geometry.batch
         if settings.profile is not None:
-            self.speeds = load_speeds(settings.profile, geometry.record_bytes)
+            self.speeds = Profile.load(settings.profile).speeds(geometry.record_bytes)
         coded = geometry.head_dim if self.store.scores_keys else 0
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
         if settings.drive_kind == "xrt":

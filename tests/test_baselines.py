@@ -141,7 +141,7 @@ def test_one_that_must_see_the_prefill_cannot_take_over(models, prompt):
         for name in ("h2o", "snapkv", "infinigen"):
             with pytest.raises(hillinfer.UsageError, match="must see the prefill"):
                 cache.use(hillinfer.POLICIES[name], hillinfer.Settings())
-        cache.use(hillinfer.POLICIES["leoam"], hillinfer.Settings(alpha=0.2))  # this one is given the keys
+        cache.use(hillinfer.list_systems()["leoam"].policy, hillinfer.Settings(alpha=0.2))  # this one is given the keys
         turn = torch.cat((prompt, prompt[:, :1]), 1)
         model.generate(turn, past_key_values=cache, **NEW)
     with hillinfer.make_cache(model, "leoam", alpha=0.2) as cache:

@@ -1,5 +1,6 @@
 """INT4 records: their error, the share that is read so, and that the pool never holds one."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 import hillinfer
 from hillinfer.systems.leoam.compression import Compression
-from hillinfer.systems.leoam.packed import GROUP, pack, packed_geometry, unpack
+from hillinfer.systems.leoam.packed import GROUP, PackedLog, pack, packed_geometry, unpack
 from hillinfer.tiers.geometry import Geometry
 
 NEW = dict(max_new_tokens=20, do_sample=False, num_beams=1)
@@ -55,23 +56,30 @@ def test_nothing_is_packed_before_anything_was_measured():
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_generation_with_a_share_in_int4(models, prompt, tmp_path, share):
-    model = models("llama")
+def test_generation_with_a_share_in_int4(models, prompt, tmp_path, share, monkeypatch):
+    model, reads, read = models("llama"), [], PackedLog.read
+
+    def counted(log, positions, exact=True):
+        out = read(log, positions, exact)
+        if not exact:
+            reads.append((int(log.coarse[positions].sum()), len(positions)))
+        return out
+
+    monkeypatch.setattr(PackedLog, "read", counted)
     options = dict(alpha=0.3, recent=4, drive=tmp_path, lookahead=False, compress=share)
     with hillinfer.make_cache(model, "leoam", **options) as cache:
         cache.run.pool_tokens = lambda n: 8
         out = model.generate(prompt, past_key_values=cache, **NEW)
         stores = [layer.layer.store for layer in cache.layers]
-        packed = sum(store.packed_tokens for store in stores) / sum(store.read_tokens for store in stores)
-        assert packed == pytest.approx(share, abs=0.02)
-        exact = stores[0].streams[0].read(torch.arange(50).numpy())[0]
-        coarse = stores[0].packed[0].read(torch.arange(50).numpy())[0]
+        assert sum(packed for packed, _ in reads) / sum(asked for _, asked in reads) == pytest.approx(share, abs=0.02)
+        exact = stores[0].logs[0].exact.read(np.arange(50))[0].tensor()
+        coarse = stores[0].logs[0].packed.read(np.arange(50))[0].tensor()
         assert (unpack(coarse, exact.shape[-1], exact.dtype) - exact).abs().max() <= exact.abs().max() / 13
         for store in stores:  # what the pool holds is exact, whatever came in INT4
             held = store.pools[0].token_of
             slots = torch.from_numpy((held >= 0).nonzero()[0])
             order = torch.from_numpy(held[held >= 0]).argsort()
-            want = store.streams[0].read(held[held >= 0][order.numpy()])[0]
+            want = store.logs[0].exact.read(held[held >= 0][order.numpy()])[0].tensor()
             assert torch.equal(store.pools[0].records.view()[slots][order], want)
         everything, _ = stores[0].all()
         assert torch.equal(everything[0, :50], exact)  # a later turn prefills exactly

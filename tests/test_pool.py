@@ -10,9 +10,9 @@ import hillinfer
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.tiers.geometry import Geometry
-from hillinfer.tiers.hits import ONE, LastUse, LatestOnly, LayerHits, SharedHits
+from hillinfer.tiers.hits import ONE, LastUse, LayerHits, SharedHits
 from hillinfer.tiers.pool import ABSENT, DEMOTED, HotPool
-from hillinfer.tiers.store import Brought
+from hillinfer.tiers.records import Records, Selection
 
 SHAPE = Geometry(1, 1, 2, torch.float32, torch.device("cpu"))
 
@@ -22,8 +22,8 @@ def records(tokens) -> torch.Tensor:
     return torch.as_tensor(np.asarray(tokens), dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, *SHAPE.record_shape)
 
 
-def brought(tokens) -> Brought:
-    return Brought([(np.arange(len(tokens)), records(tokens).contiguous(), None)])
+def fetched(tokens) -> Selection:
+    return Selection([(np.arange(len(tokens)), Records(records(tokens).contiguous()))])
 
 
 def pool_with(capacity: int, tokens, n: int) -> HotPool:
@@ -59,13 +59,13 @@ def test_promotion_swaps_only_where_it_pays():
     pool = pool_with(3, [7, 8, 9], 10)
     pool.pinned_from = 9
     pool.hits.rank[0, :10] = [4, 1, 0, 0, 0, 0, 0, 2, 1, 0]
-    assert pool.swap(np.array([0, 1]), brought([0, 1])) == 1  # 0 (4 hits) replaces 8 (1); 1 does not outrank 7 (2)
+    assert pool.swap(np.array([0, 1]), fetched([0, 1])) == 1  # 0 (4 hits) replaces 8 (1); 1 does not outrank 7 (2)
     assert resident(pool) == [0, 7, 9]
 
 
 def test_promotion_fills_free_slots_first():
     pool = pool_with(3, [9], 10)
-    assert pool.swap(np.array([1, 2, 3]), brought([1, 2, 3])) == 2
+    assert pool.swap(np.array([1, 2, 3]), fetched([1, 2, 3])) == 2
     assert resident(pool) == [1, 2, 9]
 
 
@@ -73,7 +73,7 @@ def test_pinned_tokens_never_leave():
     pool = pool_with(3, [7, 8, 9], 10)
     pool.pinned_from = 7
     pool.hits.rank[0, 1] = 60
-    assert pool.swap(np.array([1]), brought([1])) == 0
+    assert pool.swap(np.array([1]), fetched([1])) == 0
     assert resident(pool) == [7, 8, 9]
 
 

@@ -72,14 +72,14 @@ def test_generation_with_a_share_in_int4(models, prompt, tmp_path, share, monkey
         out = model.generate(prompt, past_key_values=cache, **NEW)
         stores = [layer.layer.store for layer in cache.layers]
         assert sum(packed for packed, _ in reads) / sum(asked for _, asked in reads) == pytest.approx(share, abs=0.02)
-        exact = stores[0].logs[0].exact.read(np.arange(50))[0].tensor()
+        exact = stores[0].logs[0].read(np.arange(50))[0].tensor()
         coarse = stores[0].logs[0].packed.read(np.arange(50))[0].tensor()
         assert (unpack(coarse, exact.shape[-1], exact.dtype) - exact).abs().max() <= exact.abs().max() / 13
         for store in stores:  # what the pool holds is exact, whatever came in INT4
             held = store.pools[0].token_of
             slots = torch.from_numpy((held >= 0).nonzero()[0])
             order = torch.from_numpy(held[held >= 0]).argsort()
-            want = store.logs[0].exact.read(held[held >= 0][order.numpy()])[0].tensor()
+            want = store.logs[0].read(held[held >= 0][order.numpy()])[0].tensor()
             assert torch.equal(store.pools[0].records.view()[slots][order], want)
         everything, _ = stores[0].all()
         assert torch.equal(everything[0, :50], exact)  # a later turn prefills exactly

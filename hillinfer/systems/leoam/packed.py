@@ -44,54 +44,50 @@ def unpack(packed: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     return (codes.unpack(nibbles.view(torch.int8), 4)[..., :dim] * scale).to(dtype)
 
 
-class PackedLog:
-    """A `RecordLog` that reads some records as INT4 copies: the ones of lowest rank in the hit table."""
+class PackedLog(RecordLog):
+    """A log with INT4 copies of its records, which it reads for the records of lowest rank in the hit table.
 
-    def __init__(self, exact: RecordLog, packed: RecordLog, compression: Compression):
-        self.exact, self.packed, self.compression = exact, packed, compression
-        self.row = exact.stream % exact.geometry.batch
+    packed  the log of the copies; `PackedStore` appends to it
+    """
+
+    def __init__(self, *args, packed: RecordLog, compression: Compression):
+        super().__init__(*args)
+        self.packed, self.compression, self.row = packed, compression, self.stream % self.geometry.batch
         self.hits: SharedHits | None = None  # set by `PackedStore`
         self.coarse = np.zeros(0, bool)  # tokens last read in INT4
 
-    @property
-    def n(self) -> int:
-        return self.exact.n
-
-    @property
-    def nbytes(self) -> int:
-        return self.exact.nbytes + self.packed.nbytes
-
     def append(self, records: torch.Tensor, codes=None) -> int:
-        """Add full records; `PackedStore` appends the INT4 copies."""
         self.coarse = np.pad(self.coarse, (0, len(records)))
-        return self.exact.append(records)
+        return super().append(records)
 
     def read(self, positions: np.ndarray, exact: bool = True) -> tuple[Records, int]:
-        """See `RecordLog.read`."""
-        full, small = self.exact.file.record_bytes, self.packed.file.record_bytes
+        full, small = self.file.record_bytes, self.packed.file.record_bytes
         k = 0 if exact else round(self.compression.share(len(positions), full, small) * len(positions))
         coarse = np.zeros(len(positions), bool)
         coarse[np.argsort(self.hits.rank[self.row, positions], kind="stable")[:k]] = True
         self.coarse[positions] = coarse
         start = time.perf_counter()
-        records, nbytes = self.exact.read(positions[~coarse])
+        records, nbytes = super().read(positions[~coarse])
         if k:
             packed, more = self.packed.read(positions[coarse])
             nbytes += more
         self.compression.observe("per_byte", time.perf_counter() - start, nbytes)
         if not k:
             return records, nbytes
-        start, size = time.perf_counter(), self.exact.geometry
-        out = size.empty(len(positions))
+        start, out = time.perf_counter(), self.geometry.empty(len(positions))
         out[torch.from_numpy(~coarse)] = records.tensor()
-        out[torch.from_numpy(coarse)] = unpack(packed.tensor(), size.head_dim, size.dtype)
+        out[torch.from_numpy(coarse)] = unpack(packed.tensor(), self.geometry.head_dim, out.dtype)
         self.compression.observe("per_token", time.perf_counter() - start, k)
         return Records(out), nbytes
 
     def truncate(self, n: int) -> None:
-        self.exact.truncate(n)
+        super().truncate(n)
         self.packed.truncate(n)
         self.coarse = self.coarse[:n]
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.packed.nbytes
 
 
 class PackedStore(TieredStore):

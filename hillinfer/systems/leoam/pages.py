@@ -31,21 +31,18 @@ class Pages:
         track: Track | None = None,
     ):
         self.shape, self.drive, self.stream, self.track = shape, drive, stream, track
+        self.page_bytes = math.prod(shape)
+        self.stored_bytes = -(-self.page_bytes // BLOCK) * BLOCK  # of a page on the drive
         self.capacity = sys.maxsize if drive is None or capacity is None else max(1, capacity)
         self.cache = Growable((0, *shape), 0, torch.int8)  # (slots, *shape)
         self.slot = np.zeros(0, np.int64)  # page -> slot or ABSENT
         self.used = np.zeros(0, np.int64)  # page -> `clock` when it was last used
-        self.offset = np.zeros(0, np.int64)  # page -> byte offset on the drive
-        self.free: list[int] = []  # offsets of truncated pages
+        self.offset = np.zeros(0, np.int64)  # page -> byte offset on the drive; kept when the page is truncated
         self.clock = 0
 
     @property
     def n(self) -> int:
         return len(self.slot)
-
-    @property
-    def page_bytes(self) -> int:
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +55,7 @@ class Pages:
         self.slot = np.append(self.slot, np.full(len(new), ABSENT))
         self.used = np.append(self.used, np.full(len(new), self.clock))
         if self.drive is not None:
-            self._write(pages)
+            self._write(new, pages)
         cached = min(len(new), self.capacity)
         self._insert(new[-cached:], pages[-cached:])
 
@@ -83,9 +80,8 @@ class Pages:
             yield index, self._read(part), np.searchsorted(part, page[index])
 
     def truncate(self, n: int) -> None:
-        """Forget all pages from n on; their space on the drive is reused."""
-        self.free += self.offset[n:].tolist()
-        self.slot, self.used, self.offset = self.slot[:n], self.used[:n], self.offset[:n]
+        """Forget all pages from n on."""
+        self.slot, self.used = self.slot[:n], self.used[:n]
 
     def _insert(self, pages: np.ndarray, data: torch.Tensor) -> None:
         """Cache these pages, at most `capacity`; evicts the least recently used."""
@@ -98,26 +94,25 @@ class Pages:
         self.slot[pages] = slots
 
     def _read(self, pages: np.ndarray) -> torch.Tensor:
-        """Pages (p, *shape) from the drive."""
-        start, buffer = time.perf_counter_ns(), self._buffer(len(pages))
-        jobs = list(zip(self.offset[pages].tolist(), buffer, strict=True))
-        self.drive.transfer("read", jobs, self.stream, int(pages[0]))
+        """Pages (p,) from the drive, (p, *shape)."""
+        start = time.perf_counter_ns()
+        buffer = self._transfer("read", pages)
         if self.track is not None:
             self.track.add("drive", "abstract", start, buffer.nbytes)
         return torch.from_numpy(buffer[:, : self.page_bytes].view(np.int8)).view(-1, *self.shape)
 
-    def _write(self, pages: torch.Tensor) -> None:
-        """Write pages (p, *shape) to the drive, over truncated pages first."""
-        buffer, first = self._buffer(len(pages)), len(self.offset)
-        offsets, self.free = self.free[: len(pages)], self.free[len(pages) :]
-        if fresh := len(pages) - len(offsets):
-            base = self.drive.allocate(buffer[0].nbytes * fresh)
-            offsets += range(base, base + buffer[0].nbytes * fresh, buffer[0].nbytes)
-        self.offset = np.append(self.offset, offsets).astype(np.int64)
-        buffer[:, : self.page_bytes] = pages.contiguous().view(torch.uint8).reshape(len(pages), -1).numpy()
-        self.drive.transfer("write", list(zip(offsets, buffer, strict=True)), self.stream, first)
+    def _write(self, pages: np.ndarray, data: torch.Tensor) -> None:
+        """Write data (p, *shape) of the newest pages to the drive."""
+        if (fresh := self.n - len(self.offset)) > 0:
+            base = self.drive.allocate(fresh * self.stored_bytes)
+            self.offset = np.append(self.offset, base + self.stored_bytes * np.arange(fresh))
+        self._transfer("write", pages, data.contiguous().view(torch.uint8).reshape(len(data), -1).numpy())
 
-    def _buffer(self, pages: int) -> np.ndarray:
-        """A buffer of whole blocks for each page: (pages, bytes)."""
-        width = -(-self.page_bytes // BLOCK) * BLOCK
-        return aligned(width * pages).reshape(pages, width)
+    def _transfer(self, verb: str, pages: np.ndarray, data: np.ndarray | None = None) -> np.ndarray:
+        """Read or write pages (p,) in whole blocks; returns the buffer, uint8 (p, stored_bytes)."""
+        buffer = aligned(len(pages) * self.stored_bytes).reshape(len(pages), -1)
+        if data is not None:
+            buffer[:, : self.page_bytes] = data
+        jobs = list(zip(self.offset[pages].tolist(), buffer, strict=True))
+        self.drive.transfer(verb, jobs, self.stream, int(pages[0]))
+        return buffer

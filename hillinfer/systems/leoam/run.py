@@ -73,7 +73,8 @@ class LeoAMRun(Run):
 
     def _open_packed_log(self, stream: int) -> PackedLog:
         packed = RecordLog(self.packed, packed_geometry(self.geometry), stream, self.writer)
-        return PackedLog(self.open_log(stream), packed, self.compression)
+        log = self.drive, self.geometry, stream, self.writer
+        return PackedLog(*log, packed=packed, compression=self.compression)
 
     def prepare(self, policy: Policy, layer: int) -> None:
         if isinstance(policy, LeoAM) and self.drive is not None:

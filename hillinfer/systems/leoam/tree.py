@@ -48,7 +48,8 @@ class ChunkTree:
     def __init__(self, kv_heads: int, head_dim: int, pages: Pages):
         self.n, self.pages = 0, pages
         self.shape = (NODES, kv_heads, 2, head_dim)
-        self.tail = self._empty_page()
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            self.tail = EMPTY.expand(self.shape).clone()
         self.roots = Growable((0, kv_heads, 2, head_dim), 0, torch.int8)
         self.scales = Growable((0, kv_heads, 1, head_dim), 0, torch.float32)
         self.cut = np.zeros((0, NODES), bool)
@@ -61,25 +62,18 @@ class ChunkTree:
 
     def append(self, keys: torch.Tensor) -> None:
         """Add keys (Hkv, n, D) float32."""
-        while keys.shape[1]:
-            at, whole = self.n % PAGE, keys.shape[1] // PAGE * PAGE
-            bulk = at == 0 and whole > 0  # full pages at once: leaves, then parents
-            count = whole if bulk else min(PAGE - at, keys.shape[1])
-            new, keys = keys[:, :count], keys[:, count:]
-            self.n += count
-            if bulk:
-                leaves = new.unflatten(1, (-1, PAGE // LEAF, LEAF))
-                boxes = self.tail.new_empty(count // PAGE, *self.shape)
-                boxes[:, LEAVES:, :, 0] = leaves.amax(3).permute(1, 2, 0, 3)
-                boxes[:, LEAVES:, :, 1] = leaves.amin(3).permute(1, 2, 0, 3)
-                self._store(_fill_parents(boxes))
-                continue
-            token = torch.arange(at, at + count)
-            nodes = torch.cat([level.start + token // size for level, size in zip(LEVEL, SIZES, strict=True)])
-            widen(self.tail, nodes, new.repeat(1, len(SIZES), 1))
-            if self.n % PAGE == 0:
-                self._store(self.tail[None])
-                self.tail = self._empty_page()
+        at, pages = self.n % PAGE, self.tail[None]
+        self.n += keys.shape[1]
+        full = (at + keys.shape[1]) // PAGE
+        if full:
+            pages = EMPTY.expand(full + 1, *self.shape).clone()
+            pages[0] = self.tail
+        token = torch.arange(at, at + keys.shape[1])
+        widen(pages.flatten(0, 1), token // PAGE * NODES + LEAVES + token % PAGE // LEAF, keys)
+        _fill_parents(pages)
+        if full:
+            self._store(pages[:full])
+            self.tail[:] = pages[full]
         if (grown := -(-self.n // PAGE) - len(self.cut)) > 0:
             self.cut, self.idle = (np.pad(array, ((0, grown), (0, 0))) for array in (self.cut, self.idle))
             self.cut[-grown:, 0] = True
@@ -112,9 +106,8 @@ class ChunkTree:
             children = overlapping(_children(nodes[inner]).ravel(), first, last)
             evaluated += len(children)
             children, more = self.scores(children, query, floor)
-            rest = np.ones(len(nodes), bool)
-            rest[inner] = False
-            nodes, score = np.append(nodes[rest], children), np.concatenate((score[:, rest], more), 1)
+            nodes = np.append(np.delete(nodes, inner), children)
+            score = np.concatenate((np.delete(score, inner, 1), more), 1)
         if learn:
             self._move_cut(opened, nodes[best])
         return first_token(nodes[best]), evaluated
@@ -188,10 +181,6 @@ class ChunkTree:
             return boxes
         return boxes.float().mul_(self.scales.view()[torch.from_numpy(page)])  # a mixed product is four times slower
 
-    def _empty_page(self) -> torch.Tensor:
-        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
-            return EMPTY.expand(self.shape).clone()
-
     def _store(self, boxes: torch.Tensor) -> None:
         """Add full pages (p, NODES, Hkv, 2, D) float32."""
         codes, scales = encode(boxes)
@@ -231,13 +220,12 @@ def _judge(
     return score.amax(2).numpy(), reach.numpy()
 
 
-def _fill_parents(boxes: torch.Tensor) -> torch.Tensor:
+def _fill_parents(boxes: torch.Tensor) -> None:
     """Compute the parents' boxes of pages (p, NODES, Hkv, 2, D) from the leaves', in place."""
     for parents, children in UPWARDS:
         groups = boxes[:, children].unflatten(1, (-1, FAN))
         boxes[:, parents, :, 0] = groups[..., 0, :].amax(2)
         boxes[:, parents, :, 1] = groups[..., 1, :].amin(2)
-    return boxes
 
 
 def first_token(nodes: np.ndarray) -> np.ndarray:

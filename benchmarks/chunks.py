@@ -68,8 +68,8 @@ class Study(LeoAM):
     def _scores(self, name: str, size: int, step, last: int) -> np.ndarray:
         query = step.grouped(self.kv_heads)
         if name == "leoam":  # as it has them: full pages in INT8
-            page, node = np.divmod(np.arange(last // LEAF), NODES - LEAVES)
-            return self.trees[step.row]._score(page, node + LEAVES, query)[2]
+            page, leaf = np.divmod(np.arange(last // LEAF), NODES - LEAVES)
+            return self.trees[step.row].scores(page * NODES + LEAVES + leaf, query)[1]
         return self.fixed[name].scores(step.row, query, 0, last // size)
 
 

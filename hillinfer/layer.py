@@ -140,8 +140,6 @@ class Layer:
             with self.track.span("cpu", kind) as detail:
                 picked = self.policy.select(step)
                 detail |= step.notes
-            for lane, what, start, end, nbytes in step.work:
-                self.track.add(lane, what, start, nbytes, end)
             if picked is not None and not _is_selection(picked, step):
                 raise UsageError(
                     f"{type(self.policy).__name__}.select must return at most {budget} sorted, distinct positions <{n}"

@@ -6,7 +6,6 @@ import torch
 
 import hillinfer
 from hillinfer.evaluator.policies import H2O, InfiniGen, Quest, SnapKV
-from hillinfer.systems.registry import list_systems
 
 NEW = dict(max_new_tokens=16, do_sample=False, num_beams=1)
 
@@ -142,7 +141,7 @@ def test_one_that_must_see_the_prefill_cannot_take_over(models, prompt):
         for name in ("h2o", "snapkv", "infinigen"):
             with pytest.raises(hillinfer.UsageError, match="must see the prefill"):
                 cache.use(hillinfer.POLICIES[name], hillinfer.Settings())
-        cache.use(list_systems()["leoam"].policy, hillinfer.Settings(alpha=0.2))  # this one is given the keys
+        cache.use(hillinfer.list_systems()["leoam"].policy, hillinfer.Settings(alpha=0.2))  # this one is given the keys
         turn = torch.cat((prompt, prompt[:, :1]), 1)
         model.generate(turn, past_key_values=cache, **NEW)
     with hillinfer.make_cache(model, "leoam", alpha=0.2) as cache:

@@ -10,8 +10,10 @@ import hillinfer
 from hillinfer.evaluator.boxes import bounds
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.systems.leoam.pages import Pages
-from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES, PAGE, SIZE, START, ChunkTree, _overlapping
+from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES, PAGE, SIZE, START, ChunkTree, first_token, overlapping
+from hillinfer.tiers.block_file import BLOCK
 from hillinfer.tiers.record_file import RecordFile
+from hillinfer.timeline import Counters, Timeline, Track
 
 HEADS, DIM = 2, 8
 SHAPE = (NODES, HEADS, 2, DIM)
@@ -37,9 +39,13 @@ def draw_keys(seed: int, n: int, whole: bool = False) -> torch.Tensor:
     return torch.randn((HEADS, n, DIM), generator=generator) * scale
 
 
-def all_nodes(tree: ChunkTree, first: int = 0, last: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    page, node = np.meshgrid(np.arange(len(tree.cut)), np.arange(NODES), indexing="ij")
-    return _overlapping(page.ravel(), node.ravel(), first, tree.n if last is None else last)
+def all_nodes(tree: ChunkTree, first: int = 0, last: int | None = None) -> np.ndarray:
+    return overlapping(np.arange(tree.cut.size), first, tree.n if last is None else last)
+
+
+def all_leaves(tree: ChunkTree, first: int = 0, last: int | None = None) -> np.ndarray:
+    nodes = all_nodes(tree, first, last)
+    return nodes[nodes % NODES >= LEAVES]
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,8 +58,8 @@ def test_no_key_scores_above_its_chunks_bounds(seed, n, cuts, crop):
         keys = torch.cat((keys[:, :crop], draw_keys(seed + 1, 37)), 1)
         tree.append(keys[:, crop:])
     query = draw_keys(seed + 2, 3)
-    page, node = all_nodes(tree)
-    score = bounds(tree.boxes(page, node), query).amax(2)
+    page, node = np.divmod(all_nodes(tree), NODES)
+    score = bounds(tree.boxes(all_nodes(tree)), query).amax(2)
     true = (query @ keys.transpose(1, 2)).amax(1)  # (Hkv, n)
     for i in range(len(page)):
         start = page[i] * PAGE + START[node[i]]
@@ -74,15 +80,14 @@ def test_the_pruned_search_finds_what_an_unpruned_one_does(seed, n, k, first, wh
         query = draw_keys(seed + step, 3, whole)
         last = tree.n - 5
         found, evaluated = tree.search(query, k, first, last)
-        page, node = all_nodes(tree, first, last)
-        leaf = node >= LEAVES
-        want = merge_heads(tree._score(page[leaf], node[leaf], query)[2], k)
+        leaves = all_leaves(tree, first, last)
+        want = first_token(leaves[merge_heads(tree.scores(leaves, query)[1], k)])
         if whole or not len(want):  # elsewhere the last bit of a sum may depend on the shape of the product
-            np.testing.assert_array_equal(found, (page[leaf] * PAGE + START[node[leaf]])[want])
+            np.testing.assert_array_equal(found, want)
         else:
             assert len(found) == len(want)
-            assert len(np.setdiff1d(found, (page[leaf] * PAGE + START[node[leaf]])[want])) <= 1
-        assert evaluated <= len(page)
+            assert len(np.setdiff1d(found, want)) <= 1
+        assert evaluated <= len(all_nodes(tree, first, last))
         tiles = np.concatenate(
             [np.arange(s, s + SIZE[m]) + p * PAGE for p, m in np.argwhere(tree.cut) for s in [START[m]]]
         )
@@ -114,10 +119,8 @@ def test_below_the_floor_is_a_desert(seed, n, level):
     for step in range(4):
         query = draw_keys(seed + step, 3)
         found, _ = tree.search(query, 20, 0, n, floor=floor)
-        page, node = all_nodes(tree)
-        page, node = page[node >= LEAVES], node[node >= LEAVES]
-        page, node, score = tree._score(page, node, query, floor)
-        want = (page * PAGE + START[node])[merge_heads(score, 20)]
+        leaves, score = tree.scores(all_leaves(tree), query, floor)
+        want = first_token(leaves[merge_heads(score, 20)])
         assert abs(len(found) - len(want)) <= 1 and len(np.setdiff1d(found, want)) <= 1  # 1: a sum's last bit
 
 
@@ -133,9 +136,9 @@ def test_deserts_are_merged_and_peaks_split():
 @pytest.mark.parametrize("capacity", [None, 1, 3])
 def test_pages_from_the_drive_are_those_of_memory(tmp_path, capacity):
     keys, query = draw_keys(5, 2500), draw_keys(6, 3)
-    drive = RecordFile(tmp_path, 4096, 1)
+    drive, track = RecordFile(tmp_path, 4096, 1), Track(Timeline(), Counters(), 3)
     try:
-        tree, twin = tree_of(keys, [700], Pages(SHAPE, drive, 0, capacity)), tree_of(keys, [700])
+        tree, twin = tree_of(keys, [700], Pages(SHAPE, drive, 0, capacity, track)), tree_of(keys, [700])
         for n in (2500, 1400, 300):
             tree.truncate(n)
             twin.truncate(n)
@@ -145,7 +148,9 @@ def test_pages_from_the_drive_are_those_of_memory(tmp_path, capacity):
                 assert evaluated == same and np.array_equal(found, want)
         if capacity:
             assert tree.pages.nbytes <= capacity * tree.pages.page_bytes
-            assert tree.pages.bytes_read and tree.pages.work[0][:2] == ("drive", "abstract")
+            read = track.timeline.spans
+            assert read and all((span.lane, span.kind, span.layer) == ("drive", "abstract", 3) for span in read)
+            assert all(span.bytes and span.bytes % BLOCK == 0 for span in read)
         size = drive.size
         for part in (tree, twin):
             part.append(keys[:, 300:])

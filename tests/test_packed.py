@@ -1,7 +1,5 @@
 """INT4 records: their error, the share that is read so, and that the pool never holds one."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from hypothesis import strategies as st
 
 import hillinfer
 from hillinfer.systems.leoam.compression import Compression
-from hillinfer.systems.leoam.packed import GROUP, pack, packed_geometry, unpack
+from hillinfer.systems.leoam.packed import GROUP, PackedLog, pack, packed_geometry, unpack
 from hillinfer.tiers.geometry import Geometry
 
 NEW = dict(max_new_tokens=20, do_sample=False, num_beams=1)
@@ -57,28 +55,23 @@ def test_nothing_is_packed_before_anything_was_measured():
     assert Compression(0.3).share(100, 4096, 1152) == 0.3
 
 
-def count_coarse(log, read, fetched: list, positions, exact: bool = True):
-    """`PackedLog.read` that notes how many tokens a step read, and how many of them in INT4."""
-    result = read(positions, exact)
-    if not exact:
-        fetched.append((len(positions), int(log.coarse[positions].sum())))
-    return result
-
-
 @pytest.mark.parametrize("share", [0.25, 1.0])
-def test_generation_with_a_share_in_int4(models, prompt, tmp_path, share):
-    model = models("llama")
+def test_generation_with_a_share_in_int4(models, prompt, tmp_path, share, monkeypatch):
+    model, reads, read = models("llama"), [], PackedLog.read
+
+    def counted(log, positions, exact=True):
+        out = read(log, positions, exact)
+        if not exact:
+            reads.append((int(log.coarse[positions].sum()), len(positions)))
+        return out
+
+    monkeypatch.setattr(PackedLog, "read", counted)
     options = dict(alpha=0.3, recent=4, drive=tmp_path, lookahead=False, compress=share)
     with hillinfer.make_cache(model, "leoam", **options) as cache:
         cache.run.pool_tokens = lambda n: 8
-        with torch.inference_mode():
-            model(prompt[:, :-1], past_key_values=cache)
-        stores, fetched = [layer.layer.store for layer in cache.layers], []
-        for log in (store.logs[0] for store in stores):
-            log.read = partial(count_coarse, log, log.read, fetched)
         out = model.generate(prompt, past_key_values=cache, **NEW)
-        read, packed = np.sum(fetched, 0)
-        assert packed / read == pytest.approx(share, abs=0.02)
+        stores = [layer.layer.store for layer in cache.layers]
+        assert sum(packed for packed, _ in reads) / sum(asked for _, asked in reads) == pytest.approx(share, abs=0.02)
         exact = stores[0].logs[0].read(np.arange(50))[0].tensor()
         coarse = stores[0].logs[0].packed.read(np.arange(50))[0].tensor()
         assert (unpack(coarse, exact.shape[-1], exact.dtype) - exact).abs().max() <= exact.abs().max() / 13

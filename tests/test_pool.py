@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import hillinfer
-from benchmarks.placement import LatestOnly
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.tiers.geometry import Geometry
@@ -122,14 +121,14 @@ def test_a_layers_counters_saturate_and_fade():
     assert hits.nbytes == 2 * 4
 
 
-def test_the_controls_rank_by_last_use_and_by_the_latest_selection():
-    for table, want in ((LastUse(1), [2, 1, 2, 0]), (LatestOnly(1), [1, 0, 1, 0])):
-        table.extend(4)
-        table.touch(0, np.array([0, 1]))
-        table.touch(0, np.array([0, 2]))
-        assert table.rank[0, :4].tolist() == want
-        table.truncate(2)
-        assert table.rank[0, :4].tolist() == want[:2] + [0, 0]
+def test_the_control_ranks_by_last_use():
+    table = LastUse(1)
+    table.extend(4)
+    table.touch(0, np.array([0, 1]))
+    table.touch(0, np.array([0, 2]))
+    assert table.rank[0, :4].tolist() == [2, 1, 2, 0]
+    table.truncate(2)
+    assert table.rank[0, :4].tolist() == [2, 1, 0, 0]
 
 
 @pytest.mark.parametrize(("pinned", "share"), [(None, 0.2), (0.0, 0.0), (0.1, 0.1), (0.6, 0.6)])

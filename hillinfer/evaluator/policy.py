@@ -25,7 +25,6 @@ class Step:
     valid: np.ndarray | None = None  # (n,) bool, False for padding; None where there is none
     guess: bool = False  # the query is a prediction: answer, but learn nothing from it
     notes: dict = field(default_factory=dict)  # what the policy counts; the timeline keeps it with the selection
-    work: list = field(default_factory=list)  # (lane, kind, start_ns, end_ns, bytes), for the timeline
 
     @property
     def first(self) -> int:

@@ -1,7 +1,10 @@
 """A tree of boxes over a sequence's keys, searched from the top (LeoAM).
 
-A parent's box holds its children's, so a subtree whose bound is too low is pruned whole.
+A parent's box contains its children's boxes, so that a subtree with a low bound is pruned as a whole. The nodes of all
+pages are numbered consecutively: node id = page * NODES + node of the page.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,246 +13,234 @@ from hillinfer import native
 from hillinfer.evaluator.boxes import EMPTY, bounds, sortable, widen
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.growable import Growable
+from hillinfer.systems.leoam.pages import Pages
 
-SIZES = (128, 32, 8, 2)  # tokens of the largest chunk, a page, to those of the smallest; the paper leaves them open
-FAN, PAGE, LEAF = 4, SIZES[0], SIZES[-1]  # a page's nodes are numbered as in a heap: 4i+1 to 4i+4 are the parts of i
+SIZES = (128, 32, 8, 2)  # tokens per chunk by level, from a page to a leaf; the paper leaves them open
+FAN, PAGE, LEAF = 4, SIZES[0], SIZES[-1]  # nodes of a page are numbered as in a heap: 4i+1 to 4i+4 are children of i
 LEVEL = [slice((FAN**i - 1) // (FAN - 1), (FAN ** (i + 1) - 1) // (FAN - 1)) for i in range(len(SIZES))]
 LEAVES, NODES = LEVEL[-1].start, LEVEL[-1].stop
 SIZE = np.repeat(SIZES, [level.stop - level.start for level in LEVEL])  # tokens of each node
-START = np.concatenate([np.arange(0, PAGE, size) for size in SIZES])  # its first token in the page
-UPWARDS = list(zip(LEVEL[-2::-1], LEVEL[:0:-1], strict=True))  # (whole, parts), from the leaves' parents to the page
-SLACK = 0.5  # of what ranks the smallest chunks: bounds of single heads are loose (docs/experiments.md)
-PATIENCE = 2  # steps that all parts of a chunk must go unchosen before they are merged
-BLOCK = (
-    256  # boxes in float32 at a time: more leave the cache, and memory fresh from the system costs more than they do
-)
-REGRET = 16  # steps that a merge is put off after one that was undone for nothing
+START = np.concatenate([np.arange(0, PAGE, size) for size in SIZES])  # first token of each node in its page
+UPWARDS = list(zip(LEVEL[-2::-1], LEVEL[:0:-1], strict=True))  # (parents, children) by level, from the leaves up
+SLACK = 0.5  # leaves are ranked by an estimate: bounds of single heads are loose (docs/experiments.md)
+PATIENCE = 2  # steps without a chosen child after which a chunk is merged
+REGRET = 16  # steps by which a merge is delayed if the last split was in vain
+BATCH = 256  # boxes converted to float32 at a time: more would leave the processor's cache
 
 
 def encode(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Full pages (p, NODES, Hkv, 2, D) as int8 of the same shape, rounded outwards, and their scales (p, Hkv, 1, D)."""
-    scale = boxes[:, 0].abs().amax(2, keepdim=True).clamp(min=1e-30) / 126  # the page's own box is the widest
+    scale = boxes[:, 0].abs().amax(2, keepdim=True).clamp(min=1e-30) / 126  # the root's box is the widest
     codes = boxes / scale[:, None]
-    codes[..., 0, :] = torch.ceil(codes[..., 0, :] + 1e-3)  # the margin covers the rounding of the division
+    codes[..., 0, :] = torch.ceil(codes[..., 0, :] + 1e-3)  # the margin covers the rounding error of the division
     codes[..., 1, :] = torch.floor(codes[..., 1, :] - 1e-3)
     return codes.clamp_(-127, 127).to(torch.int8), scale
 
 
 class ChunkTree:
-    """One sequence's keys in one layer: pages of PAGE tokens, each a binary tree of boxes, and a cut through all trees.
+    """The keys of one sequence and layer: pages of PAGE tokens, each a tree of boxes, and a cut through all trees.
 
-    The cut is where a search begins: merged chunks over attention deserts, split ones where members were chosen. It
-    decides only what a search costs, never what it finds. Full pages are int8 in `pages`; the page that still grows is
-    float32 and here, as are the boxes of whole pages.
+    A search starts at the cut: merged chunks over attention deserts, split chunks where tokens were chosen. The cut
+    affects the cost of a search, never its result. Full pages are int8 in `pages`; their roots and the growing page
+    (`tail`, float32) are always in memory.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, pages):
-        self.n, self.full, self.pages = 0, 0, pages
+    def __init__(self, kv_heads: int, head_dim: int, pages: Pages):
+        self.n, self.pages = 0, pages
         self.shape = (NODES, kv_heads, 2, head_dim)
-        self.tail = self._no_keys()
-        self.tops = Growable((0, kv_heads, 2, head_dim), 0, torch.int8)
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            self.tail = EMPTY.expand(self.shape).clone()
+        self.roots = Growable((0, kv_heads, 2, head_dim), 0, torch.int8)
         self.scales = Growable((0, kv_heads, 1, head_dim), 0, torch.float32)
         self.cut = np.zeros((0, NODES), bool)
-        self.cold = np.zeros((0, NODES), np.int8)  # steps for which a node of the cut went unchosen
+        self.idle = np.zeros((0, NODES), np.int8)  # steps for which a node of the cut was not chosen
+
+    @property
+    def full(self) -> int:
+        """Number of full pages."""
+        return self.n // PAGE
 
     def append(self, keys: torch.Tensor) -> None:
-        """New keys (Hkv, n, D) float32."""
-        while keys.shape[1]:
-            at, pages = self.n - self.full * PAGE, keys.shape[1] // PAGE
-            if at == 0 and pages:  # whole pages at once: leaves, then parents
-                leaves = keys[:, : pages * PAGE].unflatten(1, (-1, LEAF))
-                boxes = self.tail.new_empty(pages, *self.tail.shape)
-                boxes[:, LEAVES:, :, 0] = leaves.amax(2).transpose(0, 1).unflatten(0, (pages, -1))
-                boxes[:, LEAVES:, :, 1] = leaves.amin(2).transpose(0, 1).unflatten(0, (pages, -1))
-                self._store(_raise(boxes))
-                took = pages * PAGE
-            else:
-                took = min(PAGE - at, keys.shape[1])
-                places = torch.arange(at, at + took)
-                path = torch.cat([level.start + places // size for level, size in zip(LEVEL, SIZES, strict=True)])
-                widen(self.tail, path, keys[:, :took].repeat(1, len(SIZES), 1))
-            self.n, keys = self.n + took, keys[:, took:]
-            if self.n - self.full * PAGE == PAGE:
-                self._store(self.tail[None])
-                self.tail = self._no_keys()
-        grown = -(-self.n // PAGE) - len(self.cut)
-        if grown > 0:
-            self.cut = np.concatenate((self.cut, np.zeros((grown, NODES), bool)))
-            self.cold = np.concatenate((self.cold, np.zeros((grown, NODES), np.int8)))
+        """Add keys (Hkv, n, D) float32."""
+        at, pages = self.n % PAGE, self.tail[None]
+        self.n += keys.shape[1]
+        full = (at + keys.shape[1]) // PAGE
+        if full:
+            pages = EMPTY.expand(full + 1, *self.shape).clone()
+            pages[0] = self.tail
+        token = torch.arange(at, at + keys.shape[1])
+        widen(pages.flatten(0, 1), token // PAGE * NODES + LEAVES + token % PAGE // LEAF, keys)
+        _fill_parents(pages)
+        if full:
+            self._store(pages[:full])
+            self.tail[:] = pages[full]
+        if (grown := -(-self.n // PAGE) - len(self.cut)) > 0:
+            self.cut, self.idle = (np.pad(array, ((0, grown), (0, 0))) for array in (self.cut, self.idle))
             self.cut[-grown:, 0] = True
 
     def search(
         self, query: torch.Tensor, k: int, first: int, last: int, learn: bool = True, floor: torch.Tensor | None = None
     ) -> tuple[np.ndarray, int]:
-        """The k best leaves that hold one of the tokens first..last-1, heads taking turns (`merge_heads`).
+        """The k best leaves that overlap tokens first..last-1, over all heads (`merge_heads`).
 
-        query (Hkv, G, D). Returns the leaves' first tokens, ascending, and how many boxes were evaluated. The same
-        leaves as an evaluation of all would give: a node is opened for as long as its bound is among the k best, and
-        no leaf's estimate is above the bounds of what it is part of.
-        floor (Hkv, G), if given: what cannot reach it for any query head is a desert, and neither opened nor chosen.
+        query  (Hkv, G, D)
+        learn  adapt the cut to the result
+        floor  (Hkv, G), optional: a node below it for every query head is a desert, neither opened nor chosen
+
+        Returns the first tokens of the leaves, ascending, and the number of boxes evaluated. The leaves are those that
+        an evaluation of all leaves would choose: a node is opened while its bound is among the k best, and no leaf's
+        estimate exceeds the bound of an ancestor.
         """
-        page, node = np.nonzero(self.cut)
-        page, node = _overlapping(page, node, first, last)
-        evaluated = len(page)
-        page, node, score = self._score(page, node, query, floor)
+        nodes = overlapping(np.flatnonzero(self.cut), first, last)
+        evaluated = len(nodes)
+        nodes, score = self.scores(nodes, query, floor)
         opened = []
         while True:
-            order = np.argsort(page * PAGE + START[node], kind="stable")
-            page, node, score = page[order], node[order], score[:, order]
+            order = np.argsort(first_token(nodes), kind="stable")
+            nodes, score = nodes[order], score[:, order]
             best = merge_heads(score, k)
-            inner = best[node[best] < LEAVES]
+            inner = best[nodes[best] % NODES < LEAVES]
             if not len(inner):
                 break
-            opened.append((page[inner], node[inner]))
-            below = _overlapping(page[inner].repeat(FAN), _parts(node[inner]).ravel(), first, last)
-            evaluated += len(below[0])
-            rest = np.ones(len(page), bool)
-            rest[inner] = False
-            below = self._score(*below, query, floor)
-            page, node = np.append(page[rest], below[0]), np.append(node[rest], below[1])
-            score = np.concatenate((score[:, rest], below[2]), 1)
+            opened.append(nodes[inner])
+            children = overlapping(_children(nodes[inner]).ravel(), first, last)
+            evaluated += len(children)
+            children, more = self.scores(children, query, floor)
+            nodes = np.append(np.delete(nodes, inner), children)
+            score = np.concatenate((np.delete(score, inner, 1), more), 1)
         if learn:
-            self._learn(opened, page[best], node[best])
-        return page[best] * PAGE + START[node[best]], evaluated
+            self._move_cut(opened, nodes[best])
+        return first_token(nodes[best]), evaluated
 
-    def _learn(self, opened: list, page: np.ndarray, node: np.ndarray) -> None:
-        """Move the cut: split what was opened, merge halves that go unchosen. (page, node) are the chosen leaves."""
+    def _move_cut(self, opened: list[np.ndarray], leaves: np.ndarray) -> None:
+        """Split the nodes that were opened; merge siblings that go unchosen. `leaves` are the chosen ones."""
         chosen = np.zeros_like(self.cut)
-        chosen[page, node] = True
-        for whole, parts in UPWARDS:
-            chosen[:, whole] = chosen[:, parts].reshape(len(chosen), -1, FAN).any(2)
-        for where in opened:
-            self.cut[where] = False
-            below = where[0][:, None], _parts(where[1])
-            self.cut[below] = True
-            self.cold[below] = np.where(chosen[where], 0, -REGRET)[
-                :, None
-            ]  # opened in vain: leave it split for a while
-        self.cold += self.cut & (self.cold < 100)
-        self.cold[chosen] = 0
-        for whole, parts in UPWARDS:
-            ready = (self.cut & (self.cold > PATIENCE))[:, parts].reshape(len(chosen), -1, FAN).all(2)
-            self.cut[:, parts] &= ~ready.repeat(FAN, 1)
-            self.cut[:, whole] |= ready
-            self.cold[:, whole][ready] = 0
+        chosen.reshape(-1)[leaves] = True
+        for parents, children in UPWARDS:
+            chosen[:, parents] = chosen[:, children].reshape(len(chosen), -1, FAN).any(2)
+        cut, idle = self.cut.reshape(-1), self.idle.reshape(-1)  # views, by node id
+        for nodes in opened:
+            children = _children(nodes)
+            cut[nodes], cut[children] = False, True
+            idle[children] = np.where(chosen.reshape(-1)[nodes], 0, -REGRET)[:, None]
+        self.idle += self.cut & (self.idle < 100)
+        self.idle[chosen] = 0
+        for parents, children in UPWARDS:
+            merged = (self.cut & (self.idle > PATIENCE))[:, children].reshape(len(chosen), -1, FAN).all(2)
+            self.cut[:, children] &= ~merged.repeat(FAN, 1)
+            self.cut[:, parents] |= merged
+            self.idle[:, parents][merged] = 0
 
-    def _score(
-        self, page: np.ndarray, node: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None = None
-    ) -> tuple:
-        """Those of the nodes that reach the floor, and their bounds (leaves: estimates) in sortable form, (Hkv, m)."""
-        leaf = node >= LEAVES
-        if native.available() and query.shape[2] <= native.MAX_DIM:
-            score, reach = self._located(page, node, leaf, query, floor)
-        else:
-            every = query.new_empty(len(query), len(page), query.shape[1])
-            for start in range(0, len(page), BLOCK):
-                part = slice(start, start + BLOCK)
-                every[:, part] = _judge(self.boxes(page[part], node[part]), leaf[part], query)
-            score, reach = every.amax(2).numpy(), None if floor is None else _reach(every, floor)
+    def scores(
+        self, nodes: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes (m,) that reach the floor, and their bounds (leaves: estimates), sortable, int32 (Hkv, m)."""
+        score, reach = np.empty((len(query), len(nodes)), np.float32), np.empty(len(nodes), bool)
+        compiled = native.available() and query.shape[2] <= native.MAX_DIM
+        for index, data, places in self._locate(nodes):
+            page, leaf = nodes[index] // NODES, nodes[index] % NODES >= LEAVES
+            if compiled and data is not self.tail:
+                scales = self.scales.data
+                boxes = data.data_ptr() + places * data.stride(0)
+                scale = scales.data_ptr() + page * scales.stride(0) * scales.element_size()
+                judged = native.bounds(query, boxes, scale, leaf, SLACK, floor, torch.get_num_threads())
+                score[:, index], reach[index] = judged
+                continue
+            for start in range(0, len(index), BATCH):
+                part = slice(start, start + BATCH)
+                boxes = self._decode(data, places[part], page[part])
+                score[:, index[part]], reach[index[part]] = _judge(boxes, leaf[part], query, floor)
         if floor is not None:
-            page, node, score = page[reach], node[reach], score[:, reach]
-        return page, node, sortable(score)
+            nodes, score = nodes[reach], score[:, reach]
+        return nodes, sortable(score)
 
-    def _located(self, page: np.ndarray, node: np.ndarray, leaf: np.ndarray, query: torch.Tensor, floor) -> tuple:
-        """Where the boxes lie, by the kernel: the best of each group (Hkv, m), and which nodes reach the floor."""
-        score, reach = np.empty((len(query), len(page)), np.float32), np.empty(len(page), bool)
-        grows = page == self.full
-        if grows.any():
-            every = _judge(self.tail[torch.from_numpy(node[grows])], leaf[grows], query)
-            score[:, grows], reach[grows] = every.amax(2).numpy(), True if floor is None else _reach(every, floor)
-        if not grows.all():
-            page, node, leaf = page[~grows], node[~grows], leaf[~grows]
-            tops, scales = self.tops.data, self.scales.data
-            boxes, inner = tops.data_ptr() + page * tops.stride(0), np.flatnonzero(node)
-            at = scales.data_ptr() + page * scales.stride(0) * scales.element_size()
-            todo, known = np.flatnonzero(~grows), np.flatnonzero(node == 0)  # a page's own box is in memory
-            for which, data, index in self.pages.groups(page[inner]):
-                which = inner[which]
-                boxes[which] = data.data_ptr() + index * data.stride(0) + node[which] * data.stride(1)
-                known = np.append(known, which)
-                judged = native.bounds(
-                    query, boxes[known], at[known], leaf[known], SLACK, floor, torch.get_num_threads()
-                )
-                score[:, todo[known]], reach[todo[known]] = judged
-                known = known[:0]
-        return score, reach
-
-    def boxes(self, page: np.ndarray, node: np.ndarray) -> torch.Tensor:
-        """Of these nodes, (m, Hkv, 2, D) float32."""
-        boxes = self.tail.new_empty(len(page), *self.tail.shape[1:])
-        grows = page == self.full
-        boxes[torch.from_numpy(grows)] = self.tail[torch.from_numpy(node[grows])]
-        for mask, source in ((~grows & (node == 0), None), (~grows & (node > 0), self.pages)):
-            if mask.any():
-                at = torch.from_numpy(page[mask])
-                codes = self.tops.view()[at] if source is None else source.take(page[mask], node[mask])
-                boxes[torch.from_numpy(mask)] = codes.float().mul_(self.scales.view()[at])  # a mixed product: 4x slower
+    def boxes(self, nodes: np.ndarray) -> torch.Tensor:
+        """Boxes of these nodes, (m, Hkv, 2, D) float32."""
+        boxes = self.tail.new_empty(len(nodes), *self.shape[1:])
+        for index, data, places in self._locate(nodes):
+            boxes[torch.from_numpy(index)] = self._decode(data, places, nodes[index] // NODES)
         return boxes
 
-    def _no_keys(self) -> torch.Tensor:
-        with torch.inference_mode(False):  # or it could not be written to outside of it
-            return EMPTY.expand(self.shape).clone()
+    def _locate(self, nodes: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor, np.ndarray]]:
+        """Where the boxes are stored: (indices into nodes, data (x, Hkv, 2, D), their places in data)."""
+        page, node = np.divmod(nodes, NODES)
+        growing, root = page == self.full, node == 0
+        if len(index := np.flatnonzero(growing)):
+            yield index, self.tail, node[index]
+        if len(index := np.flatnonzero(root & ~growing)):
+            yield index, self.roots.data, page[index]
+        if len(inner := np.flatnonzero(~(root | growing))):
+            for index, data, place in self.pages.batches(page[inner]):
+                index = inner[index]
+                yield index, data.flatten(0, 1), place * NODES + node[index]
+
+    def _decode(self, data: torch.Tensor, places: np.ndarray, page: np.ndarray) -> torch.Tensor:
+        """Boxes at these places of `data`, of these pages, as float32 (m, Hkv, 2, D)."""
+        boxes = data[torch.from_numpy(places)]
+        if data is self.tail:
+            return boxes
+        return boxes.float().mul_(self.scales.view()[torch.from_numpy(page)])  # a mixed product is four times slower
 
     def _store(self, boxes: torch.Tensor) -> None:
-        """Full pages (p, NODES, Hkv, 2, D) float32."""
+        """Add full pages (p, NODES, Hkv, 2, D) float32."""
         codes, scales = encode(boxes)
         self.pages.append(codes)
-        self.tops.append(codes[:, 0])
+        self.roots.append(codes[:, 0])
         self.scales.append(scales)
-        self.full += len(codes)
 
     def truncate(self, n: int) -> None:
-        """Forget all tokens from n on. Boxes of a chunk that n cuts through stay as wide as they were: still bounds."""
+        """Forget all tokens from n on. Boxes of a chunk that n cuts through keep their width: they are still bounds."""
         full = n // PAGE
         if full < self.full:
-            codes = self.pages.take(np.full(NODES, full), np.arange(NODES))
-            self.tail[:] = codes * self.scales.view()[full]
-            self.pages.truncate(full)
-            self.tops.truncate(full)
-            self.scales.truncate(full)
-        self.n, self.full = n, full
-        self.tail[LEAVES + -(-(n - full * PAGE) // LEAF) :] = EMPTY
-        _raise(self.tail[None])
+            self.tail[:] = self.boxes(full * NODES + np.arange(NODES))
+            for part in (self.pages, self.roots, self.scales):
+                part.truncate(full)
+        self.n = n
+        self.tail[LEAVES + -(-(n % PAGE) // LEAF) :] = EMPTY
+        _fill_parents(self.tail[None])
         pages = -(-n // PAGE)
-        self.cut, self.cold = self.cut[:pages].copy(), self.cold[:pages].copy()
+        self.cut, self.idle = self.cut[:pages].copy(), self.idle[:pages].copy()
         if n % PAGE:
-            self.cut[-1], self.cold[-1] = np.arange(NODES) == 0, 0
+            self.cut[-1], self.idle[-1] = np.arange(NODES) == 0, 0
 
     @property
     def nbytes(self) -> int:
-        """In memory."""
-        held = self.tops.view().nbytes + self.scales.view().nbytes + self.tail.nbytes
-        return held + self.pages.nbytes + self.cut.nbytes + self.cold.nbytes
+        """Bytes in memory."""
+        parts = self.roots.view(), self.scales.view(), self.tail, self.pages, self.cut, self.idle
+        return sum(part.nbytes for part in parts)
 
 
-def _judge(boxes: torch.Tensor, leaf: np.ndarray, query: torch.Tensor) -> torch.Tensor:
-    """Bounds of boxes, and estimates of the smallest chunks': (Hkv, m, G)."""
+def _judge(
+    boxes: torch.Tensor, leaf: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`native.bounds` in torch: the maximum over each group, (Hkv, m), and which boxes reach the floor, (m,)."""
     score, leaf = query.new_empty(len(query), len(boxes), query.shape[1]), torch.from_numpy(leaf)
     score[:, ~leaf], score[:, leaf] = bounds(boxes[~leaf], query), bounds(boxes[leaf], query, SLACK)
-    return score
+    reach = torch.ones_like(leaf) if floor is None else (score >= floor[:, None]).any(2).any(0)
+    return score.amax(2).numpy(), reach.numpy()
 
 
-def _reach(score: torch.Tensor, floor: torch.Tensor) -> np.ndarray:
-    """Which nodes' scores (Hkv, m, G) reach the floor (Hkv, G) for some query head."""
-    return (score >= floor[:, None]).any(2).any(0).numpy()
+def _fill_parents(boxes: torch.Tensor) -> None:
+    """Compute the parents' boxes of pages (p, NODES, Hkv, 2, D) from the leaves', in place."""
+    for parents, children in UPWARDS:
+        groups = boxes[:, children].unflatten(1, (-1, FAN))
+        boxes[:, parents, :, 0] = groups[..., 0, :].amax(2)
+        boxes[:, parents, :, 1] = groups[..., 1, :].amin(2)
 
 
-def _raise(boxes: torch.Tensor) -> torch.Tensor:
-    """Fill in the parents' boxes of pages (p, NODES, Hkv, 2, D) from the leaves', in place."""
-    for whole, parts in UPWARDS:
-        groups = boxes[:, parts].unflatten(1, (-1, FAN))
-        boxes[:, whole, :, 0] = groups[..., 0, :].amax(2)
-        boxes[:, whole, :, 1] = groups[..., 1, :].amin(2)
-    return boxes
+def first_token(nodes: np.ndarray) -> np.ndarray:
+    """First token of each node (m,)."""
+    page, node = np.divmod(nodes, NODES)
+    return page * PAGE + START[node]
 
 
-def _parts(node: np.ndarray) -> np.ndarray:
+def overlapping(nodes: np.ndarray, first: int, last: int) -> np.ndarray:
+    """The nodes that contain one of the tokens first..last-1."""
+    start = first_token(nodes)
+    return nodes[(start < last) & (start + SIZE[nodes % NODES] > first)]
+
+
+def _children(nodes: np.ndarray) -> np.ndarray:
     """(m,) -> (m, FAN)."""
-    return FAN * node[:, None] + np.arange(1, FAN + 1)
-
-
-def _overlapping(page: np.ndarray, node: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the nodes that hold one of the tokens first..last-1."""
-    start = page * PAGE + START[node]
-    inside = (start < last) & (start + SIZE[node] > first)
-    return page[inside], node[inside]
+    page, node = np.divmod(nodes, NODES)
+    return (page * NODES + FAN * node)[:, None] + np.arange(1, FAN + 1)

@@ -66,8 +66,12 @@ class BlockFile:
         self.sums = Checksums() if checksums else None
         self.stuck, self.size = False, 0
         self.engine = open_engine(engine, threads) if isinstance(engine, str) else engine
-        self.fd, self.direct = self._open(direct)
         self._lock = threading.Lock()
+        try:
+            self.fd, self.direct = self._open(direct)
+        except BaseException:
+            self.engine.close()
+            raise
 
     def _open(self, direct: bool) -> tuple[int, bool]:
         return _open_private(self.folder, direct)

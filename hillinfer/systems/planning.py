@@ -14,6 +14,17 @@ from hillinfer.systems.shapes import shape_of
 from hillinfer.tiers.geometry import Geometry
 
 
+def context_window(config: PretrainedConfig) -> int | None:
+    """The model's context window in tokens; None if its config sets no limit."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def check_window(config: PretrainedConfig, tokens: int, fix: str) -> None:
+    """Raise UsageError if `tokens`, prompt and answer together, exceed the context window; `fix` names the remedy."""
+    if (window := context_window(config)) and tokens > window:
+        raise UsageError(f"{tokens:,} tokens exceed the model's window of {window:,}: {fix}")
+
+
 def plan(
     config: PretrainedConfig, settings: Settings, tokens: int, dtype: torch.dtype, chunk: int | None = None
 ) -> int:

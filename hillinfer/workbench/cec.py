@@ -1,4 +1,4 @@
-"""The evaluation kernel's configurations as a table and a figure."""
+"""Configurations of the drive's evaluation kernel (HillInfer's CEC), as a table and a figure."""
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -9,7 +9,7 @@ from hillinfer.workbench.palette import COLOURS
 
 
 def cec_frame(clock: float = CLOCK) -> pd.DataFrame:
-    """One row a configuration: cycles simulated, area synthesised, rates modelled at this clock (Hz, assumed)."""
+    """One row per configuration: simulated cycles, synthesised area, modelled rates at `clock` (Hz, assumed)."""
     return pd.DataFrame(
         [
             {
@@ -26,25 +26,25 @@ def cec_frame(clock: float = CLOCK) -> pd.DataFrame:
 
 
 def pareto_figure(memory: str = "DDR4 measured", clock: float = CLOCK) -> go.Figure:
-    """Rate against the largest share of the device; a line joins those that no other beats in both, by precision."""
+    """Rate against area, the largest share of any device resource, with a Pareto front for each precision."""
     figure = go.Figure()
     for bits, colour in ((8, COLOURS["link"]), (4, COLOURS["choose"])):
-        own = sorted((c for c in configurations() if c.bits == bits), key=lambda c: c.share())
-        rates = [c.tokens_per_second(MEMORIES[memory], clock) / 1e6 for c in own]
+        kernels = sorted((c for c in configurations() if c.bits == bits), key=lambda c: c.share())
+        rates = [c.tokens_per_second(MEMORIES[memory], clock) / 1e6 for c in kernels]
         best = [i for i, rate in enumerate(rates) if rate > max(rates[:i], default=0)]
-        shares = [100 * c.share() for c in own]
-        names = [f"{c.name}<br>recall {c.recall['0.1']:.3f}" for c in own]
+        shares = [100 * c.share() for c in kernels]
+        names = [f"{c.name}<br>recall {c.recall['0.1']:.3f}" for c in kernels]
         figure.add_scatter(x=shares, y=rates, mode="markers", name=f"INT{bits}", text=names, hoverinfo="text+x+y")
         figure.data[-1].marker = dict(color=colour, size=10)
         figure.add_scatter(
             x=[shares[i] for i in best],
             y=[rates[i] for i in best],
             mode="lines",
-            name=f"INT{bits} best",
+            name=f"INT{bits} Pareto front",
             line=dict(shape="hv", color=colour),
         )
-    title = f"Evaluation kernel, keys from {memory}, {clock / 1e6:.0f} MHz assumed (rates modelled)"
+    title = f"Evaluation kernel, keys from {memory}, {clock / 1e6:.0f} MHz assumed (modelled rates)"
     figure.update_layout(**LAYOUT, title=title)
-    figure.update_xaxes(title="largest share of the xcku15p's resources, %")
-    figure.update_yaxes(title="Mtoken/s of one KV head")
+    figure.update_xaxes(title="highest utilisation of any xcku15p resource, %")
+    figure.update_yaxes(title="Mtoken/s per KV head")
     return figure

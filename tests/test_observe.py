@@ -55,7 +55,7 @@ def test_weights_and_blocks_are_those_of_plain_attention():
     for head in range(4):
         logits = keys[:, head // 2] @ query[head] * 0.25
         want[head] = logits.masked_fill(~visible, -torch.inf).softmax(0)
-    got = attention_weights(query, keys, 0.25, visible, np.arange(n))
+    got = attention_weights(query, keys, 0.25, visible)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
     record = AttentionRecord(blocks=8)
     assert record.should_observe(0, 3)

@@ -245,7 +245,7 @@ def test_one_run_at_a_time_and_showing_again_ends_it(workbench, embedded, tmp_pa
     workbench.run_button.click()
     first = workbench.runs[0]
     workbench.run_button.click()
-    assert "under way" in workbench.message.value and workbench.runs == [first]
+    assert "in progress" in workbench.message.value and workbench.runs == [first]
     other = Workbench(*embedded, drive=tmp_path)
     other.show()
     assert first.phase == "stopped" and ours() == []

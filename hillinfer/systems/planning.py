@@ -41,9 +41,7 @@ def plan(
     run.check(tokens)
     need = run.layers * tokens * run.geometry.record_bytes
     if settings.drive is not None and (free := shutil.disk_usage(settings.drive).free) < need:
-        raise UsageError(
-            f"{need:,} bytes of KV do not fit in {settings.drive}, which has {free:,} free; name another folder"
-        )
+        raise UsageError(f"{need:,} bytes of KV do not fit in {settings.drive}, {free:,} free; name another folder")
     shape = shape_of(text, dtype.itemsize)
     tied = shape.head_weights * shape.width if getattr(text, "tie_word_embeddings", False) else 0
     refuse(needs(run, shape, tokens, chunk, shape.weight_bytes - tied), FIX)

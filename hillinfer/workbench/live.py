@@ -1,4 +1,4 @@
-"""A run in a background thread. It can be observed while it runs and stopped within one token. Independent of widgets."""
+"""A run in a background thread, which can be observed live and stopped within one token. Independent of widgets."""
 
 import threading
 import time

@@ -29,7 +29,7 @@ class AttentionSnapshot:
 
 
 class AttentionRecord:
-    """`AttentionSnapshot`s of the latest steps, by step and layer, in at most 64 MiB. Assign it to `cache.run.observer`.
+    """`AttentionSnapshot`s of the latest steps, by step and layer, in at most 64 MiB. Set `cache.run.observer` to it.
 
     blocks  maximum number of blocks that positions are aggregated to
     exact   weigh all cached tokens. This reads all KV at every step, so it is meant for analysis

@@ -22,7 +22,7 @@ import torch
 
 from hillinfer.assets import load_embedded
 from hillinfer.errors import UsageError
-from hillinfer.longbench.runner import feed, own_prompt
+from hillinfer.longbench.runner import feed, synthetic_prompt
 from hillinfer.longbench.synthetic import make_records
 from hillinfer.session import open_session, save_session
 from hillinfer.systems.registry import make_cache
@@ -40,7 +40,7 @@ class Bench:
         self.drive.mkdir()
         self.ids, self.question, self.want = {}, [5, 6, 7], {}
         for name, seed in (("a", 1), ("b", 2)):
-            self.ids[name] = own_prompt(tokenizer, make_records("lines", 1024, 1, seed)[0])[1].ids[:TOKENS]
+            self.ids[name] = synthetic_prompt(tokenizer, make_records("lines", 1024, 1, seed)[0])[1].ids[:TOKENS]
             with torch.no_grad(), make_cache(self.model, "hillinfer", **self.options) as cache:
                 feed(self.model, cache, self.ids[name])
                 save_session(cache, folder / f"{name}.kv", self.model, self.ids[name])

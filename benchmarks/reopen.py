@@ -11,7 +11,7 @@ import torch
 
 from hillinfer.assets import load_embedded
 from hillinfer.longbench.comparison import demo_records
-from hillinfer.longbench.runner import feed, own_prompt
+from hillinfer.longbench.runner import feed, synthetic_prompt
 from hillinfer.session import open_session, save_session
 from hillinfer.systems.registry import list_systems, make_cache
 
@@ -24,7 +24,7 @@ def measure(systems: tuple[str, ...], tokens: int = TOKENS, rounds: int = ROUNDS
     """
     torch.set_num_threads(os.cpu_count() or 1)
     model, tokenizer = load_embedded()
-    ids = own_prompt(tokenizer, demo_records({"lines_8k": 1})[0])[1].ids[:tokens]
+    ids = synthetic_prompt(tokenizer, demo_records({"lines_8k": 1})[0])[1].ids[:tokens]
     out = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for system in systems:

@@ -20,7 +20,7 @@ from hillinfer.config import Settings
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.runner import answer as answer_to
-from hillinfer.longbench.runner import is_right, own_prompt, prefill
+from hillinfer.longbench.runner import is_right, prefill, synthetic_prompt
 from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.seam import disable, enable
 
@@ -61,7 +61,7 @@ def ask_all(model, tokenizer, records: list[dict], ways: dict):
     """(record, answers by way) for each record; records that share a document share its prefill."""
     context = None
     for record in records:
-        task, prompt = own_prompt(tokenizer, record)
+        task, prompt = synthetic_prompt(tokenizer, record)
         if record["context"] != context:
             context, source = record["context"], prefill(model, prompt)
         answers = {}

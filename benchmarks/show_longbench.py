@@ -120,21 +120,23 @@ def real_rows(folder: Path) -> list[Claim]:
 
 
 def saving() -> Claim:
-    """One prefill for all ways of a sample against a prefill for each, decoding and all, on the embedded model."""
-    ways = tuple(sweep.ways_of(list_systems(), [float(word) for word in ALPHAS.split(",")], {}))
+    """One prefill for all variants of a sample against a prefill for each, decoding and all, on the embedded model."""
+    variants = tuple(sweep.variants_of(list_systems(), [float(word) for word in ALPHAS.split(",")], {}))
     ratios, different = {}, 0
     for name in ("lines_2k", "lines_4k"):
         task, times, answers = find_task(name), [], []
         for share in (True, False):
-            asking = sweep.Asking(share_prefill=share)
-            job = sweep.Job("embedded", model_path("embedded"), task, sources.load(task)[0][0], ways, asking)
-            load_model(job.path, asking.dtype, asking.threads, asking.seed)  # not in the time
+            settings = sweep.EvalSettings(share_prefill=share)
+            job = sweep.Job("embedded", model_path("embedded"), task, sources.load(task)[0][0], variants, settings)
+            load_model(job.path, settings.dtype, settings.threads, settings.seed)  # not in the time
             rows = sweep.run_job(job)
             times.append(sum(row["seconds"] for row in rows))
             answers.append([row["pred"] for row in rows])
         different += sum(a != b for a, b in zip(*answers, strict=True))
         ratios[name] = times[1] / times[0]
-    text = f"a sample in {len(ways)} ways of {len(list_systems())} systems, time with a prefill each over time with one"
+    text = (
+        f"one sample, {len(variants)} variants of {len(list_systems())} systems: time with separate over shared prefill"
+    )
     figure = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in ratios.items()) + f"; answers that differ: {different}"
     return Claim(text, figure, "above 3x, 0 differ", min(ratios.values()) > 3 and not different).show()
 

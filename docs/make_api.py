@@ -9,7 +9,7 @@ import hillinfer
 
 OTHER = {  # module: its names that notebooks and how-to pages use
     "hillinfer.timeline": ["Timeline", "Counters", "Hits", "Span"],
-    "hillinfer.workbench.observe": ["AttentionRecord", "Seen"],
+    "hillinfer.workbench.observe": ["AttentionRecord", "AttentionSnapshot"],
     "hillinfer.systems.hillinfer.profile": ["Profile", "Rate"],
     "hillinfer.whatif.devices": ["find_profile", "list_profiles"],
     "hillinfer.whatif.scenario": ["Scenario"],

@@ -184,7 +184,7 @@ class Layer:
     def _watch(self, query: torch.Tensor, picks: list, valid: torch.Tensor | None, scaling: float):
         """What shows the attended records to the observer and the policy; None if neither asks for them."""
         observer, step = self.run.observer, self.track.timeline.step
-        observed = observer is not None and observer.wants(self.index, step)
+        observed = observer is not None and observer.should_observe(self.index, step)
         if not (observed or self.policy.watches):
             return None
 
@@ -193,7 +193,7 @@ class Layer:
                 with self.track.span("cpu", "observe"):
                     visible, every_key = None if valid is None else valid[0], lambda: self.store.all()[0][0, :, 0]
                     own = query[0, :, 0], kv[0, :, 0], picks[0], self.n, scaling, visible, every_key
-                    observer.take(self.index, step, *own)
+                    observer.observe(self.index, step, *own)
             if self.policy.watches:
                 weights = (
                     attention.logits(query, kv[:, :, 0], shown, scaling).softmax(-1).flatten(1, 2).numpy(force=True)

@@ -58,10 +58,10 @@ workbench.system.value = "full"
 print("answer:", workbench.run(beside=True))
 
 # %%
-from hillinfer.workbench.differences import compared
+from hillinfer.workbench.differences import compare_figures
 
 first, second = workbench.runs
-for name, one, other, form in compared(first, second):
+for name, one, other, form in compare_figures(first, second):
     print(f"{name:40} {one:{form}}".ljust(56), f"{other:{form}}".rjust(12))
 
 # %% [markdown]

@@ -57,7 +57,7 @@ sparsity_figure(record, f"{task}, {tokens} tokens: tokens that hold 90 % of the 
 import numpy as np
 import pandas as pd
 
-caught = np.array([[layers[layer].caught for layer in sorted(layers)] for layers in record.steps.values()])
+caught = np.array([[layers[layer].recall for layer in sorted(layers)] for layers in record.steps.values()])
 pd.DataFrame(
     {
         "mean of heads": caught.mean((0, 2)),

@@ -39,7 +39,7 @@ def run(**options) -> LiveRun:
 
 
 first = run()
-print(f"{first.answer!r}, {'right' if first.right else 'wrong'}; {first.why}")
+print(f"{first.answer!r}, {'right' if first.right else 'wrong'}; {first.split_reason}")
 
 # %% [markdown]
 # ## Step by step

@@ -60,15 +60,15 @@ def done(place, common):
 @pytest.mark.parametrize("system", list(list_systems()))
 def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system):
     """A system that looks at the prefill must say so (`Policy.watches`), and is then shown the shared one."""
-    ways = sweep.ways_of([system], [0.1, 0.4], {})
+    variants = sweep.variants_of([system], [0.1, 0.4], {})
     task = find_task("needle_1k")
     record = report_record(task)
     answers = {}
     for share in (True, False):
-        asking = sweep.Asking(share_prefill=share, max_length=600)
-        job = sweep.Job("m", model_path(str(place / "model")), task, record, tuple(ways), asking, str(place))
+        settings = sweep.EvalSettings(share_prefill=share, max_length=600)
+        job = sweep.Job("m", model_path(str(place / "model")), task, record, tuple(variants), settings, str(place))
         results = sweep.run_job(job)
-        assert {row["shared"] for row in results} == {share and len(ways) > 1}
+        assert {row["shared"] for row in results} == {share and len(variants) > 1}
         answers[share] = [  # what streams everything may take it from where there is room at the time
             (row["system"], row["alpha"], row["pred"], row["attended"], row["rates"] if row["alpha"] else None)
             for row in results
@@ -79,14 +79,14 @@ def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system)
 
 
 def test_a_shared_prefill_in_chunks_is_shown_to_those_that_look(place):
-    ways, task = sweep.ways_of(["h2o", "snapkv", "infinigen"], [0.1, 0.4], {})[1:], find_task("needle_1k")
+    variants, task = sweep.variants_of(["h2o", "snapkv", "infinigen"], [0.1, 0.4], {})[1:], find_task("needle_1k")
     answers = []
     for share in (True, False):
-        asking = sweep.Asking(share_prefill=share, max_length=600, prefill_chunk=200)
-        job = sweep.Job("m", model_path(str(place / "model")), task, report_record(task), tuple(ways), asking)
+        settings = sweep.EvalSettings(share_prefill=share, max_length=600, prefill_chunk=200)
+        job = sweep.Job("m", model_path(str(place / "model")), task, report_record(task), tuple(variants), settings)
         results = sweep.run_job(job)
         answers.append([(row["pred"], row["attended"]) for row in results])
-        assert sum(row["paid_ms"] > 0 for row in results) == (1 if share else len(ways))
+        assert sum(row["paid_ms"] > 0 for row in results) == (1 if share else len(variants))
     assert answers[0] == answers[1]
 
 
@@ -114,7 +114,7 @@ def test_every_task_runs_to_the_end(place, tmp_path):
     table = pd.read_csv(tmp_path / "scores.csv")
     assert table.bucket.dropna().isin(["0-4k", "4-8k", "8k+"]).all() and len(table.bucket.dropna()) == 1
     text = (tmp_path / "report.md").read_text()
-    assert "Subset, no LongBench scores" in text and "lcc 1 of 500, lcc_e 1 of 300" in text
+    assert "Subset, not comparable with LongBench scores" in text and "lcc 1 of 500, lcc_e 1 of 300" in text
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -16,7 +16,7 @@ from hillinfer.longbench import sources
 from hillinfer.longbench.prompts import build, official_max_length
 from hillinfer.longbench.sources import load, load_all
 from hillinfer.longbench.synthetic import load_records, prompt_of
-from hillinfer.longbench.tasks import ENGLISH, find_task, find_tasks, longbench, own
+from hillinfer.longbench.tasks import ENGLISH, bundled, find_task, find_tasks, longbench
 from tests.longbench_rows import rows, write_rows
 
 pytest.importorskip("datasets", reason="pip install 'hillinfer[longbench]'")
@@ -43,7 +43,7 @@ def official(tokenizer, text: str, max_length: int) -> list[int]:
 
 def test_groups():
     assert len(V1) == 21 and len(find_tasks(["longbench-e"])) == 13 and len(find_tasks(["longbench-en"])) == 16
-    assert [task.name for task in find_tasks(["own", "lines_1k"])] == list(own())
+    assert [task.name for task in find_tasks(["own", "lines_1k"])] == list(bundled())
     assert {name for name in V1 if not longbench()[name].chat} == set(
         "trec triviaqa samsum lsht lcc repobench-p".split()
     )
@@ -110,12 +110,12 @@ def test_limits_by_window():
 
 
 def test_own_tasks_are_asked_as_before(tokenizer):
-    for task in own().values():
+    for task in bundled().values():
         record = load(task)[0][0]
         prompt = build(task, record, tokenizer, 1 << 20, chat=False)
         assert prompt.ids == tokenizer(prompt_of(record)).input_ids
         assert tokenizer.decode(prompt.ids[: prompt.document]).endswith(record["context"])
-        assert load(task)[1].kind == "bundled" and "no LongBench score" in str(load(task)[1])
+        assert load(task)[1].kind == "bundled" and "not a LongBench score" in str(load(task)[1])
 
 
 def test_rows_come_from_a_folder_and_then_from_a_zip(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_the_hub_is_asked_for_the_official_zip(tmp_path, monkeypatch):
         return str(archive)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(sources, "hub_answers", lambda: True)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
     records, source = load(longbench()["trec"], revision="abc")
     assert (asked["repository"], asked["name"], asked["repo_type"]) == ("zai-org/LongBench", "data.zip", "dataset")
     assert len(records) == 1 and source.kind == "hub" and "abc" in source.path

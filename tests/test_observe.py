@@ -39,11 +39,11 @@ def test_watching_changes_nothing_and_adds_up(models, prompt, tmp_path, system, 
             assert len(part.chosen) == part.mass.shape[1] <= 16 and part.block * len(part.chosen) >= part.n
             np.testing.assert_allclose(part.mass.sum(1, dtype=float), 1, atol=5e-3)
             assert ((part.needed >= 1) & (part.needed <= row.cached)).all()
-            assert (part.caught is not None) == exact
+            assert (part.recall is not None) == exact
             if exact and system == "full":
-                np.testing.assert_allclose(part.caught, 1, atol=1e-5)
+                np.testing.assert_allclose(part.recall, 1, atol=1e-5)
             elif exact:
-                assert (part.caught < 1).all() and (part.caught > 0).all()
+                assert (part.recall < 1).all() and (part.recall > 0).all()
 
 
 def test_weights_and_blocks_are_those_of_plain_attention():
@@ -55,11 +55,11 @@ def test_weights_and_blocks_are_those_of_plain_attention():
     for head in range(4):
         logits = keys[:, head // 2] @ query[head] * 0.25
         want[head] = logits.masked_fill(~visible, -torch.inf).softmax(0)
-    got = attention_weights(query, keys, 0.25, visible, np.arange(n))
+    got = attention_weights(query, keys, 0.25, visible)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
     record = AttentionRecord(blocks=8)
-    assert record.wants(0, 3)
-    record.take(0, 3, query, keys, None, n, 0.25, visible, lambda: keys)
+    assert record.should_observe(0, 3)
+    record.observe(0, 3, query, keys, None, n, 0.25, visible, lambda: keys)
     part = record.steps[3][0]
     blocks = [want[:, i : i + 8].sum(1) for i in range(0, n, 8)]
     np.testing.assert_allclose(part.mass, torch.stack(blocks, 1), atol=1e-3)
@@ -74,14 +74,14 @@ def test_blocks_are_few_and_stay_while_a_text_grows():
 def test_a_budget_leaves_steps_out_and_counts_them(models, prompt, tmp_path, monkeypatch):
     record = AttentionRecord(budget=0.0)
     generate(models("llama"), prompt, record, "full", {}, tmp_path)
-    assert len(record.steps) == 1 and record.left_out == 7 - len(record.steps)  # of 8 tokens the first is prefill's
+    assert len(record.steps) == 1 and record.skipped == 7 - len(record.steps)  # of 8 tokens the first is prefill's
     monkeypatch.setattr(observe, "KEEP", 3000)
     short = AttentionRecord()
     generate(models("llama"), prompt, short, "full", {}, tmp_path)
-    assert 0 < len(short.steps) < 7 and len(short.steps) + short.left_out == 7
+    assert 0 < len(short.steps) < 7 and len(short.steps) + short.skipped == 7
     assert max(short.steps) == max(range(1, 8))  # the newest are kept
-    step, layers = short.at()
-    assert step == 7 and set(layers) == {0, 1, 2} and short.at(0)[0] == min(short.steps)
+    step, layers = short.snapshots_at()
+    assert step == 7 and set(layers) == {0, 1, 2} and short.snapshots_at(0)[0] == min(short.steps)
 
 
 def test_a_look_costs_what_its_step_took_longer(monkeypatch):
@@ -90,8 +90,8 @@ def test_a_look_costs_what_its_step_took_longer(monkeypatch):
     monkeypatch.setattr(observe, "time", SimpleNamespace(perf_counter_ns=lambda: now[0]))
     record, looks = AttentionRecord(budget=0.1), 0
     for step in range(1000):
-        on = record.wants(0, step)
-        assert record.wants(0, step) == on  # it is asked more than once
+        on = record.should_observe(0, step)
+        assert record.should_observe(0, step) == on  # it is asked more than once
         looks, record._took = looks + on, record._took + on  # 1 in `take`, 10 in all
         now[0] += 20 if on else 10
-    assert looks + record.left_out == 1000 and looks * 10 / now[0] == pytest.approx(0.1, abs=0.01)
+    assert looks + record.skipped == 1000 and looks * 10 / now[0] == pytest.approx(0.1, abs=0.01)

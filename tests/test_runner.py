@@ -7,7 +7,7 @@ from hillinfer import Settings, disable, enable, make_cache
 from hillinfer.assets import load_embedded
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.comparison import demo_records
-from hillinfer.longbench.runner import ask, ask_each, feed, is_right, own_prompt
+from hillinfer.longbench.runner import ask, ask_each, feed, is_right, synthetic_prompt
 from hillinfer.longbench.synthetic import prompt_of
 
 
@@ -26,7 +26,7 @@ def record():
 
 def test_a_split_prompt_is_the_prompt(embedded, record):
     tokenizer = embedded[1]
-    prompt = own_prompt(tokenizer, record)[1]
+    prompt = synthetic_prompt(tokenizer, record)[1]
     assert tokenizer.decode(prompt.ids, skip_special_tokens=True) == prompt_of(record)
     assert tokenizer.decode(prompt.ids[: prompt.document]).endswith(record["context"])
     assert prompt.document > 1000 and len(prompt.ids) - prompt.document < 40 and not prompt.truncated

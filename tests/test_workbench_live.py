@@ -13,7 +13,7 @@ from hillinfer.assets import load_embedded
 from hillinfer.longbench.runner import ask, feed
 from hillinfer.seam import enable
 from hillinfer.systems.registry import make_cache
-from hillinfer.workbench.differences import compared, differences, first_difference
+from hillinfer.workbench.differences import compare_figures, differences, first_difference
 from hillinfer.workbench.live import Case, LiveRun
 from hillinfer.workbench.observe import AttentionRecord
 
@@ -108,10 +108,10 @@ def test_what_cannot_run_is_refused_before_it_starts(embedded, case):
 
 
 def test_differences_are_those_of_the_figures(ended):
-    rows = {name: (one, other) for name, one, other, _ in compared(ended, ended)}
+    rows = {name: (one, other) for name, one, other, _ in compare_figures(ended, ended)}
     assert rows["decode steps"] == (ended.figures["steps"],) * 2
     assert sum(rows[f"served by {tier}"][0] for tier in ("device", "host", "drive")) == pytest.approx(1)
-    assert "equal, token for token" in differences(ended, ended)
+    assert "identical, token for token" in differences(ended, ended)
     assert first_difference(ended, ended).endswith("token for token")
 
 
@@ -169,11 +169,11 @@ def test_rows_arrive_whole_and_once(board_of, ended, monkeypatch):
     sent = len(board.sent)
     board.flush()
     assert len(board.sent) == sent  # nothing new
-    board._asked(None, {"kind": "have", "run": board._run, "have": {"spans": 50, "hits": 0, "tokens": 2}}, [])
+    board._on_message(None, {"kind": "have", "run": board._run, "have": {"spans": 50, "hits": 0, "tokens": 2}}, [])
     assert board.sent[sent][0]["from"] == {"spans": 50, "hits": 0, "tokens": 2}
     assert len(columns(board.sent[sent:])[0]) == len(spans) - 50
     sent = len(board.sent)
-    board._asked(None, {"kind": "have", "run": None, "have": {"spans": 0, "hits": 0, "tokens": 0}}, [])
+    board._on_message(None, {"kind": "have", "run": None, "have": {"spans": 0, "hits": 0, "tokens": 0}}, [])
     assert len(columns(board.sent[sent:])[0]) == len(spans)  # a page that was loaded anew
 
 
@@ -190,7 +190,7 @@ def test_the_cursor_is_answered_with_that_head(board_of, ended):
 
 def test_exports(board_of, ended):
     board = board_of(ended)
-    board._asked(None, {"kind": "export", "what": "trace"}, [])
+    board._on_message(None, {"kind": "export", "what": "trace"}, [])
     content, [data] = board.sent[-1]
     events = json.loads(gzip.decompress(data))["traceEvents"]
     assert content["kind"] == "file" and sum(event["ph"] == "X" for event in events) == len(ended.timeline.spans)
@@ -245,7 +245,7 @@ def test_one_run_at_a_time_and_showing_again_ends_it(workbench, embedded, tmp_pa
     workbench.run_button.click()
     first = workbench.runs[0]
     workbench.run_button.click()
-    assert "under way" in workbench.message.value and workbench.runs == [first]
+    assert "in progress" in workbench.message.value and workbench.runs == [first]
     other = Workbench(*embedded, drive=tmp_path)
     other.show()
     assert first.phase == "stopped" and ours() == []

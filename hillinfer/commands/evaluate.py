@@ -58,17 +58,17 @@ def evaluate(
     from hillinfer.systems.registry import list_systems
     from hillinfer.workbench.evaluation import write_page
 
-    ways = sweep.ways_of(list_systems() if systems == "all" else split_list(systems), alphas, options)
+    variants = sweep.variants_of(list_systems() if systems == "all" else split_list(systems), alphas, options)
     loaded = sources.load_all(split_list(tasks), data or [], revision)
     metrics.check_libraries([task for task, _, _ in loaded])
-    asking = sweep.Asking(
+    settings = sweep.EvalSettings(
         max_length, chat, question, dtype, prefill_chunk, threads, seed, share_prefill, tuple(options.items())
     )
     models = {name: describe(name, chat) for name in split_list(model)}
     drawn = [(task, sweep.sample(records, samples, seed)) for task, records, _ in loaded]
     place = drive or (None if cluster else folder)  # the machines of a cluster may not have this folder
     jobs = [  # one sample of each task, then the next: an early estimate of the time, and a balanced half when stopped
-        sweep.Job(name, model_path(name), task, records[i], tuple(ways), asking, place and str(place.resolve()))
+        sweep.Job(name, model_path(name), task, records[i], tuple(variants), settings, place and str(place.resolve()))
         for name in models
         for i in range(max(len(records) for _, records in drawn))
         for task, records in drawn
@@ -76,9 +76,9 @@ def evaluate(
     ]
     hardware = machine().partition(", torch")[0]  # the manifest has the versions elsewhere
     with Results(folder) as results:
-        results.begin(asking.identity(), models, [source for _, _, source in loaded], sys.argv, hardware)
+        results.begin(settings.identity(), models, [source for _, _, source in loaded], sys.argv, hardware)
         left = sweep.plan(jobs, results.done())
-        missing, total = sum(len(job.ways) for job in left), len(jobs) * len(ways)
+        missing, total = sum(len(job.variants) for job in left), len(jobs) * len(variants)
         with progress() as bars:
             bar = bars.add_task("answers", total=total, completed=total - missing)
             for answers in sweep.run_all(left, workers, cluster):

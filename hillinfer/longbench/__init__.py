@@ -1,1 +1,1 @@
-"""Questions about long documents: tasks, prompts, the runner."""
+"""Long-context evaluation: tasks, prompts, metrics, and the runner behind `hillinfer eval`."""

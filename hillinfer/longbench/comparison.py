@@ -1,4 +1,4 @@
-"""The same long-context questions answered by several systems, side by side."""
+"""Compare systems side by side on the same long-context questions."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hillinfer.assets import data_folder
 from hillinfer.cache import TieredCache
-from hillinfer.longbench.runner import Answer, ask, is_right, own_prompt
+from hillinfer.longbench.runner import Answer, ask, is_right, synthetic_prompt
 from hillinfer.longbench.synthetic import load_records, partial_key_floor
 from hillinfer.seam import disable, enable
 from hillinfer.systems.planning import plan
@@ -20,12 +20,12 @@ QUESTIONS = {"lines_2k": 12, "needle_2k": 8, "lines_4k": 4}  # task file: number
 
 @dataclass
 class Result:
-    """One system's answers; `right` is parallel to them."""
+    """One system's answers. `right[i]` says whether `answers[i]` is correct."""
 
     system: str
     answers: list[Answer] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
-    cache: TieredCache | None = None  # of the last question; closed, but with its timeline and counters
+    cache: TieredCache | None = None  # cache of the last question: closed, with its timeline and counters
 
     @property
     def accuracy(self) -> float:
@@ -38,7 +38,7 @@ class Result:
         return statistics.median(getattr(answer, name) for answer in self.answers)
 
     def rate(self, tier: str) -> float:
-        """Mean share of the attended tokens that this tier served."""
+        """Mean share of the attended tokens served by this tier."""
         return statistics.fmean(answer.rates[tier] for answer in self.answers)
 
     def memory(self) -> int:
@@ -47,7 +47,7 @@ class Result:
 
 
 def demo_records(wanted: dict[str, int] = QUESTIONS) -> list[dict]:
-    """The first records of these task files, as many of each as asked for."""
+    """The first records of the bundled task files; `wanted` maps each file to its number of records."""
     folder = data_folder("tasks")
     return [record for name, n in wanted.items() for record in load_records(folder / f"{name}.jsonl")[:n]]
 
@@ -61,16 +61,16 @@ def compare(
     each: Callable[[Result], None] = lambda result: None,
     seen: bool = False,
 ) -> list[Result]:
-    """Ask every system every question. Systems take turns, so that a slow minute of the machine hits them all.
+    """Ask every system every question. Systems take turns, so machine noise affects all of them alike.
 
-    settings  fields of `Settings`; `full` keeps all KV in memory, the others use the drive if there is one
-    each      called with a system's growing result after each of its answers, when its cache is closed
-    seen      prefill the question with the document
+    settings  fields of `Settings`; `full` keeps all KV in memory, the others use the drive if one is configured
+    each      callback after each answer, once the cache is closed; receives the system's result so far
+    seen      prefill the question together with the document
 
-    Raises UsageError, before the first question, if a system cannot run or a prompt exceeds the model's window.
+    Raises UsageError before the first question if a system cannot run or a prompt exceeds the model's context window.
     """
     chosen = {name: options_of(name, settings) for name in systems}
-    prompts = [own_prompt(tokenizer, record) for record in records]
+    prompts = [synthetic_prompt(tokenizer, record) for record in records]
     longest = max(len(prompt.ids) + task.max_new_tokens for task, prompt in prompts)
     for name, options in chosen.items():
         plan(model.config, find_system(name, options)[1], longest, model.dtype)

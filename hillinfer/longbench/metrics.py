@@ -1,7 +1,7 @@
-"""LongBench's metrics, equal to the official code, and those of the other suites.
+"""Metrics of LongBench, identical to the official code, and of the other suites.
 
-The official code is THUDM/LongBench at 2e00731f, LongBench/{metrics,eval}.py. Its quirks are kept, and tested; each is
-said where it is. A metric takes prediction, answer and the row's classes, and gives a score in [0, 1].
+The official code is THUDM/LongBench at 2e00731f, LongBench/{metrics,eval}.py. Its quirks are reproduced, tested, and
+documented in place. A metric takes the prediction, an answer and the row's classes; it returns a score in [0, 1].
 """
 
 import re
@@ -19,17 +19,17 @@ EXTRA = "pip install 'hillinfer[longbench]'"
 
 
 def score(task: Task, prediction: str, answers: list[str], classes: list[str] | None = None) -> float:
-    """The best score over the answers, after the task's post-processing."""
+    """The best score over all reference answers, after the task's post-processing of the prediction."""
     if task.first_line:
         prediction = prediction.lstrip("\n").split("\n")[0]
     metric = METRICS[task.metric]
-    if task.metric in OF_ALL:
+    if task.metric in MULTI_ANSWER:
         return metric(prediction, answers)
     return max((float(metric(prediction, answer, classes or [])) for answer in answers), default=0.0)
 
 
 def qa_f1(prediction: str, answer: str, classes=()) -> float:
-    """F1 of the two bags of words. Punctuation goes before articles: "a.m." is the word "am"."""
+    """Bag-of-words F1. Punctuation is removed before articles, so "a.m." becomes the word "am"."""
     return _f1(_words(prediction), _words(answer))
 
 
@@ -38,10 +38,10 @@ def qa_f1_zh(prediction: str, answer: str, classes=()) -> float:
 
 
 def rouge(prediction: str, answer: str, classes=()) -> float:
-    """ROUGE-L of the `rouge` package, which counts a repeated word once; 0 where it fails (an empty text, or ".")."""
+    """ROUGE-L of the `rouge` package, which counts a repeated word once. 0 if it fails (on an empty text or ".")."""
     try:
         return _rouge().get_scores([prediction], [answer], avg=True)["rouge-l"]["f"]
-    except Exception:  # the official code takes any failure for a score of 0
+    except Exception:  # the official code scores any failure as 0
         return 0.0
 
 
@@ -50,10 +50,10 @@ def rouge_zh(prediction: str, answer: str, classes=()) -> float:
 
 
 def classification(prediction: str, answer: str, classes: list[str]) -> float:
-    """1/n where the answer is among the n classes that occur in the prediction.
+    """1/n if the answer is among the n classes found in the prediction, else 0.
 
-    Parts of the answer ("Sport" of "Sport event") are taken out of the list while it is walked, so that the one after a
-    removed one is never looked at: the official code's slip, which decides scores.
+    Substrings of the answer ("Sport" of "Sport event") are removed from the list during iteration, so the element after
+    a removed one is skipped. This is a bug of the official code that affects scores.
     """
     found = [name for name in classes if name in prediction]
     for name in found:
@@ -71,31 +71,31 @@ def retrieval_zh(prediction: str, answer: str, classes=()) -> float:
 
 
 def count(prediction: str, answer: str, classes=()) -> float:
-    """The share of the prediction's numbers that are the answer."""
+    """Share of the numbers in the prediction that equal the answer."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(str(answer)) / len(numbers) if numbers else 0.0
 
 
 def code_sim(prediction: str, answer: str, classes=()) -> float:
-    """Similarity of the first line that is neither comment nor fence, rounded to whole per cents.
+    """Edit similarity of the first line that is neither a comment nor a code fence, rounded to whole per cent.
 
-    rapidfuzz gives what fuzzywuzzy gives with python-Levenshtein installed; without it fuzzywuzzy gives other values.
+    rapidfuzz matches fuzzywuzzy with python-Levenshtein installed; without it, fuzzywuzzy returns other values.
     """
-    fuzz = _need("rapidfuzz.fuzz")
+    fuzz = _require("rapidfuzz.fuzz")
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
     return round(fuzz.ratio(line, answer)) / 100
 
 
 def choice(prediction: str, answer: str, classes=()) -> float:
-    """LongBench v2: the letter after "The correct answer is"."""
+    """LongBench v2: 1 if the letter after "The correct answer is" is the answer."""
     text = prediction.replace("*", "")
     found = re.search(r"The correct answer is \(([A-D])\)", text) or re.search(r"The correct answer is ([A-D])", text)
     return float(found is not None and found[1] == answer)
 
 
 def exact(prediction: str, answer: str, classes=()) -> float:
-    """Exact match of the first line; where the answer is a number, of the line's first number."""
+    """Exact match of the first line; for numeric answers, of the first number in that line."""
     line = prediction.strip().split("\n")[0].strip()
     if answer.isdigit():
         line = (re.findall(r"\d+", line) or [""])[0]
@@ -103,19 +103,19 @@ def exact(prediction: str, answer: str, classes=()) -> float:
 
 
 def last_number(prediction: str, answer: str, classes=()) -> float:
-    """LongEval: the last number is the answer."""
+    """LongEval: 1 if the last number in the prediction is the answer."""
     numbers = re.findall(r"\d+", prediction)
     return float(bool(numbers) and int(numbers[-1]) == int(answer))
 
 
 def share_of(prediction: str, answers: list[str]) -> float:
-    """RULER's string_match_all: the share of the answers that occur, in any case."""
+    """RULER's string_match_all: share of the reference answers found in the prediction, ignoring case."""
     text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
     return sum(answer.lower() in text for answer in answers) / len(answers)
 
 
 def any_of(prediction: str, answers: list[str]) -> float:
-    """RULER's string_match_part."""
+    """RULER's string_match_part: 1 if any reference answer is found in the prediction."""
     return float(share_of(prediction, answers) > 0)
 
 
@@ -126,18 +126,18 @@ METRICS = {
         choice, exact, last_number, share_of, any_of,
     )
 }  # fmt: skip
-OF_ALL = ("share_of", "any_of")  # metrics of all answers at once
-NEEDS = {"rouge": ["rouge"], "rouge_zh": ["rouge", "jieba"], "qa_f1_zh": ["jieba"], "code_sim": ["rapidfuzz.fuzz"]}
+MULTI_ANSWER = ("share_of", "any_of")  # metrics over all reference answers at once
+REQUIRED = {"rouge": ["rouge"], "rouge_zh": ["rouge", "jieba"], "qa_f1_zh": ["jieba"], "code_sim": ["rapidfuzz.fuzz"]}
 
 
 def check_libraries(tasks: list[Task]) -> None:
-    """UsageError where a task's metric needs what is not installed: before hours of work, not after."""
+    """Raise UsageError for a metric whose package is not installed: before hours of work, not after."""
     for task in tasks:
-        for name in NEEDS.get(task.metric, ()):
-            _need(name)
+        for name in REQUIRED.get(task.metric, ()):
+            _require(name)
 
 
-def _need(name: str):
+def _require(name: str):
     from importlib import import_module
 
     try:
@@ -148,12 +148,12 @@ def _need(name: str):
 
 @cache
 def _rouge():
-    return _need("rouge").Rouge()
+    return _require("rouge").Rouge()
 
 
 def _cut(text: str) -> list[str]:
-    jieba = _need("jieba")
-    jieba.setLogLevel("ERROR")  # it reports its dictionary's loading on stderr
+    jieba = _require("jieba")
+    jieba.setLogLevel("ERROR")  # jieba logs the loading of its dictionary to stderr
     return list(jieba.cut(text, cut_all=False))
 
 

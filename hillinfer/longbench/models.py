@@ -1,4 +1,4 @@
-"""Models for an eval: what they are called, whether they will do, and loading them."""
+"""Check and load the models of an eval."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from hillinfer.assets import load_pretrained, model_path
 from hillinfer.errors import UsageError
 from hillinfer.longbench.results import fingerprint
-from hillinfer.longbench.sources import hub_answers
+from hillinfer.longbench.sources import hub_reachable
 
 
 def describe(name: str, chat: bool | None) -> dict:
-    """What the manifest says of a model, after proof from its configuration that it will do. UsageError if not."""
+    """Manifest entry of a model. Raises UsageError if its config or tokenizer shows that it cannot be evaluated."""
     from transformers import AutoConfig, AutoTokenizer
 
     from hillinfer.seam import check_supported
 
     path = model_path(name)
-    offline = Path(path).is_dir() or not hub_answers()
+    offline = Path(path).is_dir() or not hub_reachable()
     config, tokenizer = (load_pretrained(kind, name, local_files_only=offline) for kind in (AutoConfig, AutoTokenizer))
     check_supported(config)
     if chat and not tokenizer.chat_template:
@@ -27,7 +27,7 @@ def describe(name: str, chat: bool | None) -> dict:
 
 @lru_cache(maxsize=1)
 def load_model(path: str, dtype: str, threads: int, seed: int):
-    """Model, switched to tiered attention, and tokenizer; kept for the process's next job."""
+    """Model with tiered attention enabled, and its tokenizer. Cached for the next job of this process."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -37,10 +37,10 @@ def load_model(path: str, dtype: str, threads: int, seed: int):
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    width = dtype if dtype == "auto" else getattr(torch, dtype)
+    precision = dtype if dtype == "auto" else getattr(torch, dtype)
     if path == model_path("embedded") and dtype == "auto":
-        width = torch.float32  # as it was evaluated
-    model = load_pretrained(AutoModelForCausalLM, path, dtype=width).eval()
+        precision = torch.float32  # the dtype of its published evaluation
+    model = load_pretrained(AutoModelForCausalLM, path, dtype=precision).eval()
     model = model.cuda() if torch.cuda.is_available() else model
     enable(model)
     return model, load_pretrained(AutoTokenizer, path)

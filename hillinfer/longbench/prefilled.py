@@ -1,4 +1,4 @@
-"""One prefill for several systems: an ordinary cache that `TieredCache.fill` copies from."""
+"""One prefill shared by several systems: a standard cache that `TieredCache.fill` copies from."""
 
 import time
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from hillinfer.seam import check_supported
 
 
 @dataclass
-class Watcher:
-    """Shows policies a pass of several tokens; `seconds` counts what each takes for it."""
+class PolicyObserver:
+    """Passes the queries of a multi-token pass to several policies, and times each of them in `seconds`."""
 
     policies: list[Policy]
     seconds: dict[type[Policy], float]
@@ -28,15 +28,15 @@ class Watcher:
 
 
 class Prefilled(DynamicCache):
-    """An ordinary cache for `TieredCache.fill` to copy from, in host memory after `rest`.
+    """A standard cache that `TieredCache.fill` copies from.
 
-    Policies that look at the prefill are shown this one, one of each kind in each layer; `fill` copies what they
-    learned.
+    Policies that observe the prefill (such as H2O and SnapKV) run here, one instance per policy class and layer. `fill`
+    copies their state.
     """
 
     def __init__(self, config: PretrainedConfig, policies: Iterable[type[Policy]] = ()):
         super().__init__(config=config)
-        self.seconds = dict.fromkeys(policies, 0.0)  # that looking took, by kind
+        self.seconds = dict.fromkeys(policies, 0.0)  # observation time by policy class
         self.learned = {index: [kind() for kind in self.seconds] for index in check_supported(config)}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -47,12 +47,12 @@ class Prefilled(DynamicCache):
                 policy.start(*key_states.shape[:2], key_states.shape[3])
             policy.append(key_states)
         if policies:
-            keys = keys.view(keys.shape)  # the watcher is for this pass, and the layer keeps its tensor
-            keys.watcher = Watcher(policies, self.seconds)
+            keys = keys.view(keys.shape)  # a view: the observer must not stay on the tensor that the layer keeps
+            keys.watcher = PolicyObserver(policies, self.seconds)
         return keys, values
 
-    def rest(self) -> "Prefilled":
-        """Move what will be copied to host memory. Layers that stay ordinary are copied as they are."""
+    def to_host(self) -> "Prefilled":
+        """Move the layers that `fill` converts to host memory. Other layers are copied unchanged."""
         for layer in (self.layers[index] for index in self.learned):
             layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
         return self

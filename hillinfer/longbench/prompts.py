@@ -1,4 +1,4 @@
-"""From a row to token ids: the template, official truncation in the middle, the chat template."""
+"""Build prompts: task template, official truncation in the middle, chat template."""
 
 from dataclasses import dataclass
 
@@ -10,24 +10,24 @@ from hillinfer.longbench.tasks import Task
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a prompt, and where its question begins."""
+    """Token ids of a prompt, and the boundary between document and question."""
 
     ids: list[int]
-    document: int  # ids before this are prefilled exactly; the rest is fed token by token
+    document: int  # tokens before the question: prefilled exactly, the rest is fed token by token
     original: int  # tokens before truncation
     truncated: bool
-    again: bool = False  # cut once more, by tokens
+    recut: bool = False  # truncated a second time, by tokens
 
 
 def official_max_length(window: int) -> int:
-    """LongBench's prompt limit for a model's window: 3500 for 4K, 7500 for 8K, 15500 for 16K, 31500 for 32K tokens."""
+    """LongBench's prompt limit by context window: 3500 tokens for 4K, 7500 for 8K, 15500 for 16K, 31500 for 32K."""
     if window < 2048:
-        raise UsageError(f"a window of {window} tokens is below what LongBench's rule covers; give --max-length")
+        raise UsageError(f"LongBench's rule does not cover a window of {window} tokens; set --max-length")
     return window // 1024 * 1000 - 500
 
 
 def truncate(tokenizer: PreTrainedTokenizerBase, ids: list[int], max_length: int) -> str:
-    """The text of the first and the last half of max_length tokens, as LongBench's pred.py cuts it."""
+    """The text of the first and last max_length/2 tokens, as in LongBench's pred.py."""
     half = max_length // 2
     return tokenizer.decode(ids[:half], skip_special_tokens=True) + tokenizer.decode(
         ids[-half:], skip_special_tokens=True
@@ -43,15 +43,17 @@ def build(
     stepwise: bool = True,
     room: int | None = None,
 ) -> Prompt:
-    """The prompt of one row.
+    """The prompt of one record.
 
-    max_length  longer prompts are cut in the middle; the chat template comes after the cut, as in LongBench
-    chat        ask through the tokenizer's chat template, but for tasks that do without
-    stepwise    the question, which follows the context, is fed token by token, so that a system that drops tokens has
-                to find the answer with its own selection. Otherwise all but the prompt's last token is prefilled
-    room        tokens that the model has for a prompt. The official cut can miss it: the chat template adds tokens, and
-                a tokenizer with byte fallback reads a character that was cut in two, and its neighbours, as up to
-                three tokens for each byte. What is too long is then cut once more, by tokens
+    max_length  longer prompts are truncated in the middle, before the chat template is applied, as in LongBench
+    chat        apply the tokenizer's chat template, unless the task forbids it
+    stepwise    feed the question token by token, so that a selective system has to find the answer with its own
+                selection; otherwise prefill everything but the last token
+    room        hard limit of the model, in tokens. The official truncation can exceed it: the chat template adds
+                tokens, and byte fallback can encode a character split by the cut as up to three tokens per byte. Such
+                prompts are truncated again, by tokens
+
+    Raises UsageError if fewer than three tokens remain.
     """
     context, question = task.parts(record)
     text = context + question
@@ -60,24 +62,25 @@ def build(
     if truncated:
         text = truncate(tokenizer, raw, max_length)
     if chat and task.chat:
-        asked, after = _chat(tokenizer, text)
-        ids = tokenizer(asked, add_special_tokens=False).input_ids  # the template has them
-        question += after
+        rendered, suffix = _chat(tokenizer, text)
+        ids = tokenizer(rendered, add_special_tokens=False).input_ids  # the template adds the special tokens
+        question += suffix
     else:
         ids = tokenizer(text).input_ids if truncated else raw
-    if again := room is not None and len(ids) > room:
+    if recut := room is not None and len(ids) > room:
         ids = ids[: room // 2] + ids[-(room // 2) :]
-    held = len(tokenizer(question, add_special_tokens=False).input_ids) if stepwise else 1
+    question_tokens = len(tokenizer(question, add_special_tokens=False).input_ids) if stepwise else 1
     if len(ids) < 3:
         raise UsageError(f"{task.name}, row {record['_id']}: a prompt of {len(ids)} tokens is too short")
-    return Prompt(ids, len(ids) - min(max(held, 1), len(ids) - 2), len(raw), truncated, again)
+    return Prompt(ids, len(ids) - min(max(question_tokens, 1), len(ids) - 2), len(raw), truncated, recut)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, str]:
-    """The text as a user's turn, and what the template puts after it. Models that can think first are told not to: they
-    would spend a short answer's tokens on it.
+    """The text rendered as a user turn, and the template's suffix after it.
+
+    Thinking is disabled: reasoning models would spend the short answer's token budget on it.
     """
     turn = [{"role": "user", "content": text}]
-    asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    core = text.strip()  # some templates strip what they are given
-    return asked, asked[asked.rindex(core) + len(core) :]
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    core = text.strip()  # some templates strip the content
+    return rendered, rendered[rendered.rindex(core) + len(core) :]

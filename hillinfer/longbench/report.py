@@ -1,7 +1,7 @@
-"""Results as tables: scores by task and on average with intervals, the difference to `full`, and what they cost.
+"""Tables of an eval: scores with confidence intervals, the difference to `full`, and measured costs.
 
-`scores` depends on answers alone: it is the same to the last digit however the run was cut up. `costs` holds what was
-measured. Scores are per cents.
+`scores` depends on the answers alone, so it is bit-identical however the run was split. `costs` holds measurements.
+Scores are in per cent.
 """
 
 from pathlib import Path
@@ -16,28 +16,28 @@ from hillinfer.longbench.results import read, read_manifest
 from hillinfer.longbench.statistics import interval, paired
 from hillinfer.longbench.tasks import find_task
 
-WAY = ["model", "system", "alpha"]
+VARIANT = ["model", "system", "alpha"]
 AVERAGE, CATEGORIES = "average", "average of categories"
 INTRO = (
-    "Scores are per cents with 95 % bootstrap intervals over samples; the average is the mean of the tasks. "
-    "The difference to full is paired by sample, p from a sign-flip permutation test, not corrected for many rows."
+    "Scores are in per cent with 95 % bootstrap intervals over samples; the average is the mean over tasks. The "
+    "difference to full is paired by sample; p is from a sign-flip permutation test, uncorrected for multiple tests."
 )
 
 
 def frame_of(rows: list[dict]) -> pd.DataFrame:
-    """One row for each result, sorted, with `alpha` 1 where a system attends to everything."""
+    """One row per result, sorted. `alpha` is 1 for systems with full attention."""
     if not rows:
-        raise UsageError("there are no results yet")
+        raise UsageError("there are no results yet: run `hillinfer eval` first")
     frame = pd.DataFrame(rows)
     frame["alpha"] = frame["alpha"].astype(float).fillna(1.0)
-    return frame.sort_values([*WAY, "task", "id"], ignore_index=True)
+    return frame.sort_values([*VARIANT, "task", "id"], ignore_index=True)
 
 
 def scores(frame: pd.DataFrame) -> pd.DataFrame:
-    """Long form: model, system, alpha, task, bucket, n, score, low, high, diff, diff_low, diff_high, p.
+    """Long-form table: model, system, alpha, task, bucket, n, score, low, high, diff, diff_low, diff_high, p.
 
-    Tasks are followed by their buckets, if they have any, and by the averages. `diff` is to `full` over the same
-    samples; NaN where full has not answered them.
+    Each task is followed by its buckets, if any; the averages come last. `diff` is the difference to `full` over the
+    same samples, NaN if `full` has not answered all of them.
     """
     out = []
     for model, of_model in frame.groupby("model"):
@@ -52,15 +52,15 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cuts(part: pd.DataFrame):
-    """(task, bucket, groups, weights): a way's results by task, by bucket and for the averages."""
+    """Yield (task, bucket, groups, weights) of one variant: by task, by bucket, and for the averages."""
     tasks = dict(iter(part.groupby("task")))
     for name, group in tasks.items():
         yield name, "", [group], None
         for bucket in sorted({b for buckets in group.buckets for b in buckets}):
-            yield name, bucket, [group[group.buckets.map(lambda own, b=bucket: b in own)]], None
+            yield name, bucket, [group[group.buckets.map(lambda buckets, b=bucket: b in buckets)]], None
     yield AVERAGE, "", list(tasks.values()), None
     kinds = [find_task(name).category for name, group in tasks.items() if group.suite.iloc[0] == "longbench"]
-    if len(set(kinds)) == 6 and len(kinds) == len(tasks):  # LongBench's own average, of all six kinds of task
+    if len(set(kinds)) == 6 and len(kinds) == len(tasks):  # LongBench's official average over its six categories
         yield CATEGORIES, "", list(tasks.values()), [1 / 6 / kinds.count(kind) for kind in kinds]
 
 
@@ -74,8 +74,8 @@ def _measures(groups: list[pd.DataFrame], weights: list[float] | None) -> dict:
 
 
 def costs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Measured, for each way: medians over samples, and sums of prefill time."""
-    grouped = frame.groupby(WAY)
+    """Measured costs per variant: medians over samples, peak memory, and the share of tokens attended to."""
+    grouped = frame.groupby(VARIANT)
     table = grouped.agg(
         samples=("score", "size"),
         ms_per_token=("ms_per_token", "median"),
@@ -90,30 +90,30 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def prefill_saving(frame: pd.DataFrame) -> str:
-    """What sharing prefills took, measured, and what a prefill for each answer would have, if each took as long."""
+    """Measured time of the shared prefills, and the estimated time of one prefill per answer."""
     shared = frame[frame.shared]
     if shared.empty:
         return "no prefill was shared"
     paid, copied, each = (shared[name].sum() / 1e3 for name in ("paid_ms", "fill_ms", "prefill_ms"))
     return (
         f"{len(shared)} answers shared {(shared.paid_ms > 0).sum()} prefills; measured: {paid + copied:.0f} s "
-        f"({copied:.0f} for copies), estimated with a prefill for each: {each:.0f} s, {each / (paid + copied):.1f} "
-        "times as long"
+        f"({copied:.0f} s for copies), estimated with one prefill per answer: {each:.0f} s, "
+        f"{each / (paid + copied):.1f} times as long"
     )
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for each way, a column for each task: for reading."""
+    """Wide table for reading: one row per variant, one column per task."""
     tasks = [name for name in dict.fromkeys(table.task) if name not in (AVERAGE, CATEGORIES)]
     whole = table[table.bucket == ""]
-    pivot = whole.pivot_table(index=WAY, columns="task", values="score", sort=False)
+    pivot = whole.pivot_table(index=VARIANT, columns="task", values="score", sort=False)
     return pivot[[*tasks, *[n for n in (AVERAGE, CATEGORIES) if n in pivot]]].round(2).reset_index()
 
 
 def summary(table: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
-    """The averages with intervals beside their costs, as text."""
-    rows = table[table.task == AVERAGE].merge(cost, on=WAY, how="left")
-    out = rows[WAY].copy()
+    """Average scores with intervals, and their costs, formatted as text."""
+    rows = table[table.task == AVERAGE].merge(cost, on=VARIANT, how="left")
+    out = rows[VARIANT].copy()
     out["n"] = rows.n
     out["score"] = [
         f"{r.score:.1f}" + ("" if np.isnan(r.low) else f" [{r.low:.1f}, {r.high:.1f}]") for r in rows.itertuples()
@@ -132,7 +132,7 @@ def _to_full(row) -> str:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """GitHub's table. Written here: pandas' own needs one more package."""
+    """A GitHub-flavoured table. `DataFrame.to_markdown` would need another package."""
     header = [str(name) for name in frame.columns]
     cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *cells])
@@ -144,7 +144,7 @@ def _cell(value) -> str:
 
 
 def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Write scores.csv, costs.csv and report.md from a folder's results; returns the tables and the facts above."""
+    """Write scores.csv, costs.csv and report.md for a results folder. Returns both tables and the report's notes."""
     manifest, frame = read_manifest(folder), frame_of(read(folder))
     table, cost = scores(frame), costs(frame)
     last = manifest["runs"][-1]
@@ -152,7 +152,7 @@ def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         INTRO,
         f"Costs are measured on {last['hardware']}; times are medians over samples.",
         f"Settings: {', '.join(f'{k} {v}' for k, v in manifest['settings'].items())}.",
-        f"Work: {len(frame)} answers took {frame.seconds.sum() / 60:.1f} minutes, summed over processes.",
+        f"Total: {len(frame)} answers took {frame.seconds.sum() / 60:.1f} minutes, summed over processes.",
         f"Prefill: {prefill_saving(frame)}.",
         *(f"Source: {source}" for source in manifest["sources"]),
         *warnings_of(frame, table, manifest),
@@ -161,14 +161,14 @@ def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     files.write_text(folder / "costs.csv", cost.to_csv(index=False))
     tables = [summary(table, cost), wide(table)]
     if (buckets := table[table.bucket != ""]).size:
-        tables.append(buckets[[*WAY, "task", "bucket", "n", "score", "low", "high"]])
+        tables.append(buckets[[*VARIANT, "task", "bucket", "n", "score", "low", "high"]])
     text = ["# hillinfer eval", *facts, *map(markdown, tables)]
     files.write_text(folder / "report.md", "\n\n".join(text) + "\n")
     return table, cost, facts
 
 
 def compare(one: Path, other: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Two folders over the samples, tasks and ways that both have: scores of each, and the paired difference."""
+    """Compare two results folders over their common samples, tasks and variants: scores and paired difference."""
     parts, facts = [], []
     settings = [read_manifest(folder)["settings"] for folder in (one, other)]
     for name in settings[0] | settings[1]:
@@ -176,22 +176,22 @@ def compare(one: Path, other: Path) -> tuple[pd.DataFrame, list[str]]:
             facts.append(f"{name} differs: {settings[0].get(name)} and {settings[1].get(name)}")
     for folder in (one, other):
         parts.append(frame_of(read(folder)))
-    keys = [*WAY, "task", "id"]
+    keys = [*VARIANT, "task", "id"]
     if all(part.model.nunique() == 1 for part in parts) and parts[0].model[0] != parts[1].model[0]:
         facts.append(f"the models differ: {parts[0].model[0]} and {parts[1].model[0]}")
         keys = keys[1:]
     both = parts[0].merge(parts[1], on=keys, suffixes=("_a", "_b"))
     if both.empty:
         raise UsageError(f"{one} and {other} have no sample, task, system and alpha in common")
-    left = [f"{len(part) - len(both)} only in {folder}" for part, folder in zip(parts, (one, other), strict=True)]
-    facts.append(f"{len(both)} results in both, {' and '.join(left)}; the difference is B - A, paired by sample")
+    unmatched = [f"{len(part) - len(both)} only in {folder}" for part, folder in zip(parts, (one, other), strict=True)]
+    facts.append(f"{len(both)} results in both, {' and '.join(unmatched)}; the difference is B - A, paired by sample")
     out = []
-    for way, part in both.groupby([name for name in WAY if name in keys]):
+    for variant, part in both.groupby([name for name in VARIANT if name in keys]):
         tasks = dict(iter(part.groupby("task")))
         for name, groups in [*((name, [group]) for name, group in tasks.items()), (AVERAGE, list(tasks.values()))]:
             a, b = (interval([100 * g[f"score_{x}"].to_numpy() for g in groups])[0] for x in "ab")
             diff = paired([100 * (g.score_b - g.score_a).to_numpy() for g in groups])
-            row = dict(zip([name for name in WAY if name in keys], way, strict=True), task=name)
+            row = dict(zip([name for name in VARIANT if name in keys], variant, strict=True), task=name)
             row |= dict(n=sum(map(len, groups)), A=a, B=b, diff=diff[0], low=diff[1], high=diff[2], p=diff[3])
             out.append(row)
     return pd.DataFrame(out).round(4), facts

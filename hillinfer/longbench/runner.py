@@ -1,8 +1,7 @@
 """Ask a model one question about one document, and measure the answer.
 
-The document is prefilled in one exact pass. The question is then fed token by token, so that a system that drops
-tokens has to find the answer with its own selection (a prefill that saw the question would leak the answer into the
-first token).
+The document is prefilled in one exact pass. The question is then fed token by token, so a selective system has to find
+the answer with its own selection. (A prefill that includes the question would leak the answer into the first token.)
 """
 
 import time
@@ -20,15 +19,13 @@ from hillinfer.longbench.metrics import exact
 from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.prompts import Prompt, build
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, PROMPTS
-from hillinfer.longbench.tasks import OWN, Task
+from hillinfer.longbench.tasks import BUNDLED, Task
 from hillinfer.timeline import LANES
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back, and what it took. Per-token figures are over all single-token steps: the question's and the
-    answer's.
-    """
+    """An answer with its measurements. Per-token figures average over the decode steps of question and answer."""
 
     text: str
     prompt_tokens: int
@@ -36,13 +33,13 @@ class Answer:
     steps: int
     prefill_ms: float
     ms_per_token: float
-    attended: float  # mean tokens attended to, per step and layer
-    cached: float  # mean tokens that could have been
-    rates: dict[str, float]  # tier -> share of the attended tokens
+    attended: float  # mean attended tokens per step and layer
+    cached: float  # mean cached tokens per step and layer
+    rates: dict[str, float]  # tier -> share of the attended tokens it served
     drive_bytes_per_token: float
     lanes: dict[str, tuple[float, float]]  # lane -> busy ms and bytes, each per token
-    overlap: float  # share of the shorter side, computing or moving, that was hidden behind the other
-    memory: dict[str, int]  # bytes held at the end, by kind
+    overlap: float  # share of the shorter side, compute or transfer, that ran concurrently with the other
+    memory: dict[str, int]  # bytes in use at the end, by kind
 
     @property
     def memory_bytes(self) -> int:
@@ -50,25 +47,24 @@ class Answer:
         return sum(size for kind, size in self.memory.items() if kind != "drive")
 
 
-def own_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[Task, Prompt]:
-    """One of the project's own records, whole."""
+def synthetic_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[Task, Prompt]:
+    """Task and untruncated prompt of a synthetic record."""
     name = record["dataset"]
-    task = Task(name, OWN, PROMPTS[name], MAX_NEW_TOKENS[name], "exact", chat=False)
+    task = Task(name, BUNDLED, PROMPTS[name], MAX_NEW_TOKENS[name], "exact", chat=False)
     return task, build(task, record, tokenizer, max_length=1 << 40, chat=False)
 
 
 def split_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[list[int], list[int]]:
-    """Token ids of one of the project's own prompts up to the end of its document, and from there on."""
-    prompt = own_prompt(tokenizer, record)[1]
+    """Token ids of a synthetic record's prompt: the document, and the question after it."""
+    prompt = synthetic_prompt(tokenizer, record)[1]
     return prompt.ids[: prompt.document], prompt.ids[prompt.document :]
 
 
 @torch.inference_mode()
 def feed(model: PreTrainedModel, cache: TieredCache | Prefilled, ids: list[int], chunk: int | None = None) -> None:
-    """Put further tokens into the cache: several are attended to exactly, a single one as the system selects.
+    """Append tokens to the cache. Several tokens use exact attention; a single token is a decode step.
 
-    In chunks of `chunk` tokens, if given: what prefill holds beside the cache then stays small, but the cache is read
-    anew for each chunk.
+    `chunk` bounds the tokens per forward pass: prefill then needs less memory, but each chunk re-reads the cache.
     """
     for start, end in pairwise(chunk_ends(len(ids), chunk)):
         part = torch.tensor([ids[start:end]], device=model.device)
@@ -78,11 +74,11 @@ def feed(model: PreTrainedModel, cache: TieredCache | Prefilled, ids: list[int],
 def ask(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache, seen: bool = False
 ) -> Answer:
-    """The greedy answer to one of the project's own records. `model` must be enabled; `cache` must be empty.
+    """Greedy answer to a synthetic record. `model` must be enabled; `cache` must be empty.
 
-    With `seen` the question is part of the prefill, all but its last token: what H2O and SnapKV were made for.
+    With `seen`, the prefill includes all but the last token of the question: the setting of H2O and SnapKV.
     """
-    task, prompt = own_prompt(tokenizer, record)
+    task, prompt = synthetic_prompt(tokenizer, record)
     if seen:
         prompt = replace(prompt, document=len(prompt.ids) - 1)
     start = time.perf_counter()
@@ -94,15 +90,15 @@ def ask_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     record: dict,
-    ways: dict[str, tuple[type[Policy], Settings]],
+    variants: dict[str, tuple[type[Policy], Settings]],
 ) -> dict[str, Answer]:
-    """The same question answered in several ways over one prefill, all KV in memory."""
-    task, prompt = own_prompt(tokenizer, record)
+    """Answer one question with several policies over one shared prefill, all KV in memory."""
+    task, prompt = synthetic_prompt(tokenizer, record)
     start = time.perf_counter()
-    source = prefill(model, prompt, policies=[policy for policy, _ in ways.values() if policy.watches])
+    source = prefill(model, prompt, policies=[policy for policy, _ in variants.values() if policy.watches])
     prefill_s = time.perf_counter() - start
     answers = {}
-    for name, (policy, settings) in ways.items():
+    for name, (policy, settings) in variants.items():
         with TieredCache(model.config, policy, settings) as cache:
             cache.fill(source, model.device)
             answers[name] = answer(model, tokenizer, task, prompt, cache, prefill_s)
@@ -112,13 +108,13 @@ def ask_each(
 def prefill(
     model: PreTrainedModel, prompt: Prompt, chunk: int | None = None, policies: Iterable[type[Policy]] = ()
 ) -> Prefilled:
-    """The document's KV, to be copied into a cache for each way of answering, and shown to `policies` that look at it.
+    """Prefill the document once, to be copied into the cache of each variant; `policies` observe the pass.
 
-    Exact: a prefill does not depend on how decode steps select.
+    The result is exact: prefill does not depend on the selection of decode steps.
     """
     source = Prefilled(model.config, policies)
     feed(model, source, prompt.ids[: prompt.document], chunk)
-    return source.rest()
+    return source.to_host()
 
 
 def answer(
@@ -129,8 +125,8 @@ def answer(
     cache: TieredCache,
     prefill_s: float,
 ) -> Answer:
-    """Feed the question to a cache that holds the document, and decode greedily."""
-    cache.timeline.clear()  # the figures are of decode steps
+    """Feed the question to a cache that contains the document, and decode greedily. `prefill_s` is only reported."""
+    cache.timeline.clear()  # the figures cover decode steps only
     cache.counters.clear()
     start = time.perf_counter()
     for token in prompt.ids[prompt.document : -1]:
@@ -150,7 +146,7 @@ def decode(model: PreTrainedModel, cache: TieredCache, ids: list[int], max_new_t
 
 
 def stop_rules(task: Task, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> dict:
-    """What pred.py gives `generate` for samsum: an end at a line break, but not before the first token."""
+    """Arguments of `generate` for a task's stop text, as in pred.py for samsum: stop at it, but not as first token."""
     if task.stop is None:
         return {}
     ends = [tokenizer.eos_token_id, tokenizer.encode(task.stop, add_special_tokens=False)[-1]]
@@ -158,7 +154,7 @@ def stop_rules(task: Task, tokenizer: PreTrainedTokenizerBase, prompt_tokens: in
 
 
 def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
-    """The figures of an `Answer` from what the cache recorded."""
+    """The measurements of an `Answer`, from the cache's timeline and counters."""
     rows = cache.counters.rows
     steps = len({row.step for row in rows}) or 1
     read = sum(span.bytes for span in cache.timeline.spans if span.kind in ("read", "prefetch", "abstract"))
@@ -183,5 +179,5 @@ def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
 
 
 def is_right(record: dict, text: str) -> bool:
-    """Whether an answer to one of the project's own records is right."""
+    """True if `text` answers a synthetic record correctly."""
     return any(exact(text, wanted) for wanted in record["answers"])

@@ -1,8 +1,8 @@
-"""Where rows come from: a local folder, a local data.zip, the hub's data.zip, or the tasks that ship.
+"""Load task records from a local folder, a local data.zip, the Hub's data.zip, or the bundled tasks.
 
-Each step falls through to the next; what was used is said with its checksum. LongBench is never loaded through
-`load_dataset("THUDM/LongBench")`, whose script `datasets` 4 and later refuse, nor from parquet copies, whose rows are
-not the raw ones.
+Sources are tried in that order, and the one used is reported with its checksum. Neither
+`load_dataset("THUDM/LongBench")` nor parquet copies are used: `datasets` 4 and later refuse its loading script, and the
+copies do not contain the raw rows.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from urllib.parse import urlsplit
 
 from hillinfer.assets import data_folder
 from hillinfer.errors import UsageError
-from hillinfer.longbench.tasks import OWN, Task, find_tasks
+from hillinfer.longbench.tasks import BUNDLED, Task, find_tasks
 
 HUB = {"longbench": ("zai-org/LongBench", "data.zip"), "longbench-e": ("zai-org/LongBench", "data.zip")}
 HUB["longbench-v2"] = ("zai-org/LongBench-v2", "data.json")
-HOW = "name a folder or data.zip with --data or $LONGBENCH_DIR, or use the bundled tasks: --tasks own"
+HINT = "name a folder or data.zip with --data or $LONGBENCH_DIR, or use the bundled tasks: --tasks own"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a task's rows were read from."""
+    """Origin of a task's records."""
 
     task: str
     kind: str  # folder, zip, hub, bundled
@@ -34,54 +34,57 @@ class Source:
     sha256: str  # of the task's file, unzipped
 
     def __str__(self) -> str:
-        label = " (the project's own task, no LongBench score)" if self.kind == "bundled" else ""
+        label = " (the project's own task, not a LongBench score)" if self.kind == "bundled" else ""
         return f"{self.task}: {self.kind} {self.path}, sha256 {self.sha256[:16]}{label}"
 
 
 def load(task: Task, data: Sequence[Path] = (), revision: str = "main") -> tuple[list[dict], Source]:
-    """A task's rows in LongBench's eight fields, and where they are from.
+    """A task's records in LongBench's eight fields, and their source.
 
-    data  folders and zip files, searched in this order before $LONGBENCH_DIR and the hub. Raises UsageError.
+    data  folders and zip files, searched in order before $LONGBENCH_DIR and the Hub
+
+    Raises UsageError if no source has the task, or its file is empty or malformed.
     """
-    if task.suite == OWN:
+    if task.suite == BUNDLED:
         path = data_folder("tasks") / f"{task.name}.jsonl"
         found = Source(task.name, "bundled", path.name, ""), path.read_bytes()
     else:
         found = _local(task, data) or _hub(task, revision)
     source, content = found
     try:
-        records = [_whole(_record(task, row)) for row in _rows(content)]
+        records = [_validated(_record(task, row)) for row in _rows(content)]
         if task.suite in ("longbench", "longbench-e"):
             records = checked(records)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{source.path} has no rows of {task.name} ({error!r}); give the official file") from None
+        raise UsageError(f"{source.path} has no rows of {task.name} ({error!r}); use the official file") from None
     if not records:
-        raise UsageError(f"{source.path} is empty; give the official file of {task.name}")
-    return _numbered(records), replace(source, sha256=hashlib.sha256(content).hexdigest())
+        raise UsageError(f"{source.path} is empty; use the official file of {task.name}")
+    return _with_unique_ids(records), replace(source, sha256=hashlib.sha256(content).hexdigest())
 
 
 def load_all(
     words: Sequence[str], data: Sequence[Path] = (), revision: str = "main"
 ) -> list[tuple[Task, list[dict], Source]]:
-    """Rows of all named tasks. The word `auto` is LongBench's English tasks where they can be had, else the bundled
-    ones: the only step that replaces what was asked for, and its source says so.
+    """Records of all named tasks. `auto` means LongBench's English tasks if available, else the bundled tasks.
+
+    `auto` is the only fallback to other tasks than those requested, and the source reports it.
     """
     if list(words) == ["auto"]:
         try:
             return load_all(["longbench-en"], data, revision)
         except UsageError:
-            return load_all([OWN])
+            return load_all([BUNDLED])
     return [(task, *load(task, data, revision)) for task in find_tasks(words)]
 
 
 def checked(records: list[dict]) -> list[dict]:
-    """The rows with every field of the declared type: a file whose types drift is refused and not guessed at."""
+    """The records with every field cast to its declared type. Files with other types are rejected."""
     try:
         from datasets import Dataset, Features, List, Value
     except ImportError:
-        raise UsageError("LongBench's rows are checked with datasets: pip install 'hillinfer[longbench]'") from None
+        raise UsageError("checking LongBench's rows needs datasets: pip install 'hillinfer[longbench]'") from None
     texts = dict.fromkeys(("input", "context", "dataset", "language", "_id"), Value("string"))
     lists = dict.fromkeys(("answers", "all_classes"), List(Value("string")))
     return Dataset.from_list(records, features=Features(texts | {"length": Value("int64")} | lists)).to_list()
@@ -89,8 +92,8 @@ def checked(records: list[dict]) -> list[dict]:
 
 def _local(task: Task, data: Sequence[Path]) -> tuple[Source, bytes] | None:
     places = [*data, *([Path(os.environ["LONGBENCH_DIR"])] if os.environ.get("LONGBENCH_DIR") else [])]
-    if lacking := [str(place) for place in places if not place.exists()]:
-        raise UsageError(f"data {lacking[0]} does not exist; {HOW}")
+    if missing := [str(place) for place in places if not place.exists()]:
+        raise UsageError(f"data {missing[0]} does not exist; {HINT}")
     names = _files(task)
     for place in places:
         for name in names if place.is_dir() else ():
@@ -103,7 +106,7 @@ def _local(task: Task, data: Sequence[Path]) -> tuple[Source, bytes] | None:
 
 
 def _files(task: Task) -> list[str]:
-    """Where a task's file may lie below a folder or in a zip."""
+    """Possible paths of a task's file in a folder or zip archive."""
     if task.suite == "longbench-v2":
         return ["data.json", "longbench-v2.jsonl", "longbench-v2.json"]
     if task.suite == "longeval":
@@ -120,30 +123,30 @@ def _unzip(archive: Path, names: list[str]) -> bytes | None:
             inside = set(opened.namelist())
             return next((opened.read(name) for name in names if name in inside), None)
     except zipfile.BadZipFile:
-        raise UsageError(f"{archive} is no complete zip file; download it again") from None
+        raise UsageError(f"{archive} is not a complete zip file; download it again") from None
 
 
 def _hub(task: Task, revision: str) -> tuple[Source, bytes]:
-    """The official file through the hub, from its cache where the network is out of reach."""
+    """The official file from the Hub, or from its local cache without a network."""
     if task.suite not in HUB:
         raise UsageError(f"no file {' or '.join(_files(task))} for {task.name}; name its folder with --data")
     repository, name = HUB[task.suite]
     from huggingface_hub import hf_hub_download
 
-    answers = hub_answers()
+    online = hub_reachable()
     try:
-        path = hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_files_only=not answers)
+        path = hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_files_only=not online)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if answers else "no network, and not in the hub's cache"
-        raise UsageError(f"{task.name} is not here, and {repository} not in reach ({reason}); {HOW}") from None
+        reason = str(error).strip().splitlines()[0] if online else "no network, and not in the Hub's cache"
+        raise UsageError(f"{task.name} was not found, and {repository} is out of reach ({reason}); {HINT}") from None
     content = _unzip(Path(path), _files(task)) if name.endswith(".zip") else Path(path).read_bytes()
     if content is None:
         raise UsageError(f"{repository}'s {name} at {revision} has no {task.name}; choose another --revision")
     return Source(task.name, "hub", f"{repository}@{revision}/{name}", ""), content
 
 
-def hub_answers(wait_s: float = 3.0) -> bool:
-    """Whether a download is worth trying: without this, one that cannot succeed is retried for 23 s (measured)."""
+def hub_reachable(wait_s: float = 3.0) -> bool:
+    """True if a download can succeed. Without this check, an unreachable Hub is retried for 23 s (measured)."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
@@ -161,11 +164,11 @@ def _rows(content: bytes) -> list[dict]:
     text = content.decode("utf-8")
     if text.lstrip().startswith("["):
         return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]  # texts hold other line separators
+    return [json.loads(line) for line in text.split("\n") if line.strip()]  # texts contain other line separators
 
 
 def _record(task: Task, row: dict) -> dict:
-    """A row of any suite in LongBench's eight fields; v2's also has `kinds`."""
+    """A row of any suite, converted to LongBench's eight fields; v2 adds `kinds`."""
     common = {"dataset": task.name, "language": "en", "all_classes": None}
     if task.suite == "longbench-v2":
         choices = "\n".join(f"({letter}) {row['choice_' + letter].strip()}" for letter in "ABCD")
@@ -177,26 +180,26 @@ def _record(task: Task, row: dict) -> dict:
         text = {"input": row["prompt"][cut:], "context": row["prompt"][:cut], "answers": [str(row["expected_number"])]}
         return common | text | {"length": len(row["prompt"].split()), "_id": "-".join(map(str, row["random_idx"]))}
     if task.suite == "ruler":
-        context, _, question = row["input"].strip().rpartition("\n")  # the last line asks
+        context, _, question = row["input"].strip().rpartition("\n")  # the last line is the question
         text = {"input": question + row.get("answer_prefix", ""), "context": context + "\n", "answers": row["outputs"]}
         return common | text | {"length": row.get("length", 0), "_id": str(row["index"])}
     names = ("input", "context", "answers", "length", "dataset", "language", "all_classes", "_id")
     return {name: row[name] for name in names}
 
 
-def _whole(record: dict) -> dict:
-    """The record, if its fields are of the types that prompts and metrics take."""
+def _validated(record: dict) -> dict:
+    """The record unchanged, after a check of its field types."""
     lists = [record["answers"], record["all_classes"] or [], record.get("kinds", [])]
-    if not all(isinstance(own, list) for own in lists) or type(record["length"]) is not int:
-        raise TypeError("answers and classes are lists, length is a whole number")
+    if not all(isinstance(values, list) for values in lists) or type(record["length"]) is not int:
+        raise TypeError("answers and classes must be lists, length must be an integer")
     texts = [record[name] for name in ("input", "context", "dataset", "language", "_id")]
-    for text in [*texts, *(text for own in lists for text in own)]:
-        text.encode()  # half a surrogate pair would fail in the tokenizer
+    for text in [*texts, *(text for values in lists for text in values)]:
+        text.encode()  # an unpaired surrogate would fail in the tokenizer
     return record
 
 
-def _numbered(records: list[dict]) -> list[dict]:
-    """The same with a distinct `_id` each: a result is known by it."""
+def _with_unique_ids(records: list[dict]) -> list[dict]:
+    """The records with unique `_id`s, which identify results."""
     seen: dict[str, int] = {}
     for record in records:
         seen[record["_id"]] = times = seen.get(record["_id"], 0) + 1

@@ -1,6 +1,6 @@
-"""Intervals and paired tests over samples, grouped by task: an average weighs tasks, however many samples each has.
+"""Confidence intervals and paired tests over samples grouped by task. Averages weigh tasks equally, not samples.
 
-Seeded, and independent of the order in which results came.
+Seeded, and independent of the order in which results arrive.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,23 @@ SEED = 42
 
 
 def interval(groups: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> tuple[float, float, float]:
-    """Weighted mean of the groups' means (equal weights by default) and its 95 % bootstrap interval.
+    """Weighted mean of the groups' means (equal weights by default), and its 95 % bootstrap interval.
 
-    The interval is NaN where a group has one sample: its spread is unknown. One of samples that all agree is empty.
+    The interval is NaN if a group has only one sample, because its spread is unknown. It has zero width if all samples
+    agree.
     """
     rng = np.random.default_rng(SEED)
     weights = np.ones(len(groups)) / len(groups) if weights is None else weights
     drawn = [values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(1) for values in groups]
-    alone = min(map(len, groups)) < 2
-    low, high = (np.nan, np.nan) if alone else np.percentile(np.dot(weights, drawn), (2.5, 97.5))
+    single = min(map(len, groups)) < 2
+    low, high = (np.nan, np.nan) if single else np.percentile(np.dot(weights, drawn), (2.5, 97.5))
     return float(np.dot(weights, [values.mean() for values in groups])), float(low), float(high)
 
 
 def paired(groups: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> tuple[float, float, float, float]:
-    """Mean difference, its 95 % interval, and the two-sided p of a sign-flip permutation test.
+    """Mean difference, its 95 % interval, and the two-sided p-value of a sign-flip permutation test.
 
-    groups  of differences, one for each sample; under the null hypothesis each is as likely with the other sign
+    groups  paired differences, one per sample; under the null hypothesis, either sign is equally likely
     """
     rng = np.random.default_rng(SEED)
     mean, low, high = interval(groups, weights)

@@ -1,7 +1,7 @@
-"""Every sample answered by every system at every alpha: on this process, on many, or on a cluster.
+"""Answer every sample with every system at every alpha: in this process, in several, or on a cluster.
 
-A job is one sample of one task with all its ways of answering, which share one prefill. Only the caller writes results,
-so that a cluster's workers need no common folder.
+A job is one sample of one task, answered by all variants over one shared prefill. Only the caller writes results, so
+cluster workers need no shared folder.
 """
 
 import os
@@ -20,12 +20,12 @@ from hillinfer.longbench.results import KEY
 from hillinfer.longbench.tasks import Task
 
 SEED = 42
-BATCH = 32  # jobs whose results come at once from a backend that cannot give them one by one (Ray)
+BATCH = 32  # jobs per batch on a backend that cannot stream results (Ray)
 
 
 @dataclass(frozen=True)
-class Way:
-    """A system at one alpha; None for a system that attends to everything."""
+class Variant:
+    """A system at one alpha; `alpha` is None for full attention."""
 
     system: str
     alpha: float | None
@@ -35,11 +35,11 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How samples are asked: whatever changes an answer, but the model, the sample and the way."""
+class EvalSettings:
+    """Everything that affects an answer besides model, sample and variant."""
 
-    max_length: int | None = None  # tokens; None is LongBench's rule for the model's window
-    chat: bool | None = None  # None: where the tokenizer has a chat template
+    max_length: int | None = None  # tokens; None applies LongBench's rule for the context window
+    chat: bool | None = None  # None: if the tokenizer has a chat template
     question: str = "stepwise"  # or prefilled
     dtype: str = "auto"
     prefill_chunk: int | None = None
@@ -49,7 +49,7 @@ class Asking:
     options: tuple[tuple[str, object], ...] = ()  # further fields of `Settings`
 
     def identity(self) -> dict:
-        """What all runs of one folder must have in common, as JSON has it; sharing a prefill changes no answer."""
+        """The settings that all runs of one folder must share, as JSON. A shared prefill changes no answer."""
         values = asdict(self) | {"options": dict(self.options)}
         del values["share_prefill"]
         return values
@@ -57,51 +57,53 @@ class Asking:
 
 @dataclass(frozen=True)
 class Job:
-    model: str  # its name in results
-    path: str  # what it is loaded from
+    """One sample and its variants, to be answered by one worker."""
+
+    model: str  # its name in the results
+    path: str  # local folder or Hub name
     task: Task
     record: dict
-    ways: tuple[Way, ...]
-    asking: Asking
-    drive: str | None = None  # a folder on the machine that works; None is its folder for temporary files
+    variants: tuple[Variant, ...]
+    settings: EvalSettings
+    drive: str | None = None  # folder on the worker's machine; None uses its temporary folder
 
 
-def ways_of(systems: Iterable[str], alphas: Iterable[float], options: dict) -> list[Way]:
-    """`full` first, as what the others are compared with. UsageError for what cannot run."""
+def variants_of(systems: Iterable[str], alphas: Iterable[float], options: dict) -> list[Variant]:
+    """All variants, starting with the reference `full`. Raises UsageError for a system that cannot run."""
     from hillinfer.evaluator.policies import Full
     from hillinfer.systems.registry import find_system
 
-    ways = {}
+    variants = {}
     for name in dict.fromkeys(("full", *systems)):
         for alpha in alphas:
             system, _ = find_system(name, {"alpha": alpha, "drive": tempfile.gettempdir()} | options)
-            ways[Way(name, None if issubclass(system.policy, Full) else alpha)] = None
-    return list(ways)
+            variants[Variant(name, None if issubclass(system.policy, Full) else alpha)] = None
+    return list(variants)
 
 
 def sample(records: list[dict], n: int, seed: int) -> list[dict]:
-    """n rows drawn with a seed (0 is all); a larger n holds those of a smaller one."""
+    """A seeded sample of n records (0: all). Samples are nested: a larger n includes a smaller one."""
     order = np.random.default_rng(seed).permutation(len(records))
     return [records[i] for i in sorted(order[: n or None])]
 
 
 def plan(jobs: Iterable[Job], done: set[tuple]) -> list[Job]:
-    """What is left: jobs with the ways whose results are missing."""
-    left = []
+    """The remaining work: jobs reduced to variants without a result."""
+    remaining = []
     for job in jobs:
-        missing = tuple(way for way in job.ways if key(job, way) not in done)
+        missing = tuple(variant for variant in job.variants if key(job, variant) not in done)
         if missing:
-            left.append(replace(job, ways=missing))
-    return left
+            remaining.append(replace(job, variants=missing))
+    return remaining
 
 
-def key(job: Job, way: Way) -> tuple:
-    values = dict(model=job.model, task=job.task.name, id=job.record["_id"], system=way.system, alpha=way.alpha)
+def key(job: Job, variant: Variant) -> tuple:
+    values = dict(model=job.model, task=job.task.name, id=job.record["_id"], system=variant.system, alpha=variant.alpha)
     return tuple(values[name] for name in KEY)
 
 
 def run_all(jobs: list[Job], workers: int = 1, cluster: str | None = None) -> Iterator[list[dict]]:
-    """Each job's rows as they come, in any order. See `backend` for `cluster`."""
+    """Yield each job's rows as they complete, in any order. See `backend` for `cluster`."""
     if not jobs or (workers == 1 and cluster is None):
         yield from map(run_job, jobs)
         return
@@ -117,7 +119,7 @@ def run_all(jobs: list[Job], workers: int = 1, cluster: str | None = None) -> It
 
 @contextmanager
 def backend(joblib, workers: int, cluster: str | None):
-    """`dask:HOST:PORT` or `ray[:ADDRESS]` names a running cluster; None takes processes of this machine."""
+    """A `joblib.Parallel` over local processes (None) or a running cluster: `dask:HOST:PORT` or `ray[:ADDRESS]`."""
     kind, _, address = (cluster or "").partition(":")
     with ExitStack() as stack:
         try:
@@ -133,20 +135,20 @@ def backend(joblib, workers: int, cluster: str | None):
                 ray.init(address=address or None, ignore_reinit_error=True)
                 stack.callback(ray.shutdown)
             elif kind:
-                raise UsageError(f"no cluster '{cluster}'; give dask:HOST:PORT, ray or ray:ADDRESS")
+                raise UsageError(f"no cluster '{cluster}'; use dask:HOST:PORT, ray or ray:ADDRESS")
         except ImportError:
             package = {"dask": "'hillinfer[cluster]'"}.get(kind, kind)
             raise UsageError(f"a {kind} cluster needs {kind}: pip install {package}") from None
         except (OSError, ConnectionError) as error:
             raise UsageError(f"no {kind} cluster at {address} ({error}); start one, or leave out --cluster") from None
-        watched = {} if kind else {"initializer": _end_with, "initargs": (os.getpid(),)}
-        stack.enter_context(joblib.parallel_config(backend=kind or "loky", **watched))
-        returns = "list" if kind == "ray" else "generator_unordered"  # ray's backend has no generators
+        initializer = {} if kind else {"initializer": _exit_with_parent, "initargs": (os.getpid(),)}
+        stack.enter_context(joblib.parallel_config(backend=kind or "loky", **initializer))
+        returns = "list" if kind == "ray" else "generator_unordered"  # Ray's backend has no generators
         yield joblib.Parallel(n_jobs=-1 if kind else workers, batch_size=1, return_as=returns)
 
 
 def run_job(job: Job) -> list[dict]:
-    """One sample's rows, a row for each way; `seconds` of all of them are the job's."""
+    """Answer one sample: one row per variant. Their `seconds` add up to the job's run time."""
     import torch
 
     from hillinfer.longbench import runner
@@ -154,13 +156,13 @@ def run_job(job: Job) -> list[dict]:
     from hillinfer.systems.registry import list_systems
 
     began = time.perf_counter()
-
-    model, tokenizer = load_model(job.path, job.asking.dtype, job.asking.threads, job.asking.seed)
+    model, tokenizer = load_model(job.path, job.settings.dtype, job.settings.threads, job.settings.seed)
     prompt = prompt_of(job, model.config, tokenizer)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     systems = list_systems()
-    sharing = [systems[way.system].policy for way in job.ways if shares_prefill(systems[way.system].policy)]
-    shared_by = sharing if job.asking.share_prefill and len(sharing) > 1 else []
+    policies = [systems[variant.system].policy for variant in job.variants]
+    sharing = [policy for policy in policies if shares_prefill(policy)]
+    shared_by = sharing if job.settings.share_prefill and len(sharing) > 1 else []
     source, rows = None, []
     common = dict(model=job.model, task=job.task.name, id=job.record["_id"], suite=job.task.suite)
     common |= {name: job.record[name] for name in ("answers", "all_classes", "length")}
@@ -168,27 +170,27 @@ def run_job(job: Job) -> list[dict]:
         buckets=job.task.buckets(job.record),
         original_tokens=prompt.original,
         truncated=prompt.truncated,
-        cut_again=prompt.again,
+        cut_again=prompt.recut,
     )
     common |= dict(question_tokens=len(prompt.ids) - prompt.document)
-    for way in job.ways:
-        with torch.inference_mode(), cache_for(model, job, way) as cache:
-            policy, paid_s, fill_s = systems[way.system].policy, 0.0, 0.0
+    for variant in job.variants:
+        with torch.inference_mode(), cache_for(model, job, variant) as cache:
+            policy, paid_s, fill_s = systems[variant.system].policy, 0.0, 0.0
             if shared := policy in shared_by:
                 if source is None:
-                    looking = [kind for kind in shared_by if kind.watches]
-                    source, paid_s = timed(runner.prefill, model, prompt, job.asking.prefill_chunk, looking)
+                    observers = [kind for kind in shared_by if kind.watches]
+                    source, paid_s = timed(runner.prefill, model, prompt, job.settings.prefill_chunk, observers)
                     plain_s = paid_s - sum(source.seconds.values())
                 prefill_s = plain_s + source.seconds.get(policy, 0.0)
-                _, fill_s = timed(cache.fill, source, model.device, job.asking.prefill_chunk)
+                _, fill_s = timed(cache.fill, source, model.device, job.settings.prefill_chunk)
             else:
                 document = prompt.ids[: prompt.document]
-                _, paid_s = timed(runner.feed, model, cache, document, job.asking.prefill_chunk)
+                _, paid_s = timed(runner.feed, model, cache, document, job.settings.prefill_chunk)
                 prefill_s = paid_s
             answer = runner.answer(model, tokenizer, job.task, prompt, cache, prefill_s)
             record_bytes = cache.run.geometry.record_bytes
         rows.append(common | {
-            "system": way.system, "alpha": way.alpha, "pred": answer.text,
+            "system": variant.system, "alpha": variant.alpha, "pred": answer.text,
             "score": score(job.task, answer.text, job.record["answers"], job.record["all_classes"]),
             "prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens,
             "attended": answer.attended, "cached": answer.cached, "rates": answer.rates,
@@ -203,49 +205,49 @@ def run_job(job: Job) -> list[dict]:
 
 
 def shares_prefill(policy: type) -> bool:
-    """True if a copied prefill serves as well as its own: the policy does not watch it, or can be shown the copy."""
+    """True if the policy can start from a copied prefill: it observes the shared pass, or needs no observation."""
     return policy.watches or policy.late
 
 
 def timed(function, *arguments):
-    """What the call returns, and its seconds."""
+    """The call's result and its duration in seconds."""
     start = time.perf_counter()
     return function(*arguments), time.perf_counter() - start
 
 
-def cache_for(model, job: Job, way: Way):
-    """The cache of one way; only systems that need a drive get one."""
+def cache_for(model, job: Job, variant: Variant):
+    """The cache of one variant. Only systems that need a drive get one."""
     from hillinfer.systems.registry import list_systems, make_cache
 
-    options = dict(job.asking.options) | ({} if way.alpha is None else {"alpha": way.alpha})
-    if list_systems()[way.system].needs_drive:
+    options = dict(job.settings.options) | ({} if variant.alpha is None else {"alpha": variant.alpha})
+    if list_systems()[variant.system].needs_drive:
         options["drive"] = job.drive or tempfile.gettempdir()
     else:
         options = {name: value for name, value in options.items() if name in ("alpha", "precision")}
-    return make_cache(model, way.system, **options)
+    return make_cache(model, variant.system, **options)
 
 
 def prompt_of(job: Job, config, tokenizer):
-    """The sample's prompt, at most as long as the task and the model allow."""
+    """The sample's prompt, truncated to the limits of task and model."""
     from hillinfer.longbench.prompts import build, official_max_length
+    from hillinfer.systems.planning import context_window
 
-    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    limit = job.asking.max_length
+    window, limit = context_window(config), job.settings.max_length
     if limit is None and job.task.truncates and window:
         limit = official_max_length(window)
     room = window - job.task.max_new_tokens if window else None
     limits = [n for n in (limit, room) if n is not None]
-    chat = bool(tokenizer.chat_template) if job.asking.chat is None else job.asking.chat
-    stepwise = job.asking.question == "stepwise"
+    chat = bool(tokenizer.chat_template) if job.settings.chat is None else job.settings.chat
+    stepwise = job.settings.question == "stepwise"
     return build(job.task, job.record, tokenizer, min(limits, default=1 << 40), chat, stepwise, room)
 
 
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent's end. joblib's own workers would stay for minutes after a SIGKILL."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit soon after the parent does. joblib's workers would otherwise outlive a SIGKILL by minutes."""
 
-    def watch() -> None:
+    def poll() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=poll, daemon=True).start()

@@ -1,9 +1,9 @@
 """Seeded synthetic long-context tasks, as LongBench records.
 
-Every document is adversarial: the asked key is an adjective-noun pair, and at least three other facts share its
-adjective and at least three share its noun, so half of the key never suffices. `partial_key_floor` says what a
-solver without a model would get from half of the key. Test keys are English words that no training document holds;
-training keys are words put together from random syllables.
+Every document is adversarial: the queried key is an adjective-noun pair. At least three other facts share its adjective
+and at least three share its noun, so half of the key never suffices. `partial_key_floor` is the expected score of
+guessing from half of the key. Test keys are English words that never occur in training; training keys are composed of
+random syllables.
 """
 
 import itertools
@@ -39,9 +39,9 @@ QUESTION = {
     "majority": "Which word has the most votes of {}? The word is",
     "tally": "Which word has the most votes of {}? The word is",
 }
-DEPTH = {"lines": "line {}:", "needle": "number of {} is", "passage": "The {} "}  # what stands before the one fact
+DEPTH = {"lines": "line {}:", "needle": "number of {} is", "passage": "The {} "}  # text that precedes the queried fact
 MAX_NEW_TOKENS = {"lines": 8, "needle": 8, "two_hop": 32, "passage": 4, "chain": 128, "majority": 4, "tally": 4}
-# Of the shipped tokenizer: tokens for each line, vote or filler sentence, and of the prompt and facts around them.
+# Of the embedded tokenizer: tokens per line, vote or filler sentence, and tokens of the surrounding prompt and facts.
 TOKENS_PER_UNIT = {
     "lines": 11.95,
     "needle": 9.7,
@@ -52,19 +52,19 @@ TOKENS_PER_UNIT = {
     "tally": 9.0,
 }
 TOKENS_OF_FRAME = {"lines": 125, "needle": 240, "two_hop": 520, "passage": 50, "chain": 60, "majority": 50, "tally": 55}
-CHAIN = 7  # lines of one chain
+CHAIN = 7  # lines per chain
 
 
 @dataclass
 class Document:
-    """A context and every question it answers."""
+    """A context and all questions that it answers."""
 
     context: str
     pairs: list[tuple[str, str]]  # (input, answer)
 
 
 def scatter(rng: random.Random, facts: list[str], size: int) -> str:
-    """The facts in a random order and at random places among `size` filler sentences, in paragraphs of eight."""
+    """The facts, shuffled among `size` filler sentences, in paragraphs of eight sentences."""
     text = [sentence(rng) for _ in range(size)] + facts
     rng.shuffle(text)
     return "".join(" ".join(text[i : i + 8]) + "\n" for i in range(0, len(text), 8))
@@ -87,7 +87,7 @@ def needle(rng: random.Random, split: str, size: int, group: int = 4) -> Documen
 
 
 def two_hop(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
-    """Sixteen facts name a guard, sixteen the guards' numbers; the answer names the guard, then the number."""
+    """Sixteen facts name a guard, sixteen state the guards' numbers; the answer is the guard, then its number."""
     keys = adversarial_keys(rng, split, group * group, group)
     guards = adversarial_keys(rng, split, group * group, group)
     values = [number(rng, split) for _ in guards]
@@ -98,7 +98,7 @@ def two_hop(rng: random.Random, split: str, size: int, group: int = 4) -> Docume
 
 
 def passage(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
-    """Numbered paragraphs of five sentences, one of which names a key; the question asks for the paragraph's number."""
+    """Numbered paragraphs, each with one key sentence; the question asks for the number of a key's paragraph."""
     n = max(2, min(99, size // 5))
     keys = adversarial_keys(rng, split, n, group)
     ids = sorted(rng.sample(range(1, 100), n)) if split == "train" else list(range(1, n + 1))
@@ -114,9 +114,9 @@ def passage(rng: random.Random, split: str, size: int, group: int = 4) -> Docume
 
 
 def chain(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
-    """Lines that lead to each other in chains of seven, shuffled; the answer is a whole chain, over 64 tokens.
+    """Shuffled lines that form chains of seven; the answer is a whole chain of over 64 tokens.
 
-    Training asks from any line on, tests from the chains' first lines.
+    Training questions start at any line, test questions at the first line of a chain.
     """
     keys = adversarial_keys(rng, split, max(1, size // CHAIN) * CHAIN, group)
     answers, rows = {}, []
@@ -133,7 +133,7 @@ def chain(rng: random.Random, split: str, size: int, group: int = 4) -> Document
 def majority(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
     """`size` votes of several groups for eight words; the question asks for one group's most frequent word.
 
-    In each group about 40 % of the votes are for the first word and 25 % for the second.
+    In each group, about 40 % of the votes go to the winner and 25 % to the runner-up.
     """
     groups = Words(rng, split).draw(max(2, min(12, size // 24)), "adjective")
     votes, answers = [], {}
@@ -149,10 +149,10 @@ def majority(rng: random.Random, split: str, size: int, group: int = 4) -> Docum
 
 
 def tally(rng: random.Random, split: str, size: int, group: int = 4) -> Document:
-    """`size` lines that give several votes at once; the question asks for the word with the most votes of one group.
+    """`size` lines, each with several votes; the question asks for the word with the most votes of one group.
 
-    In each group one word has many lines with small numbers, one few with large numbers. Either may win, by a fifth or
-    more, so neither counting lines nor looking at the large numbers suffices.
+    In each group, one word has many lines with small counts and another has few lines with large counts. Either may
+    win, by at least a fifth, so neither counting lines nor reading only the large counts suffices.
     """
     groups = Words(rng, split).draw(max(2, min(12, size // 60)), "adjective")
     rows, answers = [], {}
@@ -172,7 +172,7 @@ def tally(rng: random.Random, split: str, size: int, group: int = 4) -> Document
 
 
 def wins(word: str, votes: list[tuple[int, str]]) -> bool:
-    """Whether a word has at least a fifth more votes than any other."""
+    """True if `word` has at least a fifth more votes than any other."""
     total: Counter[str] = Counter()
     for count, voted in votes:
         total[voted] += count
@@ -183,14 +183,14 @@ TASKS = {f.__name__: f for f in (lines, needle, two_hop, passage, chain, majorit
 
 
 def size_for(task: str, tokens: int) -> int:
-    """How many lines or filler sentences fill a prompt of about `tokens` tokens."""
+    """Number of lines or filler sentences for a prompt of about `tokens` tokens."""
     return max(4, int((tokens - TOKENS_OF_FRAME[task]) / TOKENS_PER_UNIT[task]))
 
 
 def make_records(task: str, tokens: int, n: int, seed: int, split: str = "test") -> list[dict]:
-    """`n` LongBench records of one task, prompts of about `tokens` tokens.
+    """`n` LongBench records of one task with prompts of about `tokens` tokens.
 
-    Each has a document of its own; above 2,048 tokens up to four questions in a row share one.
+    Each record has its own document up to 2,048 tokens; above, up to four consecutive questions share one.
     """
     records, shared = [], 1 if tokens <= 2048 else 4
     for i in range(n):
@@ -210,7 +210,7 @@ def make_records(task: str, tokens: int, n: int, seed: int, split: str = "test")
 
 
 def at_depth(document: Document, share: float) -> tuple[str, str]:
-    """The question whose answer stands nearest to that share of the context."""
+    """The question whose answer is nearest to the given relative depth of the context."""
     text = document.context
     return min(document.pairs, key=lambda pair: abs(text.index(f" is {pair[1]}.") / len(text) - share))
 
@@ -221,14 +221,14 @@ def asked_key(record: dict) -> str:
 
 
 def depth_of(record: dict) -> float | None:
-    """Where the asked key's fact stands in the context, from 0 to 1; None where many places hold the answer."""
+    """Relative depth of the queried fact in the context, from 0 to 1; None if the answer depends on several places."""
     if record["dataset"] not in DEPTH:
         return None
     return record["context"].index(DEPTH[record["dataset"]].format(asked_key(record))) / len(record["context"])
 
 
 def in_window(task: str, tokens: int, share: float, seed: int) -> Iterator[dict]:
-    """Held-out records without end whose asked fact stands within the last `share` of the context."""
+    """Endless test records whose queried fact lies within the last `share` of the context."""
     for further in itertools.count(seed):
         for record in make_records(task, tokens, 100, further):
             depth = depth_of(record)
@@ -241,7 +241,7 @@ def prompt_of(record: dict) -> str:
 
 
 def facts_of(record: dict) -> list[tuple[str, str]]:
-    """Every (key, answer) that the context states for the record's kind of question."""
+    """All (key, answer) pairs that the context states for the record's kind of question."""
     task, text = record["dataset"], record["context"]
     if task == "lines":
         return re.findall(r"^line (\S+): REGISTER_CONTENT is <(\d+)>$", text, re.M)
@@ -272,10 +272,10 @@ def facts_of(record: dict) -> list[tuple[str, str]]:
 
 
 def partial_key_floor(record: dict) -> float:
-    """Expected score of a solver that knows one part of the asked key and picks at random among the facts with it.
+    """Expected score of guessing among the facts that share half of the queried key.
 
-    The best single part (adjective or noun) counts, and every later step of the solver is right. For `majority` and
-    `tally`, whose keys have one part, the solver picks one vote of the asked group.
+    The better half (adjective or noun) counts, and all later hops are assumed correct. `majority` and `tally` have keys
+    of one word; there the guess is a random vote of the queried group.
     """
     asked, facts, scores = asked_key(record), facts_of(record), []
     for part in (0, 2):

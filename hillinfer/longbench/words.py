@@ -1,4 +1,4 @@
-"""Words, keys, numbers and filler sentences of the synthetic tasks, for training and held out."""
+"""Vocabulary of the synthetic tasks: words, keys, numbers and filler sentences for the training and test splits."""
 
 import math
 import random
@@ -37,7 +37,7 @@ PLACES = [*PLACES.split("|"), "with great care", "for many years", "without a wo
 
 
 class Words:
-    """Adjectives and nouns of one split: syllables for "train", the lists above for "test"."""
+    """Adjectives and nouns of one split: composed of syllables for "train", the lists above for "test"."""
 
     def __init__(self, rng: random.Random, split: str):
         self.rng, self.split = rng, split
@@ -69,16 +69,16 @@ class Words:
         return word
 
     def _near(self, word: str) -> str:
-        """A word that differs from another in a few letters."""
+        """A word that differs from `word` in a few letters."""
         cut = self.rng.randrange(1, max(2, len(word) - 1))
         other = self._syllable()
         return word[:cut] + other if self.rng.random() < 0.5 else other + word[cut:]
 
 
 def adversarial_keys(rng: random.Random, split: str, n: int, group: int = 4) -> list[str]:
-    """`n` distinct keys in random order, in which each adjective and each noun occurs about `group` times.
+    """`n` distinct keys in random order; each adjective and each noun occurs about `group` times.
 
-    Round r pairs adjective i with noun i + shift_r; distinct shifts make distinct pairs.
+    Round r pairs adjective i with noun i + shift_r. Distinct shifts yield distinct pairs.
     """
     if split == "test":
         group = max(group, -(-n // min(len(ADJECTIVES), len(NOUNS))))
@@ -92,7 +92,7 @@ def adversarial_keys(rng: random.Random, split: str, n: int, group: int = 4) -> 
 
 
 def number(rng: random.Random, split: str = "test") -> str:
-    """Five digits; one in eight training values is shorter."""
+    """A random number of five digits; one in eight training values is shorter."""
     short = split == "train" and rng.random() < 0.12
     return str(rng.randint(1, 9999) if short else rng.randint(10000, 99999))
 

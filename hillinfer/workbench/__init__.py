@@ -1,6 +1,4 @@
-"""What a person looks at: figures, the timeline canvas, the dashboard. The only place that imports plotly and
-ipywidgets.
-"""
+"""Visualisation: figures, the board and the dashboard. The only package that imports plotly and ipywidgets."""
 
 from importlib import import_module
 
@@ -16,7 +14,7 @@ __all__ = ["Board", "Case", "LiveRun", "Workbench", "show_record", "show_timelin
 
 
 def __getattr__(name: str):
-    """On first use: the figures of `hillinfer demo` need no ipywidgets."""
+    """Import on first use: the figures of `hillinfer demo` work without ipywidgets."""
     if name not in _HOME:
         raise AttributeError(f"module 'hillinfer.workbench' has no attribute '{name}'")
     try:

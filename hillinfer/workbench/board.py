@@ -1,4 +1,4 @@
-"""The board: linked views of one run in the browser, as one anywidget. Drawn in static/*.js; fed from here."""
+"""The board: linked views of one run, as one anywidget. static/*.js draws them; this module sends the data."""
 
 import base64
 import gzip
@@ -17,16 +17,16 @@ import traitlets
 from hillinfer.errors import UsageError
 from hillinfer.timeline import LANES, Counters, Span, Timeline
 from hillinfer.workbench import palette
-from hillinfer.workbench.observe import AttentionRecord, Seen
+from hillinfer.workbench.observe import AttentionRecord, AttentionSnapshot
 
 STATIC = Path(__file__).parent / "static"
 PARTS = ("head", "text", "sparsity", "hits", "timeline", "memory")
-HITS = "step layer queries device host drive demoted prefetched".split()  # the columns that static/board.js reads
-BATCH = 50_000  # spans in one message, 1.9 MB
+HITS = "step layer queries device host drive demoted prefetched".split()  # column order of static/board.js
+BATCH = 50_000  # spans per message, 1.9 MB
 
 
-class Source(Protocol):
-    """What a board shows; `LiveRun` is one."""
+class RunSource(Protocol):
+    """Data source of a board, such as a `LiveRun`."""
 
     timeline: Timeline
     counters: Counters
@@ -37,9 +37,9 @@ class Source(Protocol):
 
 
 class Board(anywidget.AnyWidget):
-    """Linked views of a run. `flush` sends what is new; choosing a step, layer, head or token marks it in all views.
+    """Linked views of a run. Selecting a step, layer, head or token marks it in all views; `flush` sends new data.
 
-    parts  which views, of PARTS
+    parts  names of the views to show, from PARTS
     """
 
     _esm = (STATIC / "timeline.js").read_text() + (STATIC / "board.js").read_text()
@@ -48,63 +48,63 @@ class Board(anywidget.AnyWidget):
     palette = traitlets.Dict().tag(sync=True)
     cursor = traitlets.Dict().tag(sync=True)
 
-    def __init__(self, source: Source | None = None, parts: Sequence[str] = PARTS):
+    def __init__(self, source: RunSource | None = None, parts: Sequence[str] = PARTS):
         if unknown := set(parts) - set(PARTS):
-            raise UsageError(f"no view {', '.join(sorted(unknown))}; choose of {', '.join(PARTS)}")
+            raise UsageError(f"no view {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
         super().__init__(parts=list(parts), palette=palette.for_browser())
-        self._writing = threading.RLock()  # callbacks come from other threads than the painter
+        self._writing = threading.RLock()  # widget callbacks run on other threads than the painter
         self._run = 0
         self.show_run(source)
-        self.on_msg(self._asked)
-        self.observe(lambda change: self._pointed(), "cursor")
+        self.on_msg(self._on_message)
+        self.observe(lambda change: self._cursor_moved(), "cursor")
 
-    def show_run(self, source: Source | None) -> None:
-        """Show another run, from its beginning."""
+    def show_run(self, source: RunSource | None) -> None:
+        """Switch to another run, from its beginning."""
         with self._writing:
             self.source, self._run = None, self._run + 1
             self._sent = dict(spans=0, hits=0, tokens=0)
             self._kinds: dict[str, int] = {}
-            self._looked: tuple | None = None  # what `detail` is of
+            self._detail_key: tuple | None = None  # run and cursor that `detail` belongs to
             self._origin: int | None = None
             self.state, self.detail = {}, {}
-            self._told: tuple | None = None  # state and detail, as they were last sent
+            self._last_sent: tuple | None = None  # state and detail of the last message
             self.cursor = dict.fromkeys(("step", "layer", "head"))
             self.source = source
             if source is not None:
                 self.flush()
 
     def flush(self) -> None:
-        """Send what came since the last time, and how things stand."""
+        """Send all new rows and the current state."""
         with self._writing:
             self.state = self.source.status()
-            self._look()
-            while self._send_news():
+            self._update_detail()
+            while self._send_rows():
                 pass
 
-    def _send_news(self) -> bool:
-        """One message of new rows and how things stand, if any of it is new; whether there may be more.
+    def _send_rows(self) -> bool:
+        """Send one message with new rows and the state, unless nothing changed. True if more rows may be waiting.
 
-        One, because each costs the page more than what is in it.
+        Everything goes into one message, because the overhead per message exceeds the cost of its content.
         """
-        source, at = self.source, self._sent
-        spans = source.timeline.spans[at["spans"] : at["spans"] + BATCH]
-        hits = source.counters.rows[at["hits"] : at["hits"] + BATCH]
-        tokens = list(source.tokens[at["tokens"] : at["tokens"] + BATCH])
-        detail = None if self._told and self._told[1] is self.detail else self.detail
-        if not (spans or hits or tokens or detail is not None or self.state != self._told[0]):
+        source, sent = self.source, self._sent
+        spans = source.timeline.spans[sent["spans"] : sent["spans"] + BATCH]
+        hits = source.counters.rows[sent["hits"] : sent["hits"] + BATCH]
+        tokens = list(source.tokens[sent["tokens"] : sent["tokens"] + BATCH])
+        detail = None if self._last_sent and self._last_sent[1] is self.detail else self.detail
+        if not (spans or hits or tokens or detail is not None or self.state != self._last_sent[0]):
             return False
         buffers = [column.tobytes() for column in self._columns(spans)]
         rows = [[getattr(row, name) for name in HITS] for row in hits]
         buffers.append(np.array(rows, np.int32).tobytes())
-        message = {"kind": "more", "run": self._run, "from": dict(at), "kinds": list(self._kinds), "tokens": tokens}
+        message = {"kind": "more", "run": self._run, "from": dict(sent), "kinds": list(self._kinds), "tokens": tokens}
         self.send(message | {"state": self.state, "detail": detail}, buffers)
-        self._told = self.state, self.detail
+        self._last_sent = self.state, self.detail
         for name, new in (("spans", spans), ("hits", hits), ("tokens", tokens)):
-            at[name] += len(new)
+            sent[name] += len(new)
         return BATCH in (len(spans), len(hits), len(tokens))
 
     def _columns(self, spans: list[Span]) -> list[np.ndarray]:
-        """Spans as the columns that static/board.js reads: start and duration in ms, bytes, lane, kind, ..."""
+        """Spans in the columns of static/board.js: start, duration (ms), bytes, lane, kind, layer, step, modelled."""
         if spans and self._origin is None:
             self._origin = min(span.start_ns for span in spans)
         origin, kinds = self._origin or 0, self._kinds
@@ -120,40 +120,40 @@ class Board(anywidget.AnyWidget):
             np.array([bool(span.detail.get("modelled")) for span in spans], np.uint8),
         ]
 
-    def _pointed(self) -> None:
-        """A person chose a step, layer or head."""
+    def _cursor_moved(self) -> None:
+        """The user selected a step, layer or head."""
         with self._writing:
-            self._look()
+            self._update_detail()
             if self.source is not None:
-                self._send_news()
+                self._send_rows()
 
-    def _look(self) -> None:
-        """Take up the attention at the cursor: a heat map of layers by heads, and one distribution over blocks."""
+    def _update_detail(self) -> None:
+        """Set `detail` to the attention at the cursor: heat map of layers by heads, and distribution over positions."""
         record = getattr(self.source, "record", None)
-        found = record.at(self.cursor["step"]) if record is not None else None
+        found = record.snapshots_at(self.cursor["step"]) if record is not None else None
         if found is None:
             return
         step, layers = found
-        where = (self._run, step, self.cursor["layer"], self.cursor["head"])
-        if where == self._looked:  # it is there already
+        key = (self._run, step, self.cursor["layer"], self.cursor["head"])
+        if key == self._detail_key:  # already up to date
             return
-        self._looked = where
+        self._detail_key = key
         rows = [layers[layer] for layer in sorted(layers)]
         heat = {"step": step, "exact": record.exact, "needed": [_list(row.needed / row.n) for row in rows]}
-        heat["caught"] = [_list(row.caught) for row in rows] if record.exact else None
+        heat["recall"] = [_list(row.recall) for row in rows] if record.exact else None
         layer = self.cursor["layer"] if self.cursor["layer"] in layers else max(layers)
         self.detail = {"heat": heat, "distribution": _distribution(step, layer, self.cursor["head"], layers[layer])}
 
-    def _asked(self, _, message: dict, buffers) -> None:
-        """The browser lacks rows (it was loaded, or a message was lost), or a person wants a file."""
+    def _on_message(self, _, message: dict, buffers) -> None:
+        """Handle a message of the page: it lacks rows (after a reload or a lost message), or requests an export."""
         with self._writing:
             if self.source is None:
                 return
             if message["kind"] == "have":
                 current = message["run"] == self._run
                 self._sent = dict(message["have"]) if current else dict(spans=0, hits=0, tokens=0)
-                self._told = None
-                while self._send_news():
+                self._last_sent = None
+                while self._send_rows():
                     pass
             elif message["what"] == "trace":
                 data = gzip.compress(json.dumps(self.source.timeline.chrome_trace()).encode(), 3)
@@ -165,7 +165,7 @@ class Board(anywidget.AnyWidget):
         self.send({"kind": "file", "name": name, "type": kind}, [data])
 
     def html(self, title: str = "hillinfer") -> str:
-        """A page with this board and all its data, which needs no kernel and no network."""
+        """A self-contained page with this board and all its data. It needs neither kernel nor network."""
         with self._writing:
             source = self.source
             columns = self._columns(source.timeline.spans)
@@ -178,11 +178,13 @@ class Board(anywidget.AnyWidget):
         data = json.dumps({"traits": traits, "message": message, "buffers": parts}).replace("<", "\\u003c")
         page = (STATIC / "page.html").read_text()
         parts = dict(TITLE=escape(title), CSS=self._css, DATA=data, ESM=self._esm)
-        return re.sub(r"/\*(TITLE|CSS|DATA|ESM)\*/", lambda mark: parts[mark[1]], page)  # once: a text may hold marks
+        return re.sub(
+            r"/\*(TITLE|CSS|DATA|ESM)\*/", lambda mark: parts[mark[1]], page
+        )  # one pass: texts may hold markers
 
 
-class _Recorded:
-    """A timeline, and counters where there are any, as a source."""
+class _RecordedRun:
+    """A finished run as a data source: its timeline, and counters and attention if recorded."""
 
     record = None
     tokens = ()
@@ -195,26 +197,26 @@ class _Recorded:
 
 
 def show_timeline(timeline: Timeline) -> Board:
-    """The timeline alone, every span of it, to zoom and pan."""
-    return Board(_Recorded(timeline, None, None), ("timeline",))
+    """A board with the timeline only: all spans, with zoom and pan."""
+    return Board(_RecordedRun(timeline, None, None), ("timeline",))
 
 
 def show_record(timeline: Timeline, counters: Counters, record: AttentionRecord | None = None) -> Board:
-    """Timeline, hits and, where there is a record of it, attention of a run that is over. Linked."""
+    """A board of a finished run: linked views of timeline, hits and, if recorded, attention."""
     parts = ("sparsity", "hits", "timeline") if record else ("hits", "timeline")
-    return Board(_Recorded(timeline, counters, record), parts)
+    return Board(_RecordedRun(timeline, counters, record), parts)
 
 
-def _distribution(step: int, layer: int, head: int | None, seen: Seen) -> dict:
-    mass = seen.mass.astype(np.float32)
+def _distribution(step: int, layer: int, head: int | None, snapshot: AttentionSnapshot) -> dict:
+    mass = snapshot.mass.astype(np.float32)
     return {
         "step": step,
         "layer": layer,
         "head": head,
-        "n": seen.n,
-        "block": seen.block,
+        "n": snapshot.n,
+        "block": snapshot.block,
         "mass": _list(mass.mean(0) if head is None else mass[head]),
-        "chosen": seen.chosen.tolist(),
+        "chosen": snapshot.chosen.tolist(),
     }
 
 

@@ -1,4 +1,4 @@
-"""The evaluation kernel's configurations as a table and a figure."""
+"""Configurations of the drive's evaluation kernel (HillInfer's CEC), as a table and a figure."""
 
 import json
 
@@ -41,7 +41,7 @@ def utilisation(kernel: Configuration) -> float:
 
 
 def cec_frame(clock: float = CLOCK) -> pd.DataFrame:
-    """One row per configuration: cycles simulated, area synthesised, rates modelled at this clock (Hz, assumed)."""
+    """One row per configuration: simulated cycles, synthesised area, modelled rates at `clock` (Hz, assumed)."""
     return pd.DataFrame(
         [
             {
@@ -72,11 +72,11 @@ def pareto_figure(memory: str = "DDR4 measured", clock: float = CLOCK) -> go.Fig
             x=[shares[i] for i in best],
             y=[rates[i] for i in best],
             mode="lines",
-            name=f"INT{bits} best",
+            name=f"INT{bits} Pareto front",
             line=dict(shape="hv", color=colour),
         )
-    title = f"Evaluation kernel, keys from {memory}, {clock / 1e6:.0f} MHz assumed (rates modelled)"
+    title = f"Evaluation kernel, keys from {memory}, {clock / 1e6:.0f} MHz assumed (modelled rates)"
     figure.update_layout(**LAYOUT, title=title)
-    figure.update_xaxes(title="largest share of the xcku15p's resources, %")
-    figure.update_yaxes(title="Mtoken/s of one KV head")
+    figure.update_xaxes(title="highest utilisation of any xcku15p resource, %")
+    figure.update_yaxes(title="Mtoken/s per KV head")
     return figure

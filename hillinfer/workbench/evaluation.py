@@ -1,4 +1,4 @@
-"""The page of an eval: the budget-accuracy curve, scores against bytes, scores by task."""
+"""HTML report of an eval: accuracy by budget, accuracy by KV traffic, scores by task."""
 
 from pathlib import Path
 
@@ -11,26 +11,26 @@ from hillinfer.workbench.report import write_report
 
 
 def write_page(folder: Path, table: pd.DataFrame, cost: pd.DataFrame, summary: pd.DataFrame, facts: list[str]) -> Path:
-    """`report.html` in the folder; `table` and `cost` as in longbench/report.py."""
+    """Write `report.html` to the folder; `table` and `cost` come from longbench/report.py."""
     figures = []
-    for model, own in table.groupby("model"):
-        figures += [budget_figure(own, f"{model}: accuracy by budget"), tasks_figure(own, f"{model}: scores by task")]
-        figures.append(bytes_figure(own.merge(cost), f"{model}: accuracy by KV attended to"))
+    for model, rows in table.groupby("model"):
+        figures += [budget_figure(rows, f"{model}: accuracy by budget"), tasks_figure(rows, f"{model}: scores by task")]
+        figures.append(bytes_figure(rows.merge(cost), f"{model}: accuracy by attended KV"))
     header, rows = list(summary.columns), [[str(cell) for cell in row] for row in summary.itertuples(index=False)]
     return write_report(folder / "report.html", "hillinfer eval", facts, header, rows, figures)
 
 
 def budget_figure(table: pd.DataFrame, title: str) -> go.Figure:
-    """Average score against alpha, a line for each system, with 95 % intervals; what attends to everything is level."""
+    """Average score against alpha, one line per system, with 95 % intervals. Full attention is a horizontal line."""
     rows, figure = table[table.task == "average"], go.Figure()
-    for i, (system, own) in enumerate(rows.groupby("system")):
-        own = own.sort_values("alpha")
-        level = len(own) == 1 and own.alpha.iloc[0] == 1
-        bars = dict(type="data", array=own.high - own.score, arrayminus=own.score - own.low, thickness=1)
+    for i, (system, points) in enumerate(rows.groupby("system")):
+        points = points.sort_values("alpha")
+        level = len(points) == 1 and points.alpha.iloc[0] == 1
+        bars = dict(type="data", array=points.high - points.score, arrayminus=points.score - points.low, thickness=1)
         figure.add_scatter(
             name=system,
-            x=[rows.alpha.min(), 1] if level else own.alpha,
-            y=[*own.score] * (2 if level else 1),
+            x=[rows.alpha.min(), 1] if level else points.alpha,
+            y=[*points.score] * (2 if level else 1),
             mode="lines" if level else "lines+markers",
             line=dict(dash="dot" if level else "solid", color=palette.line(i)[0]),
             marker_symbol=palette.line(i)[1],
@@ -38,36 +38,36 @@ def budget_figure(table: pd.DataFrame, title: str) -> go.Figure:
         )
     figure.update_layout(LAYOUT, title=title, yaxis_title="score (95 % interval)", height=460)
     ticks = sorted({*rows.alpha, 1.0})
-    figure.update_xaxes(title="alpha: share of the tokens attended to", type="log", tickvals=ticks, ticktext=ticks)
+    figure.update_xaxes(title="alpha: share of attended tokens", type="log", tickvals=ticks, ticktext=ticks)
     return figure
 
 
 def bytes_figure(table: pd.DataFrame, title: str) -> go.Figure:
-    """Average score against the bytes of KV that a decode step attends to: what budgets are about."""
+    """Average score against the bytes of KV attended to per decode step."""
     rows, figure = table[table.task == "average"], go.Figure()
-    for i, (system, own) in enumerate(rows.groupby("system")):
-        own = own.sort_values("alpha")
+    for i, (system, points) in enumerate(rows.groupby("system")):
+        points = points.sort_values("alpha")
         figure.add_scatter(
             name=system,
-            x=own.KV_attended_KiB_per_token,
-            y=own.score,
+            x=points.KV_attended_KiB_per_token,
+            y=points.score,
             mode="lines+markers",
             line_color=palette.line(i)[0],
             marker_symbol=palette.line(i)[1],
-            customdata=own[["alpha", "ms_per_token", "drive_KiB_per_token"]],
+            customdata=points[["alpha", "ms_per_token", "drive_KiB_per_token"]],
             hovertemplate="alpha %{customdata[0]}<br>score %{y:.1f}<br>%{x:,.0f} KiB of KV, %{customdata[1]:.1f} ms "
             "and %{customdata[2]:,.0f} KiB from the drive per token",
         )
     figure.update_layout(LAYOUT, title=title, yaxis_title="score", height=460)
-    figure.update_xaxes(title="KiB of KV attended to per token (median)", type="log")
+    figure.update_xaxes(title="attended KV, KiB per token (median)", type="log")
     return figure
 
 
 def tasks_figure(table: pd.DataFrame, title: str) -> go.Figure:
-    """A heat map: tasks by ways."""
+    """Heat map of the scores, variants by tasks."""
     rows = table[table.bucket == ""]
-    grid = rows.assign(way=rows.system + rows.alpha.map(" {:g}".format))
-    grid = grid.pivot_table(index="way", columns="task", values="score", sort=False)
+    grid = rows.assign(variant=rows.system + rows.alpha.map(" {:g}".format))
+    grid = grid.pivot_table(index="variant", columns="task", values="score", sort=False)
     figure = go.Figure(
         go.Heatmap(
             z=grid,

@@ -1,4 +1,4 @@
-"""Figures of a run, as plotly objects."""
+"""Plotly figures of a run: timeline, hits, attention and comparisons of systems."""
 
 import numpy as np
 import plotly.graph_objects as go
@@ -8,25 +8,25 @@ from hillinfer.timeline import LANES, Counters, Timeline
 from hillinfer.workbench import palette
 from hillinfer.workbench.observe import AttentionRecord
 
-KINDS = list(palette.FAMILY)  # `select` comes first, so that the scores within it are drawn over it
+KINDS = list(palette.FAMILY)  # `select` first: the `score` spans inside it are drawn on top
 LAYOUT = dict(template="plotly_white", margin=dict(l=60, r=20, t=50, b=50), height=360)
 
 
 def timeline_figure(timeline: Timeline, title: str = "Timeline", steps: int = 4) -> go.Figure:
-    """Spans of the last `steps` steps, a row for each lane; drag to zoom, double-click to go back."""
+    """Spans of the last `steps` steps, one row per lane. Drag to zoom, double-click to reset."""
     last = max((span.step for span in timeline.spans), default=0)
     spans = [span for span in timeline.spans if span.step > last - steps]
     origin = min((span.start_ns for span in spans), default=0)
     figure = go.Figure()
     for kind in sorted({span.kind for span in spans}, key=_order):
-        own = [span for span in spans if span.kind == kind]
+        group = [span for span in spans if span.kind == kind]
         figure.add_bar(
             name=kind,
             orientation="h",
-            y=[span.lane for span in own],
-            base=[(span.start_ns - origin) / 1e6 for span in own],
-            x=[(span.end_ns - span.start_ns) / 1e6 for span in own],
-            customdata=[(span.layer, span.step, span.bytes) for span in own],
+            y=[span.lane for span in group],
+            base=[(span.start_ns - origin) / 1e6 for span in group],
+            x=[(span.end_ns - span.start_ns) / 1e6 for span in group],
+            customdata=[(span.layer, span.step, span.bytes) for span in group],
             hovertemplate=f"{kind}<br>layer %{{customdata[0]}}, step %{{customdata[1]}}<br>%{{x:.3f}} ms"
             "<br>%{customdata[2]:,} bytes<extra></extra>",
             marker=dict(color=palette.colour(kind), line_width=0),
@@ -36,8 +36,8 @@ def timeline_figure(timeline: Timeline, title: str = "Timeline", steps: int = 4)
     return figure
 
 
-def hits_figure(counters: Counters, title: str = "Who served the attended tokens", by: str = "layer") -> go.Figure:
-    """Share of the attended tokens by the tier that held them, for each layer over all steps, or by="step"."""
+def hits_figure(counters: Counters, title: str = "Attended tokens by tier", by: str = "layer") -> go.Figure:
+    """Share of the attended tokens served by each tier: per layer over all steps, or per step with by="step"."""
     frame = counters.frame().groupby(by)[["queries", "device", "host", "drive", "demoted"]].sum()
     parts = (frame.device, frame.host, frame.drive - frame.demoted, frame.demoted)
     figure = go.Figure()
@@ -49,7 +49,7 @@ def hits_figure(counters: Counters, title: str = "Who served the attended tokens
 
 
 def sparsity_figure(record: AttentionRecord, title: str = "Attention sparsity") -> go.Figure:
-    """Layers by heads: which share of the tokens holds 90 % of a head's attention, mean over the steps seen."""
+    """Heat map, layers by heads: share of tokens that holds 90 % of the attention, mean over the recorded steps."""
     needed = record.needed()
     figure = go.Figure(
         go.Heatmap(
@@ -68,25 +68,24 @@ def sparsity_figure(record: AttentionRecord, title: str = "Attention sparsity") 
 
 
 def attention_figure(record: AttentionRecord, layer: int, head: int, step: int | None = None) -> go.Figure:
-    """One head's attention over positions in one step, and how many tokens of each block were chosen."""
-    at, layers = record.at(step)
-    seen = layers[layer]
-    where = np.arange(len(seen.mass[head])) * seen.block
+    """One head's attention over positions in one step, and the share of selected tokens in each block."""
+    step, layers = record.snapshots_at(step)
+    snapshot = layers[layer]
+    positions = np.arange(len(snapshot.mass[head])) * snapshot.block
     figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.75, 0.25], vertical_spacing=0.06)
-    figure.add_bar(x=where, y=seen.mass[head].astype(float), marker_color=palette.COLOURS["choose"], row=1, col=1)
-    figure.add_bar(x=where, y=seen.chosen / seen.block, marker_color=palette.COLOURS["link"], row=2, col=1)
-    figure.update_layout(
-        LAYOUT, title=f"Layer {layer}, head {head}, step {at}: blocks of {seen.block} tokens", bargap=0
-    )
-    figure.update_layout(showlegend=False)
+    mass, selected = snapshot.mass[head].astype(float), snapshot.chosen / snapshot.block
+    figure.add_bar(x=positions, y=mass, marker_color=palette.COLOURS["choose"], row=1, col=1)
+    figure.add_bar(x=positions, y=selected, marker_color=palette.COLOURS["link"], row=2, col=1)
+    title = f"Layer {layer}, head {head}, step {step}: blocks of {snapshot.block} tokens"
+    figure.update_layout(LAYOUT, title=title, bargap=0, showlegend=False)
     figure.update_yaxes(type="log", title="attention", range=[-4, 0], dtick=1, row=1, col=1)
-    figure.update_yaxes(title="chosen", tickformat=".0%", row=2, col=1)
+    figure.update_yaxes(title="selected", tickformat=".0%", row=2, col=1)
     figure.update_xaxes(title="position, tokens", row=2, col=1)
     return figure
 
 
 def systems_figure(names: list[str], accuracy: list[float], floor: float, title: str) -> go.Figure:
-    """Accuracy of each system, with what half of the key alone would get."""
+    """Accuracy of each system, with the expected accuracy of guessing from half of the key."""
     figure = go.Figure(
         go.Bar(x=names, y=accuracy, marker_color=palette.COLOURS["link"], text=[f"{a:.0%}" for a in accuracy])
     )
@@ -98,18 +97,18 @@ def systems_figure(names: list[str], accuracy: list[float], floor: float, title:
 
 
 def tradeoff_figure(names: list[str], bytes_read: list[float], accuracy: list[float], title: str) -> go.Figure:
-    """Each system by the KV that its attention reads for a token and how often it is right: up and left is better.
+    """Accuracy against the KV read by attention per token; better is up and left.
 
-    Systems that stand on one point share a label; labels of near points stand below each other.
+    Systems on the same point share a label; labels of nearby points are stacked.
     """
     points: dict[tuple[float, float], list[str]] = {}
     for name, nbytes, right in zip(names, bytes_read, accuracy, strict=True):
         points.setdefault((round(nbytes / 2**20, 1), right), []).append(name)
     points = dict(sorted(points.items(), key=lambda item: (item[0][1], item[0][0])))
     most, labels, last, below = max(x for x, _ in points), [], None, 0
-    for (x, y), own in points.items():
+    for (x, y), systems in points.items():
         near = last is not None and abs(y - last[1]) < 0.1 and x - last[0] < 0.2 * most
-        lines = [", ".join(own[i : i + 3]) for i in range(0, len(own), 3)]
+        lines = [", ".join(systems[i : i + 3]) for i in range(0, len(systems), 3)]
         below, last = below if near else 0, (x, y)
         labels.append("<br>" * below + "<br>".join(lines))
         below += len(lines)
@@ -123,10 +122,10 @@ def tradeoff_figure(names: list[str], bytes_read: list[float], accuracy: list[fl
             marker=dict(size=13, color=palette.COLOURS["drive read"]),
         )
     )
-    figure.update_layout(LAYOUT, title=title, xaxis_title="KV that attention reads, MiB per token")
+    figure.update_layout(LAYOUT, title=title, xaxis_title="KV read by attention, MiB per token")
     figure.update_xaxes(range=[-0.05 * most, 1.1 * most])
     figure.update_yaxes(
-        title="answers right", tickformat=".0%", range=[-0.25, 1.1], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1]
+        title="correct answers", tickformat=".0%", range=[-0.25, 1.1], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1]
     )
     return figure
 

@@ -1,7 +1,7 @@
-"""A kernel's interrupt stops runs that go on in threads. The only file that knows Jupyter's kernel.
+"""Stop background runs when the kernel is interrupted. The only module that depends on Jupyter's kernel.
 
-A KeyboardInterrupt reaches the main thread alone: in a cell that runs it ends the cell; between cells the kernel
-ignores the signal. Both are told to the runs here.
+A KeyboardInterrupt reaches only the main thread: it ends a running cell, and between cells the kernel ignores the
+signal. This module forwards both cases to the runs.
 """
 
 import signal
@@ -9,12 +9,12 @@ import threading
 import weakref
 from collections.abc import Callable
 
-_watched: "weakref.WeakSet" = weakref.WeakSet()  # what has a `stop`
+_watched: "weakref.WeakSet" = weakref.WeakSet()  # objects with a `stop` method
 _wired = False
 
 
-def where_shown() -> str:
-    """The notebook cell that is being executed, or one name for all other places."""
+def current_cell() -> str:
+    """Id of the notebook cell being executed; "here" outside a notebook."""
     try:
         from IPython import get_ipython
 
@@ -23,8 +23,8 @@ def where_shown() -> str:
         return "here"
 
 
-def stop_at_interrupt(workbench) -> None:
-    """From now on an interrupt of the kernel calls `workbench.stop()`. Outside a kernel this does nothing."""
+def stop_on_interrupt(workbench) -> None:
+    """Call `workbench.stop()` on every later interrupt of the kernel. No effect outside a kernel."""
     global _wired
     _watched.add(workbench)
     try:
@@ -46,7 +46,10 @@ def _after_cell(result) -> None:
 
 
 def _wire_idle(call_later: Callable, tries: int = 50) -> None:
-    """Between cells the kernel has SIGINT ignored, and puts back around each cell what it finds: put ours there."""
+    """Install the handler for interrupts between cells.
+
+    There the kernel ignores SIGINT, and after each cell it restores the handler found before it, so ours persists.
+    """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: _stop_all())
     elif tries:

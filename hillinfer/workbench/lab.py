@@ -1,4 +1,4 @@
-"""`hillinfer lab`: JupyterLab on the first notebook, on loopback and with its token."""
+"""`hillinfer lab`: open the first notebook in JupyterLab, on loopback only and with token authentication."""
 
 import os
 import shutil
@@ -13,22 +13,24 @@ FIRST = "00_first_run.ipynb"
 
 
 def open_lab(folder: Path | None, browser: bool = True, port: int = 8888) -> None:
-    """Become JupyterLab: this process goes on as it, so that Ctrl-C and signals reach it and nothing stays behind.
+    """Replace this process with JupyterLab, so Ctrl-C and signals reach it directly and no process is left behind.
 
-    folder  where the notebooks are put, if they are not there yet; None takes those of the clone, or a new folder
-            `hillinfer-notebooks` where the package is installed
+    folder  destination of the notebooks; None uses those of the clone or, if the package is installed, a new folder
+            `hillinfer-notebooks`
+
+    Raises UsageError if JupyterLab or the widgets are not installed.
     """
     if missing := [name for name in ("jupyterlab", "ipywidgets", "anywidget") if find_spec(name) is None]:
         raise UsageError(f"{', '.join(missing)} not installed: pip install 'hillinfer[lab]'")
     book = prepare(folder) / FIRST
     command = [sys.executable, "-m", "jupyterlab", str(book), "--ip=127.0.0.1", f"--port={port}"]
     command += [] if browser else ["--no-browser"]
-    command += ["--allow-root"] if os.geteuid() == 0 else []  # in a container; only this machine can reach it
+    command += ["--allow-root"] if os.geteuid() == 0 else []  # in a container; the server listens on loopback only
     os.execv(sys.executable, command)
 
 
 def prepare(folder: Path | None) -> Path:
-    """The folder with the notebooks; those that a user has changed stay."""
+    """Folder with the notebooks, copied there if missing. Existing files are never overwritten."""
     origin = data_folder("notebooks")
     if folder is None and origin.parent.name != "_data":
         return origin

@@ -1,4 +1,4 @@
-"""One run in a thread of its own, that can be watched while it goes on and stopped within a token. Knows no widget."""
+"""A run in a background thread, which can be observed live and stopped within one token. Independent of widgets."""
 
 import threading
 import time
@@ -23,56 +23,59 @@ from hillinfer.timeline import Counters, Timeline
 from hillinfer.whatif.recording import describe
 from hillinfer.workbench.observe import AttentionRecord
 
-CHUNK = 1024  # tokens that are prefilled between two looks at the stop event
-TAIL = 8  # tokens that are decoded together to find what the last one adds
+CHUNK = 1024  # tokens per prefill chunk; the stop event is checked in between
+TAIL = 8  # tokens decoded together to obtain the text of the last one
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a run is asked: token ids of a document and of what is asked about it, and how long the answer may be."""
+    """Prompt of a run: token ids of a document and of a question about it, and the maximum answer length."""
 
     title: str
     context: list[int]
     question: list[int]
     max_new_tokens: int
-    record: dict | None = None  # of a task, which knows the right answer
+    record: dict | None = None  # synthetic record with the correct answer
 
     @classmethod
     def task(cls, tokenizer: PreTrainedTokenizerBase, task: str, tokens: int, seed: int) -> "Case":
-        """A new question of a synthetic task about a document of about `tokens` tokens; the seed makes both."""
+        """A synthetic task with a document of about `tokens` tokens; `seed` determines document and question."""
         record = make_records(task, tokens, 1, seed)[0]
         context, question = split_prompt(tokenizer, record)
         return cls(f"{task}, {len(context):,} tokens, seed {seed}", context, question, MAX_NEW_TOKENS[task], record)
 
     @classmethod
     def text(cls, tokenizer: PreTrainedTokenizerBase, text: str, question: str, max_new_tokens: int) -> "Case":
-        """A text of the user's own, and a question about it; without one, the text is continued."""
+        """A custom text with a question about it; without a question, the text is continued.
+
+        Raises UsageError if the text is empty or too short.
+        """
         if not text.strip():
-            raise UsageError("there is no text to work on: paste one, or choose a task")
+            raise UsageError("there is no text: paste one, or choose a task")
         context = tokenizer(text).input_ids
         if question.strip():
-            asked = tokenizer("\n" + question, add_special_tokens=False).input_ids
+            question_ids = tokenizer("\n" + question, add_special_tokens=False).input_ids
         else:
-            context, asked = context[:-1], context[-1:]
-        if not context or not asked:
-            raise UsageError("the text is one token long: give some more")
-        return cls(f"own text, {len(context):,} tokens", context, asked, max_new_tokens)
+            context, question_ids = context[:-1], context[-1:]
+        if not context or not question_ids:
+            raise UsageError("the text is only one token long: use a longer one")
+        return cls(f"own text, {len(context):,} tokens", context, question_ids, max_new_tokens)
 
 
 class Token(NamedTuple):
-    """A token that a decode step took in (of the question) or gave out."""
+    """A token of the question or the answer, with its decode step."""
 
     text: str
-    step: int  # the decode step that gave it out; of a question's token, the one that took it in
-    ms: float  # since the first decode step began
-    asked: bool  # of the question
+    step: int  # the decode step that consumed it (question) or produced it (answer)
+    ms: float  # since the start of the first decode step
+    asked: bool  # True for tokens of the question
 
 
 @dataclass
 class LiveRun:
-    """`start`, watch, `stop` or not, `join`. `result` raises what the run raised.
+    """A run in the background: `start` it, optionally `stop` it, then `join`. `result` re-raises the run's exception.
 
-    What may be read from other threads while it goes on: phase, tokens, timeline, counters, record, status().
+    Other threads may read phase, tokens, timeline, counters, record and status() during the run.
     """
 
     model: PreTrainedModel
@@ -81,24 +84,24 @@ class LiveRun:
     system: str
     options: dict
     record: AttentionRecord | None = None
-    session: Path | None = None  # file of the document's KV: opened if it is there, else made
+    session: Path | None = None  # session file with the document's KV: opened if it exists, else created
     phase: str = "waiting"  # prefill, decode, done, stopped, failed
     tokens: list[Token] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
     counters: Counters = field(default_factory=Counters)
     memory: dict[str, int] = field(default_factory=dict)
-    figures: dict | None = None  # of the runner, once the run has ended
+    figures: dict | None = None  # `runner.measured`, once the run has ended
     right: bool | None = None
     prefilled: int = 0
     error: BaseException | None = None
-    why: str = ""
+    split_reason: str = ""
 
     def __post_init__(self):
         self._stop, self._finished, self._thread = threading.Event(), threading.Event(), None
         self._decoding = self._ended = 0.0
 
     def check(self) -> None:
-        """Everything that can be refused is refused before the run starts."""
+        """Raise UsageError for a run that cannot work, before it starts."""
         settings = find_system(self.system, self.options)[1]
         total = len(self.case.context) + len(self.case.question) + self.case.max_new_tokens
         plan(self.model.config, settings, total, self.model.dtype)
@@ -112,14 +115,14 @@ class LiveRun:
         return self
 
     def stop(self) -> None:
-        """Ask it to end after the token (in prefill: the chunk) under way."""
+        """Request a stop after the current token, or the current chunk during prefill."""
         self._stop.set()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the end; Ctrl-C and a kernel's interrupt stop the run. False where the time ran out."""
+        """Wait for the end; False on timeout. Ctrl-C or a kernel interrupt stops the run."""
         try:
             ended = self._finished.wait(timeout)
-        except KeyboardInterrupt:  # not from Thread.join, which takes an interrupted thread for dead (Python 3.11)
+        except KeyboardInterrupt:  # an interrupted Thread.join would consider the thread dead (Python 3.11)
             self.stop()
             self._finished.wait()
             raise
@@ -133,7 +136,7 @@ class LiveRun:
         return self._thread is not None and not self._finished.is_set()
 
     def result(self) -> str:
-        """The answer, once the run has ended."""
+        """Wait for the end and return the answer."""
         self.join()
         if self.error is not None:
             raise self.error
@@ -144,7 +147,7 @@ class LiveRun:
         return "".join(token.text for token in self.tokens[:] if not token.asked).strip()
 
     def status(self) -> dict:
-        """Progress in numbers: decode steps done and foreseen, tokens per second and seconds left, all measured."""
+        """Progress: decode steps done and expected, and measured tokens per second and seconds left."""
         done, foreseen = len(self.tokens), len(self.case.question) + self.case.max_new_tokens - 1
         elapsed = (self._ended or time.perf_counter()) - self._decoding if self._decoding else 0.0
         speed = done / elapsed if elapsed else 0.0
@@ -182,7 +185,7 @@ class LiveRun:
 
     def _run(self, cache: TieredCache) -> None:
         context, start, opened = self.case.context, time.perf_counter(), self.prefilled > 0
-        ends = [0, *range(CHUNK, len(context) - 1, CHUNK), len(context)]  # never a chunk of one: a decode step
+        ends = [0, *range(CHUNK, len(context) - 1, CHUNK), len(context)]  # a chunk of one token would be a decode step
         for first, last in pairwise(() if opened else ends):
             if self._stop.is_set():
                 return
@@ -191,17 +194,17 @@ class LiveRun:
         prefill_s = time.perf_counter() - start
         if self.session is not None and not opened:
             save_session(cache, self.session, self.model, context)
-        cache.timeline.clear()  # the figures are of decode steps
+        cache.timeline.clear()  # the figures cover decode steps only
         cache.counters.clear()
         self.timeline, self.counters = cache.timeline, cache.counters
-        cache.run.observer, self.why = self.record, cache.run.why_split()
+        cache.run.observer, self.split_reason = self.record, cache.run.why_split()
         self._decoding, self.phase = time.perf_counter(), "decode"
         self._decode(cache)
         self._ended = time.perf_counter()
         self.figures = measured(cache, prefill_s, self._ended - self._decoding)
         self.memory = self.figures["memory"]
         shape = shape_of(self.model.config.get_text_config(), self.model.dtype.itemsize)
-        self.timeline.about = describe(cache.run, shape, self.system)  # so that a saved trace can be replayed
+        self.timeline.about = describe(cache.run, shape, self.system)  # makes a saved trace replayable
         if self.case.record is not None and not self._stop.is_set():
             self.right = is_right(self.case.record, self.answer)
 
@@ -211,14 +214,14 @@ class LiveRun:
             if self._stop.is_set():
                 return
             feed(self.model, cache, [token])
-            self._note(cache, self.tokenizer.decode([token]), True)
+            self._add_token(cache, self.tokenizer.decode([token]), True)
         if self._stop.is_set():
             return
         ids, new = context + question, self.case.max_new_tokens
         watch = StoppingCriteriaList([_EachToken(self, cache, len(ids))])
         decode(self.model, cache, ids, new, stopping_criteria=watch)
 
-    def _note(self, cache: TieredCache, text: str, asked: bool) -> None:
+    def _add_token(self, cache: TieredCache, text: str, asked: bool) -> None:
         now = time.perf_counter()
         self.tokens.append(Token(text, cache.run.step, (now - self._decoding) * 1e3, asked))
         if len(self.tokens) % 8 == 1:
@@ -226,7 +229,7 @@ class LiveRun:
 
 
 class _EachToken(StoppingCriteria):
-    """Takes note of a token that came out, and ends the generation when the run was told to stop."""
+    """Adds each generated token to the run, and stops the generation on request."""
 
     def __init__(self, run: LiveRun, cache: TieredCache, prompt: int):
         self.run, self.cache, self.prompt = run, cache, prompt
@@ -235,5 +238,5 @@ class _EachToken(StoppingCriteria):
         tail = input_ids[0, max(self.prompt, input_ids.shape[1] - TAIL) :].tolist()
         decode = self.run.tokenizer.decode
         before, text = decode(tail[:-1], skip_special_tokens=True), decode(tail, skip_special_tokens=True)
-        self.run._note(self.cache, text[len(before) :], False)
+        self.run._add_token(self.cache, text[len(before) :], False)
         return torch.full((len(input_ids),), self.run._stop.is_set(), device=input_ids.device)

@@ -1,4 +1,4 @@
-"""What each layer and head attended to, aggregated to blocks of positions while the run goes on. Never T x T."""
+"""Record the attention of each layer and head during a run, aggregated to blocks of positions (never T x T)."""
 
 import time
 from collections.abc import Callable
@@ -10,59 +10,61 @@ import torch
 from hillinfer.attention import attention_weights
 
 SHARE = 0.9  # of a head's attention mass
-KEEP = 64 << 20  # bytes
+KEEP = 64 << 20  # bytes of snapshots; the oldest steps are dropped
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One layer in one step of the first sequence. With `exact`, weights are over all cached tokens, else over the
-    chosen ones.
+class AttentionSnapshot:
+    """Attention of one layer in one step, of the first sequence in the batch.
+
+    The weights cover all cached tokens if the record is exact, else the selected tokens.
     """
 
     n: int  # cached tokens
-    block: int  # positions in a block
-    mass: np.ndarray  # (H, blocks) float16, the share of each head's attention; a row sums to 1
-    chosen: np.ndarray  # (blocks,) int32, how many of a block's tokens were attended to
-    needed: np.ndarray  # (H,) float32, the fewest tokens that hold SHARE of the attention
-    caught: np.ndarray | None  # (H,) float32, the share of the exact attention that fell on chosen tokens
+    block: int  # positions per block
+    mass: np.ndarray  # (H, blocks) float16, attention mass by block; each row sums to 1
+    chosen: np.ndarray  # (blocks,) int32, selected tokens per block
+    needed: np.ndarray  # (H,) float32, smallest number of tokens that hold SHARE of the attention mass
+    recall: np.ndarray | None  # (H,) float32, share of the exact attention mass on selected tokens; None if not exact
 
 
 class AttentionRecord:
-    """The newest steps' `Seen`, by step and layer, in at most 64 MiB. Set `cache.run.observer` to one.
+    """`AttentionSnapshot`s of the latest steps, by step and layer, in at most 64 MiB. Set `cache.run.observer` to it.
 
-    blocks  the most blocks that positions are aggregated to
-    exact   weigh all cached tokens, which reads all KV at every step: for study
-    budget  share of the run's time that may go into looking; steps are then left out. None looks at every step
+    blocks  maximum number of blocks that positions are aggregated to
+    exact   weigh all cached tokens. This reads all KV at every step, so it is meant for analysis
+    budget  maximum share of run time spent on observation; steps are skipped to stay within it. None records every step
     """
 
     def __init__(self, blocks: int = 256, exact: bool = False, budget: float | None = None):
         self.blocks, self.exact, self.budget = blocks, exact, budget
-        self.steps: dict[int, dict[int, Seen]] = {}  # complete or growing, oldest first
-        self.left_out = 0  # steps that were not looked at, or are kept no longer
+        self.steps: dict[int, dict[int, AttentionSnapshot]] = {}  # oldest first; the newest may be incomplete
+        self.skipped = 0  # steps not recorded, or dropped since
         self._on, self._bytes, self._step = False, 0, None
         self._began = self._at = self._spent = self._plain = self._took = 0  # ns
 
-    def wants(self, layer: int, step: int) -> bool:
-        """Whether this layer should be shown; decided once a step, when it is first asked."""
+    def should_observe(self, layer: int, step: int) -> bool:
+        """True if this step is to be recorded. Decided once per step, at the first call."""
         if step != self._step:
             now = time.perf_counter_ns()
             self._began = self._began or now
-            self._pay(now - self._at)
+            self._charge(now - self._at)
             self._step, self._at, self._took = step, now, 0
             self._on = self.budget is None or self._spent <= self.budget * (now - self._began)
-            self.left_out += not self._on
+            self.skipped += not self._on
         return self._on
 
-    def _pay(self, took: int) -> None:
-        """What the step before cost: what looking took, or what the step took more than those that nobody looked at,
-        which cannot attend to records in place either.
+    def _charge(self, step_ns: int) -> None:
+        """Charge the previous step to the budget: its observation time, or its excess over unobserved steps if larger.
+
+        The excess includes the loss of in-place attention, which an observed step cannot use.
         """
         if self._on:
-            self._spent += max(self._took, took - self._plain if self._plain else 0)
+            self._spent += max(self._took, step_ns - self._plain if self._plain else 0)
         elif self._step is not None:
-            self._plain = took if not self._plain else (7 * self._plain + took) // 8
+            self._plain = step_ns if not self._plain else (7 * self._plain + step_ns) // 8
 
-    def take(
+    def observe(
         self,
         layer: int,
         step: int,
@@ -74,54 +76,61 @@ class AttentionRecord:
         visible: torch.Tensor | None,
         everything: Callable[[], torch.Tensor],
     ) -> None:
-        """query (H, D); keys (k, Hkv, D) of the positions `pick` (k,), or of all n; `everything` gives all n keys.
+        """Record one layer's attention in one step.
 
-        visible (n,) bool hides padding.
+        query       (H, D)
+        keys        (k, Hkv, D), keys at the positions `pick` (k,), or at all n positions if `pick` is None
+        visible     (n,) bool, False for padding
+        everything  returns the keys at all n positions; called only for exact records
         """
         start = time.perf_counter_ns()
         pick = np.arange(n) if pick is None else pick
-        where = np.arange(n) if self.exact else pick
-        shown = None if visible is None else visible[torch.from_numpy(where).to(visible.device)]
-        weights = attention_weights(query, everything() if self.exact else keys[: len(pick)], scaling, shown)
+        positions = np.arange(n) if self.exact else pick
+        mask = None if visible is None else visible[torch.from_numpy(positions).to(visible.device)]
+        weights = attention_weights(query, everything() if self.exact else keys[: len(pick)], scaling, mask)
         block = block_size(n, self.blocks)
-        edges = np.searchsorted(where, np.arange(0, n, block))
+        edges = np.searchsorted(positions, np.arange(0, n, block))
         totals = np.concatenate((np.zeros((len(weights), 1)), weights.cumsum(1, dtype=np.float64)), 1)
         best = -np.sort(-weights, 1)
-        seen = Seen(
+        snapshot = AttentionSnapshot(
             n,
             block,
-            np.diff(totals[:, np.append(edges, len(where))], axis=1).astype(np.float16),
+            np.diff(totals[:, np.append(edges, len(positions))], axis=1).astype(np.float16),
             np.bincount(pick // block, minlength=len(edges)).astype(np.int32),
             ((best.cumsum(1) < SHARE).sum(1) + 1).astype(np.float32),
             weights[:, pick].sum(1) if self.exact else None,
         )
-        self.steps.setdefault(step, {})[layer] = seen
-        self._bytes += seen.mass.nbytes + seen.chosen.nbytes
+        self.steps.setdefault(step, {})[layer] = snapshot
+        self._bytes += snapshot.mass.nbytes + snapshot.chosen.nbytes
         while self._bytes > KEEP and len(self.steps) > 1:
             oldest = self.steps.pop(next(iter(self.steps)))
             self._bytes -= sum(part.mass.nbytes + part.chosen.nbytes for part in oldest.values())
-            self.left_out += 1
+            self.skipped += 1
         self._took += time.perf_counter_ns() - start
 
-    def at(self, step: int | None = None) -> tuple[int, dict[int, Seen]] | None:
-        """The nearest step at or before this one (the newest, by default) and its layers; None before the first."""
-        held = list(self.steps.items())  # a copy: the run goes on in its own thread
-        known = [one for one, layers in held if len(layers) == len(held[0][1])]  # the newest may still be growing
+    def snapshots_at(self, step: int | None = None) -> tuple[int, dict[int, AttentionSnapshot]] | None:
+        """The latest complete step, or the last one up to `step`, with its snapshots by layer. None without any step.
+
+        For a `step` before all recorded ones, the first recorded step is returned.
+        """
+        items = list(self.steps.items())  # a copy: the run continues in its own thread
+        complete = [one for one, layers in items if len(layers) == len(items[0][1])]
         if step is not None:
-            known = [one for one in known if one <= step] or known[:1]
-        found = self.steps.get(known[-1]) if known else None
-        return None if found is None else (known[-1], dict(found))
+            complete = [one for one in complete if one <= step] or complete[:1]
+        found = self.steps.get(complete[-1]) if complete else None
+        return None if found is None else (complete[-1], dict(found))
 
     def needed(self, step: int | None = None) -> np.ndarray:
-        """(layers, H): the share of the cached tokens that holds 90 % of each head's attention, mean over the steps, or
-        in one.
+        """(layers, H): share of the cached tokens that holds 90 % of each head's attention.
+
+        The mean over all recorded steps, or the values of one `step`.
         """
         steps = list(self.steps.values()) if step is None else [self.steps[step]]
         return np.mean([[s[layer].needed / s[layer].n for layer in sorted(s)] for s in steps], 0)
 
 
 def block_size(n: int, blocks: int) -> int:
-    """The smallest power of two that covers n positions with that many blocks: it stays while a text grows."""
+    """Smallest power of two that covers n positions in at most `blocks` blocks. It stays stable while a text grows."""
     size = 1
     while size * blocks < n:
         size *= 2

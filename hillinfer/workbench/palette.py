@@ -1,6 +1,6 @@
-"""One palette for every figure, safe for colour-blind readers: Okabe and Ito's for kinds, Cividis for amounts."""
+"""The palette of all figures, safe for colour-blind readers: Okabe-Ito for categories, Cividis for magnitudes."""
 
-# What a span's kind is part of. A family has one colour everywhere; its kinds are told apart by their labels.
+# Families of span kinds. Each family has one colour everywhere; labels distinguish the kinds within it.
 FAMILIES = {
     "choose": "select guess score merge encode evaluate",
     "compute": "attend dense",
@@ -22,10 +22,10 @@ COLOURS = {
     "observe": "#8A8A8A",
     "other": "#F0E442",
 }
-INK = {family: "#ffffff" if family in ("link", "observe") else "#111111" for family in COLOURS}  # of labels on them
+INK = {family: "#ffffff" if family in ("link", "observe") else "#111111" for family in COLOURS}  # colour of labels
 FAMILY = {kind: family for family, kinds in FAMILIES.items() for kind in kinds.split()}
 
-# Who served an attended token; the drive's part is split by why the hot pool missed it.
+# Tiers that serve attended tokens; drive reads are split by the reason for the pool miss.
 TIERS = {
     "device": "#009E73",
     "host pool": "#56B4E9",
@@ -33,21 +33,21 @@ TIERS = {
     "drive: demoted before": "#E69F00",
 }
 
-# Lines of many systems: seven colours, and another marker where they begin again.
+# Series of line charts: seven colours, with a new marker each time they repeat.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#111111")
 MARKERS = ("circle", "square", "diamond", "cross", "triangle-up")
 
 
 def line(i: int) -> tuple[str, str]:
-    """Colour and marker of the i-th of many lines."""
+    """Colour and marker of the i-th series."""
     return LINES[i % len(LINES)], MARKERS[i // len(LINES) % len(MARKERS)]
 
 
 def colour(kind: str) -> str:
-    """Of a kind of span."""
+    """Colour of a span kind."""
     return COLOURS[FAMILY.get(kind, "other")]
 
 
 def for_browser() -> dict:
-    """What the JavaScript draws with."""
+    """The palette for the JavaScript code."""
     return {"family": FAMILY, "colours": COLOURS, "ink": INK, "tiers": TIERS}

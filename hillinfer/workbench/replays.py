@@ -1,4 +1,4 @@
-"""Figures of modelled results. Their axes say so."""
+"""Figures of modelled results, labelled as such on their axes."""
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -8,11 +8,12 @@ from hillinfer.workbench.figures import LAYOUT
 
 
 def sweep_figure(frame: pd.DataFrame, x: str = "context", title: str = "") -> go.Figure:
-    """Milliseconds per step against `x`: a colour and a marker per system, a dash per batch size. A menu selects the
-    profile, model and alpha.
+    """Milliseconds per step against `x`, with colour and marker by system and dash by batch size.
+
+    A menu selects profile, model and alpha.
     """
     figure, views = go.Figure(), []
-    looks = {system: palette.line(i) for i, system in enumerate(frame.system.unique())}
+    styles = {system: palette.line(i) for i, system in enumerate(frame.system.unique())}
     dashes = dict(zip(sorted(frame.batch.unique()), ("solid", "dash", "dot", "dashdot", "longdash") * 9, strict=False))
     for key, part in frame.groupby(["profile", "model", "alpha"], sort=False):
         before = len(figure.data)
@@ -20,8 +21,8 @@ def sweep_figure(frame: pd.DataFrame, x: str = "context", title: str = "") -> go
             line = line.groupby(x, as_index=False).agg({"ms": "first", "note": "first"})
             figure.add_scatter(
                 x=line[x], y=line.ms, name=f"{system}, batch {batch}", mode="lines+markers", text=line.note,
-                visible=not views, line=dict(color=looks[system][0], dash=dashes[batch]),
-                marker_symbol=looks[system][1],
+                visible=not views, line=dict(color=styles[system][0], dash=dashes[batch]),
+                marker_symbol=styles[system][1],
                 hovertemplate="%{fullData.name}<br>" + x + " %{x:,}<br>%{y:,.1f} ms<br>%{text}<extra></extra>",
             )  # fmt: skip
         views.append((f"{key[0]}, {key[1]}, alpha {key[2]:g}", before, len(figure.data)))

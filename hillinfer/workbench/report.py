@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a comparison."""
+"""Write a comparison as one self-contained HTML page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -23,7 +23,7 @@ def write_report(
     rows: Sequence[Sequence[str]],
     figures: Sequence[go.Figure],
 ) -> Path:
-    """Write the page, with plotly inside it so that it opens without a network. All text is escaped."""
+    """Write the page with plotly embedded, so it opens without a network. All text is escaped."""
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{escape(title)}</h1>",

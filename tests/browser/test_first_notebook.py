@@ -99,7 +99,7 @@ def test_a_step_chosen_in_one_view_is_marked_in_all(fresh):
     fresh.page.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + 0.4 * box["height"])
     fresh.wait_board("b.cursor.layer !== null && b.store.detail.distribution.head === b.cursor.head")
     shot(fresh, "linked")
-    wanted = "s = workbench.runs[-1].record.at({0[step]})[1][{0[layer]}]; print(s.mass[{0[head]}].tolist())"
+    wanted = "s = workbench.runs[-1].record.snapshots_at({0[step]})[1][{0[layer]}]; print(s.mass[{0[head]}].tolist())"
     [cursor] = fresh.boards("b.cursor")
     [mass] = fresh.boards("b.store.detail.distribution.mass")
     assert json.loads(fresh.ask(wanted.format(cursor))) == pytest.approx(mass, abs=1e-3)

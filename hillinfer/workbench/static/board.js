@@ -1,4 +1,4 @@
-// The board: linked views of one run. All drawing is here; Python sends new rows as they come and answers for a cursor.
+// The board: linked views of one run. Python streams the rows, and sends the attention at the cursor.
 
 const DPR = () => Math.max(1, window.devicePixelRatio || 1);
 const make = (tag, cls, parent, text) => {
@@ -16,24 +16,24 @@ const number = (x, digits = 0) => Number(x).toLocaleString("en", { maximumFracti
 const bytes = (x) => { const u = ["B", "KiB", "MiB", "GiB", "TiB"]; let i = 0; while (x >= 1024 && i < 4) { x /= 1024; i++; } return number(x, i ? 1 : 0) + " " + u[i]; };
 const percent = (x, digits = 0) => number(100 * x, digits) + " %";
 const save = (name, blob) => { const a = make("a", "", null); a.href = URL.createObjectURL(blob); a.download = name; a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 5000); };
-// Cividis in eight steps: dark for little, light for much.
+// Cividis in eight steps, from dark (low) to light (high).
 const CIVIDIS = [[0, 32, 77], [33, 61, 107], [77, 83, 110], [104, 103, 113], [130, 124, 118], [159, 147, 115], [203, 186, 105], [255, 234, 70]];
 function cividis(x) {
   const p = Math.min(0.9999, Math.max(0, x)) * 7, i = Math.floor(p), f = p - i;
   return `rgb(${CIVIDIS[i].map((c, k) => Math.round(c + f * (CIVIDIS[i + 1][k] - c))).join(",")})`;
 }
 
-// Rows that only grow: what Python sends once, and again from where we ask.
+// Append-only rows. Python sends each once, and resends from a given row on request.
 class Store {
   constructor() { this.spans = new Spans(); this.clear(); }
   clear() { this.spans.clear(); this.tokens = []; this.hits = new Hits(); this.asked = false; this.state = {}; this.detail = {}; }
   have() { return { spans: this.spans.n, hits: this.hits.n, tokens: this.tokens.length }; }
-  take(message, buffers) { // false where something before it is missing
+  accept(message, buffers) { // false if earlier rows are missing
     if (message.run !== this.run) { this.clear(); this.run = message.run; }
     this.state = message.state; this.detail = message.detail ?? this.detail;
     const have = this.have();
     if (["spans", "hits", "tokens"].some((k) => message.from[k] > have[k])) return false;
-    if (["spans", "hits", "tokens"].some((k) => message.from[k] < have[k])) return true; // seen
+    if (["spans", "hits", "tokens"].some((k) => message.from[k] < have[k])) return true; // duplicate
     const column = (i, Type) => { const b = buffers[i]; return new Type(b.buffer.slice(b.byteOffset, b.byteOffset + b.byteLength)); };
     this.spans.kinds = message.kinds;
     const names = [["start", Float64Array], ["dur", Float64Array], ["bytes", Float64Array], ["lane", Uint8Array], ["kind", Uint8Array], ["layer", Int16Array], ["step", Int32Array], ["modelled", Uint8Array]];
@@ -46,7 +46,7 @@ class Store {
 }
 
 const PART = { step: 0, layer: 1, queries: 2, device: 3, host: 4, drive: 5, demoted: 6, prefetched: 7 };
-class Hits { // who served which step and layer: sums for each step over all layers, and for each layer over all steps
+class Hits { // counters by step and layer, with sums per step over layers and per layer over steps
   constructor() { this.n = 0; this.steps = new Map(); this.sums = new Map(); this.layers = []; this.first = null; this.last = null; }
   add(rows) {
     for (let i = 0; i < rows.length; i += 8) {
@@ -71,7 +71,7 @@ function canvasPanel(parent, height, label, theme, draw) {
   canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", label);
   let queued = false;
   const panel = {
-    canvas, height, frame: 0, width: 0, // told by the observer: to ask the canvas would lay out the page at every paint
+    canvas, height, frame: 0, width: 0, // set by the ResizeObserver: reading it from the canvas would force a layout at every paint
     now() {
       queued = false;
       const width = panel.width;
@@ -79,7 +79,7 @@ function canvasPanel(parent, height, label, theme, draw) {
       const ratio = DPR(), h = panel.height;
       if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(h * ratio)) {
         canvas.width = Math.round(width * ratio); canvas.height = Math.round(h * ratio); canvas.style.height = h + "px";
-        const ctx = canvas.getContext("2d"); // its settings go with a new size; a font each time would lay out the page
+        const ctx = canvas.getContext("2d"); // resizing resets the context; setting the font at every paint would force a layout
         ctx.font = "11px system-ui, sans-serif"; ctx.textBaseline = "middle";
       }
       const ctx = canvas.getContext("2d"), began = performance.now();
@@ -95,7 +95,7 @@ function canvasPanel(parent, height, label, theme, draw) {
   return panel;
 }
 
-const NEWEST = 300; // tokens in the page at once: to lay out more of them at every paint would slow the run down
+const NEWEST = 300; // tokens in the page: the layout of more at every paint would slow the run down
 function axisText(ctx, theme, x, y, text, align = "left") { ctx.fillStyle = theme.faint; ctx.textAlign = align; ctx.fillText(text, x, y); ctx.textAlign = "left"; }
 function upright(ctx, theme, x, y, text) { ctx.save(); ctx.translate(x, y); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, text, "center"); ctx.restore(); }
 
@@ -109,10 +109,10 @@ class Board {
     const grid = make("div", "hi-grid", root);
     if (parts.includes("text")) this.buildText(this.section(grid, "Text", "wide"));
     if (parts.includes("sparsity")) this.buildSparsity(this.section(grid, "Attention sparsity"));
-    if (parts.includes("hits")) this.buildHits(this.section(grid, "Who served the attended tokens"));
+    if (parts.includes("hits")) this.buildHits(this.section(grid, "Attended tokens by tier"));
     if (parts.includes("timeline")) this.buildTimeline(this.section(grid, "Timeline", "wide"));
-    if (parts.includes("memory")) this.buildMemory(this.section(grid, "Memory and bytes", "wide"));
-    root.hillinfer = this; // for tests: what is drawn, not what is said
+    if (parts.includes("memory")) this.buildMemory(this.section(grid, "Memory and traffic", "wide"));
+    root.hillinfer = this; // gives tests access to the drawn state
   }
   section(parent, title, wide) {
     const s = make("section", "hi-section" + (wide ? " hi-wide" : ""), parent);
@@ -125,7 +125,7 @@ class Board {
   panel(parent, height, label, draw) { const p = canvasPanel(parent, height, label, () => (this.theme ??= themeOf(this.root)), draw); this.panels.push(p); return p; }
   get cursor() { return this.model.get("cursor"); }
   point(change) { this.model.set("cursor", { ...this.cursor, ...change }); this.model.save_changes(); }
-  refresh(all) { // all in one frame, and only panels whose data changed: the run that is watched needs the processor
+  refresh(all) { // all in one frame, and only panels with new data: the observed run needs the CPU
     if (all) this.theme = null;
     this.follow(); this.reachStep();
     const { spans, hits, run } = this.store, detail = this.store.detail;
@@ -152,21 +152,21 @@ class Board {
     this.progress.value = s.phase === "prefill" ? s.prefilled / Math.max(1, s.context) : s.foreseen ? s.done / s.foreseen : 0;
     if (s.phase === "done") this.progress.value = 1;
     const speed = s.speed ? `, ${number(s.speed, 1)} tokens/s (measured)` : "";
-    const said = {
-      waiting: "waiting", prefill: `reading the document: ${number(s.prefilled)} of ${number(s.context)} tokens`,
+    const status = {
+      waiting: "waiting", prefill: `prefill: ${number(s.prefilled)} of ${number(s.context)} tokens`,
       decode: `token ${s.done} of at most ${s.foreseen}${speed}, at most ${number(s.left_s, 0)} s left`,
       done: `done: ${s.done} tokens${speed}`, stopped: `stopped after ${s.done} tokens${speed}`, failed: s.error,
     }[s.phase];
     const judged = s.right == null ? "" : s.right ? " - right" : " - wrong";
-    if (this.status.textContent !== said + judged) this.status.textContent = said + judged;
+    if (this.status.textContent !== status + judged) this.status.textContent = status + judged;
     this.status.classList.toggle("hi-error", s.phase === "failed");
     this.root.dataset.phase = s.phase;
   }
 
   buildText(section) {
     this.text = make("div", "hi-text", section);
-    this.text.tabIndex = 0; this.text.setAttribute("role", "listbox"); this.text.setAttribute("aria-label", "tokens; left and right choose one");
-    section.note.textContent = "question in grey, answer in bold; click a token to mark its step everywhere";
+    this.text.tabIndex = 0; this.text.setAttribute("role", "listbox"); this.text.setAttribute("aria-label", "tokens; select with the left and right arrow keys");
+    section.note.textContent = "question in grey, answer in bold; click a token to mark its step in all views";
     this.older = make("button", "hi-button", section.bar); this.older.type = "button"; this.older.hidden = true;
     this.older.addEventListener("click", () => { this.wholeText = true; this.shownRun = null; this.drawText(); this.scrollText(); });
     this.text.addEventListener("click", (e) => { const i = e.target.dataset?.i; if (i) this.pick(+i); });
@@ -197,7 +197,7 @@ class Board {
     for (const el of this.text.querySelectorAll(".hi-on")) if (+el.dataset.step !== this.cursor.step) el.classList.remove("hi-on");
     if (this.cursor.step != null) for (const el of this.text.querySelectorAll(`[data-step="${this.cursor.step}"]`)) el.classList.add("hi-on");
   }
-  scrollText() { // last: it needs the page laid out
+  scrollText() { // last, because it forces a layout
     if (!this.text) return;
     if (this.grew) this.text.scrollTop = this.text.scrollHeight;
     this.grew = false;
@@ -208,12 +208,12 @@ class Board {
 
   buildSparsity(section) {
     this.sparsity = section;
-    this.heat = this.panel(section, 190, "heat map: layers by heads, tokens that hold 90 % of the attention", (c, w, h, t) => this.drawHeat(c, w, h, t));
+    this.heat = this.panel(section, 190, "heat map, layers by heads: share of tokens that holds 90 % of the attention", (c, w, h, t) => this.drawHeat(c, w, h, t));
     const canvas = this.heat.canvas;
     canvas.tabIndex = 0;
     const cell = (e) => { const b = this.cells; if (!b) return null; const head = Math.floor((e.offsetX - b.x) / b.w), layer = Math.floor((e.offsetY - b.y) / b.h); return head >= 0 && head < b.heads && layer >= 0 && layer < b.layers ? { layer, head } : null; };
     canvas.addEventListener("click", (e) => { const at = cell(e); if (at) this.point(at.layer === this.cursor.layer && at.head === this.cursor.head ? { layer: null, head: null } : at); });
-    canvas.addEventListener("mousemove", (e) => { const at = cell(e), d = this.store.detail.heat; canvas.title = at && d ? `layer ${at.layer}, head ${at.head}: ${percent(d.needed[at.layer][at.head], 1)} of the tokens hold 90 % of the attention` + (d.caught ? `; the chosen ones hold ${percent(d.caught[at.layer][at.head], 1)}` : "") : ""; });
+    canvas.addEventListener("mousemove", (e) => { const at = cell(e), d = this.store.detail.heat; canvas.title = at && d ? `layer ${at.layer}, head ${at.head}: ${percent(d.needed[at.layer][at.head], 1)} of the tokens hold 90 % of the attention` + (d.recall ? `; the selected tokens hold ${percent(d.recall[at.layer][at.head], 1)}` : "") : ""; });
     canvas.addEventListener("keydown", (e) => {
       const go = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[e.key], b = this.cells;
       if (!go || !b) return;
@@ -221,18 +221,18 @@ class Board {
       this.point({ layer: Math.min(b.layers - 1, Math.max(0, (this.cursor.layer ?? 0) + go[0])), head: Math.min(b.heads - 1, Math.max(0, (this.cursor.head ?? 0) + go[1])) });
     });
     this.distNote = make("div", "hi-note", section);
-    this.dist = this.panel(section, 136, "attention over positions, and which were chosen", (c, w, h, t) => this.drawDistribution(c, w, h, t));
+    this.dist = this.panel(section, 136, "attention over positions, and the selected positions", (c, w, h, t) => this.drawDistribution(c, w, h, t));
   }
   drawSparsityNote() {
     if (!this.sparsity) return;
     const d = this.store.detail.heat;
     const one = this.store.detail.distribution;
     this.distNote.textContent = one ? `layer ${one.layer}, ${one.head == null ? "mean of the heads" : "head " + one.head}, step ${one.step}: share of the attention in blocks of ${one.block} tokens` : "";
-    this.sparsity.note.textContent = d ? `step ${d.step}; share of tokens that holds 90 % of ${d.exact ? "all" : "the chosen tokens'"} attention` : this.store.state.looks === false ? "off" : "nothing seen yet";
+    this.sparsity.note.textContent = d ? `step ${d.step}; share of tokens that holds 90 % of ${d.exact ? "all" : "the selected tokens'"} attention` : this.store.state.observed === false ? "off" : "no data yet";
   }
   drawHeat(ctx, width, height, theme) {
     const d = this.store.detail.heat;
-    if (!d) { axisText(ctx, theme, width / 2, height / 2, "fills while tokens come", "center"); this.cells = null; return; }
+    if (!d) { axisText(ctx, theme, width / 2, height / 2, "appears with the first tokens", "center"); this.cells = null; return; }
     const layers = d.needed.length, heads = d.needed[0].length, x = 46, y = 8, w = (width - x - 76) / heads, h = (height - y - 30) / layers;
     this.cells = { x, y, w, h, layers, heads };
     for (let l = 0; l < layers; l++) for (let k = 0; k < heads; k++) {
@@ -248,7 +248,7 @@ class Board {
     for (let i = 0; i < bh; i++) { ctx.fillStyle = cividis(1 - i / bh); ctx.fillRect(bx, y + i, 10, 1.5); }
     [["100 %", 0], ["10 %", 1 / 3], ["1 %", 2 / 3], ["0.1 %", 1]].forEach(([label, f]) => axisText(ctx, theme, bx + 14, y + 5 + f * (bh - 10), label));
     const { layer, head } = this.cursor;
-    if (layer != null && layer < layers) for (const [colour, thick] of [[theme.back, 5], [theme.text, 2]]) { // seen on dark and on light
+    if (layer != null && layer < layers) for (const [colour, thick] of [[theme.back, 5], [theme.text, 2]]) { // visible on dark and light cells
       ctx.strokeStyle = colour; ctx.lineWidth = thick;
       ctx.strokeRect(x + (head ?? 0) * w, y + layer * h, (head == null ? heads : 1) * w - 1, h - 1); ctx.lineWidth = 1;
     }
@@ -257,7 +257,7 @@ class Board {
     const d = this.store.detail.distribution;
     if (!d) return;
     const x = 46, y = 6, w = width - x - 12, h = height - y - 42, n = d.mass.length, bw = w / n;
-    const floor = -4; // of the logarithm: attention below 0.01 % is not drawn
+    const floor = -4; // log10: attention below 0.01 % is not drawn
     for (let i = 0; i < n; i++) {
       const top = d.mass[i] > 0 ? Math.max(0, 1 - Math.log10(d.mass[i]) / floor) : 0;
       ctx.fillStyle = d.chosen[i] ? this.palette.colours.choose : theme.grid;
@@ -265,7 +265,7 @@ class Board {
       if (d.chosen[i]) { ctx.globalAlpha = 0.25 + 0.75 * Math.min(1, d.chosen[i] / d.block); ctx.fillStyle = theme.link; ctx.fillRect(x + i * bw, y + h + 3, Math.max(1, bw), 6); ctx.globalAlpha = 1; }
     }
     for (const [label, f] of [["100 %", 0], ["1 %", 0.5], ["0.01 %", 1]]) { axisText(ctx, theme, x - 4, y + 4 + f * (h - 10), label, "right"); ctx.fillStyle = theme.grid; ctx.fillRect(x, y + f * h, w, 0.5); }
-    axisText(ctx, theme, x - 4, y + h + 8, "chosen", "right");
+    axisText(ctx, theme, x - 4, y + h + 8, "selected", "right");
     for (const f of [0, 0.5, 1]) axisText(ctx, theme, x + f * w, y + h + 18, number(f * d.n), f === 0 ? "left" : f === 1 ? "right" : "center");
     axisText(ctx, theme, x + w / 2, y + h + 32, `position in the context, tokens; ${number(d.chosen.reduce((a, b) => a + b, 0))} of ${number(d.n)} attended to`, "center");
   }
@@ -274,14 +274,14 @@ class Board {
     this.hitsSection = section;
     const legend = make("div", "hi-legend", section);
     for (const [name, colour] of Object.entries(this.palette.tiers)) { const item = make("span", "", legend, name); make("i", "", null).style.background = colour; const i = make("i", ""); i.style.background = colour; item.prepend(i); }
-    this.hitsOverSteps = this.panel(section, 165, "share of the attended tokens by the tier that served them, over steps", (c, w, h, t) => this.drawHits(c, w, h, t));
+    this.hitsOverSteps = this.panel(section, 165, "share of the attended tokens by serving tier, over steps", (c, w, h, t) => this.drawHits(c, w, h, t));
     this.hitsOverSteps.canvas.addEventListener("click", (e) => { const f = this.hitsFrame; if (!f) return; const step = Math.floor(f.first + (e.offsetX - f.x) / f.w * f.n); if (this.store.hits.steps.has(step)) this.point({ step: step === this.cursor.step ? null : step }); });
-    this.hitsByLayer = this.panel(section, 150, "the same for each layer", (c, w, h, t) => this.drawLayers(c, w, h, t));
+    this.hitsByLayer = this.panel(section, 150, "share of the attended tokens by serving tier, per layer", (c, w, h, t) => this.drawLayers(c, w, h, t));
     this.hitsByLayer.canvas.addEventListener("click", (e) => { const f = this.layersFrame; if (!f) return; const layer = Math.floor((e.offsetY - f.y) / f.h); if (layer >= 0 && layer < f.n) this.point({ layer: layer === this.cursor.layer ? null : layer, head: null }); });
   }
   drawHits(ctx, width, height, theme) {
     const hits = this.store.hits, x = 46, y = 8, w = width - x - 12, h = height - y - 34;
-    if (!hits.n) { axisText(ctx, theme, width / 2, height / 2, "fills while tokens come", "center"); this.hitsFrame = null; return; }
+    if (!hits.n) { axisText(ctx, theme, width / 2, height / 2, "appears with the first tokens", "center"); this.hitsFrame = null; return; }
     const n = hits.last - hits.first + 1, columns = Math.min(n, Math.floor(w)), colours = Object.values(this.palette.tiers);
     this.hitsFrame = { x, w, first: hits.first, n };
     for (let c = 0; c < columns; c++) {
@@ -296,7 +296,7 @@ class Board {
     if (this.cursor.step != null && this.cursor.step >= hits.first && this.cursor.step <= hits.last) { const at = x + (this.cursor.step - hits.first) / n * w; ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(at, y, Math.max(2, w / n), h); ctx.lineWidth = 1; }
     const sum = new Float64Array(6); for (const r of hits.layers) if (r) for (let k = 0; k < 6; k++) sum[k] += r[k];
     const s = shares(sum);
-    this.hitsSection.note.textContent = `mean: device ${percent(s[0])}, pool ${percent(s[1])}, drive ${percent(s[2] + s[3])}` + (sum[5] ? `; ${percent(sum[5] / Math.max(1, sum[3]))} of the drive's came ahead of time` : "");
+    this.hitsSection.note.textContent = `mean: device ${percent(s[0])}, pool ${percent(s[1])}, drive ${percent(s[2] + s[3])}` + (sum[5] ? `; ${percent(sum[5] / Math.max(1, sum[3]))} of the drive's were prefetched` : "");
   }
   drawLayers(ctx, width, height, theme) {
     const hits = this.store.hits, n = hits.layers.length, x = 46, y = 4, w = width - x - 12;
@@ -326,12 +326,12 @@ class Board {
     button("Fit", "show everything (0)", () => this.look(this.store.spans.t0, this.store.spans.t1));
     button("+", "zoom in (W or +)", () => this.zoom(0.5)); button("-", "zoom out (S or -)", () => this.zoom(2));
     this.tableButton = button("Table", "the spans in view as a table (T)", () => this.toggleTable());
-    button("PNG", "save what is in view as PNG", () => this.exportPng()); button("SVG", "save what is in view as SVG", () => this.exportSvg());
-    if (!this.model.alone) { button("HTML", "save this board as a page that needs nothing else", () => this.model.send({ kind: "export", what: "html" })); button("Perfetto", "save all spans for ui.perfetto.dev", () => this.model.send({ kind: "export", what: "trace" })); }
+    button("PNG", "save the current view as PNG", () => this.exportPng()); button("SVG", "save the current view as SVG", () => this.exportSvg());
+    if (!this.model.alone) { button("HTML", "save this board as a self-contained page", () => this.model.send({ kind: "export", what: "html" })); button("Perfetto", "save all spans for ui.perfetto.dev", () => this.model.send({ kind: "export", what: "trace" })); }
     const legend = make("div", "hi-legend", section);
     for (const [name, colour] of Object.entries(this.palette.colours)) { const item = make("span", "", legend, name), i = make("i", ""); i.style.background = colour; item.prepend(i); }
     const pale = make("i", "hi-pale"); make("span", "", legend, "modelled: pale, dashed, ~").prepend(pale);
-    this.time = this.panel(section, 150, "timeline; wheel, W and S zoom, drag, A and D pan, N and P choose a span, T for a table", (c, w, h, t) => this.drawTime(c, w, h, t));
+    this.time = this.panel(section, 150, "timeline; zoom: wheel, W and S; pan: drag, A and D; select a span: N and P; table: T", (c, w, h, t) => this.drawTime(c, w, h, t));
     const canvas = this.time.canvas;
     canvas.tabIndex = 0; canvas.classList.add("hi-time");
     this.tip = make("div", "hi-tip", section); this.tip.hidden = true;
@@ -364,7 +364,7 @@ class Board {
   }
   zoom(factor, x) { const at = this.timeAt(x ?? LEFT + this.plot() / 2), { from, to } = this.view; this.look(at - (at - from) * factor, at + (to - at) * factor); }
   pan(share) { const by = share * (this.view.to - this.view.from); this.look(this.view.from + by, this.view.to + by); }
-  follow() { // the newest six steps while a run goes on, everything before one has been seen
+  follow() { // the latest six steps of a running run, everything before the first step
     if (!this.time) return;
     const spans = this.store.spans, live = ["prefill", "decode"].includes(this.store.state.phase);
     if (!this.following && this.view && this.viewRun === this.store.run) return;
@@ -372,7 +372,7 @@ class Board {
     const step = spans.stepStart.length - 6, from = step > 0 && (live || this.model.get("parts").length > 1) ? spans.stepStart[step] : undefined;
     this.aim(from ?? spans.t0, spans.t1);
   }
-  reachStep() { // a step that was chosen elsewhere comes into view
+  reachStep() { // scroll to a step selected in another view
     const step = this.cursor.step, at = step == null ? null : this.store.spans.windowOf(step);
     if (!this.time || step === this.reached) return;
     this.reached = step;
@@ -390,8 +390,8 @@ class Board {
     if (this.stat.shown !== before) this.measure();
     if (this.marked) { const { lane, i } = this.marked, l = spans.lanes[lane], k = this.plot() / (this.view.to - this.view.from); let y = TOP; for (let a = 0; a < lane; a++) y += spans.lanes[a].tracks * ROW + 6; ctx.strokeStyle = theme.text; ctx.lineWidth = 2; ctx.strokeRect(LEFT + (l.start[i] - this.view.from) * k, y + l.track[i] * ROW, Math.max(2, (l.end[i] - l.start[i]) * k), ROW - 3); ctx.lineWidth = 1; }
   }
-  measure() { if (this.time) this.measuring ??= setTimeout(() => this.measureNow(), 120); } // not at every frame of a zoom
-  measureNow() { // numbers of what is in view
+  measure() { if (this.time) this.measuring ??= setTimeout(() => this.measureNow(), 120); } // debounced: not at every frame of a zoom
+  measureNow() { // statistics of the current view
     clearTimeout(this.measuring); this.measuring = null;
     const spans = this.store.spans, v = this.view;
     if (!this.time) return;
@@ -400,9 +400,9 @@ class Board {
     this.overlap = spans.overlap(from, to);
     const busy = LANES.map((name) => [name, spans.busy([name], from, to)]).filter(([, ms]) => ms > 0).map(([name, ms]) => `${name} ${percent(ms / (to - from))}`).join(", ");
     const some = spans.lanes.some((l) => l.holdsModelled);
-    this.line.note.textContent = `${number(to - from, to - from < 10 ? 2 : 0)} ms in view; overlap ${percent(this.overlap)} of the shorter side; busy: ${busy}${some ? "; holds modelled spans" : ""}`;
+    this.line.note.textContent = `${number(to - from, to - from < 10 ? 2 : 0)} ms in view; overlap ${percent(this.overlap)} of the shorter side; busy: ${busy}${some ? "; includes modelled spans" : ""}`;
     const stat = this.stat ?? { shown: 0, merged: 0 };
-    this.spoken.textContent = this.marked ? this.describe(this.marked) : `${number(stat.shown)} of ${number(spans.n)} spans in view` + (stat.merged ? `, ${number(stat.merged)} of them narrower than a pixel and drawn as one with a neighbour` : "") + "; none left out";
+    this.spoken.textContent = this.marked ? this.describe(this.marked) : `${number(stat.shown)} of ${number(spans.n)} spans in view` + (stat.merged ? `, ${number(stat.merged)} of them narrower than a pixel and merged with a neighbour` : "") + "; none omitted";
     if (!this.table.hidden) this.fillTable();
   }
   describe({ lane, i }) {
@@ -446,12 +446,12 @@ class Board {
   }
   reveal() { const l = this.store.spans.lanes[this.marked.lane], t = l.start[this.marked.i], width = this.view.to - this.view.from; if (t < this.view.from || t > this.view.to) this.look(t - width / 2, t + width / 2); this.time.redraw(); this.measure(); }
   toggleTable() { this.table.hidden = !this.table.hidden; this.tableButton.setAttribute("aria-pressed", !this.table.hidden); if (!this.table.hidden) this.fillTable(); }
-  fillTable() { // the accessible form: the same numbers as text
+  fillTable() { // accessible form: the same numbers as text
     const spans = this.store.spans, rows = [];
     spans.lanes.forEach((l, lane) => { for (let i = l.lower(this.view.from - l.longest); i < l.n && l.start[i] <= this.view.to; i++) if (l.end[i] >= this.view.from) rows.push({ lane, i }); });
     const shown = rows.sort((a, b) => spans.lanes[a.lane].start[a.i] - spans.lanes[b.lane].start[b.i]).slice(0, 200);
     const table = make("table", "", null);
-    make("caption", "", table, `${number(shown.length)} of ${number(rows.length)} spans in view, by start` + (shown.length < rows.length ? "; zoom in for the others" : ""));
+    make("caption", "", table, `${number(shown.length)} of ${number(rows.length)} spans in view, by start` + (shown.length < rows.length ? "; zoom in for the rest" : ""));
     const head = make("tr", "", make("thead", "", table));
     for (const name of ["lane", "kind", "layer", "step", "start, ms", "us", "bytes", ""]) make("th", "", head, name).scope = "col";
     const body = make("tbody", "", table);
@@ -467,11 +467,11 @@ class Board {
     const s = this.store.state, spans = this.store.spans;
     if (!this.memory || !s.phase) return;
     const steps = Math.max(1, this.store.hits.steps.size), cell = (name, value, hint) => { const d = make("div", "", null); make("b", "", d, value); make("span", "", d, name); d.title = hint ?? ""; return d; };
-    const held = Object.entries(s.memory ?? {}).filter(([, v]) => v).map(([k, v]) => cell(k === "drive" ? "on the drive (reserved)" : `in memory: ${k === "device" || k === "host" ? "KV, " + k : k === "hits" ? "hit table" : "key codes"}`, bytes(v), `${number(v)} bytes`));
+    const memory = Object.entries(s.memory ?? {}).filter(([, v]) => v).map(([k, v]) => cell(k === "drive" ? "on the drive (reserved)" : `in memory: ${k === "device" || k === "host" ? "KV, " + k : k === "hits" ? "hit table" : "key codes"}`, bytes(v), `${number(v)} bytes`));
     const lanes = LANES.map((name, i) => [name, spans.lanes[i].bytes]).filter(([, v]) => v).map(([name, v]) => cell(`${name} lane, per token`, bytes(v / steps), `${number(v)} bytes in ${steps} steps`));
-    const cells = [...held, ...lanes], said = cells.map((one) => one.textContent).join();
-    if (said !== this.memorySaid) { this.memorySaid = said; this.memory.replaceChildren(...cells); }
-    this.memorySection.note.textContent = "held now; and bytes that the spans of each lane handled, measured";
+    const cells = [...memory, ...lanes], text = cells.map((one) => one.textContent).join();
+    if (text !== this.memoryText) { this.memoryText = text; this.memory.replaceChildren(...cells); }
+    this.memorySection.note.textContent = "current memory, and bytes processed by the spans of each lane, measured";
   }
 }
 
@@ -485,7 +485,7 @@ function storeOf(model) {
   model.on("msg:custom", (message, buffers) => {
     if (message.kind === "file") return save(message.name, new Blob(buffers, { type: message.type }));
     if (message.kind !== "more") return;
-    if (!store.take(message, buffers)) { if (!store.asked) { store.asked = true; model.send({ kind: "have", run: store.run, have: store.have() }); } return; }
+    if (!store.accept(message, buffers)) { if (!store.asked) { store.asked = true; model.send({ kind: "have", run: store.run, have: store.have() }); } return; }
     store.asked = false;
     store.refresh();
   });
@@ -498,7 +498,7 @@ const board = {
   render({ model, el }) {
     const store = storeOf(model), board = new Board(model, store, make("div", "", el));
     store.views.add(board);
-    const theme = new MutationObserver(() => board.refresh(true)); // and the system's own:
+    const theme = new MutationObserver(() => board.refresh(true)); // JupyterLab's theme; below, the system's
     theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
     const dark = matchMedia("(prefers-color-scheme: dark)"), changed = () => board.refresh(true);
     dark.addEventListener("change", changed);

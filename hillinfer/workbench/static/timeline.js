@@ -1,4 +1,4 @@
-// The timeline: spans of four lanes on a canvas. Every span is kept; those below a pixel are drawn as one, and counted.
+// The timeline: spans of four lanes on a canvas. All spans are kept; spans narrower than a pixel are merged when drawn.
 
 const LANES = ["gpu", "cpu", "drive", "link"];
 const ROW = 16, TOP = 22, LEFT = 56, BOTTOM = 18;
@@ -15,9 +15,9 @@ class Lane {
     this.layer = bigger(this.layer, Int16Array); this.step = bigger(this.step, Int32Array);
     this.modelled = bigger(this.modelled, Uint8Array); this.track = bigger(this.track, Uint8Array);
   }
-  add(rows, c) { // row numbers of the batch c; kept sorted by start, and each span on the first track that is free
+  add(rows, c) { // indices into the batch c. Spans stay sorted by start; each goes on the first free track
     const order = (a, b) => c.start[a] - c.start[b] || c.dur[b] - c.dur[a];
-    if (rows.some((row, i) => i && order(rows[i - 1], row) > 0)) rows.sort(order); // most batches come in order
+    if (rows.some((row, i) => i && order(rows[i - 1], row) > 0)) rows.sort(order); // most batches arrive sorted
     let size = this.start.length;
     while (this.n + rows.length > size) size *= 2;
     if (size > this.start.length) this.grow(size);
@@ -50,7 +50,7 @@ class Lane {
       if (t >= this.tracks) this.tracks = t + 1;
     }
   }
-  lower(time) { // first span that starts at or after
+  lower(time) { // index of the first span that starts at or after `time`
     let lo = 0, hi = this.n;
     while (lo < hi) { const mid = (lo + hi) >> 1; if (this.start[mid] < time) lo = mid + 1; else hi = mid; }
     return lo;
@@ -75,7 +75,7 @@ export class Spans {
       if (s >= 0 && !(this.stepStart[s] <= start)) this.stepStart[s] = start;
     }
     this.t0 = t0; this.t1 = t1;
-    rows.forEach((own, lane) => counts[lane] && this.lanes[lane].add(own.subarray(0, counts[lane]), c));
+    rows.forEach((indices, lane) => counts[lane] && this.lanes[lane].add(indices.subarray(0, counts[lane]), c));
     this.n += c.start.length;
   }
   stepAt(time) {
@@ -90,7 +90,7 @@ export class Spans {
     while (next < this.stepStart.length && this.stepStart[next] === undefined) next++;
     return [from, next < this.stepStart.length ? this.stepStart[next] : this.t1];
   }
-  busy(which, from, to) { // ms in [from, to] in which at least one of these lanes worked; waiting is no work
+  busy(which, from, to) { // ms in [from, to] during which at least one of these lanes was busy; waits do not count
     const lanes = which.map((name) => this.lanes[LANES.indexOf(name)]);
     const at = lanes.map((lane) => lane.lower(from - lane.longest));
     let total = 0, until = from;
@@ -107,14 +107,14 @@ export class Spans {
     }
     return total;
   }
-  overlap(from, to) { // share of the shorter side, computing or moving, that ran while the other side worked
+  overlap(from, to) { // share of the shorter side, compute or transfer, that ran concurrently with the other
     const one = this.busy(["cpu", "gpu"], from, to), other = this.busy(["drive", "link"], from, to);
     const both = one + other - this.busy(LANES, from, to);
     return Math.min(one, other) > 0 ? both / Math.min(one, other) : 0;
   }
 }
 
-// Draws to a canvas' context or to an SVG recorder: whatever has these few methods.
+// Draws to a canvas context or an SvgContext.
 export function drawTimeline(ctx, width, spans, view, look) {
   const { theme, palette, cursor } = look, scale = (width - LEFT - 8) / (view.to - view.from);
   const X = (t) => LEFT + (t - view.from) * scale;
@@ -160,7 +160,7 @@ export function drawTimeline(ctx, width, spans, view, look) {
     }
     y += lane.tracks * ROW + 6;
   });
-  let free = 0; // where the next step's label has room
+  let free = 0; // x from which the next step label fits
   for (const s of visible) {
     const w = spans.windowOf(s);
     if (!w || X(w[0]) < LEFT) continue;
@@ -188,7 +188,7 @@ export function niceTick(raw) {
   return power * (m <= 1 ? 1 : m <= 2 ? 2 : m <= 5 ? 5 : 10);
 }
 
-export class SvgContext { // the few drawing calls that are used here, written down as SVG
+export class SvgContext { // records the drawing calls used above as SVG
   constructor(width, height) { this.size = [width, height]; this.parts = []; this.globalAlpha = 1; this.dash = ""; }
   static escape(text) { return String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]); }
   fillRect(x, y, w, h) {

@@ -9,7 +9,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,20 +55,11 @@ def reclaim(folder: Path, prefix: str, suffix: str = ".part") -> list[Path]:
     """Remove and return the scratch files of killed processes. Files in use are left alone."""
     gone = []
     for path in folder.iterdir():
-        if not re.fullmatch(rf"{re.escape(prefix)}\w{{8}}{re.escape(suffix)}", path.name):
-            continue
-        try:
-            fd = open_plain(path)
-        except (OSError, UsageError):
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            gone.append(path)
-        except OSError:
-            pass  # in use, another user's, or gone
-        finally:
-            os.close(fd)
+        if re.fullmatch(rf"{re.escape(prefix)}\w{{8}}{re.escape(suffix)}", path.name):
+            with suppress(OSError, UsageError), os.fdopen(open_plain(path)) as file:  # in use, another user's, or gone
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                gone.append(path)
     return gone
 
 

@@ -178,8 +178,8 @@ def _checked(file: Saved, model: PreTrainedModel, tokenizer) -> tuple[list[int],
         reason = f"holds {file.dtype} but the model computes in {model.dtype}; load the model in {file.dtype}"
     elif not whole or len(ids) != file.n or sum(pieces) != file.n or 0 in pieces:
         reason = "does not name the tokens that it holds; save it again"
-    elif file.layers != model.config.get_text_config().num_hidden_layers or file.batch != 1:
-        reason = f"holds {file.layers} layers of {file.batch} sequences; save it again"
+    elif file.layers != model.config.get_text_config().num_hidden_layers:
+        reason = f"holds {file.layers} layers, which is not the model's number; save it again"
     else:
         return ids, pieces
     raise UsageError(f"{file.path} {reason}")

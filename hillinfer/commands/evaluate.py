@@ -46,8 +46,8 @@ def evaluate(
         return show_comparison(*compare)
     if question not in QUESTIONS or dtype not in DTYPES:
         raise UsageError(f"question is {' or '.join(QUESTIONS)}, dtype {', '.join(DTYPES)}; not {question} and {dtype}")
-    given = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
-    options = {name: value for name, value in given.items() if value is not None}
+    options = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
+    options = {name: value for name, value in options.items() if value is not None}
     for value in (alphas := split_list(alpha, float)):
         Settings(alpha=value, **options)  # refuse bad input before torch loads
     check_folder(drive)

@@ -164,7 +164,6 @@ def check_folder(path: str | Path | None) -> Path | None:
         proof.unlink()
         os.close(fd)
     except OSError as error:
-        raise UsageError(
-            f"no file can be made in {folder} ({error.strerror}); free or unlock it, or name another folder"
-        ) from None
+        fix = "free or unlock it, or name another folder"
+        raise UsageError(f"no file can be made in {folder} ({error.strerror}); {fix}") from None
     return folder

@@ -45,9 +45,7 @@ def save_session(
     if not layers or geometry is None or geometry.batch != 1:
         raise UsageError("a session is one sequence: prefill one document, without padding, and save it")
     if len(ids) != cache.get_seq_length():
-        raise UsageError(
-            f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: pass the ids of the document"
-        )
+        raise UsageError(f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: pass the document's")
     facts = {"model": fingerprint(model), "ids": [int(i) for i in ids], "pieces": layers[0].pieces}
     if tokenizer is not None:
         facts["tokenizer"] = tokens_fingerprint(tokenizer)

@@ -85,8 +85,7 @@ def continue_text(name: str, job: Job, system: str, options: dict) -> Continuati
         out = decode(model, cache, ids, job.max_new_tokens, num_beams=job.num_beams)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.run.why_split()]
-        shape = shape_of(model.config.get_text_config(), model.dtype.itemsize)
-        cache.timeline.about = describe(cache.run, shape, system)
+        cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), dtype.itemsize), system)
     return Continuation(tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline)
 
 
@@ -105,7 +104,6 @@ def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:
     if cache.counters.total("guessed"):
         accuracy, coverage = cache.counters.prefetch()
         lines.append(
-            f"prefetch: {accuracy:.0%} of the prefetched tokens were used, "
-            f"{coverage:.0%} of those needed from the drive were prefetched"
+            f"prefetch accuracy {accuracy:.0%} (used / prefetched), coverage {coverage:.0%} (prefetched / needed)"
         )
     return lines

@@ -35,9 +35,7 @@ def demo(
 
     for name in names:
         find_system(name, options_of(name, settings))
-
-    model, tokenizer = load_embedded()
-    records = demo_records()
+    (model, tokenizer), records = load_embedded(), demo_records()
     with progress() as bars:
         tasks = {name: bars.add_task(name, total=len(records)) for name in names}
         results = compare(model, tokenizer, records, names, settings, lambda result: bars.advance(tasks[result.system]))

@@ -114,12 +114,9 @@ def refuse(parts: dict[str, int], fix: str, root: Path = Path("/")) -> None:
     if need <= memory.budget():
         return
     used = memory.anonymous + memory.shmem
-    less = f", less {_mib(used)} in use" if used else ""
+    has = f"{memory.source} has {_mib(memory.limit)}" + (f", less {_mib(used)} in use" if used else "")
     listed = " + ".join(f"{name} {_mib(nbytes)}" for name, nbytes in parts.items())
-    raise UsageError(
-        f"this run needs about {_mib(need)} of host memory ({listed}), but {memory.source} has {_mib(memory.limit)}"
-        f"{less}: {fix}"
-    )
+    raise UsageError(f"this run needs about {_mib(need)} of host memory ({listed}), but {has}: {fix}")
 
 
 def _mib(nbytes: int) -> str:

@@ -1,8 +1,8 @@
-"""A document's KV in one file: written as a stream, replaced atomically, verified as it is loaded.
+"""A document's KV in one file: written as a stream, replaced atomically, verified on load.
 
 The format is safetensors, readable by any tool. Each layer is one tensor (1, n, 2, Hkv, D); the last tensor, `crc32`,
-holds a checksum per layer and part, and the header one of the facts. Files are read, not memory-mapped: truncating one
-that is open is then an error and not a signal.
+holds a checksum per layer and part; the header holds one of the facts. Files are read, not memory-mapped, so that
+truncating an open file raises an error instead of a signal.
 """
 
 import json
@@ -59,9 +59,7 @@ def _header(shape: tuple[int, ...], dtype: torch.dtype, facts: dict) -> dict:
 
 
 class Saved:
-    """A session file opened for reading, by any number of processes. Raises UsageError for any other file, and for
-    damage when it is read.
-    """
+    """A session file opened for reading. Raises UsageError for any other file, and on reading damaged records."""
 
     def __init__(self, path: Path):
         self.path = Path(path).expanduser()
@@ -74,7 +72,7 @@ class Saved:
             raise UsageError(f"{self.path} is not a complete session ({error}); save it again") from None
 
     def _read_header(self) -> None:
-        """Raises one of the errors above for a header that `save` would not have written."""
+        """Parse and verify the header: it must equal the header that `save` writes for these shapes and facts."""
         size = os.fstat(self.file.fileno()).st_size
         self.start = 8 + int.from_bytes(self.file.read(8), "little")
         if not 8 < self.start <= min(size, MAX_HEADER):

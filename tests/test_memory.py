@@ -12,7 +12,7 @@ import hillinfer
 from benchmarks.memory_cgroup import CgroupError, MemoryCgroup
 from hillinfer.pipeline import memory as needs
 from hillinfer.pipeline.memory import Memory
-from hillinfer.run import Run
+from hillinfer.systems.registry import run_for
 from hillinfer.tiers.geometry import Geometry
 
 MIB = 1 << 20
@@ -32,14 +32,19 @@ def test_a_refusal_shows_the_sum(monkeypatch):
     )
 
 
+def host_memory(settings: hillinfer.Settings) -> dict[str, int]:
+    """What 128K tokens of a model of Llama-8B's shape need."""
+    run = run_for(settings)(settings, 32)
+    run.geometry = Geometry(1, 8, 128, torch.bfloat16, torch.device("cpu"))
+    return needs.needs(run, None, 131_072)
+
+
 @pytest.mark.parametrize("options", [{}, dict(stream="host", host_budget="1GiB")])
 def test_needs_follow_the_settings(tmp_path, options):
     """A drive takes KV out of memory; a budget bounds what is left."""
-    geometry = Geometry(1, 8, 128, torch.bfloat16, torch.device("cpu"))
 
     def kv(**more) -> int:
-        run = Run(hillinfer.Settings(**more), 32, geometry=geometry)
-        return needs.needs(run, None, 131_072)["KV in memory"]
+        return host_memory(hillinfer.Settings(**more))["KV in memory"]
 
     assert kv() > 131_072 * 32 * 4096
     assert kv(drive=tmp_path, **options) < kv() / 1.8
@@ -48,9 +53,8 @@ def test_needs_follow_the_settings(tmp_path, options):
 
 @pytest.mark.parametrize("stream", ["host", "dual", "page-cache", "direct"])
 def test_a_system_that_streams_keeps_no_codes(tmp_path, stream):
-    geometry = Geometry(1, 8, 128, torch.bfloat16, torch.device("cpu"))
-    run = Run(hillinfer.Settings(drive=tmp_path, stream=stream), 32, geometry=geometry)
-    assert "codes and index" not in needs.needs(run, None, 131_072)
+    assert "codes and index" not in host_memory(hillinfer.Settings(drive=tmp_path, stream=stream))
+    assert "codes and index" in host_memory(hillinfer.Settings(drive=tmp_path))
 
 
 def test_a_cache_is_refused_before_its_drive_is_opened(models, prompt, tmp_path, monkeypatch):

@@ -38,9 +38,8 @@ def load_pretrained(loader, name: str, **options):
         return loader.from_pretrained(model_path(name), trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"cannot load model '{name}' ({reason}); give a folder with config.json, or a reachable hub id"
-        ) from None
+        fix = "give a folder with config.json, or a reachable hub id"
+        raise UsageError(f"cannot load model '{name}' ({reason}); {fix}") from None
 
 
 def load_embedded(dtype: "torch.dtype | str" = "float32") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

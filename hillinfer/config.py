@@ -1,4 +1,4 @@
-"""The settings of a cache, validated when they are made."""
+"""Settings of a cache, validated on construction."""
 
 import math
 import os
@@ -41,13 +41,13 @@ def parse_bytes(text: str | int | None) -> int | None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].lower() not in _UNITS:
-        raise UsageError(f"'{text}' is no amount of memory; write a number with a unit, such as 64MiB or 2GB")
+        raise UsageError(f"'{text}' is not an amount of memory; write a number with a unit, such as 64MiB or 2GB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one cache. Making them checks values only; `check_folder` checks the drive.
+    """Settings of one cache. The constructor checks values only; `check_folder` checks the drive.
 
     alpha        share of the cached tokens that a decode step attends to, in (0, 1] (the importance rate of HillInfer
                  section 1.4; usually 0.1 to 0.2)
@@ -147,9 +147,9 @@ class Settings:
 
 
 def check_folder(path: str | Path | None) -> Path | None:
-    """The folder as an absolute path, after proof that a file can be created in it. None stays None.
+    """The folder as an absolute path; None stays None. Removes the files of killed runs.
 
-    Removes the files that killed runs left there. Raises UsageError.
+    Raises UsageError unless a file can be created in it.
     """
     if path is None:
         return None
@@ -164,7 +164,6 @@ def check_folder(path: str | Path | None) -> Path | None:
         proof.unlink()
         os.close(fd)
     except OSError as error:
-        raise UsageError(
-            f"no file can be made in {folder} ({error.strerror}); free or unlock it, or name another folder"
-        ) from None
+        fix = "free or unlock it, or name another folder"
+        raise UsageError(f"no file can be made in {folder} ({error.strerror}); {fix}") from None
     return folder

@@ -1,6 +1,6 @@
-"""Regular files, written atomically and never through links; a kill leaves nothing behind.
+"""Regular files, written atomically and never through links; a killed process leaves nothing behind.
 
-Links are not followed, devices and pipes not opened: in a folder that others may write to, a name could lead anywhere.
+Links, devices and pipes are refused: in a shared folder another user could point a name anywhere.
 """
 
 import fcntl
@@ -9,7 +9,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +17,7 @@ from hillinfer.errors import UsageError
 
 
 def plain(path: str | Path) -> Path:
-    """The absolute path, its folder resolved, of a regular file or of none yet. UsageError for anything else."""
+    """The absolute path of a regular file or a new one, its folder resolved. UsageError for links, folders, devices."""
     path = Path(path).expanduser()
     path = path.parent.resolve() / path.name
     try:
@@ -31,7 +31,7 @@ def plain(path: str | Path) -> Path:
 
 
 def open_plain(path: str | Path) -> int:
-    """A descriptor to read a regular file. The file checked is the file read, even if its name changes meanwhile."""
+    """A read-only descriptor of a regular file. The check holds for the opened file, even if its name is replaced."""
     path = plain(path)
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -41,7 +41,7 @@ def open_plain(path: str | Path) -> int:
 
 
 def scratch(folder: Path, prefix: str, suffix: str = ".part", mode: int = 0o600) -> tuple[int, Path]:
-    """A new file, locked while it is open, which tells it from an orphan."""
+    """A new temporary file. Its lock, held while it is open, distinguishes it from an orphan."""
     while True:
         path = folder / f"{prefix}{secrets.token_hex(4)}{suffix}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
@@ -55,26 +55,17 @@ def reclaim(folder: Path, prefix: str, suffix: str = ".part") -> list[Path]:
     """Remove and return the scratch files of killed processes. Files in use are left alone."""
     gone = []
     for path in folder.iterdir():
-        if not re.fullmatch(rf"{re.escape(prefix)}\w{{8}}{re.escape(suffix)}", path.name):
-            continue
-        try:
-            fd = open_plain(path)
-        except (OSError, UsageError):
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            gone.append(path)
-        except OSError:
-            pass  # in use, another user's, or gone
-        finally:
-            os.close(fd)
+        if re.fullmatch(rf"{re.escape(prefix)}\w{{8}}{re.escape(suffix)}", path.name):
+            with suppress(OSError, UsageError), os.fdopen(open_plain(path)) as file:  # in use, another user's, or gone
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                gone.append(path)
     return gone
 
 
 @contextmanager
 def replacing(path: str | Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file to write, which replaces `path` on success: completely and durably, or not at all."""
+    """A file to write that atomically and durably replaces `path` on success."""
     path = plain(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}-"

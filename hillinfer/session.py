@@ -1,14 +1,14 @@
-"""Prefill once, ask many times: a document's KV saved to a file, opened again in any process and under any system.
+"""Sessions: a document's KV saved to a file after prefill, reopened by any process under any system.
 
-Opening replays the records into the layers in the chunks of the prefill, so that codes, pools, windows and answers are
-those of the prefill. The file is only read; every opened cache is private.
+Opening replays the records into the layers in the chunks of the prefill, so codes, pools, windows and answers equal
+the prefill's. The file is read-only; every opened cache is private.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
@@ -20,23 +20,20 @@ from hillinfer.errors import UsageError
 from hillinfer.session_file import Saved, check_session, save
 from hillinfer.systems.registry import find_system, make_cache
 
+Tokenizer = PreTrainedTokenizerBase
 VOLATILE = ("transformers_version", "dtype", "torch_dtype")  # configuration keys left out of a model's fingerprint
 SAMPLE = 16  # values of each parameter in a model's fingerprint
 
 
 def save_session(
-    cache: TieredCache,
-    path: str | Path,
-    model: PreTrainedModel,
-    ids: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    cache: TieredCache, path: str | Path, model: PreTrainedModel, ids: Sequence[int], tokenizer: Tokenizer | None = None
 ) -> Path:
     """Atomically save the KV of the tokens `ids`, the single sequence that the cache holds.
 
-    tokenizer  fingerprinted, so that opening with another one is refused
+    tokenizer  its fingerprint is saved; opening with another tokenizer is refused
 
-    Raises UsageError if the cache cannot be saved or `path` holds anything but a session, OSError if writing fails; an
-    earlier session then stays as it was.
+    Raises UsageError if the cache cannot be saved or `path` is a file but not a session, and OSError if writing fails.
+    Either leaves an earlier session unchanged.
     """
     layers = [layer.layer for layer in cache.layers if isinstance(layer, TieredLayer)]
     if len(layers) < len(cache.layers):
@@ -45,9 +42,7 @@ def save_session(
     if not layers or geometry is None or geometry.batch != 1:
         raise UsageError("a session is one sequence: prefill one document, without padding, and save it")
     if len(ids) != cache.get_seq_length():
-        raise UsageError(
-            f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: pass the ids of the document"
-        )
+        raise UsageError(f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: pass the document's")
     facts = {"model": fingerprint(model), "ids": [int(i) for i in ids], "pieces": layers[0].pieces}
     if tokenizer is not None:
         facts["tokenizer"] = tokens_fingerprint(tokenizer)
@@ -60,11 +55,7 @@ def save_session(
 
 
 def open_session(
-    path: str | Path,
-    model: PreTrainedModel,
-    system: str = "hillinfer",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    **options,
+    path: str | Path, model: PreTrainedModel, system: str = "hillinfer", tokenizer: Tokenizer | None = None, **options
 ) -> tuple[TieredCache, list[int]]:
     """A cache with a saved document's KV, and the document's token ids, for `generate(ids + question, ...)`.
 
@@ -74,15 +65,14 @@ def open_session(
     """
     if not find_system(system, options)[0].policy.late:
         raise UsageError(f"{system} selects by the prompt's queries, which sessions do not keep: prefill again for it")
-    file = Saved(Path(path))
-    ids, pieces = _checked(file, model, tokenizer)
-    with _new_cache(model, system, options) as cache:
-        for index, records in _read_ahead(file, pieces):
-            records = records.to(model.device)
-            cache.layers[index].fill(*records.permute(2, 0, 3, 1, 4), records)
-        cache.timeline.clear()
-        cache.counters.clear()
-    file.close()
+    with closing(Saved(Path(path))) as file:
+        ids, pieces = _checked(file, model, tokenizer)
+        with _new_cache(model, system, options) as cache:
+            for index, records in _read_ahead(file, pieces):
+                records = records.to(model.device)
+                cache.layers[index].fill(*records.permute(2, 0, 3, 1, 4), records)
+            cache.timeline.clear()
+            cache.counters.clear()
     return cache, ids
 
 
@@ -98,7 +88,7 @@ def _new_cache(model: PreTrainedModel, system: str, options: dict) -> Iterator[T
 
 
 def _read_ahead(file: Saved, pieces: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each layer's index and records, piece by piece; a thread reads and verifies the next ones meanwhile."""
+    """Layer index and records of each chunk and layer; a thread reads and verifies one ahead."""
     reads = [(layer, *span) for span in pairwise(accumulate(pieces, initial=0)) for layer in range(file.layers)]
     with ThreadPoolExecutor(1, "hillinfer-open") as pool:
         pending = pool.submit(file.read, *reads[0])
@@ -115,7 +105,7 @@ def keep_session(
     model: PreTrainedModel,
     document: Sequence[int],
     system: str = "hillinfer",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     chunk: int | None = None,
     **options,
 ) -> TieredCache:
@@ -135,12 +125,13 @@ def keep_session(
 
 
 def session_ids(path: str | Path, document: list[int]) -> list[int]:
-    """Token ids of the document of a session: those in the file, read without its KV, or `document` if there is none.
+    """Token ids of a session's document, read from the file without its KV; `document` if the file does not exist.
 
     Raises UsageError if `document` is given and differs, if both are missing, or if `path` cannot hold a session.
     """
     if Path(path).expanduser().exists():
-        ids = Saved(Path(path)).facts.get("ids")
+        with closing(Saved(Path(path))) as file:
+            ids = file.facts.get("ids")
         if not isinstance(ids, list) or (document and document != ids):
             raise UsageError(f"{path} keeps another document; leave out --document, or name another session")
         return ids
@@ -161,7 +152,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def tokens_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokens_fingerprint(tokenizer: Tokenizer) -> str:
     """Digest of a tokenizer's vocabulary."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
@@ -177,9 +168,9 @@ def _checked(file: Saved, model: PreTrainedModel, tokenizer) -> tuple[list[int],
     elif file.dtype != model.dtype:
         reason = f"holds {file.dtype} but the model computes in {model.dtype}; load the model in {file.dtype}"
     elif not whole or len(ids) != file.n or sum(pieces) != file.n or 0 in pieces:
-        reason = "does not name the tokens that it holds; save it again"
-    elif file.layers != model.config.get_text_config().num_hidden_layers or file.batch != 1:
-        reason = f"holds {file.layers} layers of {file.batch} sequences; save it again"
+        reason = "lacks the ids of its tokens; save it again"
+    elif file.layers != model.config.get_text_config().num_hidden_layers:
+        reason = f"holds {file.layers} layers, not the model's number; save it again"
     else:
         return ids, pieces
     raise UsageError(f"{file.path} {reason}")

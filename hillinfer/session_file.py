@@ -1,8 +1,8 @@
-"""A document's KV in one file: written as a stream, replaced atomically, verified as it is loaded.
+"""A document's KV in one file: written as a stream, replaced atomically, verified on load.
 
-The format is safetensors, readable by any tool. Each layer is one tensor (B, n, 2, Hkv, D); the last tensor, `crc32`,
-holds a checksum per layer and part, and the header one of the facts. Files are read, not memory-mapped: truncating one
-that is open is then an error and not a signal.
+The format is safetensors, readable by any tool. Each layer is one tensor (1, n, 2, Hkv, D); the last tensor, `crc32`,
+holds a checksum per layer and part; the header holds one of the facts. Files are read, not memory-mapped, so that
+truncating an open file raises an error instead of a signal.
 """
 
 import json
@@ -27,51 +27,39 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 def save(path: Path, layers: Iterable[Iterable[torch.Tensor]], shape: tuple[int, ...], dtype, facts: dict) -> None:
     """Write atomically: a crash leaves the previous file, or none.
 
-    layers  the records of each layer in order, as tensors (B, m, 2, Hkv, D)
-    shape   (layers, B, n, 2, Hkv, D)
+    layers  the records of each layer in order, as tensors (1, m, 2, Hkv, D)
+    shape   (layers, 1, n, 2, Hkv, D)
     facts   JSON values, returned as `Saved.facts`
     """
-    path, (count, batch, n) = check_session(path), shape[:3]
-    row = math.prod(shape[2:]) * dtype.itemsize
+    path, count, nbytes = check_session(path), shape[0], math.prod(shape[1:]) * dtype.itemsize
     text = json.dumps(_header(shape, dtype, facts)).encode()
     text += b" " * (-len(text) % 8)
     with files.replacing(path, 0o600) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        start = file.tell()
-        sums = torch.zeros(count, -(-n // PART), dtype=torch.int64)
+        sums = torch.zeros(count, -(-shape[2] // PART), dtype=torch.int64)
         for index, layer in enumerate(layers):
             written = 0
             for number, part in enumerate(_rechunked(layer, PART)):
                 sums[index, number] = _checksum(part)
-                for sequence, records in enumerate(part):
-                    file.seek(start + (index * batch + sequence) * row + written)
-                    file.write(_bytes(records))
-                written += part[0].nbytes
-            if written != row:
-                raise ValueError(f"layer {index} has {written} bytes per sequence, not {row}")
-        file.seek(start + count * batch * row)
+                written += file.write(_bytes(part))
+            if written != nbytes:
+                raise ValueError(f"layer {index} has {written} bytes, not {nbytes}")
         file.write(_bytes(sums))
 
 
 def _header(shape: tuple[int, ...], dtype: torch.dtype, facts: dict) -> dict:
     """The header of a file of this shape."""
     count, layer, parts = shape[0], list(shape[1:]), -(-shape[2] // PART)
-    nbytes = math.prod(layer) * dtype.itemsize
-    ends, text = range(0, (count + 1) * nbytes, nbytes), json.dumps(facts)
-    tensors = {
-        f"layer.{i}": {"dtype": NAMES[dtype], "shape": layer, "data_offsets": [ends[i], ends[i + 1]]}
-        for i in range(count)
-    }
-    return tensors | {
-        "crc32": {"dtype": "I64", "shape": [count, parts], "data_offsets": [ends[-1], ends[-1] + count * parts * 8]},
+    nbytes, text = math.prod(layer) * dtype.itemsize, json.dumps(facts)
+    tensor, end = {"dtype": NAMES[dtype], "shape": layer}, count * nbytes
+    return {f"layer.{i}": tensor | {"data_offsets": [i * nbytes, (i + 1) * nbytes]} for i in range(count)} | {
+        "crc32": {"dtype": "I64", "shape": [count, parts], "data_offsets": [end, end + count * parts * 8]},
         "__metadata__": {"hillinfer": VERSION, "facts": text, "facts_crc32": str(zlib.crc32(text.encode()))},
     }
 
 
 class Saved:
-    """A session file opened for reading, by any number of processes. Raises UsageError for any other file, and for
-    damage when it is read.
-    """
+    """A session file opened for reading. Raises UsageError for any other file, and on reading damaged records."""
 
     def __init__(self, path: Path):
         self.path = Path(path).expanduser()
@@ -84,7 +72,7 @@ class Saved:
             raise UsageError(f"{self.path} is not a complete session ({error}); save it again") from None
 
     def _read_header(self) -> None:
-        """Raises one of the errors above for a header that `save` would not have written."""
+        """Parse and verify the header: it must equal the header that `save` writes for these shapes and facts."""
         size = os.fstat(self.file.fileno()).st_size
         self.start = 8 + int.from_bytes(self.file.read(8), "little")
         if not 8 < self.start <= min(size, MAX_HEADER):
@@ -97,11 +85,11 @@ class Saved:
             raise ValueError(f"it has format {metadata['hillinfer']}, not {VERSION}")
         self.facts = json.loads(metadata["facts"])
         self.layers, layer = len(header) - 2, header["layer.0"]
-        self.shape, self.dtype = tuple(layer["shape"]), DTYPES[layer["dtype"]]  # (B, n, 2, Hkv, D)
+        self.shape, self.dtype = tuple(layer["shape"]), DTYPES[layer["dtype"]]  # (1, n, 2, Hkv, D)
         sizes = all(type(i) is int and 0 < i < 1 << 40 for i in self.shape)
-        if len(self.shape) != 5 or self.shape[2] != 2 or not sizes:
+        if len(self.shape) != 5 or self.shape[0] != 1 or self.shape[2] != 2 or not sizes:
             raise ValueError("its layers have another shape")
-        self.batch, self.n = self.shape[:2]
+        self.n = self.shape[1]
         expected = _header((self.layers, *self.shape), self.dtype, self.facts)
         if not isinstance(self.facts, dict) or header != expected:
             raise ValueError("its header is inconsistent")
@@ -112,12 +100,10 @@ class Saved:
         self._fill(self.sums, end - self.sums.nbytes)
 
     def read(self, layer: int, start: int, end: int) -> torch.Tensor:
-        """Verified records (B, end - start, 2, Hkv, D)."""
+        """Verified records (1, end - start, 2, Hkv, D)."""
         first, last = start // PART * PART, min(-(-end // PART) * PART, self.n)
-        out = torch.empty((self.batch, last - first, *self.shape[2:]), dtype=self.dtype)
-        record = math.prod(self.shape[2:]) * self.dtype.itemsize
-        for row, records in enumerate(out):
-            self._fill(records, self.start + ((layer * self.batch + row) * self.n + first) * record)
+        out = torch.empty((1, last - first, *self.shape[2:]), dtype=self.dtype)
+        self._fill(out, self.start + (layer * self.n + first) * math.prod(self.shape[2:]) * self.dtype.itemsize)
         for number, part in enumerate(out.split(PART, 1), first // PART):
             if _checksum(part) != self.sums[layer, number]:
                 tokens = f"{number * PART} to {number * PART + part.shape[1] - 1}"

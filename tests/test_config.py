@@ -93,7 +93,7 @@ def test_the_folder_is_checked_once_for_a_cache(models, prompt, tmp_path, monkey
         (dict(engine="aio"), "no engine 'aio'"),
         (dict(stream="all"), "no stream 'all'; choose None, host"),
         (dict(pipelining="both"), "no pipelining 'both'"),
-        (dict(host_budget="lots"), "'lots' is no amount of memory"),
+        (dict(host_budget="lots"), "'lots' is not an amount of memory"),
         (dict(profile="p.toml"), "profile is for .*: add drive_kind emulated"),
         (dict(paced=True), "paced is for .*: add drive_kind emulated"),
         (dict(paced=True, drive_kind="xrt"), "paced is for .*: add drive_kind emulated"),

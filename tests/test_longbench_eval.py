@@ -200,10 +200,10 @@ def test_a_folder_has_one_writer(tmp_path, common):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--alpha", "lots"], "alpha 'lots'"),
+        (["--alpha", "lots"], "'lots' is not a list of numbers"),
         (["--alpha", "0.1,2"], "up to 1"),
         (["--tasks", "hotpot"], "no task 'hotpot'"),
-        (["--tasks", ","], "--tasks own"),
+        (["--tasks", ","], "no task ','; choose own"),
         (["--systems", "magic"], "no system 'magic'"),
         (["--model", "nowhere"], "config.json"),
         (["--question", "maybe"], "stepwise"),

@@ -195,7 +195,7 @@ def test_the_command_replays_a_recorded_run(tmp_path):
         (["--context", "big"], "'big' is not a size"),
         (["--alpha", "2"], "alpha is 2.0"),
         (["--alpha", "x"], "'x' is not a list of numbers"),
-        (["--host-budget", "much"], "'much' is no amount of memory"),
+        (["--host-budget", "much"], "'much' is not an amount of memory"),
         (["--systems", "recorded"], "name its trace with --run"),
         (["--jobs", "0"], "no sweep with 0 jobs"),
         (["--run", "nowhere.json"], "hillinfer run ... --trace nowhere.json"),

@@ -254,7 +254,7 @@ def test_one_run_at_a_time_and_showing_again_ends_it(workbench, embedded, tmp_pa
 def test_bad_settings_are_one_line(workbench):
     workbench.budget.value = "much"
     workbench.run_button.click()
-    assert "is no amount of memory" in workbench.message.value and not workbench.runs and ours() == []
+    assert "is not an amount of memory" in workbench.message.value and not workbench.runs and ours() == []
     workbench.budget.value = ""
     workbench.task.value = "own text"
     workbench.run_button.click()

@@ -112,13 +112,13 @@ def measure(systems: str, task: str, context: int, n: int, options: dict, seen: 
 
 def summary(frame: "pandas.DataFrame") -> "pandas.DataFrame":
     """One row per system, from the frame of `measure`."""
-    means = [c for c in frame if c.startswith("hit_") or c.endswith("_bytes_per_token")]
+    means = [c for c in frame if c.startswith("hit_") or c.endswith("_bytes_per_token") or c == "bounds"]
     quartiles = {"ms_q1": 0.25, "ms_median": 0.5, "ms_q3": 0.75}
     return frame.groupby("system", sort=False, as_index=False).agg(
         **dict(exact=("exact", "first"), right=("right", "sum"), questions=("right", "size")),
         **{name: (name, "mean") for name in ("attended", "cached")},
         **{name: ("ms_per_token", lambda ms, q=q: ms.quantile(q)) for name, q in quartiles.items()},
-        **{name: (name, "mean") for name in (*means, "bounds")},
+        **{name: (name, "mean") for name in means},
         **{name: (name, "max") for name in ("kv_bytes", "peak_bytes")},
     )
 

@@ -23,7 +23,7 @@ from hillinfer.whatif.recording import describe
 
 @dataclass(frozen=True)
 class Continuation:
-    """The generated text, lines on the cost of the run, and its timeline."""
+    """The generated text, the cost of the run in a few lines, and its timeline."""
 
     text: str
     facts: list[str]
@@ -50,7 +50,7 @@ class Job:
 def continue_text(name: str, job: Job, system: str, options: dict) -> Continuation:
     """Greedy continuation by the model `name`. `options` are fields of `Settings`.
 
-    Raises UsageError, before the weights are loaded, for everything that the model's config and tokenizer show.
+    Raises UsageError before the weights are loaded if the model's config or tokenizer rules the run out.
     """
     settings = find_system(system, options)[1]
     config = load_pretrained(AutoConfig, name)
@@ -85,13 +85,12 @@ def continue_text(name: str, job: Job, system: str, options: dict) -> Continuati
         out = decode(model, cache, ids, job.max_new_tokens, num_beams=job.num_beams)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.run.why_split()]
-        shape = shape_of(model.config.get_text_config(), model.dtype.itemsize)
-        cache.timeline.about = describe(cache.run, shape, system)
+        cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), dtype.itemsize), system)
     return Continuation(tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline)
 
 
 def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:
-    """Time, memory and traffic of a run, in a few lines. All measured."""
+    """Measured time, memory and traffic of a run, in a few lines."""
     rates = ", ".join(f"{tier} {share:.0%}" for tier, share in figures["rates"].items())
     in_memory = sum(size for part, size in figures["memory"].items() if part != "drive")
     busy = [f"{lane} {ms:.2f} ({size:,.0f} bytes)" for lane, (ms, size) in figures["lanes"].items() if ms]
@@ -105,7 +104,6 @@ def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:
     if cache.counters.total("guessed"):
         accuracy, coverage = cache.counters.prefetch()
         lines.append(
-            f"prefetch: {accuracy:.0%} of the prefetched tokens were used, "
-            f"{coverage:.0%} of those needed from the drive were prefetched"
+            f"prefetch accuracy {accuracy:.0%} (used / prefetched), coverage {coverage:.0%} (prefetched / needed)"
         )
     return lines

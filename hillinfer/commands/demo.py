@@ -22,7 +22,7 @@ def demo(
     systems: Annotated[str, typer.Option(help="Systems to compare, separated by commas.")] = "full,streaming,hillinfer",
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("out/demo"),
 ):
-    """Answer the same long-context questions with several systems, and show what each took."""
+    """Answer the same long-context questions with several systems, and compare accuracy, time and traffic."""
     settings = dict(alpha=alpha, host_budget=host_budget, drive=drive, drive_kind=drive_kind, precision=precision)
     check_folder(Settings(**settings).drive)  # refuse bad input before torch loads
     if drive is None:
@@ -35,9 +35,7 @@ def demo(
 
     for name in names:
         find_system(name, options_of(name, settings))
-
-    model, tokenizer = load_embedded()
-    records = demo_records()
+    (model, tokenizer), records = load_embedded(), demo_records()
     with progress() as bars:
         tasks = {name: bars.add_task(name, total=len(records)) for name in names}
         results = compare(model, tokenizer, records, names, settings, lambda result: bars.advance(tasks[result.system]))

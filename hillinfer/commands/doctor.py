@@ -1,4 +1,4 @@
-"""`hillinfer doctor`: the machine's abilities, the cost of the missing ones and their fixes, within ten seconds."""
+"""`hillinfer doctor`: what this machine supports and how fast it is, with the fix for each weakness, in ten seconds."""
 
 import os
 import platform
@@ -48,17 +48,17 @@ def doctor(
     drive: Annotated[Path, typer.Option(help="Folder on the drive that would hold the KV.")] = Path(),
     seconds: Annotated[float, typer.Option(min=0.1, help="Duration of each measurement.")] = SECONDS,
 ):
-    """Check and measure this machine: what works, what will be slow, and the fix."""
+    """Check and measure this machine; name each bottleneck and its fix."""
     for check in examine(check_folder(drive), seconds):
         out.print(str(check), highlight=False, soft_wrap=True)
 
 
 def examine(folder: Path, seconds: float = SECONDS) -> Iterator[Check]:
     """All checks. `folder` is on the drive that would hold the KV; each measurement takes `seconds`."""
-    yield from (gpu(), instructions(), compiler(), ring(), direct_io(folder), space(folder))
-    yield from (memory_limit(), raw_devices(), xrt())
-    memory, all_threads = memory_speed(seconds)
-    yield from (memory, scoring_speed(seconds, all_threads), *gpu_link_speed(seconds), drive_speed(folder, seconds))
+    yield from (gpu(), instructions(), compiler(), ring(), direct_io(folder), space(folder), memory_limit())
+    memory, bandwidth = memory_speed(seconds)
+    yield from (raw_devices(), xrt(), memory, scoring_speed(seconds, bandwidth))
+    yield from (*gpu_link_speed(seconds), drive_speed(folder, seconds))
 
 
 def gpu() -> Check:
@@ -103,7 +103,7 @@ def direct_io(folder: Path) -> Check:
 
     with warnings.catch_warnings(action="ignore"), closing(BlockFile(folder)) as file:
         kind = file_system(folder)
-    slow = "KV goes through the page cache, which takes memory and is useless for repeated passes"
+    slow = "KV goes through the page cache, which takes memory and does not help repeated passes"
     fix = f"name a folder on ext4, xfs or btrfs instead of {kind} with --drive"
     return Check("O_DIRECT", f"{'yes' if file.direct else 'no'}, {folder} ({kind})", file.direct, slow, fix)
 
@@ -123,7 +123,7 @@ def space(folder: Path) -> Check:
 
 
 def memory_limit(root: Path = Path("/")) -> Check:
-    """The limit that the planner uses. `root` holds /proc and /sys."""
+    """The memory limit that a run is planned for. `root` holds /proc and /sys."""
     try:
         memory = read_memory(root)
     except (OSError, KeyError):
@@ -145,8 +145,7 @@ def raw_devices() -> Check:
 
 
 def xrt() -> Check:
-    folder = Path("/opt/xilinx/xrt")
-    found = shutil.which("xrt-smi") or shutil.which("xbutil") or (str(folder) if folder.exists() else "")
+    found = shutil.which("xrt-smi") or shutil.which("xbutil") or next(map(str, Path("/opt/xilinx").glob("xrt")), "")
     return Check("XRT (SmartSSD)", found or "none; a drive that scores can be emulated (--drive-kind emulated)")
 
 
@@ -190,7 +189,7 @@ def gpu_link_speed(seconds: float) -> Iterator[Check]:
 
 
 def drive_speed(folder: Path, seconds: float) -> Check:
-    """Reads in order and of a tenth of the records at random, and by arithmetic the time of a Llama-3-8B's KV."""
+    """Sequential reads, random reads of a tenth of the records, and the implied time per token of a Llama-3-8B."""
     import numpy as np
 
     from hillinfer.errors import DriveError
@@ -216,7 +215,7 @@ def drive_speed(folder: Path, seconds: float) -> Check:
             written = FILE / (time.perf_counter() - begin) / 1e9
             stream, tokens = rate(piece * RECORD, in_order, seconds), rate(tenth * RECORD, scattered, seconds)
     except DriveError as error:
-        return Check("drive", str(error), False, "nothing can be kept on it", "name another folder with --drive")
+        return Check("drive", str(error), False, "it cannot store the KV cache", "name another folder with --drive")
     found = f"{stream:.2f} GB/s in order, {tokens:.2f} a tenth of the 4 KiB records, {written:.2f} written"
     every, some = CONTEXT * LLAMA / 1e9 / stream, CONTEXT * LLAMA / 1e10 / tokens
     slow = f"each new token would take {every:.1f} s to stream {KV}, or {some:.1f} s to read a tenth of it (arithmetic)"
@@ -236,7 +235,7 @@ def rate(nbytes: int, work: Callable[[], object], seconds: float) -> float:
 
 
 def _text(path: str) -> str:
-    """The text of a file of the kernel's; empty if there is none."""
+    """The text of a kernel file such as /proc/mounts; empty if it does not exist."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -17,12 +17,12 @@ GROUPS = "own, longbench, longbench-en, longbench-e, longbench-v2, quest, auto, 
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folders or hub ids, by commas; 'embedded' ships.")] = "embedded",
+    model: Annotated[str, typer.Option(help="Folders or hub ids, comma-separated, or embedded.")] = "embedded",
     tasks: Annotated[str, typer.Option(help=GROUPS)] = "own",
     systems: Annotated[str, typer.Option(help="By commas, or all; full is always added.")] = "streaming,topk,hillinfer",
     alpha: Annotated[str, typer.Option(help="Values of alpha, separated by commas.")] = "0.2",
     samples: Annotated[int, typer.Option(min=0, help="Samples per task, drawn with the seed; 0 takes all.")] = 4,
-    data: Annotated[list[Path] | None, typer.Option(help="LongBench folder or data.zip; may be repeated.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="LongBench folder or data.zip; repeatable.")] = None,
     revision: Annotated[str, typer.Option(help="Revision of the hub's data set, if it is downloaded.")] = "main",
     folder: Annotated[Path, typer.Option("--out", help="Folder for results; resumes a stopped run.")] = OUT,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
@@ -41,13 +41,13 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the samples and of torch.")] = 42,
     compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Compare two --out folders, and stop.")] = None,
 ):
-    """Score systems on long-context tasks: LongBench, LongEval, RULER's files, and the tasks that ship."""
+    """Score systems on long-context tasks: LongBench, LongEval, RULER and the bundled tasks."""
     if compare is not None:
         return show_comparison(*compare)
     if question not in QUESTIONS or dtype not in DTYPES:
         raise UsageError(f"question is {' or '.join(QUESTIONS)}, dtype {', '.join(DTYPES)}; not {question} and {dtype}")
-    given = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
-    options = {name: value for name, value in given.items() if value is not None}
+    options = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
+    options = {name: value for name, value in options.items() if value is not None}
     for value in (alphas := split_list(alpha, float)):
         Settings(alpha=value, **options)  # refuse bad input before torch loads
     check_folder(drive)
@@ -74,9 +74,9 @@ def evaluate(
         for task, records in drawn
         if i < len(records)
     ]
-    hardware = machine().partition(", torch")[0]  # the manifest has the versions elsewhere
     with Results(folder) as results:
-        results.begin(settings.identity(), models, [source for _, _, source in loaded], sys.argv, hardware)
+        files, hardware = [source for _, _, source in loaded], machine().partition(", torch")[0]
+        results.begin(settings.identity(), models, files, sys.argv, hardware)
         left = sweep.plan(jobs, results.done())
         missing, total = sum(len(job.variants) for job in left), len(jobs) * len(variants)
         with progress() as bars:

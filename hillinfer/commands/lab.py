@@ -7,9 +7,7 @@ import typer
 
 
 def lab(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Folder for the notebooks; by default the clone's own notebooks.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of the notebooks; by default the clone's.")] = None,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8888,
 ):

@@ -36,10 +36,7 @@ def profile(
     say(f"measured on {found.about}; records selected at random: {SELECTED:.0%}")
     speeds, code = found.speeds(RECORD_BYTES), HEADS * DIM
     for alpha in (0.1, 0.2):
-        beta = speeds.beta(alpha, code, RECORD_BYTES)
-        share = speeds.host_share(SelectionRates(alpha, alpha), code, RECORD_BYTES)
-        say(
-            f"at alpha {alpha} a step is shortest when the host holds {share:.0%} of the tokens; "
-            f"by the paper's closed form {beta / (1 + beta):.0%}"
-        )
+        beta, rates = speeds.beta(alpha, code, RECORD_BYTES), SelectionRates(alpha, alpha)
+        share, paper = speeds.host_share(rates, code, RECORD_BYTES), beta / (1 + beta)
+        say(f"alpha {alpha}: a step is shortest with {share:.0%} of the tokens on the host (closed form: {paper:.0%})")
     say(f"profile: {out_file}")

@@ -14,17 +14,17 @@ COLUMNS = ["profile", "model", "system", "context", "batch", "alpha", "host memo
 
 def replay(
     profile: Annotated[str, typer.Option(help="Device profiles, separated by commas; or a file.")] = "rtx4090-smartssd",
-    model_shape: Annotated[str, typer.Option(help="llama-3.1-8b, opt-6.7b, qwen-7b, ...")] = "llama-3.1-8b",
-    context: Annotated[str, typer.Option(help="4096, 4k,16k, or 4k..128k, which doubles.")] = "4k..128k",
+    model_shape: Annotated[str, typer.Option(help="Model shapes: llama-3.1-8b, opt-6.7b, ...")] = "llama-3.1-8b",
+    context: Annotated[str, typer.Option(help="Lengths: 4096 or 4k,16k or (doubling) 4k..128k.")] = "4k..128k",
     batch: Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")] = "1,8",
     systems: Annotated[str, typer.Option(help="all, or names separated by commas; ignored with --run.")] = "all",
-    alpha: Annotated[str, typer.Option(help="Shares of the tokens that a step attends to.")] = "0.2",
+    alpha: Annotated[str, typer.Option(help="Fractions of the cached tokens that a step attends to.")] = "0.2",
     host_budget: Annotated[str | None, typer.Option(help="Host memory for KV: 4GiB,16GiB; by default all.")] = None,
     run: Annotated[Path | None, typer.Option(help="Trace of `hillinfer run --trace`, replayed at each size.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes; -1 for one per core.")] = -1,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the table, the plot and a trace.")] = OUT,
 ):
-    """Model decode steps on other hardware, of a recorded run or of every system by its stated traffic."""
+    """Model decode steps on other hardware: a recorded run's, or each system's by its rules."""
     from hillinfer.whatif import sweep as job
 
     recording = None if run is None else job.load_run(run)

@@ -17,8 +17,8 @@ def run(
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue, instead of --prompt-file.")] = None,
     document: Annotated[Path | None, typer.Option(help="File with a text that precedes the prompt.")] = None,
-    session: Annotated[Path | None, typer.Option(help="File for the document's KV, made if it is missing.")] = None,
-    system: Annotated[str, typer.Option(help="One of those that `hillinfer systems` lists.")] = "hillinfer",
+    session: Annotated[Path | None, typer.Option(help="File for the document's KV, created if missing.")] = None,
+    system: Annotated[str, typer.Option(help="System, as listed by `hillinfer systems`.")] = "hillinfer",
     alpha: Alpha = 0.2,
     host_budget: HostBudget = None,
     drive: Annotated[Path | None, typer.Option(help="Folder on the drive for the cold KV.")] = None,
@@ -37,14 +37,13 @@ def run(
     options = dict(alpha=alpha, host_budget=host_budget, drive=drive)
     options |= dict(drive_kind=drive_kind, xclbin=xclbin, precision=precision, profile=profile)
     check_folder(Settings(**options).drive)  # refuse bad input before torch loads
-    if device is not None:
-        options["device"] = device
+    options |= {} if device is None else {"device": device}
     if num_beams > 1 and drive is not None:
         raise UsageError("beam search would copy whole caches on the drive: use --num-beams 1, or leave out --drive")
     if (prompt is None) == (prompt_file is None):
-        raise UsageError("give the text to continue, either with --prompt-file FILE or with --prompt TEXT")
+        raise UsageError("give the text to continue with either --prompt-file FILE or --prompt TEXT")
     if num_beams > 1 and (document or session):
-        raise UsageError("a document is prefilled for one sequence: use --num-beams 1 with --document or --session")
+        raise UsageError("--document and --session hold one sequence: use --num-beams 1 with them")
     text = prompt if prompt_file is None else read_text(prompt_file)
     if not text.strip():
         raise UsageError("the prompt is empty; give the text to continue")

@@ -35,7 +35,7 @@ class Memory:
 def read_memory(root: Path = Path("/")) -> Memory:
     """The tightest limit on this process: its memory cgroup (v1 or v2), a parent group, or the machine.
 
-    root  the folder that holds /proc and /sys; tests name one of their own
+    root  parent of /proc and /sys; tests pass a folder of their own
 
     Raises OSError or KeyError on a system without them.
     """
@@ -83,7 +83,7 @@ def read_fields(path: Path) -> dict[str, int]:
 
 
 def check_libraries(root: Path = Path("/")) -> None:
-    """UsageError if even the libraries would not fit. Call it before they are imported."""
+    """UsageError if torch and transformers alone exceed the limit. Call it before importing them."""
     refuse({"torch and transformers": LIBRARIES + AT_WORK}, "use a machine or container with more", root)
 
 
@@ -106,7 +106,7 @@ def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -
 
 
 def refuse(parts: dict[str, int], fix: str, root: Path = Path("/")) -> None:
-    """UsageError, with the sum written out, if these parts exceed the memory left to the process."""
+    """UsageError with an itemised sum if `parts` exceed the memory available to the process."""
     try:
         memory, need = read_memory(root), sum(parts.values())
     except (OSError, KeyError):
@@ -114,12 +114,9 @@ def refuse(parts: dict[str, int], fix: str, root: Path = Path("/")) -> None:
     if need <= memory.budget():
         return
     used = memory.anonymous + memory.shmem
-    less = f", less {_mib(used)} in use" if used else ""
+    has = f"{memory.source} has {_mib(memory.limit)}" + (f", less {_mib(used)} in use" if used else "")
     listed = " + ".join(f"{name} {_mib(nbytes)}" for name, nbytes in parts.items())
-    raise UsageError(
-        f"this run needs about {_mib(need)} of host memory ({listed}), but {memory.source} has {_mib(memory.limit)}"
-        f"{less}: {fix}"
-    )
+    raise UsageError(f"this run needs about {_mib(need)} of host memory ({listed}), but {has}: {fix}")
 
 
 def _mib(nbytes: int) -> str:

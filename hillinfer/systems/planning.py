@@ -28,18 +28,14 @@ def plan(
     text, layers = config.get_text_config(decoder=True), len(check_supported(config))
     window = getattr(text, "max_position_embeddings", None)
     if window and tokens > window:
-        raise UsageError(
-            f"prompt and answer of {tokens:,} tokens exceed the model's window of {window:,}: shorten one of them"
-        )
+        raise UsageError(f"{tokens:,} tokens exceed the model's window of {window:,}: shorten the prompt or the answer")
     shape, run = shape_of(text, dtype.itemsize), run_for(settings)(settings, layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run.geometry = Geometry(1, shape.kv_heads, shape.head_dim, dtype, device)
     run.check(tokens)
     need = layers * tokens * run.geometry.record_bytes
     if settings.drive is not None and (free := shutil.disk_usage(settings.drive).free) < need:
-        raise UsageError(
-            f"{need:,} bytes of KV do not fit in {settings.drive}, which has {free:,} free; name another folder"
-        )
+        raise UsageError(f"{need:,} bytes of KV do not fit in {settings.drive} ({free:,} free): name another folder")
     tied = shape.head_weights * shape.width if getattr(text, "tie_word_embeddings", False) else 0
     refuse(needs(run, shape, tokens, chunk, shape.weight_bytes - tied), FIX)
     return need

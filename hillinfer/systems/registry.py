@@ -1,4 +1,4 @@
-"""The named systems. A policy without an entry here is a system by itself: its run follows from the settings."""
+"""Named systems. A policy without an entry here is a system of its own name; its run follows from the settings."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from hillinfer.systems.lossless.run import StreamedRun
 
 @dataclass(frozen=True)
 class System:
-    """A policy, a run, and the settings that make the system that system.
+    """A policy with a run and settings.
 
     about        one line
     run          opens the layers' stores; None takes what the settings ask for (`run_for`)
@@ -63,7 +63,7 @@ SYSTEMS = {
 
 
 def list_systems() -> dict[str, System]:
-    """Every system by name: each policy, and the compositions. Made at each call, so that new policies are in it."""
+    """Every system by name: policies and named systems. Built on each call, to include newly registered policies."""
     return {name: System(policy, inspect.getdoc(policy).splitlines()[0]) for name, policy in POLICIES.items()} | SYSTEMS
 
 
@@ -81,7 +81,7 @@ def find_system(name: str, options: dict) -> tuple[System, Settings]:
 
 
 def run_for(settings: Settings) -> type[Run]:
-    """The run that these settings ask for, whatever the policy."""
+    """The run class for these settings, independent of the policy."""
     if settings.stream is not None:
         return StreamedRun
     if settings.drive is None:

@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -73,14 +74,13 @@ def _rate(value: float, note: str = "by hillinfer profile") -> Rate:
 
 def _time(amount: float, work: Callable[[], object], repeats: int = 5, note: str = "") -> Rate:
     """`amount` per second, the median of `repeats` runs after one that warms up."""
-    rates = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+
+    def once() -> None:
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        rates.append(amount / (time.perf_counter() - start))
-    rates = sorted(rates[1:])
+
+    rates = sorted(amount / took for took in timeit.repeat(once, number=1, repeat=repeats + 1)[1:])
     return _rate(statistics.median(rates), f"median of {repeats}, {rates[0]:.3g} to {rates[-1]:.3g}{note}")
 
 

@@ -41,7 +41,6 @@ class Rates:
 # FPGA to NAND 1.04 (synchronous) to 2.85 (overlapped), both in transfers of 1 MiB or many at once; FPGA DRAM 15.4
 # (measured); PCIe 3 x4 link 3.2 (1.87 to 3.27 in the overlap samples).
 SMARTSSD = Rates(nand_read=3.2e9, nand_write=2.85e9, dram_read=15.4e9, link=3.2e9)
-SMARTSSD_PESSIMISTIC = replace(SMARTSSD, nand_read=2.4e9, nand_write=1.04e9)
 
 
 @dataclass(frozen=True)

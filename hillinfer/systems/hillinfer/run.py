@@ -65,12 +65,11 @@ class ScoringRun(Run):
         return parts
 
     def pool_tokens(self, n: int) -> int:
-        return pool_tokens(self.settings, n, self.token_bytes, self.records_budget, self._balanced_share())
+        share = None if self.speeds is None else self._balanced_share()
+        return pool_tokens(self.settings, n, self.token_bytes, self.records_budget, share)
 
-    def _balanced_share(self) -> float | None:
+    def _balanced_share(self) -> float:
         """The host's share of the tokens by the profile, for the shortest step or by the paper's closed form."""
-        if self.speeds is None:
-            return None
         settings, size = self.settings, self.geometry
         code_bytes = size.kv_heads * size.head_dim * settings.bits // 8
         return self.speeds.split(settings.split, self._chosen(), settings.alpha, code_bytes, size.record_bytes)

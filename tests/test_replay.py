@@ -316,10 +316,10 @@ def test_costs_are_taken_from_what_was_measured():
     assert rising([1, 4, 1, 8]) == pytest.approx((1, 2, 2, 8)) and rising([4, 2, 1]) == pytest.approx((2, 2, 2))
     line = by_hand(*plain_step(), *plain_step(1, 40), *plain_step(2, 80))
     found = samples(line)
-    assert found["score"] == pytest.approx((1000, 1e-3))
-    assert found["select"] == pytest.approx((100 * SMALL.code_bytes(), 1e-3))
-    assert found["read"] == pytest.approx((400, 1e-3)) and found["dense"][1] == pytest.approx(15e-3)
-    assert found["other"][1] == pytest.approx(0)
+    assert tuple(found.loc["score"]) == pytest.approx((1000, 1e-3))
+    assert tuple(found.loc["select"]) == pytest.approx((100 * SMALL.code_bytes(), 1e-3))
+    assert tuple(found.loc["read"]) == pytest.approx((400, 1e-3)) and found.seconds["dense"] == pytest.approx(15e-3)
+    assert found.seconds["other"] == pytest.approx(0)
     larger = by_hand(*plain_step(), *plain_step(1, 40))
     larger.about["cached"] = 200.0
     for span in larger.spans:

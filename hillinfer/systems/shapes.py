@@ -1,13 +1,13 @@
-"""Shapes of models, as far as they decide what a decode step moves and computes."""
+"""Model dimensions that determine the data movement and compute of a decode step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hillinfer.errors import UsageError
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only model. `width` is bytes of one weight or cached value; `mlp` matrices of hidden x inner."""
+    """A decoder-only model; `width` in bytes per value, `mlp` the number of hidden x inner matrices."""
 
     name: str
     layers: int
@@ -48,20 +48,17 @@ class ModelShape:
         return self.layers * self.record_bytes * context * batch
 
 
-# From the models' published configurations.
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        ModelShape("embedded", 6, 8, 4, 64, 320, 384, 2869, width=4),  # data/model, as the demo runs it
-        ModelShape("opt-6.7b", 32, 32, 32, 128, 4096, 16384, 50272, mlp=2),
-        ModelShape("longchat-7b", 32, 32, 32, 128, 4096, 11008, 32000),
-        ModelShape("qwen-7b", 32, 32, 32, 128, 4096, 11008, 151936),
-        ModelShape("llama-2-13b", 40, 40, 40, 128, 5120, 13824, 32000),
-        ModelShape("llama-3.1-8b", 32, 32, 8, 128, 4096, 14336, 128256),
-        ModelShape("qwen2.5-7b", 28, 28, 4, 128, 3584, 18944, 152064),
-        ModelShape("qwen3-8b", 36, 32, 8, 128, 4096, 12288, 151936),
-    )
-}
+_PUBLISHED = (  # configurations of the models
+    ModelShape("embedded", 6, 8, 4, 64, 320, 384, 2869, width=4),  # data/model, as the demo runs it
+    ModelShape("opt-6.7b", 32, 32, 32, 128, 4096, 16384, 50272, mlp=2),
+    ModelShape("longchat-7b", 32, 32, 32, 128, 4096, 11008, 32000),
+    ModelShape("qwen-7b", 32, 32, 32, 128, 4096, 11008, 151936),
+    ModelShape("llama-2-13b", 40, 40, 40, 128, 5120, 13824, 32000),
+    ModelShape("llama-3.1-8b", 32, 32, 8, 128, 4096, 14336, 128256),
+    ModelShape("qwen2.5-7b", 28, 28, 4, 128, 3584, 18944, 152064),
+    ModelShape("qwen3-8b", 36, 32, 8, 128, 4096, 12288, 151936),
+)
+SHAPES = {shape.name: shape for shape in _PUBLISHED}
 
 
 def find_shape(name: str) -> ModelShape:
@@ -71,17 +68,11 @@ def find_shape(name: str) -> ModelShape:
 
 
 def shape_of(config, width: int = 2) -> ModelShape:
-    """The shape of a Hugging Face text config (Llama, Qwen, Mistral, OPT), `width` bytes a value."""
-    inner = getattr(config, "intermediate_size", None)
-    shape = ModelShape(
-        config.model_type,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        config.hidden_size,
-        inner or config.ffn_dim,
-        config.vocab_size,
-        width=width,
-    )
-    return shape if inner else replace(shape, mlp=2)
+    """The shape of a Hugging Face text config (Llama, Qwen, Mistral, OPT), with `width` bytes per value."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    gated = getattr(config, "intermediate_size", None)  # OPT has no gate, and another name
+    inner, mlp = (gated, 3) if gated else (config.ffn_dim, 2)
+    layers, vocab = config.num_hidden_layers, config.vocab_size
+    return ModelShape(config.model_type, layers, heads, kv_heads, head_dim, hidden, inner, vocab, mlp, width)

@@ -1,15 +1,15 @@
 """The device profile of this machine: throughput of its parts, and the cost of each kind of this project's own work.
 
-Costs come from decode steps of small random models whose shapes and contexts differ from those to be predicted. The
-cost of a kind is a curve of seconds over size.
+Costs come from decode steps of small random models whose shapes and contexts differ from the predicted ones. The cost
+of a kind is a curve of seconds over size.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -27,9 +27,9 @@ STEPS = 12
 
 
 def variants(drive: Path, alpha: float = 0.1, names: Iterable[str] | None = None) -> dict[str, dict]:
-    """Options of `make_cache`, by the name under which the costs are kept: every system, or those of `names`.
+    """Options of `make_cache` by the name of their costs, for every system or those in `names`.
 
-    On a drive without and with lookahead, as that changes what overlaps.
+    Systems with a drive appear twice, without and with lookahead, which changes what overlaps.
     """
     out = {}
     for name, system in list_systems().items():
@@ -42,7 +42,7 @@ def variants(drive: Path, alpha: float = 0.1, names: Iterable[str] | None = None
 
 
 def random_models() -> list[PreTrainedModel]:
-    """Two small random Llamas that differ in every dimension on which a cost can depend."""
+    """Two small random Llamas that differ in every dimension that a cost can depend on."""
     torch.manual_seed(0)
     common = dict(num_hidden_layers=3, head_dim=64, max_position_embeddings=16_384)
     small = dict(num_attention_heads=4, num_key_value_heads=2, hidden_size=128, intermediate_size=256, vocab_size=1024)
@@ -52,7 +52,7 @@ def random_models() -> list[PreTrainedModel]:
 
 @torch.inference_mode()
 def record(model: PreTrainedModel, name: str, options: dict, ids: Sequence[int], steps: int = STEPS) -> Timeline:
-    """The measured timeline of `steps` decode steps after a prefill of `ids`; they decode the first of `ids` again."""
+    """The measured timeline of `steps` decode steps after a prefill of `ids`, fed with the first of `ids`."""
     before = enable(model)
     try:
         with make_cache(model, **options) as cache:
@@ -68,55 +68,43 @@ def record(model: PreTrainedModel, name: str, options: dict, ids: Sequence[int],
         disable(model, before)
 
 
-def samples(timeline: Timeline) -> dict[str, tuple[float, float]]:
+def samples(timeline: Timeline) -> pd.DataFrame:
     """Size and seconds of one call, by kind of work: means over the calls of a step, medians over the steps."""
-    summary, found = recording.read_summary(timeline), defaultdict(list)
-    layers = summary.shape.layers
+    summary, calls = recording.read_summary(timeline), []
     for step in recording.decode_steps(timeline):
         if step.seconds is None:
             continue
-        calls = defaultdict(list)
+        calls.append((step.number, "other", 0, max(0.0, step.other) / summary.shape.layers))
         for spans in step.threads.values():
             drive = [(span, recording.seconds_of(span)) for span in spans if span.kind in recording.DRIVE_COMPUTE]
-            for span, took in recording.exclusive_seconds(spans) + drive:
-                calls[span.kind].append((recording.size_of(span.kind, span.bytes, summary), took))
-        calls["other"].append((recording.size_of("other", 0, summary), max(0.0, step.other) / layers))
-        for kind, points in calls.items():
-            found[kind].append(np.mean(points, 0))
-    return {kind: tuple(np.median(points, 0)) for kind, points in found.items() if kind != "wait"}
+            took = recording.exclusive_seconds(spans) + drive
+            calls += [(step.number, span.kind, span.bytes, seconds) for span, seconds in took if span.kind != "wait"]
+    sized = [(number, kind, recording.size_of(kind, size, summary), took) for number, kind, size, took in calls]
+    frame = pd.DataFrame(sized, columns=["step", "kind", "size", "seconds"])
+    return frame.groupby(["step", "kind"]).mean().groupby("kind").median()
 
 
 def costs(timelines: Iterable[Timeline], source: str) -> dict[str, Cost]:
     """The cost of each `system.kind`, and of each kind over all systems.
 
-    One point for each model and context, the median of its runs; fitted so that a larger size never costs less.
+    One point per model and context, the median of its runs; fitted so that a larger size never costs less.
     """
-    points = defaultdict(lambda: defaultdict(list))
+    points = []
     for timeline in timelines:
         summary = recording.read_summary(timeline)
-        for kind, point in samples(timeline).items():
-            for name in (f"{summary.system}.{kind}", kind):
-                points[name][summary.shape, summary.cached].append(point)
-    out = {}
-    for name, runs in sorted(points.items()):
-        found = defaultdict(list)
-        for own in runs.values():
-            size, took = np.median(own, 0)
-            found[float(f"{size:.4g}")].append(max(took, 1e-9))
-        if sizes := sorted(size for size in found if size > 0):
-            out[name] = Cost(tuple(sizes), rising([float(np.mean(found[size])) for size in sizes]), source)
-    return out
+        found = samples(timeline).reset_index().assign(shape=str(summary.shape), cached=summary.cached)
+        points += [found, found.assign(kind=f"{summary.system}." + found.kind)]
+    runs = pd.concat(points).groupby(["kind", "shape", "cached"]).median().query("size > 0")
+    sizes = runs["size"].map(lambda size: float(f"{size:.4g}"))
+    curves = runs.seconds.clip(lower=1e-9).groupby(["kind", sizes]).mean()
+    return {kind: Cost(tuple(curve[kind].index), rising(curve), source) for kind, curve in curves.groupby("kind")}
 
 
 def rising(values: Sequence[float]) -> tuple[float, ...]:
-    """Isotonic regression in logarithms: the nearest values that never fall (pool adjacent violators)."""
-    blocks: list[list[float]] = []
-    for value in np.log(values):
-        blocks.append([value])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            last = blocks.pop()
-            blocks[-1] += last
-    return tuple(float(np.exp(np.mean(block))) for block in blocks for _ in block)
+    """Isotonic regression in logarithms, the nearest values that never fall, by the min-max formula."""
+    logs, n = np.log(values), len(values)
+    means = [[logs[a:b].mean() for b in range(a + 1, n + 1)] for a in range(n)]
+    return tuple(float(np.exp(max(min(means[a][i - a :]) for a in range(i + 1)))) for i in range(n))
 
 
 def calibrate(
@@ -139,4 +127,4 @@ def calibrate(
                 each(f"{name}, {context} tokens")
                 timelines.append(record(model, name, options, rng.integers(3, 1000, context).tolist()))
     source = f"measured: {time.strftime('%Y-%m-%d')}, random models of two shapes"
-    return Profile(THIS, machine(), parts, costs(timelines, source))
+    return Profile(THIS, machine(), parts, costs(timelines, source) if kinds else {})

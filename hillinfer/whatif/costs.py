@@ -1,12 +1,12 @@
-"""The modelled time of one piece of work on a profile: its bytes over the throughput of the part that does it."""
+"""The modelled time of one piece of work on a profile: its bytes over the throughput of its part."""
 
 import math
 
 from hillinfer.systems.hillinfer.profile import Profile
 
 MODEL = ("dense", "head", "attend")  # the model's own work: on the GPU if there is one
-SYNC = ("wait",)  # no work of its own: a dependency
-OVERHEAD = ("other", "view")  # of this project's own code: known only if measured
+SYNC = ("wait",)  # a dependency, without work
+OVERHEAD = ("other", "view")  # of this project's code: free unless measured
 RATES = {
     "transfer": "link.to_gpu",
     "weights": "link.to_gpu",
@@ -19,7 +19,7 @@ RATES = {
     "scan": "scorer.nand_read",
     "inside": "scorer.nand_read",
 }
-DEFAULT_RATES = {"drive": "drive.read", "link": "link.to_gpu"}  # of other kinds: moving their bytes
+DEFAULT_RATES = {"drive": "drive.read", "link": "link.to_gpu"}  # of all other kinds, by lane
 
 
 def lane_of(profile: Profile, lane: str, kind: str) -> str:
@@ -44,10 +44,10 @@ def seconds(
     """Modelled seconds of `size` bytes (`recording.size_of`), moved in pieces of `block` bytes.
 
     calls    number of calls, for a measured cost
-    kernels  how often the part's latency is paid, otherwise
+    kernels  number of launches, each with the part's latency, otherwise
 
-    A profile measured with this project's code gives the cost of that kind (and system). Otherwise: the part's rate and
-    the latency of a call; for the model's own work the roofline, the longer of reading and computing.
+    A profile measured with this project's code has the cost of each kind (and system). Otherwise: size over the part's
+    rate, plus latency; for the model's own work the roofline, the longer of reading and computing.
     """
     if kind in SYNC:
         return 0.0
@@ -60,7 +60,7 @@ def seconds(
     if part == "gpu" or (kind in MODEL and part == "cpu"):
         took = max(size / profile.get(f"{part}.bandwidth"), flops / profile.get(f"{part}.flops"))
     elif kind == "gather" and not profile.has("gpu"):
-        took = 0.0  # attention reads the records in place: no byte moves
+        took = 0.0  # zero-copy: attention reads the records in place
     elif rate := RATES.get(kind, DEFAULT_RATES.get(part)):
         took = size / profile.get(rate, block)
     else:

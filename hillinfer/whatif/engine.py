@@ -30,37 +30,27 @@ def schedule(tasks: Sequence[Task], capacity: Mapping[str, int] | None = None) -
     A lane runs `capacity` tasks at once (one by default), each at full speed; the others queue in the order in which
     they became ready, ties in list order. Deterministic. ValueError for a task that can never start.
     """
-    free = defaultdict(lambda: 1, capacity or {})
+    slots = defaultdict(lambda: [0.0])  # lane -> heap of the times when each of its slots is free
+    slots |= {lane: [0.0] * count for lane, count in (capacity or {}).items()}
     missing, followers = [len(set(task.after)) for task in tasks], [[] for _ in tasks]
     for index, task in enumerate(tasks):
-        if task.seconds < 0 or free[task.lane] < 1:
-            raise ValueError(f"task {index} ({task.kind}) takes {task.seconds} s on {free[task.lane]} {task.lane}")
+        if task.seconds < 0 or not slots[task.lane]:
+            raise ValueError(
+                f"task {index} ({task.kind}) takes {task.seconds} s on {len(slots[task.lane])} {task.lane}"
+            )
         for other in set(task.after):
             followers[other].append(index)
     times: list = [None] * len(tasks)
-    ready = defaultdict(list)  # lane -> heap of (time when ready, index)
-    running, now = [], 0.0  # heap of (end, index)
-    for index, count in enumerate(missing):
-        if not count:
-            heapq.heappush(ready[tasks[index].lane], (now, index))
-    touched = set(ready)
-    while touched:
-        for lane in touched:
-            while ready[lane] and free[lane]:
-                _, index = heapq.heappop(ready[lane])
-                free[lane] -= 1
-                times[index] = (now, now + tasks[index].seconds)
-                heapq.heappush(running, (times[index][1], index))
-        touched, now = set(), running[0][0] if running else now
-        while running and running[0][0] == now:  # everything that ends now, before anything starts
-            _, index = heapq.heappop(running)
-            free[tasks[index].lane] += 1
-            touched.add(tasks[index].lane)
-            for follower in followers[index]:
-                missing[follower] -= 1
-                if not missing[follower]:
-                    heapq.heappush(ready[tasks[follower].lane], (now, follower))
-                    touched.add(tasks[follower].lane)
+    ready = [(0.0, index) for index, count in enumerate(missing) if not count]  # heap of (time when ready, index)
+    while ready:  # no task that becomes ready later is ready before the first of these
+        now, index = heapq.heappop(ready)
+        start = max(now, slots[tasks[index].lane][0])
+        times[index] = (start, start + tasks[index].seconds)
+        heapq.heapreplace(slots[tasks[index].lane], times[index][1])
+        for follower in followers[index]:
+            missing[follower] -= 1
+            if not missing[follower]:
+                heapq.heappush(ready, (max(times[other][1] for other in tasks[follower].after), follower))
     if None in times:
         stuck = tasks[times.index(None)]
         raise ValueError(f"{stuck.kind} of layer {stuck.layer}, step {stuck.step}, waits for itself")

@@ -1,8 +1,9 @@
-"""Measured throughput of this machine's parts, for its device profile. Medians, with their range as the source."""
+"""Measured throughput of this machine's parts, for its device profile: medians, with the range in the source."""
 
 import os
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,19 +29,17 @@ def measure_parts(folder: Path, paced: bool = False) -> dict[str, dict[str, Rate
 
     `paced` holds the emulated drive to a SmartSSD's rates.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    parts = {"cpu": {"memory": _rate(memory), **_compute("cpu")}}
-    parts["cpu"]["lanes"] = _rate(len(os.sched_getaffinity(0)))
+    memory, scoring = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), measure_scoring(folder, paced)
+    lanes = _rate(len(os.sched_getaffinity(0)))
+    parts = scoring | {"cpu": {"memory": _rate(memory), **_compute("cpu"), "lanes": lanes, **scoring["cpu"]}}
     if torch.cuda.is_available():
         parts["gpu"] = {"memory": _rate(torch.cuda.mem_get_info()[1]), **_compute("cuda")}
         parts["link"] = {"to_gpu": _link("cpu", "cuda"), "from_gpu": _link("cuda", "cpu")}
-    parts["drive"] = _drive(folder)
-    scoring = measure_scoring(folder, paced)
-    return parts | {"cpu": parts["cpu"] | scoring["cpu"], "emulated": scoring["emulated"]}
+    return parts | {"drive": _drive(folder)}
 
 
 def measure_scoring(folder: Path, paced: bool = False) -> dict[str, dict[str, Rate]]:
-    """The host's and the emulated drive's rates of scoring key codes and of collecting selected records."""
+    """Rates of the host and the emulated drive for scoring key codes and collecting selected records."""
     rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(-127, 128, (HEADS, TOKENS, DIM), np.int8))
     query = torch.from_numpy(rng.integers(-127, 128, (HEADS, GROUP, DIM), np.int8))
@@ -73,14 +72,13 @@ def _rate(value: float, note: str = "by hillinfer profile") -> Rate:
 
 def _time(amount: float, work: Callable[[], object], repeats: int = 5, note: str = "") -> Rate:
     """`amount` per second, the median of `repeats` runs after one that warms up."""
-    rates = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+
+    def once() -> None:
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        rates.append(amount / (time.perf_counter() - start))
-    rates = sorted(rates[1:])
+
+    rates = sorted(amount / took for took in timeit.repeat(once, number=1, repeat=repeats + 1)[1:])
     return _rate(statistics.median(rates), f"median of {repeats}, {rates[0]:.3g} to {rates[-1]:.3g}{note}")
 
 
@@ -121,4 +119,4 @@ def _drive(folder: Path) -> dict[str, Rate]:
                     rates[number].setdefault(block, rate)
         finally:
             file.close()
-    return {number: _curve(own) for number, own in rates.items()}
+    return {number: _curve(measured) for number, measured in rates.items()}

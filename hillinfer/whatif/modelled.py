@@ -1,6 +1,6 @@
 """Modelled decode steps: the traffic of a system's rule, in the order of `Layer`, timed on a profile.
 
-Whether to look ahead is decided by the code that decides it in a run (`Trial`), from the modelled times of both ways.
+Lookahead is decided as in a run (`Trial`), from the modelled times with and without it.
 """
 
 import math
@@ -29,7 +29,7 @@ class _Steps:
         self.at = (0, 0)
 
     def add(self, lane: str, kind: str, size: float, after: Iterable[int | None], block=math.inf, **how) -> int | None:
-        """Add a task, unless it has no bytes; returns the task that its successors wait for."""
+        """Add a task unless it has no bytes. Returns the task for its successors to wait for."""
         after = tuple(sorted({index for index in after if index is not None}))
         if not size and len(after) < 2:
             return after[0] if after else None
@@ -38,7 +38,7 @@ class _Steps:
             return len(self.tasks) - 1
         case, moved = self.case, round(size)
         if kind in ("select", "guess") and case.profile.kinds:
-            size = case.context * case.batch * case.shape.code_bytes()  # the size of its measured cost
+            size = case.context * case.batch * case.shape.code_bytes()  # as in its measured cost
         if kind in PER_ROW:
             how["calls"] = case.batch
         took = costs.seconds(case.profile, lane, kind, size, block=block, system=self.system, **how)
@@ -110,7 +110,7 @@ class _Steps:
 
 
 def model(case: Scenario, system: str, steps: int = 3) -> tuple[list[Task], Traffic]:
-    """The tasks of some decode steps, with or without lookahead as a run would choose after trying both (`Trial`)."""
+    """The tasks of some decode steps, with or without lookahead as chosen by a run's `Trial`."""
     traffic = RULES[system](case)
     if not traffic.reselect:
         return _Steps(case, traffic, system).build(steps), traffic
@@ -131,7 +131,7 @@ def seconds(case: Scenario, system: str) -> float:
 
 
 def timeline(case: Scenario, system: str, steps: int = 3) -> Timeline:
-    """The modelled steps as a timeline, for every plot and export."""
+    """The modelled steps as a timeline, for plots and exports."""
     about = {"system": system, "model": case.shape.name, "context": case.context, "batch": case.batch}
     about |= {"alpha": case.alpha, "profile": case.profile.name}
     tasks, _ = model(case, system, steps)

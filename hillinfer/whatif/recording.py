@@ -1,4 +1,4 @@
-"""Decode steps of a recorded run: the work of each thread, and its exclusive time."""
+"""Decode steps of a recorded run: the spans of each thread and their exclusive time."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ PREFETCHED = ("prefetch", "near")  # loaded before it is needed, from the drive 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What `describe` wrote to `Timeline.about`."""
+    """Contents of `Timeline.about`, as written by `describe`."""
 
     system: str
     shape: ModelShape
@@ -26,7 +26,7 @@ class RunSummary:
 
 
 def describe(run: Run, shape: ModelShape, system: str) -> dict:
-    """What a replay needs beyond the spans, for `Timeline.about`."""
+    """Context of a run, for `Timeline.about`: everything a replay needs beside the spans."""
     total, rows = run.counters.total, max(1, len(run.counters.rows or []))
     cached, batch = total("cached") / rows, run.geometry.batch if run.geometry else 1
     pool = run.pool_tokens(round(cached)) / max(1, cached) if run.drive is not None else 1.0
@@ -36,7 +36,7 @@ def describe(run: Run, shape: ModelShape, system: str) -> dict:
 
 
 def read_summary(timeline: Timeline) -> RunSummary:
-    """ValueError if the timeline lacks it."""
+    """The context of a recorded run. ValueError if the timeline has none."""
     try:
         about = dict(timeline.about)
         return RunSummary(shape=ModelShape(**about.pop("shape")), **about)
@@ -79,11 +79,11 @@ def decode_steps(timeline: Timeline) -> list[RecordedStep]:
 
 
 def _split_background(step: RecordedStep) -> None:
-    """Move spans that a layer reports but that began before it did to threads of their own: loaders did that work."""
+    """Move spans that began before the layer that reports them to background threads: loaders did that work."""
     begins = {}
-    for span in step.threads[step.main]:
+    for span in sorted(step.threads[step.main], key=lambda span: -span.start_ns):  # the earliest of a layer stays
         if span.lane == "cpu" and span.kind not in ("dense", "head", *PREFETCHED):
-            begins[span.layer] = min(span.start_ns, begins.get(span.layer, span.start_ns))
+            begins[span.layer] = span.start_ns
     stays = []
     for span in step.threads[step.main]:
         early = span.start_ns < begins.get(span.layer, 0) and span.kind not in ("dense", "head")
@@ -96,15 +96,15 @@ def seconds_of(span: Span) -> float:
 
 
 def exclusive_seconds(spans: Iterable[Span]) -> list[tuple[Span, float]]:
-    """Spans of one thread with their exclusive time: what no later span covers. Together, the thread's busy time.
+    """Spans of one thread with their exclusive time, not covered by a later span. The sum is the thread's busy time.
 
-    A loader's spans may overlap. The time of a wait goes to the work that is waited for. A drive that scores runs
-    concurrently with the thread that called it: its span counts only while that thread waits for it in `merge`.
+    A loader's spans may overlap. Waiting time is attributed to the awaited work. A drive that scores runs concurrently
+    with its caller: its span counts only while the caller waits in `merge`.
     """
-    drive, out, active = [], [], []
+    computed = [span for span in spans if span.kind in DRIVE_COMPUTE]
+    out, active = [], []  # [span, seconds] each
     for span in sorted(spans, key=lambda span: (span.start_ns, -span.end_ns)):
         if span.kind in DRIVE_COMPUTE:
-            drive.append(span)
             continue
         entry, at = [span, seconds_of(span)], span.start_ns
         active = [other for other in active if other[0].end_ns > at]
@@ -117,17 +117,15 @@ def exclusive_seconds(spans: Iterable[Span]) -> list[tuple[Span, float]]:
                 shared = max(0, min(other[0].end_ns, span.end_ns) - at)
                 other[1], at = other[1] - shared / 1e9, at + shared
             active.append(entry)
+        if span.kind == "merge":
+            until = max((other.end_ns for other in computed if other.start_ns < span.end_ns), default=0)
+            entry[1] -= max(0, min(until, span.end_ns) - span.start_ns) / 1e9
         out.append(entry)
-    for entry in out:
-        span = entry[0]
-        ends = [own.end_ns for own in drive if own.start_ns < span.end_ns and own.end_ns > span.start_ns]
-        if span.kind == "merge" and ends:
-            entry[1] -= (min(max(ends), span.end_ns) - span.start_ns) / 1e9
     return [tuple(entry) for entry in out]
 
 
 def size_of(kind: str, nbytes: float, summary: RunSummary) -> float:
-    """The size that a kind's cost grows with: its bytes; weights for dense work; else the cached tokens' codes."""
+    """The size that determines a kind's cost: its bytes; weights for dense work; else the cached tokens' codes."""
     if kind == "dense":
         return summary.shape.layer_weights * summary.shape.width
     if kind == "head":

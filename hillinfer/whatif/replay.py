@@ -1,7 +1,7 @@
 """A recorded run on other hardware or at another size: its spans as tasks, re-timed by the engine.
 
-Order and dependencies are those of the run, so a change in the pipeline changes its replay. Recorded durations are
-ignored; only the work of each span counts. How its size scales to a `Target`, by stated rules:
+Order and dependencies come from the run, so a change in the pipeline changes its replay. Recorded durations are
+ignored; only the work of each span counts. Its size scales to a `Target` by kind:
 
     score, evaluate, abstract, select, guess, other cached tokens x batch x bytes of a token's codes
     gather, near, read, prefetch, attend, swap ...  attended tokens x batch x bytes of a token's record; a smaller share
@@ -36,7 +36,7 @@ JOINS_DRIVE = ("merge", "select", "guess", "wait")  # where a thread waits for t
 
 @dataclass(frozen=True)
 class Target:
-    """The size that a run is scaled to; None keeps the recorded one."""
+    """The size to scale a run to; None keeps the recorded value."""
 
     shape: ModelShape | None = None
     context: int | None = None
@@ -47,9 +47,9 @@ class Target:
 def to_tasks(timeline: Timeline, profile: Profile, target: Target | None = None, most: int = 8) -> list[Task]:
     """The last `most` decode steps as tasks, scaled to the target and timed by the profile.
 
-    The work of one thread stays in order. Concurrent with it: a drive's evaluation, from where its span began until its
-    thread merges; another thread's work for a layer, from where the main thread was when it began. The main thread
-    waits for a guess before it changes the data that the guess reads, and for a prefetch before it uses it.
+    The work of one thread stays in order. Concurrent with it: a drive's evaluation, from the start of its span until
+    its thread merges; another thread's work for a layer, from the main thread's position at its start. The main thread
+    waits for a guess before it changes the guess's inputs, and for a prefetch before it uses the data.
     """
     scaling = Scaling(read_summary(timeline), target or Target(), profile)
     steps, tasks, last = decode_steps(timeline), [], None
@@ -59,7 +59,7 @@ def to_tasks(timeline: Timeline, profile: Profile, target: Target | None = None,
 
 
 def _add_step(tasks: list[Task], step: RecordedStep, number: int, scaling: "Scaling", last: int | None) -> int:
-    """Append one step's tasks, after the main thread's `last` one; returns its new last one."""
+    """Append the tasks of one step, after the main thread's `last` task. Returns the main thread's new last task."""
     old, new = scaling.summary.shape.layers, scaling.shape.layers
     by_layer: dict[str, dict[int, list[Span]]] = {thread: defaultdict(list) for thread in step.threads}
     for thread, spans in step.threads.items():
@@ -72,7 +72,7 @@ def _add_step(tasks: list[Task], step: RecordedStep, number: int, scaling: "Scal
     made: dict[tuple[int, int], int] = {}  # place of a span of the main thread -> its task
 
     def origin(span: Span, layer: int, source: int) -> int | None:
-        """The main thread's last task when this span began, moved along with the layer."""
+        """The main thread's last task before this span began, shifted to the target layer."""
         for spans, places, done in ((main, place, made), *([scaling.previous] if scaling.previous else [])):
             index = bisect.bisect_right(spans, span.start_ns, key=lambda other: other.end_ns) - 1
             if index >= 0:
@@ -111,7 +111,7 @@ def _add_step(tasks: list[Task], step: RecordedStep, number: int, scaling: "Scal
 
 
 class Scaling:
-    """Recorded sizes to sizes at the target, and those to seconds on the profile."""
+    """Converts recorded sizes to sizes at the target, and to seconds on the profile."""
 
     def __init__(self, summary: RunSummary, target: Target, profile: Profile):
         self.summary, self.profile = summary, profile
@@ -130,7 +130,7 @@ class Scaling:
         self.factors["gather"] = attended * ((1 - miss) / (1 - summary.drive) if summary.drive < 1 else 1.0)
         cached = self.cached / summary.cached * rows * new.code_bytes() / old.code_bytes()
         self.factors |= dict.fromkeys(CACHED, cached)
-        self.new_factor = rows * record  # of the kinds that grow with the new tokens
+        self.new_factor = rows * record  # for kinds that scale with the new tokens
         fits = profile.has("gpu") and kv + new.weight_bytes < profile.get("gpu.memory")
         self.crosses = profile.has("gpu") and not (summary.pool == 1 and fits)
 
@@ -153,7 +153,7 @@ class Scaling:
         return Task(lane, kind, layer, step, costs.seconds(profile, lane, kind, size, **how), moved, after)
 
     def before_attend(self, attend: Span) -> list[Span]:
-        """Work that has no span of its own: between the spans, and the copy to a GPU if the run had none."""
+        """Work without a recorded span: the overhead between spans, and the copy to a GPU if the run had none."""
         extra = [Span("cpu", "other", attend.layer, attend.step, 0, 0)]
         if self.crosses:
             extra.append(Span("link", "transfer", attend.layer, attend.step, 0, 0, attend.bytes))
@@ -161,7 +161,7 @@ class Scaling:
 
 
 def drive_share(summary: RunSummary, pool: float) -> float:
-    """Share of the attended tokens that the drive serves if the pool holds this share of all tokens.
+    """Share of the attended tokens served by the drive if the pool holds this share of all tokens.
 
     Linear from all (an empty pool) to the recorded share at the recorded pool. Recorded pools are ranked, so this is
     exact for a pool reduced at random: an upper bound.
@@ -170,7 +170,7 @@ def drive_share(summary: RunSummary, pool: float) -> float:
 
 
 def replay(timeline: Timeline, profile: Profile, target: Target | None = None, most: int = 8) -> Timeline:
-    """The run's last `most` decode steps on this hardware and at this size; labelled as modelled."""
+    """The last `most` decode steps of a run on this hardware and at this size, labelled as modelled."""
     about = timeline.about | {"profile": profile.name, "target": repr(target or "as recorded")}
     tasks = to_tasks(timeline, profile, target, most)
     return play(tasks, schedule(tasks, profile.capacity), f"modelled: {profile.name}", about)

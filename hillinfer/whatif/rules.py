@@ -1,7 +1,7 @@
-"""The traffic of each system's decode step, stated by rule, for sizes at which no run of it was recorded.
+"""The traffic of each system's decode step by an analytical rule, for sizes without a recorded run.
 
-A rule states bytes of one layer and the whole batch, by tier (`Traffic`); `modelled.py` schedules them. Pool size and
-host/drive split come from the code that decides them in a run.
+A rule gives bytes of one layer and the whole batch, by tier (`Traffic`); `modelled.py` schedules them. Pool size and
+host/drive split come from the code of a run.
 """
 
 import math
@@ -13,14 +13,14 @@ import numpy as np
 from hillinfer.whatif import costs
 from hillinfer.whatif.scenario import DoesNotFit, Scenario
 
-# Measured on the embedded model (docs/experiments.md), and assumed for every model: the share of the attended tokens
-# served by the drive, against the share of all tokens in the pool.
+# Measured on the embedded model (docs/experiments.md) and assumed for every model: the share of the attended tokens
+# served by the drive, over the pool's share of all tokens.
 POOL, MISSED = (0.0, 0.2, 0.4, 1.0), (1.0, 0.35, 0.25, 0.0)
-LRU = 1.08  # misses of lru over those of hit counters, same source: 36.2 to 33.4 %
+LRU = 1.08  # misses of LRU relative to hit counters, same source: 36.2 to 33.4 %
 CHUNK = 16  # tokens of a Quest page and of a LeoAM leaf
-REDUNDANT = 1.2  # bytes of LeoAM's selected chunks over those of the selected tokens: assumed, fixed chunks have 1.4
-INT4 = 0.28  # bytes of a record in INT4 with its scales, of those in FP16
-PARTIAL = 0.25  # partial keys that a prefetching system reads to score, of the KV's bytes: 20 to 30 % (2602.18750)
+REDUNDANT = 1.2  # bytes of LeoAM's selected chunks relative to the selected tokens: assumed; fixed chunks have 1.4
+INT4 = 0.28  # bytes of a record in INT4 with its scales, relative to FP16
+PARTIAL = 0.25  # partial keys read to be scored ahead, share of the KV's bytes: 20 to 30 % (2602.18750)
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Traffic:
     """Bytes of one layer's step.
 
     attend        attended to on the model's device; `inside` in the drive
-    stream        read from the drive whatever is selected, so it can be read early; `mapped`: through the page cache
-    resident      crosses the link whatever is selected
+    stream        read from the drive independently of the selection, hence early; `mapped`: through the page cache
+    resident      crosses the link independently of the selection
     keys          read from the drive to be scored on the host
     score         scored on the host; `device_score` on the model's device
     dram, nand    scored in the drive, from its DRAM, its NAND
@@ -55,7 +55,7 @@ class Traffic:
 
 
 def missed(pool: float) -> float:
-    """Share of the attended tokens that are not in a pool of this share of all tokens."""
+    """Miss rate of the attended tokens in a pool that holds this share of all tokens."""
     return float(np.interp(pool, POOL, MISSED))
 
 

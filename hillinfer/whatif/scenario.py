@@ -1,4 +1,4 @@
-"""One what-if: a model's decode step on a device profile, the sizes that follow from it, and the available memory."""
+"""A what-if scenario: a model's decode step on a device profile, its sizes, and the available memory."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from hillinfer.systems.hillinfer.balance import SelectionRates
 from hillinfer.systems.hillinfer.profile import Profile
 from hillinfer.systems.shapes import ModelShape
 
-GPU_USABLE, HOST_USABLE = 0.9, 0.8  # share of GPU memory for weights and KV, of host memory likewise
+GPU_USABLE, HOST_USABLE = 0.9, 0.8  # shares of GPU and host memory for weights and KV
 
 
 class DoesNotFit(ValueError):

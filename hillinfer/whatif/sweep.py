@@ -1,9 +1,9 @@
-"""Many what-ifs at once: every combination as one modelled cell of a table, in parallel processes."""
+"""A sweep: every combination of settings as one modelled row of a table, in parallel processes."""
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,7 @@ from hillinfer.whatif.devices import find_profile
 from hillinfer.whatif.rules import RULES
 from hillinfer.whatif.scenario import DoesNotFit, Scenario
 
-RECORDED = "recorded"  # the system of a cell that replays a run in place of a rule
+RECORDED = "recorded"  # the system of a cell that replays a run instead of a rule
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,12 @@ def parse_sizes(text: str) -> list[int]:
     """`4096`, `4k,16k` or `4k..128k`, which doubles from the first to the last; k is 1,024."""
     out = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(k?)(?:\.\.(\d+)(k?))?\s*", part.lower())
-        if not match or not int(match[1]):
+        if not re.fullmatch(r"\s*0*[1-9]\d*k?(\.\.\d+k?)?\s*", part.lower()):
             raise UsageError(f"'{part}' is not a size; write 4096, 4k,16k or 4k..128k")
-        first = int(match[1]) * (1024 if match[2] else 1)
-        last = int(match[3]) * (1024 if match[4] else 1) if match[3] else first
-        if last < first:
+        ends = [int(end.replace("k", "")) * (1024 if "k" in end else 1) for end in part.lower().split("..")]
+        if ends[-1] < ends[0]:
             raise UsageError(f"'{part}' runs backwards; write the smaller size first")
-        while first <= last:
-            out.append(first)
-            first *= 2
+        out += [ends[0] << doublings for doublings in range((ends[-1] // ends[0]).bit_length())]
     return out
 
 
@@ -80,8 +76,8 @@ def cells(
 
 
 def timeline(cell: Cell, profile: Profile | None = None, run: Timeline | None = None) -> Timeline:
-    """The modelled timeline of a cell: of its system's rule, or of the recorded `run`. DoesNotFit, or KeyError for a
-    part that the profile lacks.
+    """The modelled timeline of a cell, by its system's rule or from the recorded `run`. Raises DoesNotFit, or KeyError
+    if the profile lacks a part.
     """
     profile, shape = profile or find_profile(cell.profile), find_shape(cell.model)
     if cell.system == RECORDED:
@@ -122,19 +118,12 @@ def sweep(
         raise UsageError("no sweep with 0 jobs: choose 1 or more, or -1 for one per core")
     if run is None and any(cell.system == RECORDED for cell in wanted):
         raise UsageError("no recorded run to replay: name its trace with --run")
-    profiles = {name: find_profile(name) for name in {cell.profile for cell in wanted}}
-    size = max(1, min(16, len(wanted) // 8))  # cells per task: a single one is too small to send
-    groups = [wanted[at : at + size] for at in range(0, len(wanted), size)]
-    rows: list[dict] = []
+    profiles, rows = {name: find_profile(name) for name in {cell.profile for cell in wanted}}, []
     pool = joblib.Parallel(n_jobs=jobs, return_as="generator")
-    for group in pool(joblib.delayed(_rows)(group, profiles, run) for group in groups):
-        rows += group
+    for row in pool(joblib.delayed(evaluate)(cell, profiles[cell.profile], run) for cell in wanted):
+        rows.append(row)
         done(len(rows))
     return pd.DataFrame(rows)
-
-
-def _rows(group: Iterable[Cell], profiles: dict[str, Profile], run: Timeline | None) -> list[dict]:
-    return [evaluate(cell, profiles[cell.profile], run) for cell in group]
 
 
 def load_run(path: Path) -> Timeline:

@@ -1,8 +1,8 @@
-"""A layer's KV on a drive that attends to what it holds (InstAttention, arXiv 2409.04992): no record travels.
+"""A layer's KV on a drive that computes attention over its records (InstAttention, arXiv 2409.04992).
 
-The drive attends to all tokens but those of the device window, and sends its output with the logsumexp, by which the
-host merges its own. Unlike in the paper the tokens next to the query are the host's. The paper's sparse form (SparF) is
-not here.
+The drive attends to all tokens outside the device window and returns its output with the logsumexp, by which the host
+merges its own part. Unlike in the paper, the host holds the most recent tokens. The paper's sparse form (SparF) is not
+implemented.
 """
 
 import time
@@ -21,7 +21,7 @@ class AttendingStore(ScoringStore):
     scores_keys = False
 
     def announce(self) -> None:
-        """The drive scores nothing, so it need not know what is hot."""
+        """Does nothing: a drive that scores no keys needs no hot set."""
 
     def attend(self, query, picks, valid, scaling, watch=None) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Store.attend`; always over all tokens."""
@@ -42,10 +42,10 @@ class AttendingStore(ScoringStore):
             visible = None if valid is None else valid[row : row + 1, torch.from_numpy(near).to(valid.device)]
             logits = attention.logits(query[row : row + 1], kv[None, :, 0], visible, scaling)[0]
             values = kv[:, 1].transpose(0, 1).float()
-            own = logits.softmax(-1).nan_to_num() @ values, logits.logsumexp(-1)
+            near_part = logits.softmax(-1).nan_to_num() @ values, logits.logsumexp(-1)
             attended = self.track.add("cpu", "attend", start, kv.nbytes)
-            theirs, lse = (torch.from_numpy(part).to(query.device) for part in call.result())
-            rows.append(attention.merge([own, (theirs, lse.squeeze(-1))]))
+            theirs = tuple(part.to(query.device) for part in call.result())
+            rows.append(attention.merge([near_part, theirs]))
             self.track.add("drive", "attend", call.work.start_ns, call.work.nand_bytes, call.work.end_ns)
             self.track.add("cpu", "wait", attended)
         self.settle()

@@ -45,10 +45,8 @@ class Card:
         self.bits, self.head_dim, self.group, _, nmax = map(int, values)
         self.name, self.heads, self.timeout = xclbin.name, shape.kv_heads, settings.timeout
         if shape.head_dim > self.head_dim or settings.bits > self.bits:
-            raise DriveError(
-                f"{self.name} scores INT{self.bits} codes of up to {self.head_dim} channels, not INT{settings.bits} "
-                f"of {shape.head_dim}: link a kernel for them (make -C fpga link)"
-            )
+            most = f"{self.name} scores INT{self.bits} codes of up to {self.head_dim} channels"
+            raise DriveError(f"{most}, not INT{settings.bits} of {shape.head_dim}: link another (make -C fpga link)")
         with explained(f"the card refuses {self.name}: wrong shell? Link it for the platform in xbutil examine"):
             uuid = self.device.load_xclbin(str(xclbin))
         with explained(f"{self.name} has no {KERNEL}: link it again (make -C fpga link)"):
@@ -78,17 +76,14 @@ class Card:
         buffer.bo.sync(self.xrt.xclBOSyncDirection.XCL_BO_SYNC_BO_TO_DEVICE, end - start, start)
 
     def set_query(self, query: np.ndarray) -> None:
-        """Set the query (Hkv, G, D) int8 of the next runs. A group smaller than the kernel's repeats its first head."""
+        """Set the query (Hkv, G, D) int8 of the next runs. A group smaller than the kernel's repeats its heads."""
         heads, group, dim = query.shape
         if group > self.group:
-            raise DriveError(
-                f"{self.name} scores groups of {self.group} query heads and this model has {group}: link a kernel "
-                f"for {group} (make -C fpga link GROUP={group})"
-            )
-        whole = np.zeros((heads, self.group, self.head_dim), np.int8)
-        whole[:, :, :dim] = query[:, :1]
-        whole[:, :group, :dim] = query
-        self.query[:] = whole.view(np.uint8).reshape(-1)
+            most = f"{self.name} scores groups of {self.group} query heads and this model has {group}"
+            raise DriveError(f"{most}: link a kernel for them (make -C fpga link GROUP={group})")
+        whole = self.query.view(np.int8).reshape(heads, self.group, self.head_dim)
+        whole[:] = 0
+        whole[:, :, :dim] = query[:, np.arange(self.group) % group]
         self.push(self.query, 0, len(self.query))
 
     def start(self, slot: int, keys: "Buffer", first: int, n: int) -> None:
@@ -119,10 +114,9 @@ class Card:
         words = out.view(np.ndarray).view(np.int32).reshape(self.heads, -1)
         bad = words[(words[:, 2] != 0) | (words[:, 0] != n)]
         if len(bad):
-            texts = [text for i, text in enumerate(STATUS.split(", ")) if bad[0, 2] >> i & 1 and bad[0, 2] >= 0]
-            raise DriveError(
-                f"the kernel scored {bad[0, 0]} of {n} tokens: {' and '.join(texts) or 'no answer written'}"
-            )
+            count, status = bad[0, 0], max(0, bad[0, 2])
+            texts = [text for i, text in enumerate(STATUS.split(", ")) if status >> i & 1] or ["no answer written"]
+            raise DriveError(f"the kernel scored {count} of {n} tokens: {' and '.join(texts)}")
         return words[:, HEADER // 4 :].reshape(self.heads, -1, 2)[:, :n, 1]
 
 
@@ -141,24 +135,19 @@ def explained(text: str):
         raise DriveError(f"{text} ({error})") from None
 
 
-def open_device(index: int = 0) -> tuple:
-    """pyxrt and one of its devices. DriveError lists everything missing."""
+def check_card(path: str | Path | None, index: int = 0) -> tuple:
+    """The kernel's file, by setting or environment, pyxrt, and its device. DriveError names the missing piece."""
+    vendors = [vendor.read_text().strip() for vendor in Path("/sys/bus/pci/devices").glob("*/vendor")]
+    found = f"PCI functions by Xilinx (vendor 10ee) on this machine: {vendors.count('0x10ee')}"
     try:
         import pyxrt
     except ImportError as error:
-        raise DriveError(
-            f"drive_kind xrt needs XRT's Python binding pyxrt ({error}): install XRT, run `source "
-            f"/opt/xilinx/xrt/setup.sh`, use its Python. {find_card()}. Without a SmartSSD use drive_kind emulated"
-        ) from None
-    with explained(f"XRT finds no device {index}: see xbutil examine. {find_card()}"):
-        return pyxrt, pyxrt.device(index)
-
-
-def check_card(path: str | Path | None, index: int = 0) -> tuple:
-    """The kernel's file, by setting or environment, pyxrt, and its device. DriveError names the missing piece."""
-    pyxrt, device = open_device(index)
-    path = path or os.environ.get("HILLINFER_XCLBIN")
-    if not path:
+        fix = "install XRT, run `source /opt/xilinx/xrt/setup.sh`, use its Python"
+        missing = f"drive_kind xrt needs XRT's Python binding pyxrt ({error}): {fix}"
+        raise DriveError(f"{missing}. {found}. Without a SmartSSD use drive_kind emulated") from None
+    with explained(f"XRT finds no device {index}: see xbutil examine. {found}"):
+        device = pyxrt.device(index)
+    if not (path := path or os.environ.get("HILLINFER_XCLBIN")):
         raise DriveError("the card needs a kernel: --xclbin FILE (make -C fpga link builds it)")
     path = Path(path)
     if not path.is_file():
@@ -166,9 +155,3 @@ def check_card(path: str | Path | None, index: int = 0) -> tuple:
     if not NAME.search(path.name):
         raise DriveError(f"{path.name} does not name the kernel's parameters: keep the name from make -C fpga link")
     return path, pyxrt, device
-
-
-def find_card() -> str:
-    """A phrase on the Xilinx devices of the PCI bus."""
-    vendors = [vendor.read_text().strip() for vendor in Path("/sys/bus/pci/devices").glob("*/vendor")]
-    return f"PCI functions by Xilinx (vendor 10ee) on this machine: {vendors.count('0x10ee')}"

@@ -1,4 +1,4 @@
-"""Key codes in a drive's memory, which spill to its file, and their scores."""
+"""Key codes in a drive's memory, with spilling to its file, and their scores."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -8,6 +8,7 @@ import numpy as np
 
 from hillinfer import native
 from hillinfer.errors import DriveError
+from hillinfer.evaluator.codes import group_scores_reference
 from hillinfer.systems.hillinfer.protocol import Shape
 from hillinfer.tiers.block_file import BLOCK, aligned
 from hillinfer.tiers.record_file import RecordFile
@@ -22,8 +23,8 @@ class Scored(NamedTuple):
 
 
 class CodeMemory:
-    """Key codes of all streams in pages of tokens (Hkv, page, D) int8. A stream's last, growing page is always in
-    memory; full pages are, too, until `dram_bytes` is used up, and then go to the drive's file.
+    """Key codes of all streams in pages of tokens (Hkv, page, D) int8. A stream's last page, which grows, is always
+    in memory; full pages spill to the drive's file once `dram_bytes` is used up.
     """
 
     def __init__(self, file: RecordFile, shape: Shape, dram_bytes: int, page_bytes: int = 1 << 20):
@@ -88,7 +89,7 @@ class CodeMemory:
                 read = 0
 
     def by_page(self, stream: int, positions: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Sorted positions as (page, rows in it), without pages that have none."""
+        """Sorted positions as (page, rows in the page), without empty pages."""
         cuts = np.searchsorted(positions, np.arange(len(self.pages[stream]) + 1) * self.page)
         return [(i, positions[a:b] - i * self.page) for i, (a, b) in enumerate(pairwise(cuts)) if a < b]
 
@@ -96,7 +97,7 @@ class CodeMemory:
         """Discard all tokens from n on; n is at most the stream's length."""
         pages, full, kept = self.pages[stream], self.lengths[stream] // self.page, -(-n // self.page)
         growing = self._load(stream, kept - 1)[0] if n % self.page else None
-        for page in pages[n // self.page : full]:  # full pages that are discarded, or partial again
+        for page in pages[n // self.page : full]:  # full pages that are discarded or become partial
             if isinstance(page, int):
                 self.free.append(page)
             else:
@@ -125,7 +126,7 @@ class CodeMemory:
 
 
 def _scores(query: np.ndarray, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Scores (Hkv, m) int32 of these rows of a page, max over G."""
+    """Scores (Hkv, m) int32 of these rows of a page, max over G, on one thread: the others belong to the model."""
     if native.available():
         return native.score(query, codes, 8, rows)
-    return np.einsum("hgd,hmd->hgm", query.astype(np.int32), codes[:, rows].astype(np.int32)).max(1)  # without BLAS
+    return group_scores_reference(query, codes[:, rows])

@@ -2,8 +2,8 @@
 
 The host scores its hot pool and the drive its cold one, concurrently. The drive streams score blocks
 `<positions, scores>`, which the host merges while the next block is scored; the selected records are fetched
-afterwards. `EmulatedDrive` scores on this machine, `xrt.XrtDrive` on a SmartSSD; both work on a thread of
-their own (`worker`). numpy only.
+afterwards. `EmulatedDrive` scores on this machine, `xrt.XrtDrive` on a SmartSSD; each has a thread of its own
+(`worker`).
 """
 
 import weakref
@@ -18,12 +18,12 @@ from hillinfer.systems.hillinfer.worker import Command, Memory, Worker
 
 
 class ComputationalDrive:
-    """Commands run in order on the drive's thread. Those without a result return at once; if one fails, the next call
-    raises DriveError, and so does every call after it. Invalid arguments are a ValueError at once. Any thread may call,
-    but a stream has one writer.
+    """Commands run in order on the drive's thread. Commands without a result return at once; after one fails, every
+    later call raises DriveError. Invalid arguments are an immediate ValueError. Any thread may call, but a stream has
+    one writer.
 
     direct   True if the drive's file bypasses the page cache
-    close    end the drive at any time; also at collection and at exit. In a forked process it does nothing
+    close    shut down; also runs at collection and at exit. Does nothing in a forked process
     """
 
     def __init__(self, folder: Path, shape: Shape, settings: Emulation, memory: Memory):
@@ -34,8 +34,8 @@ class ComputationalDrive:
 
     def write(self, stream: int, start: int, records: np.ndarray, codes: np.ndarray) -> None:
         """Append tokens start.. (start is the stream's length): records (n, record_bytes) uint8, key codes (Hkv, n, D)
-        int8. New tokens are hot until `hold` says otherwise, because the host pins the newest. Blocks while too much
-        is queued.
+        int8. New tokens are hot until `hold` marks them cold, because the host pins the newest. Blocks while the queue
+        is full.
         """
         shape, n = self.shape, len(records)
         _check("records", records, (n, shape.record_bytes), np.uint8)
@@ -49,8 +49,8 @@ class ComputationalDrive:
             self._lengths[stream] += len(part[0])
 
     def rescale(self, stream: int, doublings: np.ndarray) -> None:
-        """Follow a growth of scales: `doublings` (Hkv, D) uint8 counts each channel's. Codes become
-        rint(codes / 2**doublings), as in `KeyCodes.append`.
+        """Rescale a stream's codes to rint(codes / 2**doublings), as `KeyCodes.append` does when scales grow; doublings
+        (Hkv, D) uint8.
         """
         _check("doublings", doublings, (self.shape.kv_heads, self.shape.head_dim), np.uint8)
         self._worker.submit("rescale", stream, doublings.copy())
@@ -84,7 +84,7 @@ class ComputationalDrive:
     def begin_attend(self, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str) -> Command:
         """Start attending to the tokens in runs (r, 2) of [start, end), with a scaled query (Hkv, G, D) float32, over
         records of this dtype (float32, float16 or bfloat16). The result is the output (Hkv, G, D) and the logsumexp
-        (Hkv, G, 1), both float32.
+        (Hkv, G), both float32 tensors.
         """
         runs, n = np.array(runs, np.int64).reshape(-1, 2), self._lengths[stream]
         if dtype not in native.DTYPES or (len(runs) and not 0 <= runs.min() <= runs.max() <= n):
@@ -116,7 +116,7 @@ def _check(name: str, array: np.ndarray, shape: tuple, dtype: type) -> None:
 
 
 class EmulatedDrive(ComputationalDrive):
-    """A drive of this machine's own memory, file and one core."""
+    """A computational drive in software: memory, file and one core of this machine."""
 
     def __init__(self, folder: Path, shape: Shape, settings: Emulation | None = None):
         settings = settings or Emulation()

@@ -1,4 +1,4 @@
-"""What host and computational drive exchange: shapes, rates, score blocks, and the work of each operation."""
+"""Data exchanged by host and computational drive: shapes, rates, score blocks, and the work of each operation."""
 
 import math
 import time
@@ -41,7 +41,6 @@ class Rates:
 # FPGA to NAND 1.04 (synchronous) to 2.85 (overlapped), both in transfers of 1 MiB or many at once; FPGA DRAM 15.4
 # (measured); PCIe 3 x4 link 3.2 (1.87 to 3.27 in the overlap samples).
 SMARTSSD = Rates(nand_read=3.2e9, nand_write=2.85e9, dram_read=15.4e9, link=3.2e9)
-SMARTSSD_PESSIMISTIC = replace(SMARTSSD, nand_read=2.4e9, nand_write=1.04e9)
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ class ScoreBlock(NamedTuple):
 
 @dataclass
 class Work:
-    """Cost of one operation. `measured_s` is the drive's busy time, without pacing; `modelled_s` follows from bytes and
-    `Rates`, with the parts pipelined: each works on one block while the next part works on the previous one.
+    """Cost of one operation. `measured_s` is the drive's busy time without pacing. `modelled_s` follows from bytes and
+    `Rates` for a pipeline of the parts: each processes one block while the next part processes the previous block.
     """
 
     calls: int = 0
@@ -89,17 +88,17 @@ class Work:
 
 
 class Meter:
-    """Counts bytes and time of one operation. `pace(until)` is called at each step with its modelled end
-    (time.perf_counter), and may sleep until then or raise.
+    """Counts bytes and time of one operation. `pace(until)` is called after each block with its modelled end
+    (time.perf_counter); it may sleep until then or raise.
     """
 
     def __init__(self, rates: Rates, pace: Callable[[float], None]):
         self.rates, self.pace, self.paced_s = rates, pace, 0.0
         self.work = Work(calls=1, start_ns=time.perf_counter_ns())
-        self.free = dict.fromkeys(("nand_read", "nand_write", "dram_read", "kernel", "link"), 0.0)  # seconds from then
+        self.free = dict.fromkeys(("nand_read", "nand_write", "dram_read", "kernel", "link"), 0.0)  # seconds from start
 
     def move(self, **parts: int) -> None:
-        """Pass one block through these parts in order, part=bytes. Each part takes it once it is free."""
+        """Pass one block through these parts in order, part=bytes. A part starts once it is free."""
         at = 0.0
         for part, nbytes in parts.items():
             at = self.free[part] = max(at, self.free[part]) + nbytes / getattr(self.rates, part)

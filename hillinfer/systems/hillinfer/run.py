@@ -1,4 +1,4 @@
-"""Runs on a computational drive: HillInfer, whose drive scores, and InstAttention, whose drive attends."""
+"""Runs on a computational drive that scores keys (HillInfer) or computes attention (InstAttention)."""
 
 from dataclasses import replace
 
@@ -19,11 +19,11 @@ from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.log import BEHIND
 from hillinfer.timeline import Track
 
-REBALANCE_EVERY = 16  # decode steps after which the split is corrected by what they selected
+REBALANCE_EVERY = 16  # decode steps between corrections of the split by the measured selection rates
 
 
 class ScoringRun(Run):
-    """The host's pool is as large as makes a step shortest, where `settings.profile` names what host and drive do."""
+    """With a device profile, the host's pool is sized for the shortest step (`Speeds.split`)."""
 
     store = ScoringStore
 
@@ -47,8 +47,8 @@ class ScoringRun(Run):
         coded = geometry.head_dim if self.store.scores_keys else 0
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
         if settings.drive_kind == "xrt":
-            own = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads, **self.safety)
-            return XrtDrive(settings.drive, shape, own)
+            card = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads, **self.safety)
+            return XrtDrive(settings.drive, shape, card)
         kernel = cec.choose(settings.bits, geometry.head_dim)
         rates = replace(SMARTSSD, kernel=kernel.code_rate(geometry.head_dim), call=kernel.call_seconds)
         how = dict(paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
@@ -83,7 +83,7 @@ class ScoringRun(Run):
         super().begin_step(tokens)
 
     def _rebalance(self) -> None:
-        """Hot tokens are selected more often than alpha, cold ones less: balance by what the last steps selected."""
+        """Rebalance by the selection rates of the last steps: above alpha for hot tokens, below it for cold ones."""
         rows, batch = self.counters.rows[-REBALANCE_EVERY * self.layers :], self.geometry.batch
         pool = sum(min(self.pool_tokens(row.cached), row.cached) for row in rows) * batch
         rest = sum(row.cached for row in rows) * batch - pool
@@ -96,13 +96,14 @@ class ScoringRun(Run):
         if self.drive is None:
             return text
         if self.speeds is not None:
-            text = f"host holds {self._balanced_share():.0%}: "
+            chosen, source = self._chosen(), "as in the last steps" if self.chosen else "alpha before the first steps"
+            why = (
+                f"shortest step by the profile if {chosen.host:.0%} of the pool and {chosen.drive:.0%} of the rest are "
+            )
+            why += f"selected ({source})"
             if self.settings.split == "paper":
-                text += "by the profile host and drive then take equally long"
-            else:
-                chosen, source = self._chosen(), "as in the last steps" if self.chosen else "alpha, for lack of steps"
-                text += "by the profile a step is then shortest, where "
-                text += f"{chosen.host:.0%} of the pool and {chosen.drive:.0%} of the rest are selected ({source})"
+                why = "equal time for host and drive by the profile"
+            text = f"host holds {self._balanced_share():.0%}: {why}"
             text += "" if budget is None else f", at most {budget:,} bytes"
         if self.settings.drive_kind == "emulated":
             kernel, clock = cec.choose(self.settings.bits, self.geometry.head_dim), cec.CLOCK / 1e6
@@ -111,7 +112,7 @@ class ScoringRun(Run):
 
 
 class AttendingRun(ScoringRun):
-    """InstAttention: the drive attends to all tokens but the device window's, and the host has no pool."""
+    """InstAttention: the drive attends to all tokens outside the device window, and the host has no pool."""
 
     store = AttendingStore
 

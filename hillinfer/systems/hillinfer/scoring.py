@@ -13,7 +13,7 @@ from hillinfer.tiers.tiered_store import TieredStore
 
 
 class DriveLog:
-    """One sequence's records on a computational drive, with the interface of `RecordLog`. The drive writes behind."""
+    """One sequence's records on a computational drive, which writes behind; same interface as `RecordLog`."""
 
     nbytes = 0
 
@@ -22,7 +22,7 @@ class DriveLog:
 
     def append(self, records: torch.Tensor, codes: tuple[torch.Tensor, torch.Tensor] | None) -> int:
         """Add records (n, 2, Hkv, D), with their key codes int8 (Hkv, n, D) and the scales' doublings uint8 (Hkv, D);
-        None for a drive that keeps no codes.
+        None for a drive without codes.
         """
         none = torch.empty((self.geometry.kv_heads, len(records), 0), dtype=torch.int8), torch.zeros(0)
         new, doublings = codes or none
@@ -48,14 +48,14 @@ class DriveLog:
 
 
 class ScoringStore(TieredStore):
-    """A `TieredStore` whose drive scores the tokens that the hot pool does not hold."""
+    """A `TieredStore` whose drive scores the tokens outside the hot pool."""
 
     scores_keys = True
     block = 1024  # tokens of one score block; the paper leaves it open
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.hot = [np.zeros(0, bool) for _ in self.logs]  # tokens that the drive does not score
+        self.hot = [np.zeros(0, bool) for _ in self.logs]  # tokens that the host scores
 
     def append(self, kv: torch.Tensor, codes=None) -> None:
         super().append(kv, codes)
@@ -90,7 +90,7 @@ class ScoringStore(TieredStore):
         return out
 
     def announce(self) -> None:
-        """Tell the drive which tokens entered the pool and which left it."""
+        """Send the drive the changes of the hot set."""
         for row, (pool, log) in enumerate(zip(self.pools, self.logs, strict=True)):
             before = np.ones(log.n, bool)  # new tokens are hot to the drive
             before[: len(self.hot[row])] = self.hot[row]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hillinfer import native
+from hillinfer import attention, native
 from hillinfer.errors import DriveError
 from hillinfer.systems.hillinfer.codes_memory import CodeMemory
 from hillinfer.systems.hillinfer.protocol import Emulation, Meter, ScoreBlock, Shape, Work
@@ -25,8 +25,8 @@ Memory = Callable[[RecordFile], CodeMemory]
 
 
 class Command:
-    """A command in progress. Iterate over an evaluation's score blocks, or wait for another command's `result`.
-    `work` is known afterwards.
+    """A command in progress: iterate over the score blocks of an evaluation, or wait for the `result` of another
+    command. `work` is set at its end.
     """
 
     def __init__(self, kind: str, args: tuple, nbytes: int):
@@ -40,7 +40,7 @@ class Command:
         return self
 
     def __next__(self) -> ScoreBlock:
-        # Once over, an empty queue means that its end was taken: it is not waited for a second time.
+        # Once over, an empty queue means that the end marker was taken: do not wait for it again.
         if not (self.over and self.blocks.empty()) and (block := self.blocks.get()) is not None:
             return block
         if self.error:
@@ -60,9 +60,9 @@ class Command:
 
 
 class Worker:
-    """Records, codes, and the thread that serves one method per command. Each takes a `Meter` first.
+    """Records, codes, and a thread that serves the commands: one method each, with a `Meter` as first argument.
 
-    memory   makes the `CodeMemory` over the drive's file
+    memory   constructor of the `CodeMemory` over the drive's file
     """
 
     def __init__(self, folder: Path, shape: Shape, settings: Emulation, memory: Memory):
@@ -119,7 +119,7 @@ class Worker:
             self._run(command)
             with self.lock:
                 self.queued -= command.nbytes
-            command = None  # its result belongs to the caller
+            command = None  # only the caller keeps its result alive
         self.file.close()
 
     def _run(self, command: Command) -> None:
@@ -142,7 +142,7 @@ class Worker:
             command.end(error=text)
 
     def _pace(self, until: float) -> None:
-        """If paced, sleep until this time.perf_counter. Raises DriveError once the drive is closed."""
+        """Sleep until this time.perf_counter if paced. DriveError once the drive is closed."""
         while True:
             if self.closed:
                 raise DriveError(CLOSED)
@@ -154,7 +154,7 @@ class Worker:
     def write(self, meter: Meter, stream: int, total: int, records: np.ndarray, codes: np.ndarray) -> None:
         spilled, log = self.codes.append(stream, codes), self.logs[stream]
         if log.fills(len(records)):
-            self.file.reserve(total)  # the whole batch in one segment, although it comes in parts
+            self.file.reserve(total)  # all parts of a long write in one segment
         written = log.append(torch.from_numpy(records).view(-1, *log.geometry.record_shape))
         self.hot[stream] = np.append(self.hot[stream], np.ones(len(records), bool))
         meter.move(link=records.nbytes + codes.nbytes, dram_read=codes.nbytes, nand_write=written + spilled)
@@ -170,9 +170,9 @@ class Worker:
         meter.move(link=query.nbytes)
         meter.free["kernel"] = self.settings.rates.call
         cold = np.flatnonzero(~self.hot[stream]).astype(np.int32)
-        ready, done = np.empty((self.shape.kv_heads, 0), np.int32), 0  # scores, and the number of those sent before
+        ready, done = np.empty((self.shape.kv_heads, 0), np.int32), 0  # scores to send, and the number sent
         read = codes = 0
-        for part in self.codes.scores(stream, query, cold, block):  # parts end with pages, score blocks do not
+        for part in self.codes.scores(stream, query, cold, block):  # parts end at pages, score blocks do not
             ready, read, codes = np.concatenate((ready, part.scores), 1), read + part.read, codes + part.codes
             last = done + ready.shape[1] == len(cold)
             while ready.shape[1] >= block or (last and ready.shape[1]):
@@ -189,22 +189,19 @@ class Worker:
         meter.move(nand_read=nbytes, link=out.nbytes)  # one read: deepest queue
         return out
 
-    def attend(
-        self, meter: Meter, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Exact attention, chunk by chunk; outputs merge by their logsumexp, as in FlashAttention."""
+    def attend(self, meter: Meter, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str) -> tuple:
+        """Exact attention in chunks, merged by their logsumexp as in FlashAttention."""
+        log, whole = self.logs[stream], torch.from_numpy(query)
+        parts = [(torch.zeros_like(whole), torch.full(whole.shape[:2], -torch.inf))]
         meter.move(link=query.nbytes)
-        out, total = np.zeros_like(query), np.full((*query.shape[:2], 1), -np.inf, np.float32)
-        log = self.logs[stream]
         for start, end in runs.tolist():
             for at in range(start, end, self.chunk):
                 records, nbytes = log.read(np.arange(at, min(at + self.chunk, end)))
                 meter.move(nand_read=nbytes)
-                part, weight = attend(query, log.geometry.as_bytes(records.tensor()), dtype)
-                both = np.logaddexp(total, weight)
-                out, total = out * np.exp(total - both) + part * np.exp(weight - both), both
-        meter.move(link=out.nbytes + total.nbytes)
-        return out, total
+                parts = [attention.merge([*parts, attend(whole, records.tensor(), dtype)])]
+        ((out, logsumexp),) = parts
+        meter.move(link=out.nbytes + logsumexp.nbytes)
+        return out, logsumexp
 
     def truncate(self, meter: Meter, stream: int, n: int) -> None:
         if n < len(self.hot[stream]):
@@ -216,26 +213,16 @@ class Worker:
         return dict(self.totals)
 
 
-def attend(query: np.ndarray, records: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of a scaled query (Hkv, G, D) float32 over records (n, record_bytes) uint8 of K (Hkv, D), V (Hkv, D):
-    (Hkv, G, D), and the logsumexp (Hkv, G, 1). On one thread: BLAS threads would contend with the model's.
+def attend(query: torch.Tensor, records: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a scaled query (Hkv, G, D) float32 over raw records (n, ...) of K (Hkv, D), V (Hkv, D) in this
+    dtype: (Hkv, G, D) and the logsumexp (Hkv, G). The kernel runs on one thread, so as not to slow the model's.
     """
     heads, group, dim = query.shape
     if native.available() and dim <= native.MAX_DIM:
-        out, logsumexp = np.empty_like(query), np.empty((heads, group, 1), np.float32)
-        rows = [(native.pointer(records), records.shape[1], len(records))]
-        native.attend(query.reshape(1, heads * group, dim), rows, dtype, heads, 1.0, out, logsumexp)
+        out, logsumexp = torch.empty_like(query), torch.empty((heads, group))
+        rows = [(native.pointer(records), records[0].nbytes, len(records))]
+        native.attend(query.view(1, -1, dim), rows, dtype, heads, 1.0, out, logsumexp)
         return out, logsumexp
-    keys, values = _floats(records, dtype).reshape(len(records), 2, heads, dim).swapaxes(0, 1)
-    logits = np.einsum("hgd,nhd->hgn", query, keys)
-    top = logits.max(2, keepdims=True)
-    weights = np.exp(logits - top)
-    total = weights.sum(2, keepdims=True)
-    return np.einsum("hgn,nhd->hgd", weights, values) / total, top + np.log(total)
-
-
-def _floats(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes of this dtype as float32. numpy has no bfloat16: it is the upper half of a float32."""
-    if dtype == "bfloat16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return raw.view(dtype).astype(np.float32)
+    kv = records.flatten(1).view(getattr(torch, dtype)).view(1, len(records), 2, heads, dim).float()
+    out, logsumexp = attention.over_tensors(query.view(1, -1, 1, dim), kv, None, 1.0)
+    return out.view(query.shape), logsumexp.view(heads, group)

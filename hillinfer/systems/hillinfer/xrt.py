@@ -1,8 +1,8 @@
 """A SmartSSD as a computational drive: the kernel fpga/rtl/cec_kernel.v scores.
 
-Key codes are pages in the FPGA's DRAM. Pages beyond it are on the drive, and are read from its flash straight into a
-mapped FPGA buffer (P2P), 1 MiB at a time. Two runs overlap: while the kernel scores one page, the next is read and
-the previous scores are collected. Records are in a file on the card's own flash.
+Key codes are pages in the FPGA's DRAM. Pages beyond its capacity are read from the card's flash straight into a mapped
+FPGA buffer (P2P), 1 MiB at a time. Two runs overlap: while the kernel scores one page, the next is read and the
+previous scores are collected. Records are in a file on the card's flash.
 
 Untested on hardware: it has run only on a simulated kernel (tests/fake_pyxrt.py).
 """
@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from hillinfer.evaluator.codes import pack, unpack
 from hillinfer.systems.hillinfer.card import Buffer, Card, Xrt
 from hillinfer.systems.hillinfer.codes_memory import CodeMemory, Scored
 from hillinfer.systems.hillinfer.drive import ComputationalDrive
@@ -44,13 +46,12 @@ class CardMemory(CodeMemory):
         return moved
 
     def rescaled(self, codes: np.ndarray, factor: np.ndarray) -> np.ndarray:
-        if self.card.bits == 4:
-            codes = np.stack(((codes << 4) >> 4, codes >> 4), -1).reshape(*codes.shape[:2], -1)
-        return self._pack(np.rint(codes[..., : self.head_dim] / factor).astype(np.int8))
+        codes = unpack(torch.from_numpy(codes), self.card.bits).numpy()[..., : self.head_dim]
+        return self._pack(np.rint(codes / factor).astype(np.int8))
 
     def truncate(self, stream: int, n: int) -> None:
         super().truncate(stream, n)
-        self._push(stream, n // self.page * self.page)  # the last page may have come back from the drive
+        self._push(stream, n // self.page * self.page)  # the last page may have been loaded from the drive
 
     def scores(self, stream: int, query: np.ndarray, positions: np.ndarray, block: int) -> Iterator[Scored]:
         """See `CodeMemory.scores`; each part is a page."""
@@ -82,7 +83,7 @@ class CardMemory(CodeMemory):
         return Scored(self.card.finish(slot, n)[:, rows], read, n * self.shape.code_bytes)
 
     def _push(self, stream: int, start: int) -> None:
-        """Copy the codes of all tokens from `start` on to the device, where their pages are in its memory."""
+        """Copy the codes of all tokens from `start` on to the device, for pages in its memory."""
         width = self.card.token_bytes
         for index in range(start // self.page, len(self.pages[stream])):
             page, base = self.pages[stream][index], index * self.page
@@ -94,9 +95,8 @@ class CardMemory(CodeMemory):
                 self.card.push(page, at + low * width, at + high * width)
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
-        out = np.zeros((*codes.shape[:2], self.card.head_dim), np.int8)
-        out[..., : codes.shape[2]] = codes
-        return out if self.card.bits == 8 else (out[..., 0::2] & 15) | (out[..., 1::2] << 4)
+        wide = np.pad(codes, ((0, 0), (0, 0), (0, self.card.head_dim - codes.shape[2])))
+        return pack(torch.from_numpy(wide), self.card.bits).numpy()
 
 
 class XrtDrive(ComputationalDrive):

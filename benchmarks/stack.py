@@ -147,7 +147,7 @@ class Stack:
             lanes[f"{span.lane} {span.kind}"] = lanes.get(f"{span.lane} {span.kind}", 0) + span.bytes
         self.lanes.append(lanes)
         if run.tensors:  # what it fetches ahead for the next step must not disturb the others' turns
-            wait([future for slot in run.tensors.slots.slots for future in slot.loading])
+            wait([future for slot in run.tensors.slots.slots.values() for future in slot.loading])
 
     def held(self) -> int:
         """Bytes of KV, codes and index in memory."""

@@ -28,9 +28,7 @@ class LeoAMRun(Run):
     def check_settings(cls, settings: Settings) -> None:
         super().check_settings(settings)
         if settings.drive is not None and settings.drive_kind != "ssd":
-            raise UsageError(
-                f"chunk pages and INT4 records need an ssd: leave out --drive-kind {settings.drive_kind}"
-            )
+            raise UsageError(f"chunk pages and INT4 records need an ssd: leave out --drive-kind {settings.drive_kind}")
 
     def _forget(self) -> None:
         super()._forget()

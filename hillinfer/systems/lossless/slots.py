@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hillinfer.systems.lossless.plan import DIRECT
+from hillinfer.systems.lossless.plan import SPANS
 from hillinfer.tiers.block_file import BLOCK, aligned
 from hillinfer.timeline import Track
 
@@ -151,8 +151,7 @@ class Slots:
             began, buffer = time.perf_counter_ns(), slot.host[i, start:end]
             read = self.tensors.read(tensor, start, end, buffer.numpy(), 1 if staggered else 0.5)
         done = time.perf_counter_ns()
-        kinds = [("drive", "prefetch") if path == DIRECT else ("cpu", "near") for path in read]
-        spans = [(*kind, began, nbytes, done) for kind, nbytes in zip(kinds, read.values(), strict=True)]
+        spans = [(*SPANS[path], began, nbytes, done) for path, nbytes in read.items()]
         if slot.device is not slot.host:
             with torch.cuda.stream(self._copies[i]):
                 if slot.free is not None:

@@ -116,8 +116,7 @@ class Tensors:
             self._writer.behind = min(BEHIND, need * BLOCK)
             buffers = Slots.COUNT * 2 * need * BLOCK + len(self.tensors) * HELD
             budget = self.budget(buffers + 2 * self._writer.behind)  # twice: a write may need an aligned copy
-            allocate = lambda path, blocks: self.paths[path].allocate(blocks * BLOCK) // BLOCK  # noqa: E731
-            self.plan = Plan(len(self.tensors), budget // BLOCK, allocate)
+            self.plan = Plan(len(self.tensors), budget // BLOCK, self._allocate)
             self.plan.extend(need)
         elif need > self.plan.blocks:
             self.slots.drop()
@@ -149,9 +148,8 @@ class Tensors:
         for tensor in self.pair(layer):
             tensor.settle()
             if end < tensor.flushed:
-                tensor.flushed, block = end if self.is_resident(layer) else end // BLOCK * BLOCK, aligned(BLOCK)
-                if tensor.flushed < end:
-                    self.read(tensor, tensor.flushed, tensor.flushed + BLOCK, block)
+                tensor.flushed, block = end // BLOCK * BLOCK, aligned(BLOCK)
+                self.read(tensor, tensor.flushed, tensor.flushed + BLOCK, block)
                 tensor.tail = block.copy()
             tensor.tail = tensor.tail[: end - tensor.flushed]
         self.slots.truncate(layer)
@@ -193,6 +191,9 @@ class Tensors:
         for path in self.paths.values():
             path.trim()
             path.close()
+
+    def _allocate(self, path: str, blocks: int) -> int:
+        return self.paths[path].allocate(blocks * BLOCK) // BLOCK
 
     def _append(self, tensor: Tensor, new: np.ndarray) -> int:
         """Add bytes; returns how many begin to be written to a drive: whole blocks, once the tail has HELD bytes."""

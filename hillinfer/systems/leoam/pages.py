@@ -1,4 +1,4 @@
-"""Pages of a chunk index: stored on the drive beside the records, with an LRU cache in memory (LeoAM's KV abstracts)."""
+"""Pages of a chunk index: on the drive beside the records, with an LRU cache in memory (LeoAM's KV abstracts)."""
 
 import math
 import sys

@@ -1,7 +1,7 @@
 """Whole K and V tensors on the drive, streamed at every step by the lossless systems.
 
-FlexGen (arXiv 2303.06865) streams all KV and prefetches the next layer; DUAL-BLADE (arXiv 2604.26557) binds some tensors
-to the page cache and the others to a direct path. Both are a `Plan` over two paths and `Slots` to load through.
+FlexGen (arXiv 2303.06865) streams all KV and prefetches the next layer; DUAL-BLADE (arXiv 2604.26557) binds some
+tensors to the page cache and the others to a direct path. Both are a `Plan` over two paths and `Slots` to load through.
 """
 
 from collections import Counter
@@ -69,8 +69,8 @@ class Tensors:
     """The K and V tensors of all layers of one cache, in the order K0, V0, K1, ...
 
     budget      bytes for the near path, given the bytes of the buffers yet to be allocated
-    max_tokens  length to reserve space for, so that each tensor is one extent. Without it, the first append and HEADROOM
-                tokens; when full, the space doubles by another extent per tensor, and nothing moves
+    max_tokens  length to reserve space for, so that each tensor is one extent. Without it, space for the first append
+                and HEADROOM tokens; when full, it doubles by another extent per tensor, and nothing moves
     staggered   asked at each load: True for the cross-path pipeline, False for the intra-path one (see `Slots`)
     prefetch    load the next layer while one computes
     """

@@ -5,7 +5,6 @@ import time
 import numpy as np
 import torch
 
-from hillinfer.errors import UsageError
 from hillinfer.systems.lossless.plan import NEAR
 from hillinfer.systems.lossless.tensors import Tensors
 from hillinfer.tiers.store import Store
@@ -58,11 +57,6 @@ class TensorStore(Store):
     def truncate(self, n: int) -> None:
         self.tensors.truncate(self.layer, n)
         self.n = n
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        raise UsageError(
-            "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
-        )
 
     def memory(self) -> dict[str, int]:
         return self.tensors.memory(self.layer)

@@ -7,6 +7,7 @@ tensors to the page cache and the others to a direct path. Both are a `Plan` ove
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class Tensor:
             writing.result()
 
 
+@dataclass(eq=False)
 class Tensors:
     """The K and V tensors of all layers of one cache, in the order K0, V0, K1, ...
 
@@ -75,23 +77,21 @@ class Tensors:
     prefetch    load the next layer while one computes
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        layers: int,
-        near: BlockFile | HostPath,
-        direct: BlockFile,
-        budget: Callable[[int], int],
-        max_tokens: int | None = None,
-        staggered: Callable[[], bool] = lambda: False,
-        prefetch: bool = True,
-    ):
-        self.geometry, self.layers, self.paths = geometry, layers, {NEAR: near, DIRECT: direct}
-        self.budget, self.max_tokens = budget, max_tokens
-        self.token_bytes = geometry.batch * geometry.record_bytes // 2  # of one tensor
-        self.tensors = [Tensor(i) for i in range(2 * layers)]
+    geometry: Geometry
+    layers: int
+    near: BlockFile | HostPath
+    direct: BlockFile
+    budget: Callable[[int], int]
+    max_tokens: int | None = None
+    staggered: Callable[[], bool] = lambda: False
+    prefetch: bool = True
+
+    def __post_init__(self):
+        self.paths = {NEAR: self.near, DIRECT: self.direct}
+        self.token_bytes = self.geometry.batch * self.geometry.record_bytes // 2  # of one tensor
+        self.tensors = [Tensor(i) for i in range(2 * self.layers)]
         self.plan: Plan | None = None
-        self.slots = Slots(self, staggered, prefetch)
+        self.slots = Slots(self, self.staggered, self.prefetch)
         self._writer = Writer(0)  # its limit is set by the first append
 
     @property

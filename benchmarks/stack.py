@@ -149,7 +149,7 @@ class Stack:
             lanes[f"{span.lane} {span.kind}"] = lanes.get(f"{span.lane} {span.kind}", 0) + span.bytes
         self.lanes.append(lanes)
         if self.tensors:  # what it fetches ahead for the next step must not disturb the others' turns
-            wait([future for slot in self.tensors.slots.slots for future in slot.loading])
+            wait([future for slot in self.tensors.slots.slots.values() for future in slot.loading])
 
     @property
     def tensors(self) -> Tensors | None:

@@ -5,24 +5,26 @@ import mmap
 
 import torch
 
-LARGE = 8 << 20  # bytes from which a buffer asks for huge pages
+LARGE = 8 << 20  # minimum bytes of a buffer for huge pages
 
 
 class Growable:
-    """`view()` is the filled part. The capacity grows by an eighth (at least 256): appends are amortised O(1), waste
-    stays near 12 %. `DynamicCache` copies all of its data at every step instead.
+    """A buffer with spare capacity; `view()` is the filled part.
+
+    The capacity grows by an eighth, at least 256: appends are amortised O(1), with about 12 % waste. `DynamicCache`
+    copies all of its data at every step instead.
     """
 
     def __init__(self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device="cpu"):
         self.dim, self.n = dim, 0
-        with torch.inference_mode(False):  # an inference-mode buffer could not be written to outside of it
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
             self.data = torch.empty(shape, dtype=dtype, device=device)
 
     def view(self) -> torch.Tensor:
         return self.data.narrow(self.dim, 0, self.n)
 
     def reserve(self, size: int) -> None:
-        """Grow the capacity to exactly `size`, unless it is larger."""
+        """Grow the capacity to exactly `size`; never shrinks."""
         if size > self.data.shape[self.dim]:
             shape = list(self.data.shape)
             shape[self.dim] = size
@@ -33,7 +35,7 @@ class Growable:
             self.data = grown
 
     def extend(self, more: int) -> int:
-        """Extend the view by `more` uninitialised places, to be filled by the caller; returns where they start."""
+        """Extend the view by `more` uninitialised entries for the caller to fill. Returns the index of the first."""
         start, self.n = self.n, self.n + more
         if self.n > self.data.shape[self.dim]:
             self.n = start
@@ -56,7 +58,8 @@ class Growable:
 
 
 def _advise_huge_pages(data: torch.Tensor) -> None:
-    """Ask for huge pages before the first use: attention to records scattered over 4 KiB pages takes 1.5 times as long.
+    """Request huge pages before first use: attention to records scattered over 4 KiB pages takes 1.5 times as long.
+
     No effect without transparent huge pages (Linux).
     """
     if data.device.type == "cpu" and data.nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):

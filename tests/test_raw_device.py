@@ -15,8 +15,7 @@ import hillinfer
 from hillinfer.commands.app import app
 from hillinfer.errors import DriveError, UsageError
 from hillinfer.native import ring
-from hillinfer.systems.lossless.devices import check_path, open_device
-from hillinfer.systems.lossless.nvme import NvmeDevice, check_namespace
+from hillinfer.systems.lossless.nvme import NvmeDevice, check_namespace, check_path, open_device
 from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, check_device, check_stamped, stamp
 from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned
 

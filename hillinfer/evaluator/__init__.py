@@ -1,1 +1,1 @@
-"""What is important: key codes, exact integer scores, top-k, and the policies. Knows torch and numpy only."""
+"""Token importance: key codes, exact integer scores, top-k and the policies. Depends on torch and numpy only."""

@@ -1,7 +1,7 @@
-"""Min/max boxes over chunks of keys, and the bounds they give (Quest, LeoAM).
+"""Min/max boxes of chunks of keys and the score bounds that they imply (Quest, LeoAM).
 
-A box holds the largest and the smallest value of each channel over a chunk's keys, per KV head. No key in it can score
-higher than `bounds` says.
+A box has the maximum and minimum of each channel over a chunk's keys, per KV head. `bounds` is an upper bound on the
+score of every key in it.
 """
 
 import numpy as np
@@ -11,9 +11,9 @@ EMPTY = torch.tensor([-1e30, 1e30])[:, None]  # the box of no keys; finite, as 0
 
 
 def bounds(boxes: torch.Tensor, query: torch.Tensor, slack: float = 1.0) -> torch.Tensor:
-    """Upper bounds of q.k: boxes (m, Hkv, 2, D) as (max, min), query (Hkv, G, D) -> (Hkv, m, G).
+    """Upper bounds on q.k: boxes (m, Hkv, 2, D) as (max, min), query (Hkv, G, D) -> (Hkv, m, G).
 
-    With less slack, what lies that share of the way from the middle of the possible scores to the bound: an estimate.
+    slack  below 1, an estimate: this fraction of the way from the midpoint of the possible scores to the bound
 
     max(q * max, q * min), summed over channels, is a dot product once the query is split by sign (Quest section 3).
     """
@@ -24,7 +24,7 @@ def bounds(boxes: torch.Tensor, query: torch.Tensor, slack: float = 1.0) -> torc
 
 
 def widen(boxes: torch.Tensor, index: torch.Tensor, keys: torch.Tensor) -> None:
-    """Make boxes (m, Hkv, 2, D) hold keys (Hkv, n, D) too, each key in box index (n,)."""
+    """Extend boxes (m, Hkv, 2, D) in place to contain keys (Hkv, n, D), each in the box at index (n,)."""
     tokens = keys.transpose(0, 1)
     index = index[:, None, None].expand_as(tokens)
     boxes[:, :, 0] = boxes[:, :, 0].scatter_reduce(0, index, tokens, "amax")
@@ -32,6 +32,6 @@ def widen(boxes: torch.Tensor, index: torch.Tensor, keys: torch.Tensor) -> None:
 
 
 def sortable(values: torch.Tensor | np.ndarray) -> np.ndarray:
-    """float32 as int32 in the same order."""
+    """float32 values as int32 with the same order."""
     bits = np.ascontiguousarray(values).view(np.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

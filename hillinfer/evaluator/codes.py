@@ -1,8 +1,7 @@
 """INT8 and INT4 key codes and their exact scores (HillInfer CEC: low precision for scoring only).
 
-A channel's scale is folded into the query, which is then quantised as well, so that a score is a dot product of
-integers: the same to the bit on numpy, in torch, in an emulated drive and in hardware. No softmax and no scaling where
-keys are scored.
+The channel scales are folded into the query, which is then quantised as well, so that a score is an integer dot
+product: bit-identical in numpy, torch, the emulated drive and hardware. Scoring needs no softmax and no scaling.
 """
 
 import numpy as np
@@ -11,31 +10,31 @@ import torch
 from hillinfer import native
 from hillinfer.growable import Growable
 
-TOP = {8: 127, 4: 7}  # largest code by bits; symmetric, so that no code lacks its negative
-EXACT_FP32_DIM = 2**24 // TOP[8] ** 2  # 1,040: up to this head_dim an fp32 sum of code products is exact in any order
+TOP = {8: 127, 4: 7}  # largest code by bits; symmetric
+EXACT_FP32_DIM = 2**24 // TOP[8] ** 2  # 1,040: the largest head_dim with exact fp32 sums of code products
 TINY = torch.finfo(torch.float32).tiny
 
 
 class KeyCodes:
-    """Symmetric codes of all keys of one layer, per KV head and channel; scale (B, Hkv, 1, D).
+    """Symmetric codes of one layer's keys, per KV head and channel; scale (B, Hkv, 1, D).
 
-    `codes` holds INT8 as (B, Hkv, n, D), and INT4 as (B, Hkv, n, D/2) with even channels in the low half of a byte.
+    `codes` is (B, Hkv, n, D) for INT8, and (B, Hkv, n, D/2) for INT4 with even channels in the low nibbles.
     """
 
     def __init__(self, batch: int, kv_heads: int, head_dim: int, bits: int = 8):
         if head_dim > EXACT_FP32_DIM:
-            raise ValueError(f"head_dim {head_dim} is above {EXACT_FP32_DIM}, where integer scores stop being exact")
+            raise ValueError(f"head_dim {head_dim} is above {EXACT_FP32_DIM}: fp32 scores would be inexact")
         if bits == 4 and head_dim % 2:
-            raise ValueError(f"INT4 codes come in pairs, but head_dim is {head_dim}; use int8")
+            raise ValueError(f"INT4 needs an even head_dim, not {head_dim}; use int8")
         self.bits = bits
         self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8)
         self.scale = torch.zeros((batch, kv_heads, 1, head_dim))
 
     def append(self, keys: torch.Tensor) -> torch.Tensor:
-        """Code new keys (B, Hkv, n, D). Returns how often each channel's scale doubled, uint8 (B, Hkv, D).
+        """Encode new keys (B, Hkv, n, D). Returns the doublings of each channel's scale, uint8 (B, Hkv, D).
 
-        A channel that outgrows its scale doubles it as often as needed and halves its old codes, so that codes never
-        saturate and are never more than one step off the direct quantisation.
+        If a key exceeds a channel's scale, the scale doubles until it fits and the old codes are halved accordingly:
+        codes never saturate and differ from direct quantisation by at most one step.
         """
         keys = keys.to("cpu")
         dtype = str(keys.dtype).removeprefix("torch.")
@@ -47,11 +46,11 @@ class KeyCodes:
         return torch.from_numpy(native.encode(keys, dtype, self.bits, self.scale, self.codes.data, at))
 
     def append_reference(self, keys: torch.Tensor) -> torch.Tensor:
-        """`append` in torch; keys fp32 in host memory."""
+        """`append` in torch, for fp32 keys in host memory."""
         top = TOP[self.bits]
         need = keys.abs().amax(2, keepdim=True) / top
         fresh = self.scale == 0
-        mantissa, exponent = torch.frexp(need / self.scale)  # the ceiling of log2, exactly
+        mantissa, exponent = torch.frexp(need / self.scale)  # exact ceiling of log2
         exponent -= (mantissa == 0.5).int()
         doublings = torch.where((need > self.scale) & ~fresh, exponent, 0).clamp_(min=0)
         if doublings.any():
@@ -63,13 +62,13 @@ class KeyCodes:
         return doublings.squeeze(2).to(torch.uint8)
 
     def newest(self, n: int) -> torch.Tensor:
-        """Codes of the last n keys, int8 (B, Hkv, n, D), for whoever else keeps codes."""
+        """Codes of the last n keys, int8 (B, Hkv, n, D), for a drive that scores."""
         return unpack(self.codes.view()[:, :, self.codes.n - n :], self.bits)
 
     def query(self, query: torch.Tensor, row: int) -> torch.Tensor:
         """Fold the scales into a query (H, D) and quantise it to INT8: (Hkv, G, D).
 
-        One step size for each KV head's group, so that scores of its query heads can be compared.
+        All query heads of a group share one step size, so that their scores are comparable.
         """
         query, scale = query.to("cpu", torch.float32), self.scale[row]
         if not native.available():
@@ -79,19 +78,18 @@ class KeyCodes:
         return out
 
     def query_reference(self, query: torch.Tensor, row: int) -> torch.Tensor:
-        """`query` in torch; fp32 in host memory."""
+        """`query` in torch, for fp32 in host memory."""
         scale = self.scale[row]  # (Hkv, 1, D)
         folded = query.view(scale.shape[0], -1, scale.shape[2]) * scale
         step = (folded.abs().amax((1, 2), keepdim=True) / TOP[8]).clamp(min=TINY)
         return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8)
 
     def scores(self, query: torch.Tensor, row: int, positions: np.ndarray | None = None) -> np.ndarray:
-        """Scores of a quantised query (Hkv, G, D) against a row's keys, all or those at positions (n,).
+        """Scores of a quantised query (Hkv, G, D) against a row's keys, or the keys at positions (n,) only.
 
-        int32 (Hkv, n), the best of the query heads of each group.
+        int32 (Hkv, n), the maximum over the query heads of each group.
         """
-        stored = self.codes.view()[row]
-        return group_scores(query, stored, self.bits, positions)
+        return group_scores(query, self.codes.view()[row], self.bits, positions)
 
     def truncate(self, n: int) -> None:
         self.codes.truncate(n)
@@ -106,7 +104,7 @@ class KeyCodes:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 codes (..., D) as they are stored: for INT4 two to a byte, (..., D/2)."""
+    """int8 codes (..., D) in storage format: INT4 has two to a byte, (..., D/2)."""
     return codes if bits == 8 else (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
 
 
@@ -114,14 +112,15 @@ def unpack(stored: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `pack`: int8 codes (..., D)."""
     if bits == 8:
         return stored
-    return torch.stack(((stored << 4) >> 4, stored >> 4), -1).flatten(-2)  # arithmetic shifts carry the sign
+    return torch.stack(((stored << 4) >> 4, stored >> 4), -1).flatten(-2)  # arithmetic shifts extend the sign
 
 
 def group_scores(
     query: torch.Tensor, stored: torch.Tensor, bits: int = 8, positions: np.ndarray | None = None
 ) -> np.ndarray:
-    """query int8 (Hkv, G, D), stored codes (Hkv, n, D or D/2), all or those at positions (m,) -> (Hkv, n or m) int32,
-    max over the group.
+    """Scores of query int8 (Hkv, G, D) against stored codes (Hkv, n, D or D/2), optionally at positions (m,) only.
+
+    int32 (Hkv, n or m), the maximum over each group.
     """
     if native.available():
         return native.score(query, stored, bits, positions, torch.get_num_threads())
@@ -131,7 +130,7 @@ def group_scores(
 def group_scores_torch(query: torch.Tensor, stored: torch.Tensor, bits: int = 8, block: int = 4096) -> np.ndarray:
     """`group_scores` of all keys in torch.
 
-    fp32 is exact here: every partial sum is an integer below 2**24. A block's converted codes stay in the cache.
+    fp32 is exact: every partial sum is an integer below 2**24. `block` keys at a time fit into the processor's cache.
     """
     query = query.float().transpose(1, 2)  # (Hkv, D, G)
     out = torch.empty(stored.shape[:2], dtype=torch.int32)
@@ -142,5 +141,5 @@ def group_scores_torch(query: torch.Tensor, stored: torch.Tensor, bits: int = 8,
 
 
 def group_scores_reference(query: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """The definition, in int64 numpy over unpacked codes: what every other implementation must equal exactly."""
+    """The definition, in int64 numpy over unpacked codes. Every other implementation must equal it exactly."""
     return np.einsum("hgd,hnd->hgn", query.astype(np.int64), codes.astype(np.int64)).max(1).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The k best positions, with ties to the lowest position."""
+"""Top-k positions; ties go to the lowest position."""
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ def topk(scores: np.ndarray, k: int) -> np.ndarray:
 def merge_heads(scores: np.ndarray, k: int) -> np.ndarray:
     """One selection for all KV heads of a layer: int32 scores (Hkv, n) -> k positions, ascending.
 
-    Heads take turns: every head's best, then every head's second best, and so on, until k different positions are
-    in. Integer scores of different heads have different scales, so ranks are compared and not scores; a record holds
-    all heads, so what one head wants is there for the others too.
+    Round robin: every head's best, then every head's second best, and so on, until there are k distinct positions.
+    Scores of different heads have different scales, so only their ranks are compared. Heads share a selection because
+    a record contains all of them.
     """
     if native.available():
         return native.merge_heads(scores, k, torch.get_num_threads())
@@ -26,8 +26,7 @@ def merge_heads(scores: np.ndarray, k: int) -> np.ndarray:
 def topk_reference(scores: np.ndarray, k: int) -> np.ndarray:
     """`topk` in numpy.
 
-    Score and position are packed into one sortable integer, which makes the order total and argpartition's choice
-    unique.
+    Score and position form one sortable integer: a total order, so that argpartition's result is unique.
     """
     n = len(scores)
     k = min(k, n)

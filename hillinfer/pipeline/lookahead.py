@@ -6,19 +6,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-TRIAL_STEPS = 5  # of each way; the first of each is not counted
-# Shares of a guess that are tried: all of it brings most of what is missing and reads over a third more than is used,
-# which a drive that is the longest lane cannot spare; of its surest part four fifths are used (docs/experiments.md).
+TRIAL_STEPS = 5  # of each way; the first is not counted
+# Fractions of a guess to try. All of it covers most of the demand but reads over a third more than is used, too much if
+# the drive is the bottleneck; of the most confident part four fifths are used (docs/experiments.md).
 AHEAD = (True, 0.6, False)
 
 
 class Trial:
-    """Chooses the fastest of some ways by trying each, in turn, at the start (as DUAL-BLADE does with pipelines)."""
+    """Chooses the fastest of several ways by trying each at the start (as DUAL-BLADE does with its pipelines)."""
 
     def __init__(self, setting: bool | float | str, ways: tuple = (True, False)):
         self.on = ways[0] if setting == "auto" else setting
         self.times: dict[bool | float, list[float]] | None = {way: [] for way in ways} if setting == "auto" else None
-        self.medians: dict[bool | float, float] = {}  # seconds of a step each way, once all were tried
+        self.medians: dict[bool | float, float] = {}  # seconds per step of each way, once all were tried
         self._began: float | None = None
 
     def step(self, now: float) -> None:
@@ -35,22 +35,25 @@ class Trial:
             self.on = untried[0]
         else:
             self.medians = {way: statistics.median(times[1:]) for way, times in self.times.items()}
-            self.on, self.times = min(reversed(self.medians), key=self.medians.get), None  # a tie: what does less
+            self.on, self.times = (
+                min(reversed(self.medians), key=self.medians.get),
+                None,
+            )  # a tie: less work
 
     def pause(self) -> None:
-        """What comes next is no decode step: its time tells nothing."""
+        """Exclude the time until the next step: it is not a decode step's."""
         self._began = None
 
 
 class Lookahead:
-    """Two threads: one selects, one reads, so that a selection never waits for the drive."""
+    """Two threads, one that selects and one that reads, so that selection never waits for the drive."""
 
     def __init__(self):
         self._selector = ThreadPoolExecutor(1, "hillinfer-select")
         self.reader = ThreadPoolExecutor(1, "hillinfer-read")
 
     def submit(self, work: Callable[[], None]) -> Future:
-        """Run a selection, which starts reads of its own."""
+        """Run a selection in the background; it submits its reads to `reader`."""
 
         def run() -> None:
             with torch.inference_mode():

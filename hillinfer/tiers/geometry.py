@@ -33,7 +33,7 @@ class Geometry:
 
     @property
     def group(self) -> int:
-        """Tokens in the smallest run of records that fills whole blocks."""
+        """Smallest number of consecutive records that fill whole blocks."""
         return math.lcm(self.record_bytes, BLOCK) // self.record_bytes
 
     def as_bytes(self, records: torch.Tensor) -> np.ndarray:

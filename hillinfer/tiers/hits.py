@@ -1,20 +1,20 @@
-"""What the hot pool ranks tokens by: hit counters, and two controls with the same face.
+"""Rank of tokens in the hot pool: hit counters, and last use as a control.
 
-The paper (HillInfer section 1.3) gives one 16-bit counter for each token, 2N bytes in all, and no ageing. Measured on
-the embedded model (docs/experiments.md), layers want different tokens and old favourites clog the pool: counters of
-each layer's own that lose an eighth at every step bring fewer bytes from the drive. Both are here.
+The paper (HillInfer section 1.3) has one 16-bit counter per token, 2N bytes in total, without ageing. Measured on the
+embedded model (docs/experiments.md), layers select different tokens and formerly popular ones clog the pool: counters
+per layer that decay by an eighth at every step read fewer bytes from the drive. Both are implemented.
 """
 
 import numpy as np
 
-ONE = 256  # a hit, in the counters' fixed point
+ONE = 256  # one hit, in fixed point
 TOP = 65_535
 
 
 class SharedHits:
-    """The paper's table: one counter for each token, for all layers; we halve it every 64 steps.
+    """The paper's table: one counter per token for all layers, halved every 64 steps.
 
-    `rank[row]` is an array over tokens: what is higher stays in the pool.
+    `rank[row]` is an array over tokens; the pool keeps the tokens of highest rank.
     """
 
     shared = True
@@ -33,12 +33,12 @@ class SharedHits:
         self.n = max(self.n, n)
 
     def touch(self, row: int, positions: np.ndarray) -> None:
-        """Take note that a step selected these tokens. Counters saturate."""
+        """Count a hit of these tokens. Counters saturate."""
         rank = self.rank[row]
         rank[positions] += rank[positions] < TOP
 
     def age(self) -> None:
-        """A step is over."""
+        """Age the counters at the end of a step."""
         self.steps += 1
         if self.steps % 64 == 0:
             self.rank >>= 1
@@ -53,7 +53,7 @@ class SharedHits:
 
 
 class LayerHits(SharedHits):
-    """A layer's own counters, 2N bytes: a hit adds ONE, a step takes an eighth away."""
+    """Counters per layer, 2N bytes each: a hit adds ONE, every step subtracts an eighth."""
 
     shared = False
 
@@ -66,7 +66,7 @@ class LayerHits(SharedHits):
 
 
 class LastUse(SharedHits):
-    """The control `lru`: a layer's tokens by when a step last selected them."""
+    """The control `lru`: tokens of a layer by the last step that selected them."""
 
     shared = False
     dtype = np.uint32

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hillinfer import attention
+from hillinfer.errors import UsageError
 from hillinfer.growable import Growable
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.records import Records, Selection
@@ -22,8 +23,8 @@ Watch = Callable[[torch.Tensor, torch.Tensor | None], None]
 class Store:
     """KV of one layer over its tiers.
 
-    `n` is the number of tokens of each sequence. A subclass implements `append`, `find` or `fetch`, `all`, `truncate`,
-    `reorder` and `memory`, and sets the flags that hold for it.
+    `n` is the number of tokens of each sequence. A subclass implements `append`, `find` or `fetch`, `all`, `truncate`
+    and `memory`, in memory also `reorder`, and sets the flags that hold for it.
     """
 
     can_prefetch = False  # reads from a drive, so that a guess of the next step's tokens is of use
@@ -120,8 +121,10 @@ class Store:
         raise NotImplementedError
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Take these sequences of the batch, in this order. UsageError where that would copy whole caches."""
-        raise NotImplementedError
+        """Select these sequences of the batch, in this order. UsageError for a store on a drive."""
+        raise UsageError(
+            "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
+        )
 
     def memory(self) -> dict[str, int]:
         """Bytes held, by `device`, `host`, `hits` and `page_cache`."""

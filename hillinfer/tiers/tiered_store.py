@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hillinfer.errors import UsageError
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import SharedHits
 from hillinfer.tiers.log import RecordLog
@@ -160,11 +159,6 @@ class TieredStore(Store):
         newest = np.arange(max(0, n - self.window.recent), n)
         kv = torch.stack([log.read(newest)[0].tensor() for log in self.logs])
         self.window.refill(n, kv.to(self.geometry.device))
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        raise UsageError(
-            "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
-        )
 
     def memory(self) -> dict[str, int]:
         host = sum(pool.nbytes for pool in self.pools) + sum(log.nbytes for log in self.logs)

@@ -7,11 +7,9 @@ from hillinfer.tiers.geometry import Geometry
 
 
 class Window:
-    """`sinks` first and `recent` last tokens of every row: the ones nearly every step attends to, so they never
-    travel.
+    """`sinks` first and `recent` last tokens of every sequence: nearly every step attends to them, so they stay here.
 
-    `records` (B, sinks + recent, 2, Hkv, D): token t in place t while it is among the first, and the newest in turn in
-    the places behind.
+    `records` (B, sinks + recent, 2, Hkv, D): the sinks, followed by a ring of the newest tokens.
     """
 
     def __init__(self, geometry: Geometry, sinks: int, recent: int):
@@ -28,24 +26,24 @@ class Window:
         self._place(kv[:, -self.recent :])
 
     def _place(self, kv: torch.Tensor) -> None:
-        """Take in the newest, at most `recent` of them."""
+        """Write the newest tokens, at most `recent`, into the ring."""
         first, k = (self.n - kv.shape[1]) % self.recent, kv.shape[1]
-        k = min(k, self.recent - first)  # up to the end, and the rest from the start
+        k = min(k, self.recent - first)  # up to the end of the ring; the others wrap around
         self.records[:, self.sinks + first : self.sinks + first + k] = kv[:, :k]
         if k < kv.shape[1]:
             self.records[:, self.sinks : self.sinks + kv.shape[1] - k] = kv[:, k:]
 
     def far(self, positions: np.ndarray) -> slice:
-        """Those of sorted positions (k,) that it does not hold: they lie side by side."""
+        """The slice of sorted positions (k,) that are outside the window."""
         first = int(np.searchsorted(positions, self.sinks))
         return slice(first, max(first, int(np.searchsorted(positions, self.n - self.recent))))
 
     def slots(self, positions: np.ndarray) -> np.ndarray:
-        """Places in `records` of positions that it holds."""
+        """Indices into `records` of positions in the window."""
         return np.where(positions < self.sinks, positions, self.sinks + positions % self.recent)
 
     def refill(self, n: int, kv: torch.Tensor) -> None:
-        """After a truncation to n tokens: kv holds the records of the last min(recent, n)."""
+        """Restore the window after a truncation to n tokens; kv has the records of the last min(recent, n)."""
         self.n = n
         self._place(kv)
 

@@ -1,4 +1,4 @@
-"""The policies by name. A new one is a file here and a line below; every table, test and notebook then has it."""
+"""The policies by name. Add a file here and a line below; every table, test and notebook then includes it."""
 
 from hillinfer.evaluator.policies.full import Full
 from hillinfer.evaluator.policies.h2o import H2O

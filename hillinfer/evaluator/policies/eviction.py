@@ -1,4 +1,4 @@
-"""What policies share that evict for good: a mark for each token still alive, and weights seen at prefill."""
+"""Permanent eviction, shared by H2O and SnapKV: the set of live tokens, and attention weights of the prefill."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,11 @@ import torch
 
 from hillinfer.evaluator.policy import Policy, Step
 
-BLOCK = 128  # queries whose weights are computed at once
+BLOCK = 128  # queries per block of attention weights
 
 
 class Eviction(Policy):
-    """A token that was once left out is never chosen again. The store still holds it: only the choice is evicted, so
-    that later turns prefill exactly.
-    """
+    """An evicted token is never selected again. Its record stays in the store, so that later turns prefill exactly."""
 
     needs_codes = False
     watches = True
@@ -36,7 +34,7 @@ class Eviction(Policy):
     def attended(self, row: int, picked: np.ndarray, weights: np.ndarray) -> None: ...
 
     def keep(self, step: Step, newest: int) -> np.ndarray | None:
-        """The newest tokens and those of most worth, as many as the budget; what is left out is gone."""
+        """Select the newest tokens and the ones of highest worth within the budget; evict all others."""
         if step.budget >= step.n:
             return None
         alive = self.alive[step.row, : step.n]
@@ -61,9 +59,12 @@ class Eviction(Policy):
 
 
 def causal_weights(queries, keys, valid, scaling: float, last: int | None = None) -> Iterator[torch.Tensor]:
-    """Attention weights (B, Hkv, G, m, e) of the `last` (all, if None) of queries (B, H, q, D), newest of keys
-    (B, Hkv, n, D), a block of m queries at a time over the e keys that the block's last query sees. valid (B, n) bool,
-    False for padding, or None.
+    """Causal attention weights of queries (B, H, q, D), the newest tokens of keys (B, Hkv, n, D).
+
+    Yields (B, Hkv, G, m, e) for each block of m queries, over the e keys visible to the last of them.
+
+    valid  (B, n) bool, False for padding, or None
+    last   only this many of the queries
     """
     n, new = keys.shape[2], queries.shape[2]
     keys = keys.float().transpose(2, 3)[:, :, None]
@@ -72,10 +73,10 @@ def causal_weights(queries, keys, valid, scaling: float, last: int | None = None
         part = queries[:, :, :, at : at + BLOCK]
         end = n - new + at + part.shape[3]
         logits = part @ keys[..., :end]
-        places = torch.arange(end, device=keys.device)
-        own = places[end - part.shape[3] :, None]
-        hidden = places > own  # (m, e)
+        key = torch.arange(end, device=keys.device)
+        newest = key[end - part.shape[3] :, None]  # each query's own position
+        hidden = key > newest  # (m, e)
         if valid is not None:
             hidden = hidden | ~valid[:, None, None, None, :end]
-            hidden = hidden & (places != own)  # a padded query sees itself
+            hidden = hidden & (key != newest)  # a padded query sees itself
         yield logits.masked_fill_(hidden, -torch.inf).softmax(-1)

@@ -1,4 +1,4 @@
-"""Every token, every step: the reference that the others are judged by."""
+"""Full attention: the reference for all others."""
 
 from hillinfer.evaluator.policy import Policy
 

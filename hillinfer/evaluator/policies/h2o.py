@@ -1,6 +1,6 @@
-"""H2O (arXiv 2306.14048): heavy hitters by accumulated attention, and recent tokens; the rest is evicted for good.
+"""H2O (arXiv 2306.14048): heavy hitters by accumulated attention, and recent tokens; all others are evicted.
 
-The paper keeps a set of its own for each head; here a layer's heads share one, by the sum of their weights.
+The paper has one set per head; here the heads of a layer share one, by the sum of their weights.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from hillinfer.evaluator.policy import Step
 
 
 class H2O(Eviction):
-    """The newest tokens and those with most attention so far, half and half; the rest is evicted for good."""
+    """The newest tokens and the ones with the most attention so far, in equal parts; others are evicted for good."""
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
         for weights in causal_weights(queries, keys, valid, scaling):

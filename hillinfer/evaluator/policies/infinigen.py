@@ -1,9 +1,9 @@
 """InfiniGen (arXiv 2406.19707): scores from a few columns of skewed queries and keys.
 
-The paper skews W_Q and W_K offline by the SVD of sample queries, and takes what layer i-1's input speculates. Here the
-basis is made at prefill from the prompt's own queries, after the rotary embedding, so that no weight is rewritten; and
-the speculated selection is a prefetch, which the true query corrects. As in the paper, the columns are those in which
-skewed queries and keys are largest, and the tokens those within `margin` of the best score, at most the budget.
+The paper skews W_Q and W_K offline by the SVD of sample queries and selects with layer i-1's input. Here the basis is
+computed at prefill from the prompt's queries after the rotary embedding, so that no weight changes, and the speculated
+selection is a prefetch, corrected by the true query. As in the paper, the columns are the ones with the largest skewed
+queries and keys, and the tokens the ones within `margin` of the best score, at most the budget.
 """
 
 import numpy as np
@@ -16,20 +16,20 @@ from hillinfer.growable import Growable
 
 
 class InfiniGen(Policy):
-    """The device window and the tokens near the best score of partial, skewed keys."""
+    """The device window and the tokens whose partial, skewed keys score near the best."""
 
     needs_codes = False
     can_speculate = True
     watches = True
     late = False  # its basis needs the prompt's queries
-    ratio = 0.2  # of the columns; the paper's partial weight ratio
-    margin = 4.0  # of the logits; the paper's alpha
+    ratio = 0.2  # fraction of the columns: the paper's partial weight ratio
+    margin = 4.0  # in logits: the paper's alpha
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         self.columns = max(1, round(self.ratio * head_dim))
         self.basis = None  # (B, Hkv, D, r)
         self.partial = Growable((batch, kv_heads, 0, self.columns), 2, torch.float32)
-        self.waiting: list[torch.Tensor] = []  # keys from before there was a basis
+        self.waiting: list[torch.Tensor] = []  # keys appended before there is a basis
 
     def append(self, keys: torch.Tensor) -> None:
         keys = keys.to("cpu", torch.float32)
@@ -48,24 +48,21 @@ class InfiniGen(Policy):
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:
             return None
-        if self.basis is None:  # every prompt token came alone
+        if self.basis is None:  # the prompt was decoded token by token
             self._skew(torch.cat(self.waiting, 2))
         near = step.near()[-step.budget :]
         basis = self.basis[step.row]
-        score = (
-            (step.grouped(len(basis)) * step.scaling) @ basis @ self.partial.view()[step.row].transpose(1, 2)
-        ).amax(1)
+        query = (step.grouped(len(basis)) * step.scaling) @ basis
+        score = (query @ self.partial.view()[step.row].transpose(1, 2)).amax(1)
         score[:, near] = score[:, : step.first] = -torch.inf
         wanted = (score > score.amax(1, keepdim=True) - self.margin).sum(1).float().mean()
         k = min(step.budget - len(near), int(wanted.ceil()))
         return np.union1d(near, merge_heads(sortable(score), k))
 
     def _skew(self, queries: torch.Tensor) -> None:
-        """The basis from queries (B, Hkv, m, D), and the partial keys of what waits."""
+        """Compute the basis from queries (B, Hkv, m, D), and the partial keys appended so far."""
         keys, self.waiting = torch.cat(self.waiting, 2), []
-        axes = torch.linalg.svd(queries.transpose(2, 3) @ queries)[
-            0
-        ]  # (B, Hkv, D, D): right singular vectors of queries
+        axes, *_ = torch.linalg.svd(queries.transpose(2, 3) @ queries)  # (B, Hkv, D, D): the queries' right vectors
         weight = (queries @ axes).abs().sum(2) + (keys @ axes).abs().sum(2)
         chosen = weight.topk(self.columns, 2).indices
         self.basis = axes.gather(3, chosen[:, :, None].expand(-1, -1, axes.shape[2], -1))
@@ -83,5 +80,5 @@ class InfiniGen(Policy):
 
     @property
     def nbytes(self) -> int:
-        held = self.partial.view().nbytes + sum(keys.nbytes for keys in self.waiting)
-        return held + (0 if self.basis is None else self.basis.nbytes)
+        keys = self.partial.view().nbytes + sum(keys.nbytes for keys in self.waiting)
+        return keys + (0 if self.basis is None else self.basis.nbytes)

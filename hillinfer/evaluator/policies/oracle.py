@@ -1,4 +1,4 @@
-"""The tokens that exact attention weighs most: the best any selection of that size can do. It reads every key."""
+"""The tokens with the highest exact attention weights: an upper bound on selection quality. It reads every key."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from hillinfer.evaluator.policy import Policy, Step
 
 
 class Oracle(Policy):
-    """True top-k: a token counts as much as the query head that wants it most gives it."""
+    """True top-k by the maximum attention weight over the query heads."""
 
     needs_codes = False
 

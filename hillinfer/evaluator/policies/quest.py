@@ -1,7 +1,7 @@
-"""Quest (arXiv 2406.10774): fixed pages of 16 tokens, each judged by the min/max box of its keys.
+"""Quest (arXiv 2406.10774): fixed pages of 16 tokens, scored by the min/max boxes of their keys.
 
-The paper chooses pages per head and attends densely in the first two layers. Here a layer's KV heads choose together,
-because a record holds them all, and every layer keeps to the budget.
+The paper selects pages per head and attends densely in the first two layers. Here the KV heads of a layer share a
+selection, because a record contains all of them, and every layer has the same budget.
 """
 
 import numpy as np
@@ -32,8 +32,8 @@ class Quest(Policy):
         more = -(-self.n // self.page) - self.boxes.n
         if more > 0:
             self.boxes.append(EMPTY.expand(batch, more, self.kv_heads, 2, dim))
-        for boxes, own in zip(self.boxes.view(), keys, strict=True):
-            widen(boxes, index, own)
+        for boxes, added in zip(self.boxes.view(), keys, strict=True):
+            widen(boxes, index, added)
 
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:
@@ -47,11 +47,11 @@ class Quest(Policy):
         return np.union1d(near, chosen[(chosen >= step.first) & (chosen < step.n)])
 
     def scores(self, row: int, query: torch.Tensor, first: int, last: int) -> np.ndarray:
-        """Bounds of pages first..last-1, in sortable form, (Hkv, last - first)."""
+        """Sortable bounds of pages first..last-1, int32 (Hkv, last - first)."""
         return sortable(bounds(self.boxes.view()[row, first:last], query).amax(2))
 
     def truncate(self, n: int) -> None:
-        """The box of a page that n cuts through stays as wide as it was: still a bound."""
+        """The box of a page that n cuts through keeps its width: it is still a bound."""
         self.n = n
         self.boxes.truncate(-(-n // self.page))
 

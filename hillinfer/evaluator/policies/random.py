@@ -1,4 +1,4 @@
-"""Random tokens and the newest one: what a selection must beat. Seeded by layer and step, so that runs repeat."""
+"""Random tokens and the newest one: the baseline of any selection. Seeded by layer and step for reproducibility."""
 
 import numpy as np
 

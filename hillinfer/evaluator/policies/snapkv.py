@@ -1,7 +1,7 @@
-"""SnapKV (arXiv 2404.14469): once, after a prefill, its last queries vote for the tokens that stay.
+"""SnapKV (arXiv 2404.14469): after the prefill, its last queries vote once for the tokens to keep.
 
-As in its code the votes are pooled along the sequence, so that a token's neighbours stay with it. The paper keeps a set
-for each head; here a layer's heads share one. What comes after the prompt stays while the budget holds it.
+As in the paper's code, votes are pooled along the sequence, so that a token's neighbours are kept with it. The paper
+has one set per head; here the heads of a layer share one. Tokens after the prompt are kept within the budget.
 """
 
 import numpy as np
@@ -13,15 +13,15 @@ from hillinfer.evaluator.policy import Step
 
 
 class SnapKV(Eviction):
-    """The tokens that the last 32 queries of the prefill attend to most, and all newer ones; no second choice."""
+    """The tokens that the last 32 queries of the prefill attend to most, and all newer ones; others are evicted."""
 
-    window, kernel = 32, 7  # queries that vote, tokens over which votes are pooled: its LongBench settings
+    window, kernel = 32, 7  # voting queries, and tokens per pooled vote: the paper's LongBench settings
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
         votes = sum(weights.sum(3) for weights in causal_weights(queries, keys, valid, scaling, self.window))
         pooled = F.max_pool1d(votes.flatten(1, 2), self.kernel, 1, self.kernel // 2)
         self.worth[:, : self.n] = pooled.sum(1).numpy(force=True)
-        self.worth[:, max(0, self.n - self.window) : self.n] = np.inf  # the window itself stays
+        self.worth[:, max(0, self.n - self.window) : self.n] = np.inf  # the window itself is kept
 
     def append(self, keys: torch.Tensor) -> None:
         super().append(keys)

@@ -1,7 +1,6 @@
 """Attention sinks and a recent window (StreamingLLM, arXiv 2309.17453).
 
-The paper numbers positions inside its cache; here, as in later comparisons, keys keep the positions they were made
-with.
+The paper renumbers positions within its cache; here, as in later comparisons, keys keep their original positions.
 """
 
 import numpy as np

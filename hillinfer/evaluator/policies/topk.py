@@ -15,6 +15,6 @@ class TopK(Policy):
         if step.budget >= step.n:
             return None
         first = min(step.sinks, step.n)
-        last = max(first, step.n - step.recent)  # between them lies what can be chosen
+        last = max(first, step.n - step.recent)  # candidates are first..last-1
         chosen = first + merge_heads(step.scores()[:, first:last], step.budget - first - step.n + last)
         return np.concatenate((np.arange(first), chosen, np.arange(last, step.n)))

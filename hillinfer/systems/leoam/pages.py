@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from hillinfer.timeline import Track
 ABSENT = -1  # slot of a page that is not cached
 
 
+@dataclass(eq=False)
 class Pages:
     """int8 pages of one shape, of one sequence and layer. Without a drive, the cache holds all of them.
 
@@ -22,19 +24,17 @@ class Pages:
     track     records reads from the drive as `abstract` spans
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        drive: BlockFile | None = None,
-        stream: int = 0,
-        capacity: int | None = None,
-        track: Track | None = None,
-    ):
-        self.shape, self.drive, self.stream, self.track = shape, drive, stream, track
-        self.page_bytes = math.prod(shape)
+    shape: tuple[int, ...]
+    drive: BlockFile | None = None
+    stream: int = 0
+    capacity: int | None = None
+    track: Track | None = None
+
+    def __post_init__(self):
+        self.page_bytes = math.prod(self.shape)
         self.stored_bytes = -(-self.page_bytes // BLOCK) * BLOCK  # of a page on the drive
-        self.capacity = sys.maxsize if drive is None or capacity is None else max(1, capacity)
-        self.cache = Growable((0, *shape), 0, torch.int8)  # (slots, *shape)
+        self.capacity = sys.maxsize if self.drive is None or self.capacity is None else max(1, self.capacity)
+        self.cache = Growable((0, *self.shape), 0, torch.int8)  # (slots, *shape)
         self.slot = np.zeros(0, np.int64)  # page -> slot or ABSENT
         self.used = np.zeros(0, np.int64)  # page -> `clock` when it was last used
         self.offset = np.zeros(0, np.int64)  # page -> byte offset on the drive; kept when the page is truncated

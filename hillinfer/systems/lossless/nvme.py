@@ -1,6 +1,6 @@
-"""NVMe passthrough: READ and WRITE commands straight to a namespace's character device, below VFS and block layer.
+"""NVMe passthrough: READ and WRITE commands to a namespace's character device, below VFS and block layer.
 
-The commands of the NVMe base specification, sent by `native.ring` (struct nvme_uring_cmd of <linux/nvme_ioctl.h>).
+`native.ring` sends the commands of the NVMe base specification (struct nvme_uring_cmd of <linux/nvme_ioctl.h>).
 """
 
 import fcntl
@@ -13,17 +13,18 @@ import numpy as np
 
 from hillinfer.errors import UsageError
 from hillinfer.native.ring import Namespace, Rings
-from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, stamp_of
+from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, check_stamped, stamp_of
 from hillinfer.tiers.block_file import BLOCK, aligned
 
-NVME_ID = 0x4E40  # ioctl NVME_IOCTL_ID: the namespace's number
+NVME_ID = 0x4E40  # ioctl NVME_IOCTL_ID: the namespace's id
 DEPTH = 32  # commands in flight
 MOST_BLOCKS = 1 << 16  # logical blocks in one command
 
 
 class NvmeDevice(BlockDevice):
-    """A namespace by its character device /dev/ngXnY. Its block device /dev/nvmeXnY carries the stamp, is held
-    exclusively and is trimmed.
+    """A namespace by its character device /dev/ngXnY.
+
+    Its block device /dev/nvmeXnY has the stamp, is opened exclusively and receives the TRIM.
     """
 
     def __init__(self, path: str | Path, threads: int = 16, **options):
@@ -45,7 +46,7 @@ class NvmeDevice(BlockDevice):
         return f"NVMe passthrough (io_uring_cmd) to {self.path}"
 
     def _open(self, direct: bool) -> tuple[int, bool]:
-        """Take the block device and keep it, but move data through the character device."""
+        """Open the block device exclusively, but transfer through the character device."""
         super()._open(direct)
         try:
             return os.open(self.path, os.O_RDWR), True
@@ -58,12 +59,12 @@ class NvmeDevice(BlockDevice):
             return Rings(DEPTH, Namespace(fcntl.ioctl(self.fd, NVME_ID), self.lba))
         except OSError as error:
             raise UsageError(
-                f"{self.path} cannot be sent NVMe commands ({error.strerror or error}), which need Linux 5.19: "
+                f"{self.path} cannot be sent NVMe commands ({error.strerror or error}); they need Linux 5.19: "
                 f"name {self.folder} instead"
             ) from None
 
     def _check_stamp(self) -> None:
-        """Read the stamp by NVMe commands: the character device must belong to the block device that was checked."""
+        """Read the stamp by NVMe commands: the character device must belong to the checked block device."""
         start = aligned(STAMP)
         self.transfer("read", [(0, start)], 0, 0)
         if start.tobytes() != stamp_of(self.limit):
@@ -72,7 +73,7 @@ class NvmeDevice(BlockDevice):
     def move(
         self, verb: str, offsets, addresses, lengths, keep, stream: int, position, share: float = 1, verify=True
     ) -> None:
-        """Cut pieces to the largest command, so that all of them are in flight at once."""
+        """Split pieces at the maximum command size, so that all commands are in flight at once."""
         size = min(self.max_bytes, MOST_BLOCKS * self.lba) // BLOCK * BLOCK
         counts = -(-lengths // size)
         piece = np.repeat(np.arange(len(lengths)), counts)
@@ -87,7 +88,7 @@ class NvmeDevice(BlockDevice):
 
 
 def check_namespace(path: str | Path, root: Path = Path("/")) -> tuple[Path, Path]:
-    """The block device of /dev/ngXnY and its queue folder under /sys. UsageError if passthrough would be unsafe."""
+    """The block device of /dev/ngXnY and its queue folder in /sys. UsageError if passthrough would be unsafe."""
     path = Path(path)
     if not path.exists() or not stat.S_ISCHR(path.stat().st_mode):
         raise UsageError(f"{path} is not an NVMe character device; name /dev/ngXnY, a block device, or nothing")
@@ -99,3 +100,17 @@ def check_namespace(path: str | Path, root: Path = Path("/")) -> tuple[Path, Pat
     if metadata.exists() and int(metadata.read_text()):
         raise UsageError(f"{path} is formatted with metadata in each block; use the block device {block}")
     return block, system / "queue"
+
+
+def open_device(path: str | Path, threads: int = 16, **options) -> BlockDevice:
+    """Open a raw device: /dev/ngXnY by NVMe passthrough, any other path as a block device with O_DIRECT."""
+    return (NvmeDevice if _is_nvme(path) else BlockDevice)(path, threads, **options)
+
+
+def check_path(path: str | Path) -> None:
+    """Raise the UsageError that `open_device` would raise, without opening the device for writing."""
+    check_stamped(check_namespace(path)[0] if _is_nvme(path) else path)
+
+
+def _is_nvme(path: str | Path) -> bool:
+    return bool(re.fullmatch(r"ng\d+n\d+", Path(path).name))

@@ -1,14 +1,15 @@
-"""Which tensor goes on which path (DUAL-BLADE, arXiv 2604.26557)."""
+"""Which tensor is bound to which path (DUAL-BLADE, arXiv 2604.26557)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 NEAR, DIRECT = "near", "direct"
+SPANS = {NEAR: ("cpu", "near"), DIRECT: ("drive", "prefetch")}  # lane and kind of reads from each path
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Blocks first .. first+count of a tensor lie at blocks start .. start+count of its path."""
+    """Blocks first .. first+count of a tensor are stored in blocks start .. start+count of its path."""
 
     path: str  # NEAR or DIRECT
     start: int
@@ -17,22 +18,22 @@ class Extent:
 
 
 class Plan:
-    """tensor -> its extents: the first tensors near until the budget is full, the rest direct.
+    """The extents of each tensor: the first tensors are near until the budget is full, the others direct.
 
-    A tensor is one layer's K or V, in the order K0, V0, K1, ... Each growth step binds once and for good (the paper
-    binds at start and moves nothing later): the same rule on what is left of the budget. In each step the direct
-    tensors lie back to back in one region, so that given a maximal length a tensor is one contiguous extent.
+    A tensor is one layer's K or V, in the order K0, V0, K1, ... Bindings are permanent: the paper binds once, at the
+    start; here each growth step applies the same rule to the rest of the budget. The direct tensors of a step are
+    adjacent, so that with a known maximum length each tensor is one contiguous extent.
     """
 
     def __init__(self, tensors: int, budget: int, allocate: Callable[[str, int], int]):
-        """allocate(path, blocks) -> first block of a fresh region of that path."""
-        self.budget, self.allocate = budget, allocate  # blocks
+        """allocate(path, blocks) returns the first block of a new region of that path; `budget` is in blocks."""
+        self.budget, self.allocate = budget, allocate
         self.extents: list[list[Extent]] = [[] for _ in range(tensors)]
         self.bound = {NEAR: 0, DIRECT: 0}  # blocks
         self.blocks = 0  # of each tensor
 
     def extend(self, blocks: int) -> None:
-        """Give every tensor that many more blocks."""
+        """Add this many blocks to every tensor."""
         near = min(len(self.extents), max(0, self.budget - self.bound[NEAR]) // blocks)
         for path, tensors in ((NEAR, self.extents[:near]), (DIRECT, self.extents[near:])):
             if tensors:
@@ -43,7 +44,7 @@ class Plan:
         self.blocks += blocks
 
     def spans(self, tensor: int, start: int, end: int, block: int) -> Iterator[tuple[str, int, int, int]]:
-        """Bytes start..end of a tensor as (path, offset on the path, start, end), cut where an extent ends."""
+        """Bytes start..end of a tensor as (path, offset on the path, start, end), split at extent boundaries."""
         for extent in self.extents[tensor]:
             first, last = extent.first * block, (extent.first + extent.count) * block
             low, high = max(start, first), min(end, last)

@@ -1,23 +1,22 @@
-"""Block I/O on a raw block device, and the checks that keep it from destroying anyone's data.
+"""Block I/O on a raw block device, and the checks that protect other data from it.
 
-A device is written to only if its whole first MiB, where every common file system, partition table and volume manager
-leaves a mark, is our stamp to the byte, and if it is not mounted, held or partitioned.
+A device is written to only if its first MiB, where every common file system, partition table and volume manager leaves
+a signature, is exactly our stamp, and if it is not mounted, held or partitioned.
 """
 
 import fcntl
 import hashlib
-import mmap
 import os
-import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from hillinfer.errors import DriveError, UsageError
-from hillinfer.tiers.block_file import BLOCK, BlockFile
+from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned
 
-STAMP = 1 << 20  # bytes of the stamp at the start of the device; data follows
+STAMP = 1 << 20  # size of the stamp at the start of the device; data follows
 DISCARD = 0x1277  # ioctl BLKDISCARD
-SIGNATURES = [  # (name, offset, bytes), for error messages only: anything unknown lacks the stamp, too
+SIGNATURES = [  # (contents, offset, bytes), for error messages only: a device without our stamp is refused in any case
     ("a GPT partition table", 512, b"EFI PART"),
     ("an ext2, ext3 or ext4 file system", 0x438, b"\x53\xef"),
     ("an XFS file system", 0, b"XFSB"),
@@ -36,55 +35,50 @@ SIGNATURES = [  # (name, offset, bytes), for error messages only: anything unkno
 
 
 def check_device(path: str | Path, root: Path = Path("/")) -> int:
-    """Size in bytes of a block device that is unused and holds nothing known. UsageError otherwise.
+    """Size in bytes of an unused block device without known contents. UsageError for any other path.
 
     root   parent of /proc and /sys
     """
-    path = Path(path)
-    if not path.exists():
-        raise UsageError(f"{path} does not exist; name a block device, or leave it out to use a file")
-    device = path.stat().st_rdev
-    if not stat.S_ISBLK(path.stat().st_mode):
-        raise UsageError(f"{path} is not a block device; name one, or leave it out to use a file")
-    if reason := _use(path, device, root):
+    for reason in _objections(Path(path), root):
         raise UsageError(f"{path} {reason}")
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_EXCL)  # the kernel refuses O_EXCL while anything uses the device
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be opened exclusively ({error.strerror}); is it in use, or not yours?"
-        ) from None
-    try:
-        start, size = os.pread(fd, STAMP, 0), os.lseek(fd, 0, os.SEEK_END)
-    finally:
-        os.close(fd)
-    for name, offset, magic in SIGNATURES:
-        if start[offset : offset + len(magic)] == magic:
-            raise UsageError(f"{path} holds {name}; name an empty device (wipefs -a {path} would destroy it)")
-    if size < 2 * STAMP:
-        raise UsageError(f"{path} has {size:,} bytes; name a device of at least {2 * STAMP:,}")
-    return size
+    with Path(path).open("rb") as device:
+        return device.seek(0, os.SEEK_END)
 
 
-def _use(path: Path, device: int, root: Path) -> str | None:
-    """How the system uses the device, with the fix; None if it does not."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    system = root / "sys/dev/block" / number
+def _objections(path: Path, root: Path) -> Iterator[str]:
+    """Reasons not to write to a device, each with its fix; later checks assume that the earlier ones passed."""
+    if not path.exists():
+        yield "does not exist; name a block device, or leave it out to use a file"
+    if not path.is_block_device():
+        yield "is not a block device; name one, or leave it out to use a file"
+    number = path.stat().st_rdev
+    name = f"{os.major(number)}:{os.minor(number)}"
+    system = root / "sys/dev/block" / name
     if partitions := sorted(system.glob("*/partition")):
-        return f"has partitions ({partitions[0].parent.name}); name an empty device"
+        yield f"has partitions ({partitions[0].parent.name}); name an empty device"
     if holders := sorted(entry.name for entry in (system / "holders").glob("*")):
-        return f"is held by {', '.join(holders)}; release it, or name another device"
+        yield f"is held by {', '.join(holders)}; release it, or name another device"
     for words in map(str.split, (root / "proc/self/mountinfo").read_text().splitlines()):
-        if words[2] == number:
-            return f"is mounted on {words[4]}; unmount it, or name another device"
+        if words[2] == name:
+            yield f"is mounted on {words[4]}; unmount it, or name another device"
     swaps = [Path(line.split()[0]) for line in (root / "proc/swaps").read_text().splitlines()[1:]]
-    if any(swap.exists() and swap.stat().st_rdev == device for swap in swaps):
-        return "is swap space in use; name another device"
-    return None
+    if any(swap.exists() and swap.stat().st_rdev == number for swap in swaps):
+        yield "is swap space in use; name another device"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_EXCL)  # the kernel refuses O_EXCL while the device is in use
+    except OSError as error:
+        yield f"cannot be opened exclusively ({error.strerror}); is it in use, or not yours?"
+    with os.fdopen(fd, "rb") as device:
+        start, size = device.read(STAMP), device.seek(0, os.SEEK_END)
+    for contents, offset, magic in SIGNATURES:
+        if start[offset : offset + len(magic)] == magic:
+            yield f"holds {contents}; name an empty device (wipefs -a {path} would destroy it)"
+    if size < 2 * STAMP:
+        yield f"has {size:,} bytes; name a device of at least {2 * STAMP:,}"
 
 
 def stamp(path: str | Path) -> None:
-    """Mark an empty device as ours. UsageError unless its first and last MiB are zeros, or it is stamped already."""
+    """Stamp an empty device. UsageError unless its first and last MiB are zeros or it has our stamp already."""
     size = check_device(path)
     fd = os.open(path, os.O_RDWR | os.O_EXCL)
     try:
@@ -102,12 +96,12 @@ def stamp(path: str | Path) -> None:
 
 
 def stamp_of(size: int) -> bytes:
-    """The stamp of a device of this size: a MiB without a run of zeros, so that any other writer leaves a trace."""
+    """The stamp of a device of this size: a MiB without runs of zeros, so that any other write to it shows."""
     return b"hillinfer KV device 1\n" + hashlib.shake_256(struct.pack("<Q", size)).digest(STAMP - 22)
 
 
 def check_stamped(path: str | Path) -> int:
-    """`check_device`, and the device must carry our stamp."""
+    """`check_device` of a device that must have our stamp."""
     size = check_device(path)
     with Path(path).open("rb") as device:
         if device.read(STAMP) != stamp_of(size):
@@ -126,9 +120,9 @@ class BlockDevice(BlockFile):
 
     def _open(self, direct: bool) -> tuple[int, bool]:
         self.block_fd = os.open(self.folder, os.O_RDWR | os.O_EXCL | os.O_DIRECT)
-        buffer = mmap.mmap(-1, STAMP)
-        os.preadv(self.block_fd, [buffer], 0)  # again, now that nobody else can change it
-        if buffer[:] != stamp_of(self.limit):
+        start = aligned(STAMP)
+        os.preadv(self.block_fd, [start], 0)  # again, now that it is opened exclusively
+        if start.tobytes() != stamp_of(self.limit):
             os.close(self.block_fd)
             raise UsageError(f"{self.folder} was changed while it was being opened; check what uses it")
         return self.block_fd, True
@@ -144,7 +138,7 @@ class BlockDevice(BlockFile):
         return self.size - nbytes
 
     def trim(self) -> None:
-        """Discard the data (TRIM, NVMe Deallocate). `trimmed` says whether the device accepted the hint."""
+        """Discard the data (TRIM, NVMe Deallocate). `trimmed` is True if the device supports it."""
         if self.sums:
             self.sums.forget()
         if self.fd is not None and self.size > STAMP:
@@ -152,5 +146,5 @@ class BlockDevice(BlockFile):
                 fcntl.ioctl(self.block_fd, DISCARD, struct.pack("<QQ", STAMP, self.size - STAMP))
                 self.trimmed = True
             except OSError:
-                pass  # not supported by every device; nothing is lost
+                pass  # optional
             self.size = STAMP

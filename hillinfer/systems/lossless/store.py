@@ -1,11 +1,10 @@
-"""One layer's part of `Tensors`, as a store: whole tensors are its unit."""
+"""One layer of `Tensors` as a store, read and written as whole tensors."""
 
 import time
 
 import numpy as np
 import torch
 
-from hillinfer.errors import UsageError
 from hillinfer.systems.lossless.plan import NEAR
 from hillinfer.systems.lossless.tensors import Tensors
 from hillinfer.tiers.store import Store
@@ -13,9 +12,9 @@ from hillinfer.timeline import Counters, Served, Timeline, Track
 
 
 class TensorStore(Store):
-    """Tokens of tensors that begin on the near path count as the host's, the others as the drive's."""
+    """Hits count tokens of a tensor by its first extent: near is the host's, direct the drive's."""
 
-    in_place = False  # single records would have to be picked out of whole tensors
+    in_place = False  # single records cannot be addressed
 
     def __init__(self, tensors: Tensors, layer: int, track: Track | None = None):
         self.tensors, self.layer, self.n, self.geometry = tensors, layer, 0, tensors.geometry
@@ -33,8 +32,8 @@ class TensorStore(Store):
         kv = self.tensors.resident(self.layer, self.n)
         if kv is None:
             kv = self.tensors.slots.take(self.layer, self.n, self.track)
-            extents = [self.tensors.plan.extents[tensor.index] for tensor in self.tensors.pair(self.layer)]
-            near = tokens * sum(own[0].path == NEAR for own in extents) // 2
+            pair = self.tensors.plan.extents[2 * self.layer : 2 * self.layer + 2]
+            near = tokens * sum(extents[0].path == NEAR for extents in pair) // 2
             return kv, Served(host=near, drive=tokens - near)
         if kv.device == self.geometry.device:
             self.track.add("cpu", "view", start)
@@ -44,25 +43,20 @@ class TensorStore(Store):
         return kv, Served(host=tokens)
 
     def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:
-        """All tensors are read, and records of these positions (k,) picked."""
+        """Reads the whole tensors and picks the records of these positions (k,)."""
         kv, served = self.all()
         host = len(positions) * served.host // (served.host + served.drive)
         picked = kv[row].index_select(0, torch.from_numpy(positions).to(kv.device))
         return picked, Served(host=host, drive=len(positions) - host)
 
     def settle(self) -> int:
-        """The layer's buffer is free for the layer after the next."""
+        """Release the layer's transfer buffer."""
         self.tensors.slots.release()
         return 0
 
     def truncate(self, n: int) -> None:
         self.tensors.truncate(self.layer, n)
         self.n = n
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        raise UsageError(
-            "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
-        )
 
     def memory(self) -> dict[str, int]:
         return self.tensors.memory(self.layer)

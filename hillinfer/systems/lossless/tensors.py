@@ -1,11 +1,13 @@
-"""Whole K and V tensors on their paths: what the lossless systems keep on the drive and stream at every step.
+"""Whole K and V tensors on the drive, streamed at every step by the lossless systems.
 
-FlexGen (arXiv 2303.06865) streams all KV, with the next layer prefetched; DUAL-BLADE (arXiv 2604.26557) binds some
-tensors to the page cache and the rest to a direct path. Both are a `Plan` over two paths, and `Slots` to pass through.
+FlexGen (arXiv 2303.06865) streams all KV and prefetches the next layer; DUAL-BLADE (arXiv 2604.26557) binds some
+tensors to the page cache and the others to a direct path. Both are a `Plan` over two paths and `Slots` to load through.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,12 +18,12 @@ from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned, pieces
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.log import BEHIND, Writer
 
-HELD = 16 * BLOCK  # bytes of a tensor gathered before they are written
-HEADROOM = 256  # tokens of room beyond the first ones, where no maximal length is given
+HELD = 16 * BLOCK  # bytes of a tensor's tail that make a write
+HEADROOM = 256  # tokens of space reserved beyond the first append without `max_tokens`
 
 
 class HostPath:
-    """A path that is host memory: what FlexGen keeps resident. Same contract as `BlockFile.transfer`."""
+    """Host memory as a path, for the tensors that FlexGen keeps resident; `transfer` as in `BlockFile`."""
 
     about, direct = "host memory", False
 
@@ -40,11 +42,9 @@ class HostPath:
 
     def transfer(self, verb: str, jobs: list[tuple[int, np.ndarray]], *_) -> None:
         for offset, buffer in jobs:
-            here = self.at(offset, len(buffer))
-            if verb == "read":
-                buffer[:] = here
-            else:
-                here[:] = buffer
+            stored = self.at(offset, len(buffer))
+            source, target = (stored, buffer) if verb == "read" else (buffer, stored)
+            target[:] = source
 
     def trim(self) -> None:
         self.regions.clear()
@@ -53,7 +53,7 @@ class HostPath:
 
 
 class Tensor:
-    """One layer's K or V, (N, B, Hkv, D), as a string of bytes: `flushed` are on their paths, the rest in `tail`."""
+    """One layer's K or V, (N, B, Hkv, D), as bytes: the first `flushed` are on their path, the others in `tail`."""
 
     def __init__(self, index: int):
         self.index, self.layer = index, index // 2
@@ -61,40 +61,38 @@ class Tensor:
         self.writing: Future | None = None
 
     def settle(self) -> None:
-        """Wait for the write under way. Raises what it raised. Any thread may."""
-        writing = self.writing
-        if writing is not None:
+        """Wait for the write in flight and raise its error, if any. Thread-safe."""
+        if writing := self.writing:
             writing.result()
 
 
+@dataclass(eq=False)
 class Tensors:
     """The K and V tensors of all layers of one cache, in the order K0, V0, K1, ...
 
-    budget      bytes for the near path, given the bytes of buffers that are still to be allocated
-    max_tokens  the length to reserve room for, so that each tensor is one extent. Without it the room is the first
-                tokens and HEADROOM more, and doubles when it is full: another extent for each tensor, nothing moves
-    staggered   asked at each prefetch: True for the cross-path pipeline, False for the intra-path one (see `Slots`)
-    prefetch    whether the next layers are read while one computes
+    budget      bytes for the near path, given the bytes of the buffers yet to be allocated
+    max_tokens  length to reserve space for, so that each tensor is one extent. Without it, space for the first append
+                and HEADROOM tokens; when full, it doubles by another extent per tensor, and nothing moves
+    staggered   asked at each load: True for the cross-path pipeline, False for the intra-path one (see `Slots`)
+    prefetch    load the next layer while one computes
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        layers: int,
-        near: BlockFile | HostPath,
-        direct: BlockFile,
-        budget: Callable[[int], int],
-        max_tokens: int | None = None,
-        staggered: Callable[[], bool] = lambda: False,
-        prefetch: bool = True,
-    ):
-        self.geometry, self.layers, self.paths = geometry, layers, {NEAR: near, DIRECT: direct}
-        self.budget, self.max_tokens = budget, max_tokens
-        self.token_bytes = geometry.batch * geometry.record_bytes // 2  # of one tensor
-        self.tensors = [Tensor(i) for i in range(2 * layers)]
+    geometry: Geometry
+    layers: int
+    near: BlockFile | HostPath
+    direct: BlockFile
+    budget: Callable[[int], int]
+    max_tokens: int | None = None
+    staggered: Callable[[], bool] = lambda: False
+    prefetch: bool = True
+
+    def __post_init__(self):
+        self.paths = {NEAR: self.near, DIRECT: self.direct}
+        self.token_bytes = self.geometry.batch * self.geometry.record_bytes // 2  # of one tensor
+        self.tensors = [Tensor(i) for i in range(2 * self.layers)]
         self.plan: Plan | None = None
-        self.slots = Slots(self, staggered, prefetch)
-        self._writer = Writer(0)  # its room is known with the first tokens
+        self.slots = Slots(self, self.staggered, self.prefetch)
+        self._writer = Writer(0)  # its limit is set by the first append
 
     @property
     def size(self) -> int:
@@ -103,7 +101,7 @@ class Tensors:
 
     @property
     def bytes(self) -> int:
-        """Of one tensor, with its room to grow."""
+        """Bytes reserved for each tensor."""
         return self.plan.blocks * BLOCK if self.plan else 0
 
     def pair(self, layer: int) -> list[Tensor]:
@@ -111,57 +109,57 @@ class Tensors:
         return self.tensors[2 * layer : 2 * layer + 2]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in every tensor. DriveError when a path is full."""
+        """Reserve space for `tokens` tokens in every tensor. DriveError if a path is full."""
         need = -(-tokens * self.token_bytes // BLOCK)
         if self.plan is None:
-            room = max(tokens, self.max_tokens or tokens + HEADROOM)
-            first = -(-room * self.token_bytes // BLOCK)
-            self._writer.behind = min(BEHIND, first * BLOCK)
-            buffers = Slots.COUNT * 2 * first * BLOCK + len(self.tensors) * HELD
-            budget = self.budget(buffers + 2 * self._writer.behind)  # twice, as what is written is copied to be aligned
+            need = -(-max(tokens, self.max_tokens or tokens + HEADROOM) * self.token_bytes // BLOCK)
+            self._writer.behind = min(BEHIND, need * BLOCK)
+            buffers = Slots.COUNT * 2 * need * BLOCK + len(self.tensors) * HELD
+            budget = self.budget(buffers + 2 * self._writer.behind)  # twice: a write may need an aligned copy
             self.plan = Plan(len(self.tensors), budget // BLOCK, self._allocate)
-            self.plan.extend(first)
+            self.plan.extend(need)
         elif need > self.plan.blocks:
             self.slots.drop()
             self.plan.extend(max(need - self.plan.blocks, self.plan.blocks))
 
     def append(self, layer: int, kv: torch.Tensor, n: int) -> int:
-        """Add kv (B, m, 2, Hkv, D) after n tokens; returns the bytes whose write began."""
+        """Add kv (B, m, 2, Hkv, D) after n tokens; returns the bytes of the writes started."""
         self.reserve(n + kv.shape[1])
         both = kv.permute(2, 1, 0, 3, 4).cpu().contiguous().view(torch.uint8).numpy()  # (2, m, B, Hkv, bytes of D)
-        return sum(self._append(*one) for one in zip(self.pair(layer), both.reshape(2, -1), strict=True))
+        return sum(map(self._append, self.pair(layer), both.reshape(2, -1)))
 
     def resident(self, layer: int, n: int) -> torch.Tensor | None:
-        """The layer's n tokens, (B, n, 2, Hkv, D), where they lie in host memory: nothing is copied. Else None."""
+        """A view of the layer's n tokens in host memory, (B, n, 2, Hkv, D); None if it is not resident."""
         if not self.is_resident(layer):
             return None
         start = self.plan.extents[2 * layer][0].start * BLOCK
         return self.view(torch.from_numpy(self.paths[NEAR].at(start, 2 * self.bytes).reshape(2, -1)), n)
 
     def is_resident(self, layer: int) -> bool:
-        """Whether host memory holds the layer in one piece, K before V."""
+        """True if the layer lies contiguously in host memory, K before V."""
         if not isinstance(self.paths[NEAR], HostPath):
             return False
         pair = [extent for tensor in self.pair(layer) for extent in self.plan.extents[tensor.index]]
         return len(pair) == 2 and all(extent.path == NEAR for extent in pair)
 
     def truncate(self, layer: int, n: int) -> None:
-        """Forget the layer's tokens from n on. The block that n falls into comes back into memory."""
+        """Forget the layer's tokens from n on. The block that n falls into is read back into the tail."""
         end = n * self.token_bytes
         for tensor in self.pair(layer):
             tensor.settle()
             if end < tensor.flushed:
-                kept = end if self.is_resident(layer) else end // BLOCK * BLOCK
-                block = aligned(BLOCK)
-                if kept < end:
-                    self.read(tensor, kept, kept + BLOCK, block)
-                tensor.flushed, tensor.tail = kept, block[: end - kept].copy()
+                tensor.flushed, block = end // BLOCK * BLOCK, aligned(BLOCK)
+                self.read(tensor, tensor.flushed, tensor.flushed + BLOCK, block)
+                tensor.tail = block.copy()
             tensor.tail = tensor.tail[: end - tensor.flushed]
         self.slots.truncate(layer)
 
     def read(self, tensor: Tensor, start: int, end: int, out: np.ndarray, share: float = 1) -> dict[str, int]:
-        """Bytes start..end of a tensor into out, page-aligned; how many came by each path. See `transfer` for share."""
-        brought = {}
+        """Read bytes start..end of a tensor into `out`, page-aligned. Returns the bytes read from each path.
+
+        share  see `BlockFile.transfer`
+        """
+        nbytes = Counter()
         for path, offset, low, high in self.plan.spans(tensor.index, start, end, BLOCK):
             jobs = pieces(offset, out[low - start : high - start])
 
@@ -169,8 +167,8 @@ class Tensors:
                 return (low + max(0, at - offset)) // self.token_bytes
 
             self.paths[path].transfer("read", jobs, tensor.layer, token, share)
-            brought[path] = brought.get(path, 0) + high - low
-        return brought
+            nbytes[path] += high - low
+        return nbytes
 
     def view(self, both: torch.Tensor, n: int) -> torch.Tensor:
         """(2, bytes) as the first n tokens, (B, n, 2, Hkv, D)."""
@@ -179,7 +177,7 @@ class Tensors:
         return both[:, : n * self.token_bytes].view(size.dtype).view(shape).permute(2, 1, 0, 3, 4)
 
     def memory(self, layer: int) -> dict[str, int]:
-        """Bytes in memory for one layer: what is not written yet, and near; with the first layer, all buffers."""
+        """Bytes in memory for one layer: tails and near tensors. The first layer includes all transfer buffers."""
         device, host = self.slots.nbytes if layer == 0 else (0, 0)
         host += sum(tensor.tail.nbytes for tensor in self.pair(layer))
         near = sum(e.count * BLOCK for t in self.pair(layer) for e in self.plan.extents[t.index] if e.path == NEAR)
@@ -187,7 +185,7 @@ class Tensors:
         return {"device": device, "host": host + near * resident, "page_cache": near * (not resident)}
 
     def close(self) -> None:
-        """Stop the threads, then give all space back."""
+        """Stop the threads, then free all space."""
         self.slots.close()
         self._writer.close()
         for path in self.paths.values():
@@ -198,31 +196,26 @@ class Tensors:
         return self.paths[path].allocate(blocks * BLOCK) // BLOCK
 
     def _append(self, tensor: Tensor, new: np.ndarray) -> int:
-        tensor.tail = np.concatenate((tensor.tail, new)) if len(tensor.tail) else new
-        resident = self.is_resident(tensor.layer)
-        if len(tensor.tail) < HELD and not resident:
-            tensor.tail = tensor.tail.copy()
+        """Add bytes; returns how many begin to be written to a drive: whole blocks, once the tail has HELD bytes."""
+        tail = np.concatenate((tensor.tail, new)) if len(tensor.tail) else new
+        resident, start = self.is_resident(tensor.layer), tensor.flushed
+        nbytes = len(tail) if resident else 0
+        if not resident and len(tail) >= HELD:
+            nbytes = (start + len(tail)) // BLOCK * BLOCK - start
+        tensor.flushed, tensor.tail = start + nbytes, tail[nbytes:].copy()
+        if not nbytes:
             return 0
-        parts, written = [], tensor.flushed
-        for path, offset, start, end in self.plan.spans(tensor.index, written, written + len(tensor.tail), BLOCK):
-            if not isinstance(self.paths[path], HostPath):
-                end = end // BLOCK * BLOCK
-            if start < end:
-                parts.append((path, offset, tensor.tail[start - written : end - written]))
-                tensor.flushed = end
-        nbytes = tensor.flushed - written
-        tensor.tail = tensor.tail[nbytes:].copy()
         tensor.settle()
         if resident:
-            self._write(tensor, written, parts)
-        elif nbytes:
-            tensor.writing = self._writer.submit(nbytes, lambda: self._write(tensor, written, parts))
-        return 0 if resident else nbytes
+            self._write(tensor, start, tail)
+            return 0
+        tensor.writing = self._writer.submit(nbytes, lambda: self._write(tensor, start, tail[:nbytes]))
+        return nbytes
 
-    def _write(self, tensor: Tensor, at: int, parts: list[tuple[str, int, np.ndarray]]) -> None:
-        for path, offset, part in parts:
+    def _write(self, tensor: Tensor, start: int, data: np.ndarray) -> None:
+        for path, offset, low, high in self.plan.spans(tensor.index, start, start + len(data), BLOCK):
+            part = data[low - start : high - start]
             if self.paths[path].direct and part.ctypes.data % BLOCK:
-                bounce = aligned(len(part))
-                bounce[:] = part
-                part = bounce
-            self.paths[path].transfer("write", pieces(offset, part), tensor.layer, at // self.token_bytes)
+                part = aligned(len(part))
+                part[:] = data[low - start : high - start]
+            self.paths[path].transfer("write", pieces(offset, part), tensor.layer, start // self.token_bytes)

@@ -96,13 +96,13 @@ def large_shape() -> tuple[dict, list[Claim]]:
         ("leoam" + shape.EQUAL, "flexgen" + shape.EQUAL, 4),
     ):
         claims.append(at_least(f"{where}: {fast}, over {slow}", shape.ratio(result, slow, fast), bar))
-    for own in result["rows"][:3]:
-        figure = f"{own['over_bound']:.2f}x of {own['bound_ms']:.0f} ms ({own['longest_lane']})"
-        text = f"{where}: {own['system']}, over its longest lane's bytes at that lane's bandwidth"
-        claims.append(Claim(text, figure, "1.3x or less", own["over_bound"] <= 1.3).show())
-        alone = f"{own['over_reads']:.2f}x of {own['reads_ms']:.0f} ms"
-        text = f"{where}: {own['system']}, over the same number of reads of their mean size, nothing else going on"
-        claims.append(Claim(text, alone, "1.3x or less", own["over_reads"] <= 1.3).show())
+    for row in result["rows"][:3]:
+        figure = f"{row['over_bound']:.2f}x of {row['bound_ms']:.0f} ms ({row['longest_lane']})"
+        text = f"{where}: {row['system']}, over its longest lane's bytes at that lane's bandwidth"
+        claims.append(Claim(text, figure, "1.3x or less", row["over_bound"] <= 1.3).show())
+        alone = f"{row['over_reads']:.2f}x of {row['reads_ms']:.0f} ms"
+        text = f"{where}: {row['system']}, over the same number of reads of their mean size, nothing else going on"
+        claims.append(Claim(text, alone, "1.3x or less", row["over_reads"] <= 1.3).show())
     return {key: result[key] for key in ("rows", "bandwidths")}, claims
 
 
@@ -136,8 +136,8 @@ def main() -> int:
     threads, claims, result = torch.get_num_threads(), [], {"facts": micro.facts(5)}
     for name in PARTS:
         torch.set_num_threads(threads)  # the kernels are measured on one
-        own, made = parts[name]()
-        result |= {f"{name} {kind}": rows for kind, rows in own.items() if isinstance(rows, list)}
+        measured, made = parts[name]()
+        result |= {f"{name} {kind}": rows for kind, rows in measured.items() if isinstance(rows, list)}
         claims += made
     if not torch.cuda.is_available():
         print(

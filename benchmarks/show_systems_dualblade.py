@@ -34,7 +34,7 @@ def under_a_cgroup() -> list[Claim]:
     drive = Path(os.environ.get("DRIVE", "out"))
     drive.mkdir(parents=True, exist_ok=True)
     try:
-        rows = dualblade.measure(MIB, REPEATS, drive, tell=lambda line: print("        " + line, flush=True))
+        rows = dualblade.measure(MIB, REPEATS, drive, report=lambda line: print("        " + line, flush=True))
     except CgroupError as error:
         return [Claim("both paths under a memory cgroup", f"not measured: {error}", "measured", False).show()]
     import pandas as pd

@@ -1,9 +1,9 @@
 """A KV cache of a large model's shape without the model, and the systems that decode over it.
 
-Keys are constructed to reproduce the recorded selections of the embedded model (benchmarks/trace.py): channel s of a
-key is large if step s selected the token, the query of step s points along channel s, and its guess along a channel of the
-recorded guess. Scoring, search, pool and reads are those of the real systems, on selections with the recorded locality,
-overlap and guesses. Values are random.
+Keys are constructed to reproduce the recorded selections of the embedded model (benchmarks/trace.py). Channel s of a
+key is large if step s selected the token; the query of step s points along channel s, and its guess along a channel of
+the recorded guess. Scoring, search, pool and reads are those of the real systems, on selections with the recorded
+locality, overlap and guesses. Values are random.
 """
 
 import os

@@ -23,8 +23,8 @@ from hillinfer.config import Settings
 from hillinfer.evaluator.policies import Full
 from hillinfer.layer import Layer
 from hillinfer.pipeline.memory import read_memory
-from hillinfer.run import Run
 from hillinfer.systems.lossless.plan import DIRECT, NEAR
+from hillinfer.systems.lossless.run import StreamedRun
 from hillinfer.tiers.block_file import BLOCK
 
 LAYERS, HEADS, GROUP, DIM = 16, 8, 4, 128
@@ -42,7 +42,7 @@ def decode(stream: str, tokens: int, drive: Path, pipelining: str = "intra", bud
     settings = Settings(
         drive=drive, stream=stream, max_tokens=tokens + 64, pipelining=pipelining, host_budget=budget, io_threads=16
     )
-    run = Run(settings, LAYERS)
+    run = StreamedRun(settings, LAYERS)
     layers = [Layer(i, Full(), run) for i in range(LAYERS)]
     random = torch.empty(2, 1, HEADS, 2048, DIM, dtype=torch.bfloat16).normal_()
     began = time.perf_counter()

@@ -116,11 +116,12 @@ class Stack:
         for index, layer in enumerate(self.layers):
             keys = self.field.keys[self.field.trace.layer(index)]
             layer.append(keys.to(self.field.device), self.field.values.to(self.field.device))
+        tensors = getattr(self.cache.run, "tensors", None)  # of lossless systems
         for layer in self.layers:  # finish all writes before the reads are timed
-            run, parts = layer.run, getattr(layer.store, "streams", [])
-            for part in [*parts, *(run.tensors.pair(layer.index) if run.tensors else [])]:
+            parts = getattr(layer.store, "streams", [])
+            for part in [*parts, *(tensors.pair(layer.index) if tensors else [])]:
                 part.settle()
-        for path in run.tensors.paths.values() if run.tensors else []:
+        for path in tensors.paths.values() if tensors else []:
             if isinstance(path, BlockFile):
                 os.fdatasync(path.fd)
         self.filled, self.module = time.perf_counter() - start, torch.nn.Module()
@@ -146,8 +147,10 @@ class Stack:
         for span in timeline.spans[last:]:
             lanes[f"{span.lane} {span.kind}"] = lanes.get(f"{span.lane} {span.kind}", 0) + span.bytes
         self.lanes.append(lanes)
-        if run.tensors:  # prefetches for the next step must not disturb the other systems' turns
-            wait([future for slot in run.tensors.slots.slots for future in slot.loading])
+        if tensors := getattr(
+            run, "tensors", None
+        ):  # prefetches for the next step must not disturb the other systems' turns
+            wait([future for slot in tensors.slots.slots for future in slot.loading])
 
     def held(self) -> int:
         """Bytes of KV, codes and index in memory."""

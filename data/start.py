@@ -73,7 +73,7 @@ def look_at_header(w: dict, header: torch.Tensor) -> None:
 
 
 def match(w: dict, hash_: torch.Tensor) -> None:
-    """Even query heads match eight slots, five low-frequency dimensions each; groups 0-1 copy the token, 2-3 the note."""
+    """Even query heads match eight slots, five flat dimensions each. Groups 0-1 copy the token, 2-3 the note."""
     for group in range(4):
         for offset in range(8):  # 0 is one token back
             rows = FLAT[offset * 5 : offset * 5 + 5]

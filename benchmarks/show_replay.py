@@ -1,7 +1,7 @@
-"""`make show-replay`: every claim about profiles, replay and sweeps, measured or modelled again.
+"""`make show-replay`: measure or model all claims about profiles, replay and sweeps.
 
-ROUNDS=n repeats the self-replay n times (3). The verdicts on the papers' headlines are printed, each with its reason;
-they are what the model says, not claims of this project.
+ROUNDS=n repeats the self-replay n times (3). The verdicts on the papers' headline figures are printed with their
+reasons. They are results of the model, not claims of this project.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""`make show-speed`: every claim about speed that this machine can check, measured again.
+"""`make show-speed`: measure all claims about speed that can be checked on this machine.
 
-PARTS=micro,overhead,real,memory,shape,dualblade chooses among them; DRIVE=FOLDER is the drive (out by default). The
-figures of all parts are in out/speed.json, for benchmarks.compare.
+PARTS=micro,overhead,real,memory,shape,dualblade selects parts; DRIVE=FOLDER sets the drive (default: out). The figures
+of all parts are written to out/speed.json, for benchmarks.compare.
 """
 
 import json
@@ -27,13 +27,13 @@ NEEDS = {"memory": (7, 2), "shape": (20, 33)}  # GB of memory and of the drive, 
 
 
 def at_least(text: str, ratio: tuple[float, float, float], bar: float) -> Claim:
-    """A claim that a ratio, given by its quartiles, is at least the bar."""
+    """A claim that a ratio, given by its quartiles, reaches a threshold."""
     low, middle, high = ratio
     return Claim(text, f"{middle:.2f}x ({low:.2f} to {high:.2f})", f"{bar}x or more", middle >= bar).show()
 
 
 def kernels() -> tuple[dict, list[Claim]]:
-    """Scoring against one core's read bandwidth, and what a layer takes beyond its kernels."""
+    """Scoring against one core's read bandwidth, and a layer's overhead beyond its kernels."""
     with tempfile.TemporaryDirectory(dir=DRIVE) as folder:
         result = micro.measure(Path(folder))
     micro.show(result)
@@ -49,7 +49,7 @@ def kernels() -> tuple[dict, list[Claim]]:
 
 
 def full_budget() -> tuple[dict, list[Claim]]:
-    """All tokens, all in memory: against transformers' own cache."""
+    """All tokens selected and in memory, against transformers' DynamicCache."""
     with torch.inference_mode():
         rows, claims = overhead.measure(), []
     for row in rows:
@@ -107,7 +107,7 @@ def large_shape() -> tuple[dict, list[Claim]]:
 
 
 def under_a_cgroup() -> tuple[dict, list[Claim]]:
-    """DUAL-BLADE with KV at twice what the memory limit leaves for the page cache."""
+    """DUAL-BLADE with KV of twice the page cache that the memory limit leaves."""
     text = "dualblade over page cache alone, KV twice the cache, in a memory cgroup"
     try:
         rows = dualblade.measure(1024, 5, DRIVE, (2,), ("page-cache", "dual"))

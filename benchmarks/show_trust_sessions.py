@@ -1,6 +1,6 @@
 """The part of `make show-trust` about sessions, security, concurrency, broken input and long use.
 
-KILLS, CASES and RUNS change how much of each is tried (200, 1,000,000 and 1,000).
+KILLS, CASES and RUNS set the number of trials (200, 1,000,000 and 1,000).
 """
 
 import os

@@ -9,7 +9,7 @@
 # %% [markdown]
 # # Write your own policy
 #
-# **What you will see:** a new selection policy in one cell, and at once its accuracy and bytes next to the other systems.
+# **What you will see:** a new selection policy in one cell, with its accuracy and bytes next to the other systems.
 # From then on it is a system like any other: in the dashboard, in `hillinfer.list_systems()`, in all tables here.
 #
 # A policy answers one question for each decode step and layer: which of the n cached tokens to attend to?

@@ -101,5 +101,6 @@ report.summary(table, cost)[["system", "alpha", "n", "score", "to full"]].style.
 # ## With your own model, and LongBench's own data
 #
 # Set `model` to a folder or a name on the Hub, `tasks` to `longbench-en` and `samples` to 0 (all), add `--data
-# data.zip` to the setting, and set `folder` to a permanent one. `--workers 8` or `--cluster dask:HOST:8786` distribute the work.
+# data.zip` to the setting, and set `folder` to a permanent one. `--workers 8` or `--cluster dask:HOST:8786` run the
+# eval in parallel.
 # `docs/longbench.md` has the steps for Llama-3.1-8B on one 24 GB GPU, and what was not run.

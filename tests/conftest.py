@@ -1,4 +1,4 @@
-"""Tiny random models of every family that the seam is proved on."""
+"""Tiny random models of all supported families."""
 
 import os
 
@@ -59,7 +59,7 @@ FAMILIES = {
 
 
 def seeded(make):
-    """A model with random weights, always the same, and wide enough that greedy choices are no ties."""
+    """A model with seeded random weights of a scale that avoids ties in greedy decoding."""
     torch.manual_seed(7)
     model = make().eval()
     for parameter in model.parameters():
@@ -70,7 +70,7 @@ def seeded(make):
 
 @pytest.fixture(scope="session")
 def models():
-    """Family name -> model, made once and kept."""
+    """Maps a family name to its model, built once and cached."""
     made = {}
 
     def get(name: str):

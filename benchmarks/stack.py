@@ -147,9 +147,7 @@ class Stack:
         for span in timeline.spans[last:]:
             lanes[f"{span.lane} {span.kind}"] = lanes.get(f"{span.lane} {span.kind}", 0) + span.bytes
         self.lanes.append(lanes)
-        if tensors := getattr(
-            run, "tensors", None
-        ):  # prefetches for the next step must not disturb the other systems' turns
+        if tensors := getattr(run, "tensors", None):  # prefetches must not disturb the other systems' turns
             wait([future for slot in tensors.slots.slots for future in slot.loading])
 
     def held(self) -> int:

@@ -10,7 +10,7 @@
 # # Hit rates and pools
 #
 # **What you will see:** which tier serves the attended tokens: the device window, the hot pool in host memory, or the
-# drive; how the hot pool warms up; why tokens miss it; and how four rankings of the pool compare at equal memory.
+# drive; how the hot pool warms up; why tokens miss it; and how three rankings of the pool compare at equal memory.
 
 # %% tags=["parameters"]
 task = "chain"  # long answers: over 64 decode steps
@@ -56,16 +56,16 @@ hits_figure(first.counters, f"{task}, {tokens} tokens, alpha {alpha}: by decode 
 hits_figure(first.counters, f"{task}, {tokens} tokens, alpha {alpha}: by layer")
 
 # %% [markdown]
-# ## Four rankings, and budgets of host memory
+# ## Three rankings, and budgets of host memory
 #
-# Equal pools, one question. `hits` counts per token and layer, `shared-hits` uses one table for all layers, `lru` and
-# `importance` are controls. Measured on this machine; one question is an illustration, not a benchmark.
+# Equal pools, one question. `hits` counts per token and layer, `shared-hits` uses one table for all layers, `lru`
+# is the control. Measured on this machine; one question is an illustration, not a benchmark.
 
 # %%
 import pandas as pd
 
 rows = []
-for placement in ("hits", "shared-hits", "lru", "importance"):
+for placement in ("hits", "shared-hits", "lru"):
     one = run(placement=placement)
     rates, steps = one.figures["rates"], one.figures["steps"]
     rows.append(

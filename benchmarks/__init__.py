@@ -1,1 +1,1 @@
-"""Claims and benchmarks that anyone can run again."""
+"""Reproducible benchmarks and checks of the project's claims."""

@@ -1,4 +1,4 @@
-"""`make audit`: known weaknesses of the installed packages, by pip-audit. Needs the network and the extra [audit]."""
+"""`make audit`: known vulnerabilities of the installed packages (pip-audit). Needs a network and the extra [audit]."""
 
 import json
 import subprocess
@@ -15,16 +15,15 @@ def main() -> int:
     try:
         packages = json.loads(ran.stdout)["dependencies"]
     except (ValueError, KeyError):
-        print(f"no advisories could be had ({(ran.stderr.splitlines() or ['no answer'])[-1]}): run this with a network")
+        print(f"no advisories available ({(ran.stderr.splitlines() or ['no answer'])[-1]}): run this with a network")
         return 2
-    known = [(package, weakness) for package in packages for weakness in package.get("vulns", [])]
-    for package, weakness in known:
-        fixed = ", ".join(weakness["fix_versions"]) or "none yet"
-        print(f"{package['name']} {package['version']}: {weakness['id']}, fixed in {fixed}")
-    left = [package["name"] for package in packages if "skip_reason" in package]
-    print(
-        f"{len(packages) - len(left)} packages asked about, {len(known)} known weaknesses; not asked: {left or 'none'}"
-    )
+    known = [(package, vulnerability) for package in packages for vulnerability in package.get("vulns", [])]
+    for package, vulnerability in known:
+        fixed = ", ".join(vulnerability["fix_versions"]) or "none yet"
+        print(f"{package['name']} {package['version']}: {vulnerability['id']}, fixed in {fixed}")
+    skipped = [package["name"] for package in packages if "skip_reason" in package]
+    checked = len(packages) - len(skipped)
+    print(f"{checked} packages checked, {len(known)} known vulnerabilities; skipped: {skipped or 'none'}")
     return int(bool(known))
 
 

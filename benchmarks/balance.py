@@ -1,11 +1,11 @@
-"""Claim check: is a layer's step shortest near the split that is predicted for it (HillInfer APP)?
+"""Claim check: is a layer's step shortest near the predicted split between host and drive (HillInfer, APP)?
 
     python -m benchmarks.balance --drive FOLDER
 
-One layer of a Llama-3-8B's shape with random keys on the emulated drive, paced to a SmartSSD's rates. For each share of
-tokens in the host's pool: score on both sides, choose alpha of the tokens, bring them. Measured; the prediction is
-from the speeds measured in the same run. Keys are random, so hot tokens are chosen no more often than cold ones.
---host-gbps 4 paces the host's scoring, too: an emulated weaker host, for which a split pays.
+One layer of Llama-3-8B's shape with random keys on the emulated drive, paced to a SmartSSD's rates. For each share of
+tokens in the host's pool: score on both sides, select alpha of the tokens, fetch them. The prediction uses the speeds
+measured in the same run. Keys are random, so hot tokens are selected no more often than cold ones.
+--host-gbps 4 also paces the host's scoring, to emulate a weaker host that benefits from a split.
 """
 
 import argparse
@@ -41,7 +41,7 @@ REPEATS = 21
 
 
 def paced(score: Callable, rate: float) -> Callable:
-    """The same scores, but no sooner than a host would have them that scores `rate` bytes of codes in a second."""
+    """`score`, delayed to the speed of a host that scores `rate` bytes of codes per second."""
 
     def slower(hot: np.ndarray) -> np.ndarray:
         due = time.perf_counter() + len(hot) * HEADS * DIM / rate
@@ -54,7 +54,7 @@ def paced(score: Callable, rate: float) -> Callable:
 
 
 def step_ms(folder: Path, n: int, share: float, alpha: float, rate: float = math.inf) -> float:
-    """Median milliseconds of one step's scoring, choice and transfers, at one share of tokens in the pool."""
+    """Median milliseconds of one step (scoring, selection, transfers) with one share of the tokens in the pool."""
     torch.manual_seed(0)
     geometry = Geometry(1, HEADS, DIM, torch.bfloat16, torch.device("cpu"))
     drive = EmulatedDrive(folder, Shape(1, 1, geometry.record_bytes, HEADS, DIM), Emulation(paced=True))
@@ -71,8 +71,8 @@ def step_ms(folder: Path, n: int, share: float, alpha: float, rate: float = math
         for _ in range(REPEATS + 1):
             query = codes.query(torch.randn(HEADS * GROUP, DIM), 0)
             start = time.perf_counter()
-            own = paced(lambda hot, query=query: codes.scores(query, 0, hot), rate)
-            scores = store.scores(0, query, own, codes.nbytes)
+            score = paced(lambda hot, query=query: codes.scores(query, 0, hot), rate)
+            scores = store.scores(0, query, score, codes.nbytes)
             store.fetch(0, merge_heads(scores, int(alpha * n)))
             times.append((time.perf_counter() - start) * 1e3)
             store.missed.clear()  # nothing is promoted: the share stays
@@ -82,8 +82,9 @@ def step_ms(folder: Path, n: int, share: float, alpha: float, rate: float = math
 
 
 def measure_splits(folder: Path, n: int, alphas: list[float], rate: float = math.inf) -> tuple[pd.DataFrame, list[str]]:
-    """One row for each alpha and host share, with the time measured and what the forms predict; and the speeds. The
-    host scores at most `rate` bytes/s.
+    """One row per alpha and host share with measured and predicted time, and the measured speeds as text.
+
+    The host scores at most `rate` bytes/s.
     """
     parts = measure_scoring(folder, paced=True)
     speeds = Profile(THIS, machine(), parts).speeds(RECORD_BYTES)
@@ -99,14 +100,14 @@ def measure_splits(folder: Path, n: int, alphas: list[float], rate: float = math
     for alpha in alphas:
         beta, rates = speeds.beta(alpha, code, record), SelectionRates(alpha, alpha)
         for share in sorted({*SHARES, round(best := speeds.host_share(rates, code, record), 2)}):
-            own = {"tokens": n, "alpha": alpha, "host share": share, "ms": step_ms(folder, n, share, alpha, rate)}
-            own["predicted ms"] = speeds.step_seconds(share, rates, code, record) * n * 1e3
-            rows.append(own | {"predicted share": best, "paper's share": beta / (1 + beta)})
+            row = {"tokens": n, "alpha": alpha, "host share": share, "ms": step_ms(folder, n, share, alpha, rate)}
+            row["predicted ms"] = speeds.step_seconds(share, rates, code, record) * n * 1e3
+            rows.append(row | {"predicted share": best, "paper's share": beta / (1 + beta)})
     return pd.DataFrame(rows), facts
 
 
 def regret(rows: pd.DataFrame, share: float) -> float:
-    """How much longer than the shortest measured step the one at this share is (between two shares: interpolated)."""
+    """Relative excess of the step at this share over the shortest measured step, interpolated between shares."""
     return float(np.interp(share, rows["host share"], rows.ms) / rows.ms.min() - 1)
 
 

@@ -1,4 +1,4 @@
-"""What checksums cost: reads of scattered records with and without them, in turn, from the same kind of file.
+"""Cost of checksums: alternating reads of scattered records from files with and without them.
 
 python -m benchmarks.checksum_cost --drive FOLDER
 """
@@ -21,9 +21,9 @@ RECORD, TOKENS = 4096, 16_384  # Llama-3-8B's record in bf16
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians over rounds, in seconds: of a read with and without checksums; and the kernel alone, bytes/s."""
+    """Median seconds of a read with and without checksums."""
 
-    share: float  # of the records, chosen at random
+    share: float  # of the records, random
     on: float
     off: float
     read: int  # bytes
@@ -38,7 +38,7 @@ class Cost:
 
 
 def kernel() -> float:
-    """Bytes/s that one core checks, from memory."""
+    """Bytes per second that one core checks in memory."""
     buffer, sums = np.random.default_rng(0).integers(0, 256, 64 << 20, dtype=np.uint8), np.zeros(16_384, np.uint32)
     where = np.array([0]), np.array([native.pointer(buffer)]), np.array([len(buffer)])
     times = []
@@ -59,11 +59,11 @@ def costs(folder: Path, rounds: int = 20, shares=(0.01, 0.1, 0.5), direct: bool 
             positions = np.flatnonzero(rng.random(TOKENS) < share)
             out, times, nbytes = np.empty((len(positions), RECORD), np.uint8), ([], []), 0
             for number in range(rounds + 1):
-                for file, own in list(zip(files, times, strict=True))[:: 1 if number % 2 else -1]:
+                for file, seconds in list(zip(files, times, strict=True))[:: 1 if number % 2 else -1]:
                     start = time.perf_counter()
                     nbytes = file.read(0, positions, out)
-                    own.append(time.perf_counter() - start)
-            found.append(Cost(share, *(statistics.median(own[1:]) for own in times), nbytes))
+                    seconds.append(time.perf_counter() - start)
+            found.append(Cost(share, *(statistics.median(seconds[1:]) for seconds in times), nbytes))
     finally:
         for file in files:
             file.close()

@@ -1,10 +1,10 @@
-"""What LeoAM's chunks cost and carry along, layer by layer, against single tokens and fixed chunks of 16 and 64.
+"""Evaluations and redundant reads of LeoAM's chunks by layer, against single tokens and fixed chunks of 16 and 64.
 
     python -m benchmarks.chunks --n 4
     python -m benchmarks.chunks --n 2 --misses
 
-Important are the tokens outside the device window that give some head 1 % of its weight or more. A method reads chunks
-in the order in which heads take turns, until it has 95 % of these; what it read beyond them is redundant.
+A token is important if it is outside the device window and has at least 1 % of some head's attention. A method reads
+chunks, heads taking turns, until it has 95 % of the important tokens; all other tokens read are redundant.
 """
 
 import argparse
@@ -29,7 +29,7 @@ METHODS = {"tokens": 1, "leoam": LEAF, "chunks of 16": 16, "chunks of 64": 64}
 
 
 class Study(LeoAM):
-    """LeoAM, which looks beside at what other chunks would have read. Rows of figures come in `found`."""
+    """LeoAM, which also evaluates the reads of other chunk sizes. Adds rows of figures to `found`."""
 
     found: list = []
 
@@ -67,14 +67,14 @@ class Study(LeoAM):
 
     def _scores(self, name: str, size: int, step, last: int) -> np.ndarray:
         query = step.grouped(self.kv_heads)
-        if name == "leoam":  # as it has them: full pages in INT8
+        if name == "leoam":  # as LeoAM stores them: full pages in INT8
             page, leaf = np.divmod(np.arange(last // LEAF), NODES - LEAVES)
             return self.trees[step.row].scores(page * NODES + LEAVES + leaf, query)[1]
         return self.fixed[name].scores(step.row, query, 0, last // size)
 
 
 class Misses(Quest):
-    """Full attention, which notes whether chunks of each size and slack would have held a head's heaviest token."""
+    """Full attention that records if chunks of each size and slack would have included a head's heaviest token."""
 
     found: list = []
 
@@ -102,7 +102,7 @@ class Misses(Quest):
 
 
 def misses(task: str, tokens: int, n: int) -> pd.DataFrame:
-    """Share of the heads with a token of over 20 % of their weight whose chunk is not chosen at alpha 0.2."""
+    """Share of heads that miss a token with over 20 % of their attention, because alpha 0.2 skips its chunk."""
     model, tokenizer = load_embedded()
     before, Misses.found = enable(model), []
     for record in make_records(task, tokens, n, SEED):
@@ -114,14 +114,14 @@ def misses(task: str, tokens: int, n: int) -> pd.DataFrame:
 
 
 def covering(scores: np.ndarray, wanted: np.ndarray) -> int:
-    """How many chunks of scores (Hkv, m) are read, heads taking turns, until COVER of the wanted (k,) are in."""
+    """Number of chunks read, heads taking turns by scores (Hkv, m), until COVER of the `wanted` (k,) are read."""
     turn = (-scores.astype(np.int64)).argsort(1, kind="stable").argsort(1).min(0)
     needed = np.sort(turn[wanted])[int(np.ceil(COVER * len(wanted))) - 1]
     return int((turn <= needed).sum())
 
 
 def measure(tasks: list[str], tokens: int, n: int, alpha: float) -> pd.DataFrame:
-    """A row for each layer and method: means over all decode steps that have important tokens."""
+    """One row per layer and method: means over all decode steps with important tokens."""
     model, tokenizer = load_embedded()
     before, Study.found = enable(model), []
     for task in tasks:
@@ -134,7 +134,7 @@ def measure(tasks: list[str], tokens: int, n: int, alpha: float) -> pd.DataFrame
 
 
 def table(frame: pd.DataFrame) -> str:
-    """The frame as Markdown: for each layer what each method evaluates, reads and reads in vain."""
+    """The frame as Markdown: evaluated, read and redundant tokens by layer and method."""
     lines = ["| layer | important | " + " | ".join(f"{m}: evaluated, read, redundant" for m in METHODS) + " |"]
     lines.append("|" + "---|" * (2 + len(METHODS)))
     for layer, part in frame.groupby("layer"):
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--alpha", type=float, default=0.2)
     parser.add_argument("--tasks", nargs="+", default=["lines", "needle"])
-    parser.add_argument("--misses", action="store_true", help="what chunks of other sizes miss, instead")
+    parser.add_argument("--misses", action="store_true", help="measure the misses of fixed chunk sizes instead")
     words = parser.parse_args()
     if words.misses:
         print(misses(words.tasks[0], words.tokens, words.n).to_string(), machine(), sep="\n")

@@ -1,4 +1,4 @@
-"""A list of claims, each measured now, printed with its figure and its bar."""
+"""Claims, each measured anew and printed with its figure and its threshold."""
 
 import subprocess
 import sys
@@ -24,14 +24,14 @@ class Claim:
 
 
 def verdict(claims: list[Claim]) -> int:
-    """Print the sum; the exit code is 1 when a claim is missed."""
+    """Print the totals and return the exit code: 1 if any claim is missed."""
     missed = sum(not claim.met for claim in claims)
     print(f"{len(claims) - missed} claims met, {missed} missed")
     return int(missed > 0)
 
 
 def tests(text: str, *arguments: str) -> Claim:
-    """The claim that these tests pass; pytest runs now, and none may be missing."""
+    """The claim that these tests pass. Runs pytest with `arguments`; skipping all of them does not count as passing."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider", *arguments]

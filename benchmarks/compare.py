@@ -1,6 +1,6 @@
-"""Two JSON results of a benchmark side by side: python -m benchmarks.compare BEFORE AFTER
+"""Compare two JSON results of a benchmark: python -m benchmarks.compare BEFORE AFTER
 
-Any result that is a dictionary of `facts` and of lists of rows; rows are matched by what they say that is no number.
+A result is a dictionary with `facts` and lists of rows. Rows are matched by their non-numeric fields.
 """
 
 import json
@@ -13,7 +13,7 @@ def number(value) -> bool:
 
 
 def rows_of(result: dict) -> dict[tuple, dict[str, float]]:
-    """Figures by row: (list's name, everything in the row that names it) -> its numbers."""
+    """Maps (list name, identifying fields of a row) to the numbers of the row."""
     found = {}
     for name, rows in result.items():
         for row in rows if isinstance(rows, list) else ():
@@ -28,7 +28,7 @@ def rows_of(result: dict) -> dict[tuple, dict[str, float]]:
 
 
 def compare(before: dict, after: dict) -> list[str]:
-    """Lines: facts that differ, then each figure before, after, and their ratio; rows of one side alone are named."""
+    """The comparison as lines: differing facts, each figure with its ratio, then the unmatched rows."""
     facts = [(key, before.get("facts", {}).get(key), value) for key, value in after.get("facts", {}).items()]
     lines = [f"{key}: {old} -> {new}" for key, old, new in facts if old != new]
     left, right = rows_of(before), rows_of(after)

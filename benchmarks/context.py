@@ -2,9 +2,9 @@
 
     python -m benchmarks.context --drive FOLDER
 
-The embedded model answers the same questions with `flexgen` (all KV from the drive at each step) and with `hillinfer`
-(alpha of it), in turn; `flexgen` also with as many bytes of KV in memory as hillinfer's records, codes and counters
-take. Measured with a real drive; the shape is tiny, so the ratios are this model's and no other's.
+The embedded model answers the same questions with `flexgen` (reads all KV from the drive in each step) and `hillinfer`
+(reads alpha of it), in alternation. `flexgen` also runs with as much KV memory as hillinfer's records, codes and
+counters take. Measured on a real drive; the model is tiny, so the ratios do not transfer to other models.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SEED = 31
 
 
 def measure(drive: Path, lengths: list[int], repeats: int, alpha: float) -> pd.DataFrame:
-    """One row for each length and system: median milliseconds per token with the quartiles, and bytes in memory."""
+    """One row per length and system: median and quartiles of milliseconds per token, and bytes in memory."""
     model, tokenizer = load_embedded()
     rows = []
     for tokens in lengths:
@@ -41,9 +41,9 @@ def measure(drive: Path, lengths: list[int], repeats: int, alpha: float) -> pd.D
                     answer = ask(model, tokenizer, record, cache)
                 times.setdefault(name, []).append(answer.ms_per_token)
                 held[name] = sum(size for kind, size in answer.memory.items() if kind != "drive")
-        for name, own in times.items():
-            low, middle, high = statistics.quantiles(own, n=4)
-            gain = statistics.median(a / b for a, b in zip(own, times["hillinfer"], strict=True))
+        for name, values in times.items():
+            low, middle, high = statistics.quantiles(values, n=4)
+            gain = statistics.median(a / b for a, b in zip(values, times["hillinfer"], strict=True))
             rows.append({"tokens": tokens, "system": name, "ms per token": middle, "from": low, "to": high,
                          "times hillinfer's": gain, "KiB in memory": held[name] // 1024})  # fmt: skip
             print(rows[-1], flush=True)

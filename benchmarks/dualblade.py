@@ -1,10 +1,10 @@
-"""Page cache only, direct only and both (DUAL-BLADE), measured side by side under a memory cgroup.
+"""DUAL-BLADE's page-cache path, direct path and both together, measured side by side in a memory cgroup.
 
     python -m benchmarks.dualblade --drive FOLDER [--mib 1024] [--repeats 5] [--out out/dualblade.csv]
 
-A stack of decoder layers without a model (8 KV heads of 128, bf16, batch 1: 4 KiB for each token and layer), filled
-with random KV, decodes with exact attention. Each cell is a process in a cgroup of its own, which leaves `KV / ratio`
-bytes for the page cache; the three ways take turns. Needs root for the cgroup.
+A stack of attention layers without a model (8 KV heads of 128, bf16, batch 1: 4 KiB per token and layer), filled with
+random KV, decodes with exact attention. Each measurement runs in its own process and cgroup, which leaves `KV / ratio`
+bytes for the page cache. The three variants alternate. The cgroup needs root.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from hillinfer.systems.lossless.run import StreamedRun
 from hillinfer.tiers.block_file import BLOCK
 
 LAYERS, HEADS, GROUP, DIM = 16, 8, 4, 128
-TOKEN = 2 * HEADS * DIM * 2  # bytes for one token of one layer
-RATIOS = (0.5, 1, 2, 4)  # KV's bytes over those that the cgroup leaves for the page cache
+TOKEN = 2 * HEADS * DIM * 2  # bytes per token and layer
+RATIOS = (0.5, 1, 2, 4)  # KV bytes over the page cache that the cgroup leaves
 WAYS = ("page-cache", "direct", "dual")
 WARM, STEPS = 2, 5
-OWN = 40 << 20  # bytes of the process itself, as measured
-KILLED = "the process ended without a word; was it killed for memory?"
+OWN = 40 << 20  # memory of the process itself in bytes, measured
+KILLED = "the process ended without a result; was it killed for memory?"
 
 
 def decode(stream: str, tokens: int, drive: Path, pipelining: str = "intra", budget: int | None = None) -> dict:
-    """Fill and decode in this process. For each step seconds and bytes that truly came from storage; and the plan."""
+    """Fill and decode in this process. Returns seconds and bytes read from storage by step, and the plan's figures."""
     torch.set_num_threads(1)
     settings = Settings(
         drive=drive, stream=stream, max_tokens=tokens + 64, pipelining=pipelining, host_budget=budget, io_threads=16
@@ -52,7 +52,7 @@ def decode(stream: str, tokens: int, drive: Path, pipelining: str = "intra", bud
                 for i, layer in enumerate(layers):
                     at = (start * 7 + i * 531) % 1024
                     layer.append(*random[:, :, :, at : at + min(1024, tokens - start)])
-            for layer in layers:  # so that no write is left to disturb the reads
+            for layer in layers:  # finish all writes before the reads are timed
                 for tensor in run.tensors.pair(layer.index):
                     tensor.settle()
             for path in run.tensors.paths.values():
@@ -81,14 +81,14 @@ def decode(stream: str, tokens: int, drive: Path, pipelining: str = "intra", bud
 
 
 def _storage_bytes() -> int:
-    """Bytes that this process has caused to be fetched from storage, page-cache hits left out."""
+    """Bytes that this process has read from storage, excluding page-cache hits."""
     lines = (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(dict(lines)["read_bytes"])
 
 
 def in_cgroup(limit: int, **arguments) -> dict:
-    """`decode` in a process of its own under that memory limit."""
-    context = mp.get_context("fork")  # torch is loaded once, and counts for the parent
+    """`decode` in a separate process under this memory limit."""
+    context = mp.get_context("fork")  # torch is loaded once, and charged to the parent
     receive, send = context.Pipe(duplex=False)
 
     def work(group: MemoryCgroup) -> None:
@@ -115,13 +115,13 @@ def in_cgroup(limit: int, **arguments) -> dict:
 
 
 def limit_for(tokens: int, ratio: float) -> int:
-    """The memory limit that leaves KV / ratio bytes beside the process and its buffers."""
+    """Memory limit that leaves KV / ratio bytes for the page cache, besides the process and its buffers."""
     layer = (tokens + 64) * TOKEN
     return int(LAYERS * tokens * TOKEN / ratio) + 2 * layer + min(64 << 20, layer) + OWN
 
 
-def measure(mib: int, repeats: int, drive: Path, ratios=RATIOS, ways=WAYS, tell=print) -> list[dict]:
-    """One row for each ratio, way and repeat; the ways take turns within a repeat."""
+def measure(mib: int, repeats: int, drive: Path, ratios=RATIOS, ways=WAYS, report=print) -> list[dict]:
+    """One row per ratio, variant and repeat; the variants alternate within a repeat."""
     tokens = (mib << 20) // (LAYERS * TOKEN)
     rows = []
     for ratio in ratios:
@@ -131,20 +131,22 @@ def measure(mib: int, repeats: int, drive: Path, ratios=RATIOS, ways=WAYS, tell=
                     arguments = dict(stream=way, tokens=tokens, drive=Path(folder))
                     try:
                         cell = in_cgroup(limit_for(tokens, ratio), **arguments)
-                    except RuntimeError as error:  # cgroup v1 may kill who dirties pages faster than they are written
+                    except (
+                        RuntimeError
+                    ) as error:  # cgroup v1 may kill a process that dirties pages faster than writeback
                         if KILLED not in str(error) or way != "page-cache":
                             raise
-                        tell(f"KV {ratio:g}x the cache, {way}: killed for memory as it filled the cache; once more")
+                        report(f"KV {ratio:g}x the cache, {way}: killed for memory while filling the cache; retrying")
                         cell = in_cgroup(limit_for(tokens, ratio), **arguments)
-                asked = LAYERS * tokens * TOKEN
-                near = asked * cell["near"] / (cell["near"] + cell["direct"])
-                missed = max(0, statistics.median(cell["read"]) - (asked - near))
+                total = LAYERS * tokens * TOKEN
+                near = total * cell["near"] / (cell["near"] + cell["direct"])
+                missed = max(0, statistics.median(cell["read"]) - (total - near))
                 row = {
                     "ratio": ratio,
                     "way": way,
                     "repeat": repeat,
                     "ms": 1e3 * statistics.median(cell["seconds"]),
-                    "near_share": near / asked,
+                    "near_share": near / total,
                     "hit_rate": max(0.0, 1 - missed / near) if near else None,
                     "refaults": cell["refaults"],
                     "fill_s": cell["filled"],
@@ -154,7 +156,7 @@ def measure(mib: int, repeats: int, drive: Path, ratios=RATIOS, ways=WAYS, tell=
                 }
                 rows.append(row)
                 hit = "-" if row["hit_rate"] is None else f"{row['hit_rate']:.0%}"
-                tell(
+                report(
                     f"KV {ratio}x the cache, {way:10}: {row['ms']:6.0f} ms a step, {row['near_share']:4.0%} near, "
                     f"hit rate {hit}, filled in {row['fill_s']:.1f} s, limit {row['limit'] >> 20} MiB "
                     f"({row['anonymous'] >> 20} anonymous)"
@@ -163,7 +165,7 @@ def measure(mib: int, repeats: int, drive: Path, ratios=RATIOS, ways=WAYS, tell=
 
 
 def table(rows: list[dict]) -> "pandas.DataFrame":  # noqa: F821
-    """Medians over the repeats, with the spread of the times."""
+    """Medians over the repeats, with the range of the times."""
     import pandas as pd
 
     frame = pd.DataFrame(rows)

@@ -37,7 +37,7 @@ PLACE = re.compile(r"layer \d+, sequence \d+, position \d+")
 
 
 def places() -> dict[str, dict]:
-    """Settings by `system, drive kind`, of every system with a drive on every kind that needs no card."""
+    """Settings by `system, drive kind`: all systems with a drive, on all kinds of drives that need no card."""
     found = {}
     for name in hillinfer.list_systems():
         for kind in ("ssd", "emulated"):
@@ -46,18 +46,18 @@ def places() -> dict[str, dict]:
                 settings = hillinfer.systems.registry.find_system(name, options)[1]
                 if settings.drive_kind != kind:
                     continue
-                own = dict(alpha=0.15, recent=4, sinks=2, drive_kind=kind)
+                chosen = dict(alpha=0.15, recent=4, sinks=2, drive_kind=kind)
                 if settings.stream is not None:
-                    own["host_budget"] = {"dualblade": 1_000_000}.get(name, 0)  # of dualblade two of four tensors
+                    chosen["host_budget"] = {"dualblade": 1_000_000}.get(name, 0)  # dualblade: two of four tensors
                 if settings.compress:
-                    own["compress"] = 0.5  # "auto" need not repeat to the bit
-                found[f"{name}, {kind}"] = own
+                    chosen["compress"] = 0.5  # "auto" is not bit-reproducible
+                found[f"{name}, {kind}"] = chosen
     return found
 
 
 @dataclass
 class Outcome:
-    """The result of one run, and the resources it left behind."""
+    """Result of one run, and the resources it leaked."""
 
     injected: bool
     error: BaseException | None
@@ -66,7 +66,7 @@ class Outcome:
     left: tuple = ()
 
     def verdict(self, want: list[int], fault: str) -> str:
-        """`error`, `right`, or the defect. Tokens before an error must be right, too."""
+        """`error`, `right`, or the defect. Tokens before an error must also be right."""
         if self.tokens != want[: len(self.tokens)] or (self.error is None and self.tokens != want):
             return "WRONG TOKENS"
         if self.left:
@@ -93,7 +93,7 @@ class Watch(LogitsProcessor):
 
 @dataclass
 class Bench:
-    """A tiny model, and each system's tokens without faults."""
+    """A tiny model, and the tokens of each system without faults."""
 
     folder: Path
     known: dict[tuple, tuple[list[int], np.ndarray]] = field(default_factory=dict)
@@ -145,19 +145,19 @@ class Bench:
         return self.known[place, engine]
 
     def try_fault(self, place: str, engine: str, fault: str, share: float, seed: int) -> tuple[str, Outcome] | None:
-        """A fault at that share of the operations of its kind; None if the system has no such operation."""
+        """Inject a fault at this share of the operations of its kind. None if the system has no such operation."""
         want, counts = self.want(place, engine)
         total = counts[COUNTS.index(FAULTS[fault])]
         if not total:
             return None
-        for _ in range(5):  # timing decides which reads find their records on the drive
+        for _ in range(5):  # timing decides which reads reach the drive
             outcome = self.run(place, engine, fault, min(int(share * total), int(total) - 1), seed)
             if outcome.injected or outcome.error or outcome.left or outcome.tokens != want:
                 break
         return outcome.verdict(want, fault), outcome
 
     def left(self, before: tuple) -> tuple:
-        """Resources that were not there before; stuck requests get some time to return."""
+        """Leaked resources. Stuck requests get some time to return."""
         until = time.monotonic() + 5
         while (now := resources(self.drive)) != before and time.monotonic() < until:
             gc.collect()  # tracebacks are cycles
@@ -177,7 +177,7 @@ def resources(folder: Path | None = None) -> tuple:
 
 
 def sweep(total: int, seed: int = 0) -> int:
-    """Inject `total` faults at random places and print the outcomes by fault. Returns 1 if any was wrong."""
+    """Inject `total` faults at random places, and print the outcomes by fault. Returns 1 if any was wrong."""
     rng, table, bad, after = random.Random(seed), Counter(), [], 0
     start, done = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +221,7 @@ def sweep(total: int, seed: int = 0) -> int:
 
 
 def row(bench: Bench, place: str) -> list[str]:
-    """One system's outcome of every fault, at the first and at the last operation of its kind."""
+    """One system's outcome for each fault, at the first and at the last operation of its kind."""
     cells = []
     for fault in FAULTS:
         tries = [bench.try_fault(place, "auto", fault, share, 1) for share in (0, 0.999)]
@@ -232,7 +232,7 @@ def row(bench: Bench, place: str) -> list[str]:
 
 
 def table(path: Path) -> int:
-    """Write the page. Returns 1 if any outcome was wrong."""
+    """Write docs/faults.md. Returns 1 if any outcome was wrong."""
     with tempfile.TemporaryDirectory() as folder:
         bench, rows = Bench(Path(folder)), []
         for place in bench.places:

@@ -1,4 +1,4 @@
-"""A drive that fails on purpose: an engine that wraps another and fails at a chosen operation."""
+"""Fault injection: an I/O engine that wraps another and fails at a chosen operation."""
 
 import errno
 import fcntl
@@ -28,28 +28,28 @@ FAULTS = {  # name -> the operation that triggers it
 
 
 class FaultyDrive:
-    """`fault` happens at operation number `at` of its kind. `counts`, int64 (4,), counts operations as in COUNTS."""
+    """Injects `fault` at operation number `at` of its kind. `counts`, int64 (4,), counts operations as in COUNTS."""
 
     def __init__(self, fault: str | None, at: int = 0, seed: int = 0, counts: np.ndarray | None = None):
         self.fault, self.verb, self.at = fault, FAULTS.get(fault), at
         self.counts = np.zeros(4, np.int64) if counts is None else counts
         self.rng, self.lock = np.random.default_rng(seed), threading.Lock()
         self.gone, self.released, self.pipes, self.undo = False, threading.Event(), [], []
-        self.ends: tuple[int, int] | None = None  # descriptors that a stuck drive reads from, writes to
+        self.ends: tuple[int, int] | None = None  # descriptors for the reads and writes of a stuck drive
 
     def install_everywhere(self) -> None:
-        """In every file opened from now on, until `remove`."""
+        """Wrap the engine of every file opened from now on, until `remove`."""
         real = dict(ENGINES)
         for name, make in real.items():
             ENGINES[name] = lambda threads, make=make: FaultyEngine(self, make(threads))
         self.undo.append(lambda: ENGINES.update(real))
 
     def install(self, file: BlockFile) -> None:
-        """In one open file, for good."""
+        """Wrap the engine of one open file, permanently."""
         file.engine = FaultyEngine(self, file.engine)
 
     def remove(self) -> None:
-        """End all faults; stuck transfers return."""
+        """Stop all faults and release stuck transfers."""
         self.released.set()
         while self.pipes:
             os.close(self.pipes.pop())
@@ -57,7 +57,7 @@ class FaultyDrive:
             self.undo.pop()()
 
     def due(self, verb: str) -> bool:
-        """Count an operation. True if the fault happens at it."""
+        """Count an operation. True if the fault is due at it."""
         with self.lock:
             index = COUNTS.index(verb)
             self.counts[index] += 1
@@ -76,21 +76,19 @@ class FaultyDrive:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         if fault == "slow":
             time.sleep(0.03)
-        elif fault == "short read":  # the file ends within this piece
+        elif fault == "short read":  # the file ends within this range
             os.ftruncate(fd, offset + int(self.rng.integers(length // BLOCK)) * BLOCK)
-        elif fault == "flipped bit":  # of the file itself
-            own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+        elif fault == "flipped bit":  # in the file itself
+            writable = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
             at, bit = offset + int(self.rng.integers(length)), int(self.rng.integers(8))
-            os.pwrite(own, bytes([os.pread(own, 1, at)[0] ^ 1 << bit]), at)
-            os.fsync(own)
-            os.close(own)
+            os.pwrite(writable, bytes([os.pread(writable, 1, at)[0] ^ 1 << bit]), at)
+            os.fsync(writable)
+            os.close(writable)
         else:
             self.stick(engine)
 
     def stick(self, engine: Engine) -> None:
-        """Let no later transfer return. Threads wait in their calls; the kernel waits for data of an empty pipe, or for
-        room in a full one.
-        """
+        """Block all later transfers: threads wait in their calls; the kernel waits on an empty or a full pipe."""
         if isinstance(engine, Threads):
             engine.read = engine.write = lambda *args: self.released.wait() and 0
             return
@@ -102,7 +100,7 @@ class FaultyDrive:
 
 
 class FaultyEngine:
-    """An `Engine` that passes everything on to another until its drive's fault is due."""
+    """An `Engine` that forwards to another until the fault is due."""
 
     def __init__(self, drive: FaultyDrive, engine: Engine):
         self.drive, self.engine, self.name = drive, engine, engine.name

@@ -1,8 +1,8 @@
 """Fuzz every parser: python -m benchmarks.fuzz --cases 1000000
 
-Cases are valid examples, mutated (bytes flipped, cut, repeated, spliced; numbers and words replaced by awkward ones). A
-parser may accept a case or refuse it with its documented error; anything else, or more than a second, is a failure.
-Seeded: the same cases every time.
+Cases are mutated valid examples: bytes flipped, cut, repeated or spliced; numbers and words replaced by awkward ones. A
+parser may accept a case or reject it with its documented error. Any other exception, or more than a second, is a
+failure. Seeded, so the cases are the same in every run.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Parser:
     seeds: list[bytes]
     parse: Callable[[bytes], object]
     errors: tuple[type[Exception], ...]
-    share: float  # of the cases
+    share: float  # of all cases
     taken: int = 0
     refused: int = 0
     failures: list[str] = field(default_factory=list)
@@ -194,8 +194,8 @@ def fuzz(parser: Parser, cases: int, seed: int) -> Iterator[int]:
         yield number
 
 
-def run(cases: int, seed: int = 0, tell: Callable[[str], None] = print) -> list[Parser]:
-    """Fuzz all parsers, each with its share of the cases."""
+def run(cases: int, seed: int = 0, report: Callable[[str], None] = print) -> list[Parser]:
+    """Fuzz all parsers, each with its share of the cases; `report` receives the results as text."""
     home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=home) as name:
         found = parsers(Path(name))
@@ -204,12 +204,12 @@ def run(cases: int, seed: int = 0, tell: Callable[[str], None] = print) -> list[
             for _ in fuzz(parser, int(cases * parser.share), seed):
                 pass
             took, count = time.perf_counter() - start, parser.taken + parser.refused
-            tell(
+            report(
                 f"{parser.name}: {count:,} cases, {parser.taken:,} taken, {parser.refused:,} refused, "
                 f"{len(parser.failures)} failures, {took:.0f} s"
             )
             for failure in parser.failures[:5]:
-                tell(f"  {failure}")
+                report(f"  {failure}")
     return found
 
 

@@ -1,10 +1,10 @@
-"""Decoding on a GPU with the KV elsewhere: python -m benchmarks.gpu [--tokens 32768 131072] [--batch 1 8] [--out FILE]
+"""GPU decode with offloaded KV: python -m benchmarks.gpu [--tokens 32768 131072] [--batch 1 8] [--out FILE]
 
-A Llama-3-8B-shaped Hugging Face model with random weights in bf16, its cache filled with random KV: `full` on the GPU,
-transformers' own offloaded cache, and flexgen, hillinfer, leoam and dualblade with a drive. Random keys have no
-neighbourhoods and no favourites, so that pool and prefetch of the selecting systems see their worst case.
+A Llama-3-8B-shaped Hugging Face model with random bf16 weights and random KV: `full` on the GPU, transformers'
+offloaded cache, and flexgen, hillinfer, leoam and dualblade with a drive. Random keys have neither locality nor hot
+tokens, which is the worst case for the pool and prefetch of selective systems.
 
-A case that does not fit is left out with its reason. `--shape tiny --device cpu` runs the same code without a GPU.
+Cases that do not fit are skipped with the reason. `--shape tiny --device cpu` runs the same code without a GPU.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from benchmarks.stack import SHAPES, Shape
 from hillinfer.systems.registry import make_cache
 
 SYSTEMS = ("full", "offloaded", "flexgen", "hillinfer", "leoam", "dualblade")
-WARM, STEPS, CHUNK = 11, 10, 4096  # warm: both ways of looking ahead are tried, five steps each
+WARM, STEPS, CHUNK = 11, 10, 4096  # the warm-up includes five trial steps of each lookahead mode
 
 
 def make_model(shape: Shape, device: str) -> LlamaForCausalLM:
-    """Random weights in bf16, made on the device."""
+    """A model with random bf16 weights, created on the device."""
     config, large = shape.config(), shape.name != "tiny"
     config.intermediate_size, config.vocab_size = 7 * config.hidden_size // 2, 128_256 if large else 512
     config.max_position_embeddings = 1 << 18
@@ -36,7 +36,7 @@ def make_model(shape: Shape, device: str) -> LlamaForCausalLM:
 
 
 def make_filled(model: LlamaForCausalLM, system: str, n: int, batch: int, folder: Path):
-    """A system's cache with n tokens of random KV in every layer."""
+    """A system's cache with n tokens of random KV per layer."""
     config, device = model.config, model.device
     if system == "offloaded":
         cache = DynamicCache(config=config, offloading=True)
@@ -46,7 +46,7 @@ def make_filled(model: LlamaForCausalLM, system: str, n: int, batch: int, folder
     else:
         cache = make_cache(model, system, alpha=ALPHA, drive=folder, max_tokens=n + WARM + STEPS + 1)
     shape = (2, batch, config.num_key_value_heads, CHUNK, config.head_dim)
-    for start in range(0, n, CHUNK):  # chunk by chunk, as a long prefill would
+    for start in range(0, n, CHUNK):  # in chunks, like a long prefill
         kv = torch.randn(shape, dtype=torch.bfloat16, device=device)[:, :, :, : n - start]
         for index, layer in enumerate(cache.layers):
             if system == "offloaded":
@@ -58,7 +58,7 @@ def make_filled(model: LlamaForCausalLM, system: str, n: int, batch: int, folder
 
 
 def decode(model: LlamaForCausalLM, system: str, n: int, batch: int, folder: Path) -> dict:
-    """One system's row: quartiles of a step's ms, the GPU's peak memory, and bytes from the drive for each step."""
+    """One system's row: quartiles of ms per step, peak GPU memory, and drive bytes per step."""
     gpu, seconds = model.device.type == "cuda", []
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -85,7 +85,7 @@ def decode(model: LlamaForCausalLM, system: str, n: int, batch: int, folder: Pat
 
 
 def measure(shape: Shape, device: str, tokens: list[int], batches: list[int], systems: list[str], folder: Path) -> dict:
-    """A row for each case, and why others were left out."""
+    """One row per case, and the reasons of skipped cases."""
     model, rows, left_out = make_model(shape, device), [], []
     for n in tokens:
         for batch in batches:
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[32_768, 131_072])
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to read from")
+    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to benchmark")
     parser.add_argument("--out", type=Path, help="write the result here as JSON, for benchmarks.compare")
     words = parser.parse_args()
     if words.device == "cuda" and not torch.cuda.is_available():

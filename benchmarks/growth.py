@@ -1,7 +1,7 @@
-"""Cost as work grows: milliseconds a token from 2K to 128K tokens: python -m benchmarks.growth [--out FILE]
+"""Scaling of the decode time from 2K to 128K tokens: python -m benchmarks.growth [--out FILE]
 
-Five systems on the 1B shape of benchmarks/shape.py, each context a run of its own, systems taking turns within it.
-The slope is the exponent of the time over the last three doublings: 1 where twice the tokens take twice as long.
+Five systems on the 1B shape of benchmarks/shape.py. Each context is a separate run, with systems alternating within it.
+The slope is the scaling exponent over the last three doublings: 1 means that twice the tokens take twice as long.
 """
 
 import argparse
@@ -31,7 +31,7 @@ WAYS = {
 
 
 def grow(contexts: tuple[int, ...], shape: str, trace: Path, drive: Path, steps: int = STEPS) -> list[dict]:
-    """A row for each context and system."""
+    """One row per context and system."""
     rows, recorded = [], record(trace)
     for n in contexts:
         with torch.inference_mode(), tempfile.TemporaryDirectory(dir=drive) as folder:
@@ -43,7 +43,7 @@ def grow(contexts: tuple[int, ...], shape: str, trace: Path, drive: Path, steps:
 
 
 def slopes(rows: list[dict]) -> dict[str, float]:
-    """The exponent of each system's time over its last four contexts."""
+    """Scaling exponent of each system over its last four contexts."""
     frame = pd.DataFrame(rows).pivot(index="tokens", columns="system", values="ms").tail(4)
     return {name: float(np.polyfit(np.log(frame.index), np.log(frame[name]), 1)[0]) for name in frame}
 
@@ -52,9 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="*", default=list(CONTEXTS))
     parser.add_argument("--shape", choices=list(SHAPES), default="1B")
-    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to read from")
-    parser.add_argument("--trace", type=Path, default=Path("out/trace.npz"), help="recorded there where there is none")
-    parser.add_argument("--out", type=Path, default=Path("out/growth.json"), help="result; the plot lies beside it")
+    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to benchmark")
+    parser.add_argument("--trace", type=Path, default=Path("out/trace.npz"), help="recorded trace; created if missing")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/growth.json"), help="result as JSON; the plot is saved next to it"
+    )
     words = parser.parse_args()
     words.out.parent.mkdir(parents=True, exist_ok=True)
     rows = grow(tuple(words.tokens), words.shape, words.trace, words.drive)

@@ -1,8 +1,8 @@
 """SIGKILL at random moments of a save and of a generation: python -m benchmarks.kills --kills 200
 
-Two documents take turns in one session file. Children are forked from a process that has the model and no threads; one
-saves or generates until it is killed, the next opens what is there and answers. Half of the children live on a file
-system without nameless files (emulated: they are told that there are none), where a drive file has a name for a moment.
+Two documents alternate in one session file. Children are forked from a single-threaded process with the model: one
+saves or generates until it is killed, the next opens the session and answers. For half of the children, O_TMPFILE is
+emulated as missing, so a drive file briefly has a name.
 """
 
 import argparse
@@ -31,10 +31,10 @@ TOKENS, NEW = 700, 6
 
 
 class Bench:
-    """The model, two documents saved beside it, and what each answers after a fresh prefill."""
+    """The model, two documents, and the answer to each after a fresh prefill."""
 
     def __init__(self, folder: Path):
-        torch.set_num_threads(1)  # a fork must not find other threads
+        torch.set_num_threads(1)  # fork needs a single-threaded process
         self.model, tokenizer = load_embedded()
         self.folder, self.target, self.drive = folder, folder / "doc.kv", folder / "drive"
         self.drive.mkdir()
@@ -70,18 +70,18 @@ class Bench:
             self.answer(cache, ids, 200)
 
     def look(self) -> str:
-        """What a later open gives: `a` or `b` with the right tokens, `wrong`, or the refusal."""
+        """Open the session: `a` or `b` if the tokens are right, `wrong`, or `refused` with the error."""
         try:
             cache, ids = open_session(self.target, self.model, "hillinfer", **self.options)
         except UsageError as error:
             return f"refused: {error}"
         with cache:
-            name = next((name for name, own in self.ids.items() if own == ids), None)
+            name = next((name for name, tokens in self.ids.items() if tokens == ids), None)
             return name if name and self.answer(cache, ids) == self.want[name] else "wrong"
 
 
 def forked(job: Callable[[Callable[[str], None]], None], named: bool = False) -> tuple[int, int]:
-    """A child that does `job(say)`; its process and the pipe that it says things into."""
+    """Fork a child that runs `job(say)`. Returns its pid and the pipe that receives its messages."""
     read, write = os.pipe()
     pid = os.fork()
     if pid:
@@ -98,7 +98,7 @@ def forked(job: Callable[[Callable[[str], None]], None], named: bool = False) ->
 
 
 def told(pid: int, pipe: int) -> str:
-    """All that a child says until it ends."""
+    """All messages of a child, up to its exit."""
     with os.fdopen(pipe, "rb") as file:
         text = file.read().decode()
     os.waitpid(pid, 0)
@@ -106,7 +106,7 @@ def told(pid: int, pipe: int) -> str:
 
 
 def took(job: Callable) -> float:
-    """Seconds from the first word of a child's work to its end: the least of three, as the first warms the disk up."""
+    """Seconds from a child's first message to its exit: the minimum of three, since the first run warms up the disk."""
     seconds = []
     for _ in range(3):
         pid, pipe = forked(job)
@@ -118,7 +118,7 @@ def took(job: Callable) -> float:
 
 
 def run(kills: int, seed: int = 0) -> Counter:
-    """Counts of what was found after kills: old, new, refused, wrong; in time; orphans found and left."""
+    """Counts of the states found after kills: old, new, refused, wrong; in time; orphans found and remaining."""
     rng, found = random.Random(seed), Counter()
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name))
@@ -158,7 +158,7 @@ def orphans(bench: Bench) -> list[Path]:
 
 
 def readers(count: int = 8) -> tuple[int, int]:
-    """Processes that open one session at once: how many answer as a fresh prefill does, and how many there were."""
+    """Open one session in several processes at once: number of correct answers, and of processes."""
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name))
         shutil.copy(bench.folder / "a.kv", bench.target)

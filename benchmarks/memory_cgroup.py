@@ -1,4 +1,4 @@
-"""A memory cgroup of our own, version 1 or 2, for as long as a `with` block lasts."""
+"""A temporary memory cgroup, version 1 or 2, for a `with` block."""
 
 import os
 import time
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 class CgroupError(RuntimeError):
-    """No memory cgroup can be made here. The message says what is needed."""
+    """A memory cgroup cannot be created. The message names the requirement."""
 
 
 class MemoryCgroup:
-    """`join()` puts the calling process in; its allocations and page cache then count against `limit`."""
+    """`join()` moves the calling process into the cgroup: its allocations and page cache then count towards `limit`."""
 
     def __init__(self, limit: int):
         parent, self.version, limit_file = _parent()
@@ -22,14 +22,14 @@ class MemoryCgroup:
             if self.folder.exists():
                 self.folder.rmdir()
             raise CgroupError(
-                f"no memory cgroup can be made in {parent} ({error.strerror}); run this as root"
+                f"cannot create a memory cgroup in {parent} ({error.strerror}); run this as root"
             ) from None
 
     def join(self) -> None:
         (self.folder / "cgroup.procs").write_text(str(os.getpid()))
 
     def stat(self, name: str) -> int:
-        """A field of memory.stat; 0 where this kernel has none of that name."""
+        """A field of memory.stat; 0 if this kernel lacks it."""
         lines = (line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
         return int(dict(lines).get(name, 0))
 
@@ -37,7 +37,7 @@ class MemoryCgroup:
         return self
 
     def __exit__(self, *exc) -> None:
-        for _ in range(50):  # a process that has just ended may still be listed
+        for _ in range(50):  # a process that has just exited may still be listed
             try:
                 self.folder.rmdir()
                 return
@@ -46,7 +46,7 @@ class MemoryCgroup:
 
 
 def _parent() -> tuple[Path, str, str]:
-    """The folder of the outermost memory cgroup, its version, and its limit's file."""
+    """Folder of the outermost memory cgroup, its version, and the name of its limit file."""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, folder, kind, options = line.split()[:4]
         if kind == "cgroup" and "memory" in options.split(","):
@@ -57,6 +57,6 @@ def _parent() -> tuple[Path, str, str]:
             try:
                 Path(folder, "cgroup.subtree_control").write_text("+memory")
             except OSError as error:
-                raise CgroupError(f"{folder} does not let memory be limited ({error.strerror}); run as root") from None
+                raise CgroupError(f"{folder} does not allow memory limits ({error.strerror}); run as root") from None
             return Path(folder), "v2", "memory.max"
     raise CgroupError("no memory cgroup is mounted (v1 or v2); mount one as root")

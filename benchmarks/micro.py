@@ -1,8 +1,7 @@
-"""Each kernel against its bound, measured in the same run: python -m benchmarks.micro [--out FILE] [--drive FOLDER]
+"""Kernels against their roofline, measured in the same run: python -m benchmarks.micro [--out FILE] [--drive FOLDER]
 
-A kernel's bound is its bytes over the bandwidth that one core, or the drive, reaches here and now; the rounds are
-interleaved, so that what disturbs one disturbs all. A core's bound is held in CPU time, which others cannot
-take. Llama-3-8B's layer shape.
+A kernel's bound is its bytes over the measured bandwidth of one core or of the drive. Rounds are interleaved, so noise
+affects all rows alike. Bounds of a core use CPU time, which other processes cannot distort. Llama-3-8B's layer shape.
 """
 
 import argparse
@@ -39,8 +38,9 @@ CHOSEN = int(ALPHA * TOKENS)
 
 @dataclass
 class Row:
-    """One thing that is measured. `bound` names the row whose bytes per second bound this one's; the plain way to
-    do the same is the row whose name goes on with a comma.
+    """One measurement. `bound` names the row whose bandwidth is this row's upper bound.
+
+    The baseline of "name" is the row "name, torch" or "name, numpy".
     """
 
     name: str
@@ -62,15 +62,15 @@ class Row:
 
 
 def memory_rows(rng: np.random.Generator) -> list[Row]:
-    """One core, from memory: between two turns of a row the others push its data out of the caches."""
+    """Rows of one core, from memory: other rows evict a row's data from the caches between its turns."""
     words = np.ones(1 << 24, np.uint64)
     query = rng.integers(-127, 128, (HEADS, GROUP, DIM), np.int8)
     coded = {bits: rng.integers(-127, 128, (HEADS, TOKENS, DIM * bits // 8), np.int8) for bits in (8, 4)}
     scores = native.score(query, coded[8], 8)
     records = torch.randn(TOKENS, 2, HEADS, DIM, dtype=torch.bfloat16)
     chosen = np.sort(rng.choice(TOKENS, CHOSEN, replace=False))
-    where, own = records.data_ptr() + chosen * RECORD, torch.randn(1, HEADS * GROUP, DIM)
-    out, taken = torch.empty_like(own), torch.from_numpy(chosen)
+    where, query = records.data_ptr() + chosen * RECORD, torch.randn(1, HEADS * GROUP, DIM)
+    out, taken = torch.empty_like(query), torch.from_numpy(chosen)
     keys, codes = torch.randn(1, HEADS, 512, DIM), torch.empty((1, HEADS, 512, DIM), dtype=torch.int8)
     scale = torch.zeros(1, HEADS, 1, DIM)
     how, everything = ("bfloat16", HEADS, 0.1, out, torch.empty(1, HEADS * GROUP)), (records.data_ptr(), RECORD, TOKENS)
@@ -78,16 +78,16 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     def by_torch() -> None:
         kv = records.index_select(0, taken)
         torch.nn.functional.scaled_dot_product_attention(
-            own.to(torch.bfloat16).view(1, HEADS, GROUP, DIM),
+            query.to(torch.bfloat16).view(1, HEADS, GROUP, DIM),
             kv[None, :, 0].transpose(1, 2),
             kv[None, :, 1].transpose(1, 2),
         )
 
     plain, stored = torch.from_numpy(query), {bits: torch.from_numpy(part) for bits, part in coded.items()}
     core, moved, torch_too = CORE, CHOSEN * RECORD, ", torch"
-    attend = [Row("attend to scattered tokens", moved, lambda: native.attend(own, [where], *how), core)]
+    attend = [Row("attend to scattered tokens", moved, lambda: native.attend(query, [where], *how), core)]
     attend.append(Row("attend to scattered tokens" + torch_too, moved, by_torch))
-    attend.append(Row("attend to all tokens", records.nbytes, lambda: native.attend(own, [everything], *how), core))
+    attend.append(Row("attend to all tokens", records.nbytes, lambda: native.attend(query, [everything], *how), core))
     rows = [Row(core, words.nbytes, lambda: native.read(words))]
     for bits in (8, 4):
         name, size = f"score int{bits}", coded[bits].nbytes
@@ -100,7 +100,7 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
 
 
 def drive_rows(rng: np.random.Generator, folder: Path) -> tuple[list[Row], Callable[[], None]]:
-    """One layer's tokens from the drive, and the same bytes in order; each turn reads other tokens of four layers."""
+    """Rows of the drive: scattered tokens of one layer, and as many sequential bytes; tokens change with each turn."""
     engines = ["threads"] if ring.why_not() else ["io_uring", "threads"]
     rows, files = [], []
     part = rng.integers(0, 255, (TOKENS, RECORD), np.uint8)
@@ -136,8 +136,9 @@ def drive_rows(rng: np.random.Generator, folder: Path) -> tuple[list[Row], Calla
 
 
 def seam(system: str, n: int, steps: int = 200) -> dict:
-    """What one layer's append and attend take beyond the kernels they call, in microseconds: the embedded model's
-    shape, one thread, medians of the whole and of each kernel alone.
+    """Overhead of one layer's append and attend beyond the kernels they call, in microseconds.
+
+    The embedded model's shape, one thread; medians of the total and of each kernel.
     """
     heads, group, dim = 4, 2, 64
     layer = Layer(0, POLICIES[system](), Run(Settings(alpha=ALPHA), 1))
@@ -173,7 +174,7 @@ def seam(system: str, n: int, steps: int = 200) -> dict:
 
 
 def measure(folder: Path, repeats: int = 9) -> dict:
-    """All rows, and the facts of the run."""
+    """All rows, with the facts of the run."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     rows, close = memory_rows(rng), lambda: None
@@ -183,7 +184,7 @@ def measure(folder: Path, repeats: int = 9) -> dict:
         for turn in range(repeats + 1):
             for row in rows if turn % 2 else rows[::-1]:
                 row.once()
-        for row in rows:  # the first touch of buffers is no part of the speed
+        for row in rows:  # drop the first turn, which touches the buffers for the first time
             del row.seconds[0], row.cpu[0]
     finally:
         close()
@@ -197,15 +198,15 @@ def result_of(row: Row, rows: dict[str, Row]) -> dict:
     result = {"name": row.name, "bytes": row.nbytes, "ms": row.ms, "gbps": row.nbytes / row.ms / 1e6}
     result |= {"ms_min": 1e3 * min(row.seconds), "ms_max": 1e3 * max(row.seconds)}
     result["cpu_ms"] = 1e3 * statistics.median(row.cpu)
-    if row.bound in rows:  # turn by turn, so that both sides met the same disturbance; of a core, the time it was ours
+    if row.bound in rows:  # paired by turn, so both saw the same noise; CPU time for a core
         bound, what = rows[row.bound], "cpu" if row.bound == CORE else "seconds"
         pairs = zip(getattr(bound, what), getattr(row, what), strict=True)
-        result["of_bound"] = statistics.median(row.nbytes / bound.nbytes * one / own for one, own in pairs)
+        result["of_bound"] = statistics.median(row.nbytes / bound.nbytes * one / ours for one, ours in pairs)
         result["bound"] = row.bound
     for plain in (f"{row.name}, torch", f"{row.name}, numpy", row.name.replace("io_uring", "threads")):
         if plain in rows and plain != row.name:
             pairs = zip(rows[plain].seconds, row.seconds, strict=True)
-            result["speedup"] = statistics.median(one / own for one, own in pairs)
+            result["speedup"] = statistics.median(one / ours for one, ours in pairs)
     return result
 
 
@@ -240,7 +241,7 @@ def show(result: dict) -> None:
 
 
 def keep(path: Path | None, result: dict) -> None:
-    """Write what was measured where the user asked for it, for `benchmarks.compare`."""
+    """Write the result to `path`, if given, for `benchmarks.compare`."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1))
@@ -249,7 +250,7 @@ def keep(path: Path | None, result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="write the result here as JSON, for benchmarks.compare")
-    parser.add_argument("--drive", type=Path, help="folder on the drive to read from (0.5 GiB for each engine)")
+    parser.add_argument("--drive", type=Path, help="folder on the drive to benchmark (0.5 GiB per engine)")
     parser.add_argument("--repeats", type=int, default=9)
     words = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=words.drive) as folder:

@@ -1,7 +1,7 @@
-"""Decode with the full budget against transformers' own cache: python -m benchmarks.overhead [--threads N] [--out FILE]
+"""Full-budget decode against transformers' DynamicCache: python -m benchmarks.overhead [--threads N] [--out FILE]
 
-The embedded model with random KV of each length (the longer ones lie beyond its window: for speed only), one token at a
-time through the model's forward, both caches in turn. Both sides hold all KV in memory and attend to all of it.
+The embedded model with random KV of each length (beyond its context window for speed only), one token at a time through
+the model's forward pass, both caches alternating. Both keep all KV in memory and attend to all of it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STEPS, WARM = 60, 5
 
 
 def measure(contexts: tuple[int, ...] = CONTEXTS, steps: int = STEPS) -> list[dict]:
-    """A row for each context: ms of both, and the median over steps of DynamicCache's time over ours."""
+    """One row per context: ms of both, and the median over steps of DynamicCache's time over ours."""
     (plain, _), (tiered, _) = load_embedded(), load_embedded()
     config, rows, token = plain.config, [], torch.tensor([[5]])
     for n in contexts:
@@ -42,7 +42,7 @@ def measure(contexts: tuple[int, ...] = CONTEXTS, steps: int = STEPS) -> list[di
                 cpu[name].append(1e3 * (time.process_time() - before))
         row = {"tokens": n}
         for unit, times in (("ms", wall), ("cpu_ms", cpu)):
-            ratios = [one / own for one, own in zip(times["dynamic"], times["full"], strict=True)][WARM:]
+            ratios = [one / ours for one, ours in zip(times["dynamic"], times["full"], strict=True)][WARM:]
             low, _, high = statistics.quantiles(ratios, n=4)
             row |= {f"dynamic_{unit}": statistics.median(times["dynamic"][WARM:])}
             row |= {f"full_{unit}": statistics.median(times["full"][WARM:])}

@@ -1,10 +1,10 @@
-"""The papers' claims: the paper's figure, the modelled one with its profile, and the reason for the difference.
+"""The papers' claims: published figure, modelled figure with its profile, and the reason for the difference.
 
     python -m benchmarks.papers
 
-prints the headline table. Each claim is a function that returns a DataFrame: `headlines()` gives the verdicts, the
-others the data behind them. Everything is modelled, by the rules of `hillinfer.whatif.rules`, on device profiles whose
-numbers name their source; nothing was run on the papers' machines.
+prints the headline table. Each claim is a function that returns a DataFrame: `headlines()` returns the verdicts, the
+others the underlying data. All figures are modelled with the rules of `hillinfer.whatif.rules` on device profiles that
+cite a source for every number. Nothing was run on the papers' machines.
 """
 
 import math
@@ -33,7 +33,7 @@ M0 = 16 * GIB  # not given in the paper; `gains` sweeps it
 
 
 def ms(case: Scenario, system: str) -> float:
-    """Milliseconds of a step; NaN if the system cannot run the case."""
+    """Milliseconds per step; NaN if the system cannot run the case."""
     try:
         return seconds(case, system) * 1e3
     except DoesNotFit:
@@ -51,7 +51,7 @@ def gains(
     """HillInfer on its SmartSSD machine against its baselines, which run on a plain drive as in the paper.
 
     `gain over X` is X's time over that of `hillinfer-paper`, which selects once, one layer ahead, as in the paper.
-    This project's `hillinfer` selects again with the true query, so that lookahead changes no output.
+    This project's `hillinfer` selects again with the true query, so lookahead does not change the output.
     """
     rows = []
     for host in hosts:
@@ -77,14 +77,14 @@ def _cold_codes(case: Scenario) -> float:
 
 
 def balance(model_name: str = "qwen-7b", context: int = 12288, batch: int = 1, alpha: float = 0.2) -> pd.DataFrame:
-    """A step's time against the host pool's share, beside the shares predicted by the closed forms (APP).
+    """Step time against the host pool's share, with the shares predicted by the closed forms (APP).
 
-    Engine runs of one layer, with alpha of the tokens selected from either side. `paper`: each side sends as soon as it
-    has scored. `barrier`: selection needs both results, and one thread then gathers and reads.
+    Simulates one layer, with alpha of the tokens selected on each side. `paper`: each side sends as soon as it has
+    scored. `barrier`: selection waits for both results, and one thread then gathers and reads.
     """
-    shape, own = SHAPES[model_name], profile(SMART)
+    shape, device = SHAPES[model_name], profile(SMART)
     code, record = shape.code_bytes(), shape.record_bytes
-    speeds, tokens = own.speeds(record), context * batch
+    speeds, tokens = device.speeds(record), context * batch
     beta, rates = speeds.beta(alpha, code, record), SelectionRates(alpha, alpha)
     rows = []
     for share in np.linspace(0.02, 1, 50):
@@ -98,14 +98,14 @@ def balance(model_name: str = "qwen-7b", context: int = 12288, batch: int = 1, a
             tasks += [Task("drive", "read", 0, 0, sent[1], after=after[1])]
             times[form] = max(end for _, end in schedule(tasks)) * 1e3
         rows.append({"share": share} | times)
-    frame = pd.DataFrame(rows).assign(profile=own.name)
+    frame = pd.DataFrame(rows).assign(profile=device.name)
     return frame.assign(predicted=beta / (1 + beta), own=speeds.host_share(rates, code, record))
 
 
 def transfer_bound(model_name: str = "longchat-7b", contexts=(2048, 8192, 32768), batch: int = 1) -> pd.DataFrame:
-    """LeoAM's step: milliseconds of transfer and of compute, for all KV from the drive and for LeoAM (claim 4).
+    """Milliseconds of transfer and compute per step, for LeoAM and for streaming all KV from the drive (claim 4).
 
-    Host memory for KV is an eighth of the KV, so that every length reads from the drive.
+    Host memory holds an eighth of the KV, so every length reads from the drive.
     """
     rows = []
     for context in contexts:
@@ -124,7 +124,7 @@ def transfer_bound(model_name: str = "longchat-7b", contexts=(2048, 8192, 32768)
 
 
 def leoam_gains(model_names=("opt-6.7b", "longchat-7b", "llama-2-13b"), contexts=CONTEXTS, batches=(1, 4)):
-    """LeoAM against the baselines of its paper, with host memory for an eighth of the KV."""
+    """LeoAM against the baselines of its paper, with an eighth of the KV in host memory."""
     rows = []
     for name in model_names:
         for batch in batches:
@@ -139,10 +139,10 @@ def leoam_gains(model_names=("opt-6.7b", "longchat-7b", "llama-2-13b"), contexts
 
 
 def page_cache_collapse(caps=range(2, 12), batch: int = 32, context: int = 528) -> pd.DataFrame:
-    """DUAL-BLADE's workload (OPT-6.7B, batch 32, 512 tokens in, 32 out: its middle) at its host memory caps, in GiB.
+    """DUAL-BLADE's workload (OPT-6.7B, batch 32, midway from 512 to 544 tokens) at its host memory caps in GiB.
 
-    `page cache` reads all layers in turn through an LRU cache, `direct` all from the drive, `dual` keeps what fits in
-    memory and reads the rest.
+    `page cache` reads all layers in order through an LRU cache, `direct` reads everything from the drive, `dual` keeps
+    as much as fits in memory and reads the rest.
     """
     rows = []
     for cap in caps:
@@ -157,10 +157,10 @@ SCANNED = (("qwen-7b", 16384, 1), ("qwen-7b", 16384, 8), ("llama-3.1-8b", 16384,
 
 
 def awkward_truth(cases=SCANNED, hosts=(4 * GIB, M0)) -> pd.DataFrame:
-    """Seconds to score every cold key once, all layers, by where it is scanned, and to fetch the selected records.
+    """Seconds to score all cold keys once, over all layers, by the location of the scan, and to fetch the selection.
 
-    A plain Gen4 drive reads twice as fast as a SmartSSD's NAND, so a computational drive that scans NAND loses to it
-    and wins only while its DRAM holds the codes. Codes in host memory (`host codes`) beat both and need `codes GiB`.
+    A plain Gen4 drive reads twice as fast as a SmartSSD's NAND, so a computational drive that scans NAND loses to it.
+    It wins only while its DRAM holds the codes. Codes in host memory (`host codes`) beat both but need `codes GiB`.
     """
     smart, plain = profile(SMART), profile(PLAIN)
     to_host = min(plain.get("drive.read"), plain.score_rate)
@@ -192,7 +192,7 @@ def awkward_truth(cases=SCANNED, hosts=(4 * GIB, M0)) -> pd.DataFrame:
 
 
 def headlines() -> pd.DataFrame:
-    """The three headline figures: the paper's, the largest modelled one, where, and the reason for the difference."""
+    """The three headline figures: published, largest modelled, its configuration, and the reason for the difference."""
     hill, leo, dual = gains(), leoam_gains(), page_cache_collapse()
     rows = []
     for label in ("full cache", "h2o-like", "prefetch", "leoam"):
@@ -240,13 +240,13 @@ DUAL = (
 
 
 def shared_work(cut: float = 0.424) -> float:
-    """Milliseconds of work common to both paths that would bring the largest modelled cut down to this one."""
+    """Milliseconds of work shared by both paths that would reduce the largest modelled cut to `cut`."""
     best = page_cache_collapse().sort_values("cut").iloc[-1]
     return max(0.0, (best["page cache"] * (1 - cut) - best["dual"]) / cut)
 
 
 def main() -> None:
-    """Print the headline table, one claim a paragraph."""
+    """Print the headline table, one paragraph per claim."""
     for row in headlines().itertuples():
         print(f"{row.claim}: {row.verdict}, {row.ours:.3g} (least {row.least:.3g}) at {row.where} [{row.profile}]")
         print(textwrap.fill(row.why, 120, initial_indent="    ", subsequent_indent="    "))

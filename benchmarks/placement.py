@@ -1,4 +1,4 @@
-"""What the hot pool should keep: bytes from the drive, at equal memory, by placement and task.
+"""Hot-pool placement: bytes read from the drive at equal memory, by placement and task.
 
 python -m benchmarks.placement --n 4
 """
@@ -35,7 +35,7 @@ CONTROLS = {"importance": {"lru": LatestOnly}}  # rankings that only this benchm
 
 
 def measure(tasks: list[str], n: int, alpha: float) -> pd.DataFrame:
-    """One row for each task and placement; the pool holds 2*alpha of the tokens in all of them."""
+    """One row per task and placement; the pool always holds 2*alpha of the tokens."""
     model, tokenizer = load_embedded()
     rows = []
     with tempfile.TemporaryDirectory() as drive:
@@ -65,7 +65,7 @@ def measure(tasks: list[str], n: int, alpha: float) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--n", type=int, default=4, help="questions of each task")
+    parser.add_argument("--n", type=int, default=4, help="questions per task")
     parser.add_argument("--alpha", type=float, default=0.1)
     args = parser.parse_args()
     logging.disable_progress_bar()

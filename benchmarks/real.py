@@ -1,7 +1,7 @@
-"""The embedded model answering over 8K to 32K tokens, every system in turn: python -m benchmarks.real [--out FILE]
+"""Decode speed of the embedded model over 8K to 32K tokens, all systems: python -m benchmarks.real [--out FILE]
 
-Real text, real attention, a real drive read with O_DIRECT. Contexts beyond the model's window are for speed only: what
-it answers there means nothing. One prefill serves all contexts and systems, which then take turns at the same tokens.
+Real text, real attention, and a real drive read with O_DIRECT. Contexts beyond the model's window measure speed only;
+its answers there are meaningless. One prefill serves all contexts and systems, which then alternate on the same tokens.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.systems.registry import make_cache
 
 CONTEXTS = (8192, 16_384, 32_768)
-ALPHA, WARM, STEPS = 0.1, 14, 20  # warm: both ways of looking ahead are tried, five steps each
+ALPHA, WARM, STEPS = 0.1, 14, 20  # the warm-up includes five trial steps of each lookahead mode
 WAYS = {  # name -> system and options; "drive" is filled in
     "DynamicCache": None,
     "full": ("full", {}),
@@ -34,7 +34,7 @@ WAYS = {  # name -> system and options; "drive" is filled in
 
 
 def prefill(n: int) -> tuple[DynamicCache, int]:
-    """An ordinary cache of n tokens of text, and the token that the model says next."""
+    """A DynamicCache of n tokens of text, and the token that the model predicts next."""
     model, tokenizer = load_embedded()
     ids = tokenizer(prompt_of(make_records("chain", n + 512, 1, 5)[0])).input_ids[:n]
     cache = DynamicCache(config=model.config)
@@ -44,7 +44,7 @@ def prefill(n: int) -> tuple[DynamicCache, int]:
 
 
 def cut(source: DynamicCache, n: int, config) -> DynamicCache:
-    """Its first n tokens, copied: what a prefill of them alone would have left."""
+    """A copy of the cache's first n tokens, equal to a prefill of these tokens alone."""
     cache = DynamicCache(config=config)
     for index, layer in enumerate(source.layers):
         cache.update(layer.keys[:, :, :n].clone(), layer.values[:, :, :n].clone(), index)
@@ -52,19 +52,19 @@ def cut(source: DynamicCache, n: int, config) -> DynamicCache:
 
 
 def measure(contexts: tuple[int, ...], folder: Path, ways: dict = WAYS, steps: int = STEPS) -> dict:
-    """A row for each context and system, and the seconds of each measured step by (system, context)."""
+    """One row per context and system, and the seconds of each measured step by (system, context)."""
     source, token = prefill(max(contexts))
     rows, seconds = [], {}
     for n in contexts:
         models, caches = {}, {}
         for name, way in ways.items():
-            models[name] = load_embedded()[0]  # its own: what looks ahead hooks into the model
+            models[name] = load_embedded()[0]  # a separate model each: lookahead installs hooks
             caches[name] = cut(source, n, models[name].config)
             if way is not None:
                 system, options = way[0], {"alpha": ALPHA} | way[1]
-                own = make_cache(models[name], system, **options | ({"drive": folder} if "drive" in options else {}))
-                own.fill(caches[name], torch.device("cpu"))
-                caches[name] = own
+                cache = make_cache(models[name], system, **options | ({"drive": folder} if "drive" in options else {}))
+                cache.fill(caches[name], torch.device("cpu"))
+                caches[name] = cache
         wall, cpu = {name: [] for name in ways}, {name: [] for name in ways}
         try:
             for step in range(WARM + steps):
@@ -75,7 +75,7 @@ def measure(contexts: tuple[int, ...], folder: Path, ways: dict = WAYS, steps: i
                     cpu[name].append(time.process_time() - before)
                     if name == next(iter(ways)):
                         following = int(logits[0, -1].argmax())
-                token = following  # the same for all
+                token = following  # the same for all systems
             for name, cache in caches.items():
                 low, middle, high = (1e3 * q for q in statistics.quantiles(wall[name][WARM:], n=4))
                 row = {"system": name, "tokens": n, "ms": middle, "ms_low": low, "ms_high": high}
@@ -89,7 +89,7 @@ def measure(contexts: tuple[int, ...], folder: Path, ways: dict = WAYS, steps: i
 
 
 def traffic(cache, steps: int) -> dict:
-    """Bytes from the drive for each token, and the pool's hits, over the last steps."""
+    """Drive bytes per token and pool hits over the last steps."""
     if isinstance(cache, DynamicCache):
         return {"drive_mb": 0.0, "pool_hits": 0.0}
     rows = cache.counters.rows[-steps * len(cache.layers) :]
@@ -100,7 +100,7 @@ def traffic(cache, steps: int) -> dict:
 
 
 def ratio(result: dict, n: int, slow: str, fast: str) -> tuple[float, float, float]:
-    """How much faster one system is than another at n tokens: quartiles over the turns, the median in the middle."""
+    """Speed-up of `fast` over `slow` at n tokens: lower quartile, median and upper quartile over the turns."""
     pairs = zip(result["seconds"][slow, n], result["seconds"][fast, n], strict=True)
     return tuple(statistics.quantiles([one / other for one, other in pairs], n=4))
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="*", default=list(CONTEXTS))
     parser.add_argument("--systems", default=",".join(WAYS))
-    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to read from")
+    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to benchmark")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the result here as JSON, for benchmarks.compare")
     words = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a session saves: seconds to open one, against those of the prefill: python -m benchmarks.reopen"""
+"""Time saved by sessions: seconds to open one against seconds of prefill: python -m benchmarks.reopen"""
 
 import os
 import statistics
@@ -19,8 +19,9 @@ TOKENS, ROUNDS = 8000, 5
 
 
 def measure(systems: tuple[str, ...], tokens: int = TOKENS, rounds: int = ROUNDS) -> dict[str, dict]:
-    """System -> tokens, seconds of the prefill (median of 3), of opening with the file in the page cache and out of it
-    (medians of `rounds`), bytes of the file.
+    """Figures by system: tokens `n`, file `bytes`, and seconds of `prefill` (median of 3) and of opening.
+
+    `warm` opens a file in the page cache, `cold` one that is not (medians of `rounds`).
     """
     torch.set_num_threads(os.cpu_count() or 1)
     model, tokenizer = load_embedded()
@@ -53,10 +54,10 @@ def measure(systems: tuple[str, ...], tokens: int = TOKENS, rounds: int = ROUNDS
 
 
 def main() -> int:
-    for system, own in measure(("full", "topk", "hillinfer")).items():
+    for system, row in measure(("full", "topk", "hillinfer")).items():
         print(
-            f"{system}: {own['n']:,} tokens, {own['bytes'] / 2**20:.0f} MiB; prefill {own['prefill']:.2f} s, opened in "
-            f"{own['warm']:.3f} s ({own['prefill'] / own['warm']:.0f} x faster), from the disk {own['cold']:.3f} s"
+            f"{system}: {row['n']:,} tokens, {row['bytes'] / 2**20:.0f} MiB; prefill {row['prefill']:.2f} s, opened in "
+            f"{row['warm']:.3f} s ({row['prefill'] / row['warm']:.0f} x faster), from the disk {row['cold']:.3f} s"
         )
     return 0
 

@@ -1,10 +1,10 @@
-"""What should be selected by what: recall of coded keys by layer, and one selection per KV head or one per layer.
+"""Selection study: recall of coded keys by layer, and selection per KV head against selection per layer.
 
     python -m benchmarks.selection --n 8
 
-A study of the choice, not the package's path: all KV is in memory, and decode steps attend under a mask. `per head`
-gives each KV head the best alpha*N of its own; `per layer` gives all heads the same alpha*N (`merge_heads`, which the
-package uses). A record holds all heads' K and V, so what is read is the union of what the heads want.
+This bypasses the package's own path: all KV is in memory, and decode steps attend under a mask. `per head` selects the
+best alpha*N tokens of each KV head; `per layer` selects the same alpha*N for all heads (`merge_heads`, as in the
+package). A record holds the K and V of all heads, so the tokens read are the union over heads.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TASKS = ("lines_2k", "chain_2k", "majority_2k")
 
 
 class Study:
-    """An attention function that selects with coded keys and takes notes."""
+    """An attention function that selects by coded keys and records statistics."""
 
     def __init__(self, bits: int, per_head: bool, alpha: float):
         self.bits, self.per_head, self.settings = bits, per_head, Settings(alpha=alpha)
@@ -38,7 +38,7 @@ class Study:
         self.notes = defaultdict(list)  # (layer, what) -> values
 
     def attend(self, module, query, keys, values, mask, scaling=None, **kwargs):
-        """(1, H, q, D) and (1, Hkv, N, D) in, (1, q, H, D) out; a step of several queries is exact."""
+        """query (1, H, q, D), keys and values (1, Hkv, N, D) -> (1, q, H, D). Steps with several queries are exact."""
         _, kv_heads, n, dim = keys.shape
         layer = module.layer_idx
         codes = self.codes.setdefault(layer, KeyCodes(1, kv_heads, dim, self.bits))
@@ -46,9 +46,9 @@ class Study:
         if query.shape[2] > 1:
             return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling, **kwargs)
         logits = torch.einsum("hgd,hnd->hgn", query[0, :, 0].view(kv_heads, -1, dim).float(), keys[0].float()) * scaling
-        chosen, own, k = self.choose(codes, query[0, :, 0], n)
+        chosen, best, k = self.choose(codes, query[0, :, 0], n)
         true = logits.amax(1).topk(k, 1).indices
-        recall = torch.gather(own, 1, true).float().mean()
+        recall = torch.gather(best, 1, true).float().mean()
         weights = logits.softmax(2)
         self.notes[layer, "recall"].append(recall.item())
         self.notes[layer, "mass kept"].append((weights * chosen[:, None]).sum(2).mean().item())
@@ -58,15 +58,15 @@ class Study:
         return out.reshape(1, 1, -1, dim), None
 
     def choose(self, codes: KeyCodes, query: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Chosen keys (Hkv, n) bool; each head's own best by its codes, likewise; and how many those are."""
+        """Selected keys (Hkv, n) bool, each head's best keys by codes (Hkv, n) bool, and their number per head."""
         settings, scores = self.settings, codes.scores(codes.query(query, 0), 0)
         budget = settings.budget(n)
         near = np.zeros(n, bool)
         near[: settings.sinks] = near[-settings.recent :] = True
         k = budget - int(near.sum())
-        own = torch.zeros(scores.shape, dtype=torch.bool)
+        best = torch.zeros(scores.shape, dtype=torch.bool)
         for head, row in enumerate(scores):
-            own[head, torch.from_numpy(topk(row, budget).copy())] = True
+            best[head, torch.from_numpy(topk(row, budget).copy())] = True
         far = np.flatnonzero(~near)
         chosen = torch.from_numpy(near).repeat(len(scores), 1)
         if self.per_head:
@@ -74,7 +74,7 @@ class Study:
                 chosen[head, torch.from_numpy(far[topk(row[far], k)])] = True
         else:
             chosen[:, torch.from_numpy(far[merge_heads(scores[:, far], k)])] = True
-        return chosen, own, budget
+        return chosen, best, budget
 
 
 def answer(model, tokenizer, record: dict) -> str:
@@ -88,7 +88,7 @@ def answer(model, tokenizer, record: dict) -> str:
 
 
 def measure(tasks: list[str], n: int, alphas: list[float]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Accuracy, mass and reading by way; recall by layer."""
+    """Two frames: accuracy, attention mass and reads by variant; recall by layer."""
     model, tokenizer = load_embedded()
     rows, layers = [], []
     for alpha in alphas:
@@ -112,7 +112,7 @@ def measure(tasks: list[str], n: int, alphas: list[float]) -> tuple[pd.DataFrame
                     rows.append(way | one | means.to_dict())
                     print(rows[-1], flush=True)
                     if per_head:
-                        layers += [way | own for own in frame[frame.what == "recall"].to_dict("records")]
+                        layers += [way | row for row in frame[frame.what == "recall"].to_dict("records")]
     return pd.DataFrame(rows), pd.DataFrame(layers)
 
 
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1])
-    parser.add_argument("--n", type=int, default=8, help="questions of each task")
+    parser.add_argument("--n", type=int, default=8, help="questions per task")
     args = parser.parse_args()
     logging.disable_progress_bar()
     rows, layers = measure(args.tasks, args.n, args.alphas)

@@ -1,10 +1,10 @@
-"""Does a replay on this machine predict what this machine measures?
+"""Does a replay on this machine's profile predict its measured step times?
 
     python -m benchmarks.self_replay --drive FOLDER --rounds 3
 
-What each kind of work costs is taken from small random models; predicted are decode steps of the embedded model, of
-another shape and at other contexts, for every system. Calibration and measurement take turns within each round, so that
-a disturbance of the machine meets both; medians over the rounds.
+The cost of each kind of work is calibrated on small random models. The prediction covers decode steps of the embedded
+model, which has another shape and other contexts, for every system. Calibration and measurement alternate within each
+round, so machine noise affects both. Figures are medians over the rounds.
 """
 
 import argparse
@@ -26,17 +26,17 @@ from hillinfer.whatif.measure import measure_parts
 from hillinfer.whatif.recording import decode_steps
 from hillinfer.whatif.replay import modelled_seconds, replay
 
-MEASURED = (1536, 3072, 7168)  # tokens; none of them is calibrated at
+MEASURED = (1536, 3072, 7168)  # tokens; none is a calibration point
 
 
 def measure(folder: Path, rounds: int = 3, names: list[str] | None = None, contexts=MEASURED) -> pd.DataFrame:
-    """A row for each system and context: measured and modelled ms of a step, medians, and the relative error."""
+    """One row per system and context: median measured and modelled ms per step, and the relative error."""
     calibrated, runs = run(folder, rounds, names, contexts)
     return compare(Profile(THIS, machine(), measure_parts(folder), costs(calibrated, "measured: in this run")), runs)
 
 
 def run(folder: Path, rounds: int, names: list[str] | None, contexts) -> tuple[list[Timeline], dict]:
-    """What is calibrated with, and what is to be predicted: (system, context) -> the timeline of each round."""
+    """Calibration timelines, and the timelines to predict: (system, context) -> one per round."""
     model, tokenizer = load_embedded()
     document = tokenizer(demo_records({"lines_8k": 1})[0]["context"]).input_ids
     rng, calibrated, runs = np.random.default_rng(0), [], defaultdict(list)
@@ -54,11 +54,17 @@ def run(folder: Path, rounds: int, names: list[str] | None, contexts) -> tuple[l
 
 def compare(profile: Profile, runs: dict[tuple[str, int], list[Timeline]]) -> pd.DataFrame:
     rows = []
-    for (name, context), own in runs.items():
-        took = [statistics.median(step.seconds for step in decode_steps(line) if step.seconds) for line in own]
-        said = [statistics.median(modelled_seconds(replay(line, profile, most=99))) for line in own]
-        row = {"system": name, "context": context, "measured ms": statistics.median(took) * 1e3}
-        row |= {"lowest": min(took) * 1e3, "highest": max(took) * 1e3, "modelled ms": statistics.median(said) * 1e3}
+    for (name, context), timelines in runs.items():
+        measured = [
+            statistics.median(step.seconds for step in decode_steps(line) if step.seconds) for line in timelines
+        ]
+        modelled = [statistics.median(modelled_seconds(replay(line, profile, most=99))) for line in timelines]
+        row = {"system": name, "context": context, "measured ms": statistics.median(measured) * 1e3}
+        row |= {
+            "lowest": min(measured) * 1e3,
+            "highest": max(measured) * 1e3,
+            "modelled ms": statistics.median(modelled) * 1e3,
+        }
         rows.append(row | {"error": row["modelled ms"] / row["measured ms"] - 1})
     return pd.DataFrame(rows)
 

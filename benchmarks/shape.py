@@ -1,11 +1,10 @@
 """Systems side by side on a large model's KV cache: python -m benchmarks.shape [--shape 8B|1B] [--tokens 32768]
 
-A cache of that model's shape is filled and asked for attention through the same calls that transformers makes
-(`TieredCache.update`, the registered attention function, the guess for the next layer), without the model around it:
-what is timed is all that a cache does in a decode step, and none of the projections and MLPs, which on a CPU would
-take longer than that and are the same for every system.
+A cache of that model's shape is filled and queried with the calls that transformers makes (`TieredCache.update`, the
+registered attention function, the lookahead for the next layer), but without the model. The times cover all work of the
+cache in a decode step, and exclude projections and MLPs, which dominate on a CPU and are equal for every system.
 
-What is decoded over is in benchmarks/stack.py. The drive is read with O_DIRECT.
+benchmarks/stack.py generates the KV. The drive is read with O_DIRECT.
 """
 
 import argparse
@@ -29,17 +28,17 @@ ALPHA = 0.1
 SYSTEMS = ("hillinfer", "flexgen", "leoam", "dualblade")
 EQUAL = ", equal memory"
 TUNED = "hillinfer, int4, nothing pinned"
-MEMORY_LAYERS = 8  # of 32, where all KV is in memory several times
-PIECES = 2000  # small reads that the drive is measured with in each turn
+MEMORY_LAYERS = 8  # of 32: the in-memory comparison keeps several copies of all KV
+PIECES = 2000  # small reads per turn of the drive's bandwidth measurement
 
 
 class Bounds:
-    """What memory and drive give here, in bytes/s, measured between the steps of the systems.
+    """Memory and drive bandwidth in bytes/s, measured between the systems' steps.
 
-    piece  bytes that the first system reads at once, on average: the drive is measured in such reads as well
+    piece  mean read size of the first system in bytes; the drive is also measured with reads of this size
     """
 
-    size = 1 << 30  # bytes of the file
+    size = 1 << 30  # file size in bytes
     piece = 4096
 
     def __init__(self, folder: Path, threads: int):
@@ -67,29 +66,33 @@ class Bounds:
         self.pieces.append((time.perf_counter() - start) / len(jobs))
 
     def rates(self) -> tuple[float, float, float]:
-        """Bytes/s of memory and of the drive in reads of 1 MiB; seconds of a read of a piece, many at once. The best
-        of all turns: a bound is what was shown to be possible, and what disturbs one turn loosens no bound.
+        """Bytes/s of memory and of the drive with 1 MiB reads, and seconds per concurrent read of a piece.
+
+        The best of all turns, because noise in a single turn must not loosen a bound.
         """
         return max(self.memory), max(self.drive), min(self.pieces)
 
 
-def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, steps: int = STEPS, tell=print) -> dict:
-    """Systems taking turns, step by step: rows, and the bandwidths met between them. A way is a system and options."""
+def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, steps: int = STEPS, report=print) -> dict:
+    """Alternate systems step by step. Returns their rows and the bandwidths measured in between.
+
+    `ways` maps a name to a system and its options.
+    """
     bounds, stacks = Bounds(folder, torch.get_num_threads()), []
     try:
         for name, (system, options) in ways.items():
             kind = Ordinary if system == "DynamicCache" else Stack
             stack = kind(name, field_, system, {"drive": folder} | options)
-            if options.get("host_budget") == "equal":  # what the first system holds in memory
+            if options.get("host_budget") == "equal":  # as much memory as the first system uses
                 stack.options["host_budget"] = stacks[0].held() - stack.codes()
-                if system == "leoam":  # which shares it out better where it knows the length
+                if system == "leoam":  # sizes its index cache by the expected length
                     stack.options["max_tokens"] = field_.n + field_.steps
             stack.open()
             stacks.append(stack)
             warm = field_.steps - steps
             for step in range(0 if stack.selects else warm - 2, warm):
-                stack.step(step)  # what always reads all is warm soon
-            tell(f"{name}: filled in {stack.filled:.0f} s, last step before measuring {1e3 * stack.seconds[-1]:.0f} ms")
+                stack.step(step)  # systems that read everything warm up quickly
+            report(f"{name}: filled in {stack.filled:.0f} s, last warm-up step {1e3 * stack.seconds[-1]:.0f} ms")
         if asked := stacks[0].reads[-1]:
             nbytes = sum(size for kind, size in stacks[0].lanes[-1].items() if kind.startswith("drive"))
             bounds.piece = max(1, round(nbytes / asked / 4096)) * 4096
@@ -115,7 +118,7 @@ def measure(field_: Field, ways: dict[str, tuple[str, dict]], folder: Path, step
 
 
 def ratio(result: dict, slow: str, fast: str) -> tuple[float, float, float]:
-    """How much faster one system is than another: quartiles over the turns, the median in the middle."""
+    """Speed-up of `fast` over `slow`: lower quartile, median and upper quartile over the turns."""
     pairs = zip(result["seconds"][slow], result["seconds"][fast], strict=True)
     return tuple(statistics.quantiles([one / other for one, other in pairs], n=4))
 
@@ -140,8 +143,10 @@ def show(result: dict) -> None:
 
 
 def ways_of(systems: tuple[str, ...] = SYSTEMS) -> dict[str, tuple[str, dict]]:
-    """Systems at their defaults, where the streaming ones hold nothing; hillinfer with codes half the size and a pool
-    ranked by hits alone; and others with the memory that the first one takes for its pool and its codes.
+    """The compared configurations by name.
+
+    All systems with default settings, where lossless systems keep nothing in memory; hillinfer with INT4 codes and a
+    pool ranked by hits only; and the others with as much memory as the first one uses for pool and codes.
     """
     ways = {
         "hillinfer": ("hillinfer", {}),
@@ -153,7 +158,7 @@ def ways_of(systems: tuple[str, ...] = SYSTEMS) -> dict[str, tuple[str, dict]]:
         f"leoam{EQUAL}": ("leoam", {"host_budget": "equal"}),
         f"dualblade{EQUAL}": ("dualblade", {"host_budget": "equal"}),
     }
-    return {name: (system, {"alpha": ALPHA} | own) for name, (system, own) in ways.items() if system in systems}
+    return {name: (system, {"alpha": ALPHA} | options) for name, (system, options) in ways.items() if system in systems}
 
 
 MEMORY_WAYS = {
@@ -164,22 +169,22 @@ MEMORY_WAYS = {
 }
 
 
-def in_memory(name: str, trace: Trace, tokens: int, folder: Path, steps: int = STEPS, tell=print) -> dict:
-    """As `measure`, of systems that keep all KV in memory, and of a few layers: each layer costs the same."""
+def in_memory(name: str, trace: Trace, tokens: int, folder: Path, steps: int = STEPS, report=print) -> dict:
+    """Like `measure`, for systems with all KV in memory. A few layers suffice, because all layers cost the same."""
     shape = SHAPES[name]
     shape = replace(shape, layers=min(MEMORY_LAYERS, shape.layers))
-    return measure(Field(shape, trace, tokens, WARM + steps), MEMORY_WAYS, folder, steps, tell)
+    return measure(Field(shape, trace, tokens, WARM + steps), MEMORY_WAYS, folder, steps, report)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="8B")
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="hillinfer and whatever it is compared with")
-    parser.add_argument("--memory", action="store_true", help="systems that keep all in memory, beside DynamicCache")
-    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to read from")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="systems to compare, separated by commas")
+    parser.add_argument("--memory", action="store_true", help="compare systems with all KV in memory with DynamicCache")
+    parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive to benchmark")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--trace", type=Path, default=Path("out/trace.npz"), help="recorded there where there is none")
+    parser.add_argument("--trace", type=Path, default=Path("out/trace.npz"), help="recorded trace; created if missing")
     parser.add_argument("--out", type=Path, help="write the result here as JSON, for benchmarks.compare")
     words = parser.parse_args()
     torch.set_num_threads(words.threads)

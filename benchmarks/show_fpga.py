@@ -1,6 +1,6 @@
-"""`make show-fpga`: what is claimed of the SmartSSD's kernel and its host path and a machine can check, measured again.
+"""`make show-fpga`: measure all machine-checkable claims about the SmartSSD's kernel and its host path.
 
-Cycles are simulated and areas synthesised now; nothing is read from the committed table. No card takes part.
+Cycles are simulated and areas synthesised anew; the committed table is not used. No card is involved.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ BARS = {  # of the kernels with double-buffered scores, which may cost twice the
 
 
 def states() -> Claim:
-    """What the state machines did in random runs with stalls, and in runs that must be refused."""
+    """State-machine coverage in random runs with stalls, and in runs that must be rejected."""
     seen, missed = [], set()
     for config in CONFIGS[:2]:
         run_cases(config, 40, 1)
@@ -39,7 +39,7 @@ def states() -> Claim:
 
 
 def speed() -> list[Claim]:
-    """Cycles a token over what the memory alone would take; every answer is checked against the evaluator."""
+    """Cycles per token over the memory bound; every answer is checked against the evaluator."""
     claims = []
     for config in BARS:
         kernel = Kernel(config)
@@ -65,7 +65,7 @@ def areas() -> list[Claim]:
 
 
 def fresh() -> list[Claim]:
-    """`make -C fpga sim synth` on a clone without anything built; the tools are there."""
+    """`make -C fpga sim synth` on a fresh clone, with the tools installed."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
         start = time.perf_counter()
@@ -118,7 +118,7 @@ PARTS = {"host": host, "exact": exact, "proofs": proofs, "speed": speed, "area":
 
 
 def main() -> int:
-    """All parts, or those that are named."""
+    """Run all parts, or the named ones."""
     return verdict([claim for part in sys.argv[1:] or PARTS for claim in PARTS[part]()])
 
 

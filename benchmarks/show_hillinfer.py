@@ -1,6 +1,6 @@
-"""`make show-hillinfer`: what is claimed of the hillinfer system and a machine can check, measured again.
+"""`make show-hillinfer`: measure all machine-checkable claims about the hillinfer system.
 
-N=100 asks 100 questions in each cell instead of 40. Parts can be named: `python -m benchmarks.show_hillinfer accuracy`.
+N=100 asks 100 questions per cell instead of 40. Parts can be named: `python -m benchmarks.show_hillinfer accuracy`.
 """
 
 import math
@@ -30,7 +30,7 @@ SEED = 77  # other documents than the committed ones
 
 
 def accuracy() -> list[Claim]:
-    """Full cache against the selection, INT8 and INT4, over one prefill of each document."""
+    """Full cache against INT8 and INT4 selection, over one prefill per document."""
     model, tokenizer = load_embedded()
     ways = {"full": (POLICIES["full"], Settings())}
     for precision in ("int8", "int4"):
@@ -58,7 +58,7 @@ def accuracy() -> list[Claim]:
 
 
 def ask_all(model, tokenizer, records: list[dict], ways: dict):
-    """(record, answers by way) for each record; records that share a document share its prefill."""
+    """Yield (record, answers by variant); records with the same document share its prefill."""
     context = None
     for record in records:
         task, prompt = synthetic_prompt(tokenizer, record)
@@ -73,7 +73,7 @@ def ask_all(model, tokenizer, records: list[dict], ways: dict):
 
 
 def credit(record: dict, text: str) -> float:
-    """1 for an exact match; of a long answer, the share of its words that are right."""
+    """1 for an exact match; for long answers, the share of correct words."""
     if record["dataset"] != "chain":
         return float(is_right(record, text))
     wanted, given = record["answers"][0].split(), text.split()
@@ -123,7 +123,7 @@ def gain_with_context() -> list[Claim]:
 
 
 def memory() -> Claim:
-    """Peak resident memory at 8K tokens, with a tenth of the KV as host budget, against the full cache's."""
+    """Peak resident memory at 8K tokens, with a host budget of a tenth of the KV, against the full cache."""
     record = demo_records({"lines_8k": 1})[0]
     model, tokenizer = load_embedded()
     config, text = model.config, prompt_of(record)[:-200]
@@ -144,7 +144,7 @@ def memory() -> Claim:
 
 
 def peak_bytes(*words: str) -> int:
-    """Peak resident memory of `hillinfer run`, with an allocator that gives back what is freed."""
+    """Peak resident memory of `hillinfer run`, with an allocator that returns freed memory to the system."""
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
     eager = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -153,7 +153,7 @@ def peak_bytes(*words: str) -> int:
 
 
 def same_tokens() -> list[Claim]:
-    """What tests show."""
+    """Claims covered by tests."""
     return [
         tests("same tokens with lookahead on and off", "tests/test_lookahead.py").show(),
         tests("same tokens in one process or two, paced or not", "tests/test_hie.py").show(),

@@ -1,9 +1,9 @@
-"""`make show-longbench`: what is claimed of the accuracy benchmark and a machine can check, measured again.
+"""`make show-longbench`: measure all machine-checkable claims about the accuracy benchmark.
 
-ROWS=FOLDER   real LongBench rows, with metric_cases.jsonl and official/; without it what needs them is missed
-SAMPLES=n     samples of each own task in the whole table (10)
-MINUTES=m     the bar for the whole table (60)
-OUT=FOLDER    where the whole table is kept: stopped, the same command goes on there
+ROWS=FOLDER   real LongBench rows, with metric_cases.jsonl and official/; claims that need them fail without it
+SAMPLES=n     samples per bundled task in the full table (10)
+MINUTES=m     time limit of the full table (60)
+OUT=FOLDER    folder of the full table; an interrupted run resumes there
 """
 
 import json
@@ -67,7 +67,7 @@ def official_scores() -> Claim:
 
 
 def official_prompts() -> Claim:
-    """Templates, lengths and middle truncation on real rows, against pred.py's rule written down again."""
+    """Templates, lengths and middle truncation on real rows, against a reimplementation of pred.py."""
     tokenizer = AutoTokenizer.from_pretrained(data_folder("model"))
     templates = json.loads((ROWS / "official" / "dataset2prompt.json").read_text(encoding="utf-8"))
     lengths = json.loads((ROWS / "official" / "dataset2maxlen.json").read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def official(tokenizer, text: str, max_length: int) -> list[int]:
 
 
 def real_rows(folder: Path) -> list[Claim]:
-    """A Hugging Face folder (random weights) on real rows of 20 tasks, to the end."""
+    """A complete eval of a Hugging Face folder (random weights) on real rows of 20 tasks."""
     names = [task.name for task in longbench().values() if (ROWS / f"{task.name}.jsonl").exists()]
     model, out = write_model(folder / "model", window=8192), folder / "real"
     words = ["--model", str(model), "--data", str(ROWS), "--tasks", ",".join(names), "--samples", "1"]
@@ -120,7 +120,7 @@ def real_rows(folder: Path) -> list[Claim]:
 
 
 def saving() -> Claim:
-    """One prefill for all variants of a sample against a prefill for each, decoding and all, on the embedded model."""
+    """Shared against separate prefills of a sample's variants, including decode, on the embedded model."""
     variants = tuple(sweep.variants_of(list_systems(), [float(word) for word in ALPHAS.split(",")], {}))
     ratios, different = {}, 0
     for name in ("lines_2k", "lines_4k"):
@@ -185,7 +185,7 @@ def same(one: Path, other: Path, text: str, met: bool) -> Claim:
 
 
 def whole_table(folder: Path) -> list[Claim]:
-    """All systems, own tasks, four alphas, one command."""
+    """All systems, bundled tasks and four alphas with one command."""
     out = Path(os.environ.get("OUT", folder / "all"))
     earlier = sum(row["seconds"] for row in read(out)) / 2 if out.exists() else 0.0
     words = ["--systems", "all", "--alpha", ALPHAS, "--samples", SAMPLES, "--workers", "2", "--out", str(out)]
@@ -207,7 +207,7 @@ def whole_table(folder: Path) -> list[Claim]:
 
 
 def evaluate(*words: str, quiet: bool = True) -> float:
-    """Seconds that `hillinfer eval` took; it must succeed."""
+    """Run `hillinfer eval`, which must succeed, and return its seconds."""
     began = time.perf_counter()
     process = start(*words, quiet=quiet)
     if process.wait():

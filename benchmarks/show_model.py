@@ -1,8 +1,8 @@
-"""`make show-model`: every claim about the embedded model that a machine can check, measured again.
+"""`make show-model`: measure all machine-checkable claims about the embedded model.
 
-N=50 asks 50 questions in each cell instead of 200. LONGEVAL=FILE names LongEval's line cases; without it they are not
-checked. AGAIN=FOLDER names a model that `make train` has made elsewhere, to be compared. What was measured stays in
-out/model/, for data/card.py.
+N=50 asks 50 questions per cell instead of 200. LONGEVAL=FILE names LongEval's line cases, which are otherwise skipped.
+AGAIN=FOLDER names a retrained model (`make train`) for comparison. Measurements are written to out/model/, for
+data/card.py.
 """
 
 import json
@@ -36,7 +36,7 @@ RUNS = [
 
 
 def measured(script: str, kept: str, *arguments: str) -> list[str]:
-    """Lines that a script of data/ writes with --json, added to a file; its own output goes to the terminal."""
+    """Run a script of data/ with --json, append its rows to a file, and return them."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [sys.executable, str(ROOT / "data" / script), "--json", str(out), *arguments]
@@ -48,7 +48,7 @@ def measured(script: str, kept: str, *arguments: str) -> list[str]:
 
 
 def evaluated(kept: str, *model: str) -> Iterator[dict]:
-    """Rows of data/evaluate.py for the shipped model, or for another one."""
+    """Rows of data/evaluate.py for the embedded model, or for another one."""
     runs = [["--n", str(N), *run] for run in RUNS]
     if "LONGEVAL" in os.environ:
         runs.append(["--tasks", "--lengths", "--longeval", os.environ["LONGEVAL"]])
@@ -78,7 +78,7 @@ def answers() -> list[Claim]:
 
 
 def attention() -> list[Claim]:
-    """Restricted attention, and what the heads do."""
+    """Accuracy under restricted attention, and head statistics."""
     found = json.loads(measured("attention.py", "attention.json", "--n", str(N))[0])
     score = {(task, policy, share): value for task, policy, share, _, value in found["accuracy"]}
     tasks, claims = list(dict.fromkeys(task for task, *_ in score)), []

@@ -1,7 +1,7 @@
-"""`make show-replay`: every claim about profiles, replay and sweeps, measured or modelled again.
+"""`make show-replay`: measure or model all claims about profiles, replay and sweeps.
 
-ROUNDS=n repeats the self-replay n times (3). The verdicts on the papers' headlines are printed, each with its reason;
-they are what the model says, not claims of this project.
+ROUNDS=n repeats the self-replay n times (3). The verdicts on the papers' headline figures are printed with their
+reasons. They are results of the model, not claims of this project.
 """
 
 import os
@@ -45,7 +45,7 @@ def hillinfer_shapes() -> list[Claim]:
     one = small[small.context == 4096].set_index("batch")["gain over h2o-like"]
     short = small[(small.context == 2048) & (small.batch == 1)]["gain over h2o-like"].iloc[0]
     balance = papers.balance()
-    paper, own = balance.share[balance.paper.idxmin()], balance.share[balance.barrier.idxmin()]
+    paper, barrier = balance.share[balance.paper.idxmin()], balance.share[balance.barrier.idxmin()]
     where = f"modelled: {papers.SMART}, M0 {small.M0.iloc[0]:.0f} GiB"
     return [
         Claim(f"gain with context, least beyond M0 against best within ({where})",
@@ -53,10 +53,11 @@ def hillinfer_shapes() -> list[Claim]:
         Claim(f"gain with batch at 4,096 tokens, 4 against 1 ({where})", f"{one[4]:.2f} against {one[1]:.2f}",
               "larger", one[4] > one[1]).show(),
         Claim(f"gain at 2,048 tokens ({where})", f"{short:.2f}", "about 2: 1.5 to 3", 1.5 <= short <= 3).show(),
-        Claim("the paper's step is shortest at its beta", f"{paper:.2f}, predicted {balance.predicted[0]:.2f}",
-              "within 0.05", abs(paper - balance.predicted[0]) <= 0.05).show(),
+        Claim("the paper's step is shortest at its beta", f"{paper:.2f}, predicted {balance.own[0]:.2f}",
+              "within 0.05", abs(paper - balance.own[0]) <= 0.05).show(),
         Claim("a step that selects after both have scored, at this project's share",
-              f"{own:.2f}, predicted {balance.own[0]:.2f}", "within 0.05", abs(own - balance.own[0]) <= 0.05).show(),
+              f"{barrier:.2f}, predicted {balance.own[0]:.2f}", "within 0.05",
+              abs(barrier - balance.own[0]) <= 0.05).show(),
     ]  # fmt: skip
 
 

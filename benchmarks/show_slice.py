@@ -1,6 +1,6 @@
-"""`make show-slice`: every claim about the core that a machine can check, measured again.
+"""`make show-slice`: measure all machine-checkable claims about the core.
 
-FRESH=0 leaves out the new clone, which takes the longest.
+FRESH=0 skips the fresh clone, which takes the longest.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""`make show-speed`: every claim about speed that this machine can check, measured again.
+"""`make show-speed`: measure all claims about speed that can be checked on this machine.
 
-PARTS=micro,overhead,real,memory,shape,dualblade chooses among them; DRIVE=FOLDER is the drive (out by default). The
-figures of all parts are in out/speed.json, for benchmarks.compare.
+PARTS=micro,overhead,real,memory,shape,dualblade selects parts; DRIVE=FOLDER sets the drive (default: out). The figures
+of all parts are written to out/speed.json, for benchmarks.compare.
 """
 
 import json
@@ -27,13 +27,13 @@ NEEDS = {"memory": (7, 2), "shape": (20, 33)}  # GB of memory and of the drive, 
 
 
 def at_least(text: str, ratio: tuple[float, float, float], bar: float) -> Claim:
-    """A claim that a ratio, given by its quartiles, is at least the bar."""
+    """A claim that a ratio, given by its quartiles, reaches a threshold."""
     low, middle, high = ratio
     return Claim(text, f"{middle:.2f}x ({low:.2f} to {high:.2f})", f"{bar}x or more", middle >= bar).show()
 
 
 def kernels() -> tuple[dict, list[Claim]]:
-    """Scoring against one core's read bandwidth, and what a layer takes beyond its kernels."""
+    """Scoring against one core's read bandwidth, and a layer's overhead beyond its kernels."""
     with tempfile.TemporaryDirectory(dir=DRIVE) as folder:
         result = micro.measure(Path(folder))
     micro.show(result)
@@ -49,7 +49,7 @@ def kernels() -> tuple[dict, list[Claim]]:
 
 
 def full_budget() -> tuple[dict, list[Claim]]:
-    """All tokens, all in memory: against transformers' own cache."""
+    """All tokens selected and in memory, against transformers' DynamicCache."""
     with torch.inference_mode():
         rows, claims = overhead.measure(), []
     for row in rows:
@@ -96,18 +96,18 @@ def large_shape() -> tuple[dict, list[Claim]]:
         ("leoam" + shape.EQUAL, "flexgen" + shape.EQUAL, 4),
     ):
         claims.append(at_least(f"{where}: {fast}, over {slow}", shape.ratio(result, slow, fast), bar))
-    for own in result["rows"][:3]:
-        figure = f"{own['over_bound']:.2f}x of {own['bound_ms']:.0f} ms ({own['longest_lane']})"
-        text = f"{where}: {own['system']}, over its longest lane's bytes at that lane's bandwidth"
-        claims.append(Claim(text, figure, "1.3x or less", own["over_bound"] <= 1.3).show())
-        alone = f"{own['over_reads']:.2f}x of {own['reads_ms']:.0f} ms"
-        text = f"{where}: {own['system']}, over the same number of reads of their mean size, nothing else going on"
-        claims.append(Claim(text, alone, "1.3x or less", own["over_reads"] <= 1.3).show())
+    for row in result["rows"][:3]:
+        figure = f"{row['over_bound']:.2f}x of {row['bound_ms']:.0f} ms ({row['longest_lane']})"
+        text = f"{where}: {row['system']}, over its longest lane's bytes at that lane's bandwidth"
+        claims.append(Claim(text, figure, "1.3x or less", row["over_bound"] <= 1.3).show())
+        alone = f"{row['over_reads']:.2f}x of {row['reads_ms']:.0f} ms"
+        text = f"{where}: {row['system']}, over the same number of reads of their mean size, nothing else going on"
+        claims.append(Claim(text, alone, "1.3x or less", row["over_reads"] <= 1.3).show())
     return {key: result[key] for key in ("rows", "bandwidths")}, claims
 
 
 def under_a_cgroup() -> tuple[dict, list[Claim]]:
-    """DUAL-BLADE with KV at twice what the memory limit leaves for the page cache."""
+    """DUAL-BLADE with KV of twice the page cache that the memory limit leaves."""
     text = "dualblade over page cache alone, KV twice the cache, in a memory cgroup"
     try:
         rows = dualblade.measure(1024, 5, DRIVE, (2,), ("page-cache", "dual"))
@@ -136,8 +136,8 @@ def main() -> int:
     threads, claims, result = torch.get_num_threads(), [], {"facts": micro.facts(5)}
     for name in PARTS:
         torch.set_num_threads(threads)  # the kernels are measured on one
-        own, made = parts[name]()
-        result |= {f"{name} {kind}": rows for kind, rows in own.items() if isinstance(rows, list)}
+        measured, made = parts[name]()
+        result |= {f"{name} {kind}": rows for kind, rows in measured.items() if isinstance(rows, list)}
         claims += made
     if not torch.cuda.is_available():
         print(

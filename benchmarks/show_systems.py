@@ -1,6 +1,6 @@
-"""`make show-systems`: what is claimed of LeoAM and the baselines and a machine can check, measured again.
+"""`make show-systems`: measure all machine-checkable claims about LeoAM and the baselines.
 
-N=50 asks 50 questions of each task instead of 20.
+N=50 asks 50 questions per task instead of 20.
 """
 
 import importlib.util
@@ -65,7 +65,7 @@ def evaluations() -> list[Claim]:
 
 
 def transfer() -> list[Claim]:
-    """Its second: scoring reads abstracts only, and a step's transfer shrinks towards its computation."""
+    """LeoAM's second claim: scoring reads abstracts only, and a step's transfer shrinks towards its compute."""
     model, tokenizer = load_embedded()
     before, figures = enable(model), {}
     record = make_records("lines", 2048, 1, SEED)[0]
@@ -99,7 +99,7 @@ def transfer() -> list[Claim]:
 
 
 def int4() -> Claim:
-    """What INT4 costs: everything that the drive sends in INT4, against nothing."""
+    """Accuracy cost of INT4: all drive traffic in INT4, against none."""
     model, tokenizer = load_embedded()
     before, right = enable(model), dict.fromkeys((0.0, 1.0), 0)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""What is claimed of `dualblade` and `flexgen` and a machine can check, measured again. Part of `make show-systems`.
+"""Measure all machine-checkable claims about `dualblade` and `flexgen`. Part of `make show-systems`.
 
-MIB=512 bytes of KV in MiB, REPEATS=5, DRIVE=out the folder on the drive that is measured. Needs root for the cgroup.
+MIB=512 sets the KV's MiB, REPEATS=5 the repeats, DRIVE=out the folder on the benchmarked drive. The cgroup needs root.
 """
 
 import os
@@ -34,7 +34,7 @@ def under_a_cgroup() -> list[Claim]:
     drive = Path(os.environ.get("DRIVE", "out"))
     drive.mkdir(parents=True, exist_ok=True)
     try:
-        rows = dualblade.measure(MIB, REPEATS, drive, tell=lambda line: print("        " + line, flush=True))
+        rows = dualblade.measure(MIB, REPEATS, drive, report=lambda line: print("        " + line, flush=True))
     except CgroupError as error:
         return [Claim("both paths under a memory cgroup", f"not measured: {error}", "measured", False).show()]
     import pandas as pd
@@ -66,7 +66,7 @@ def under_a_cgroup() -> list[Claim]:
 
 
 def claims() -> list[Claim]:
-    """All of them, each shown as soon as it is measured."""
+    """All claims, each printed as soon as it is measured."""
     return [*lossless(), *under_a_cgroup()]
 
 

@@ -1,4 +1,4 @@
-"""`make show-trust`: every claim about faults, memory and trust that a machine can check, measured again.
+"""`make show-trust`: measure all machine-checkable claims about faults, memory and trust.
 
 Parts can be named: `python -m benchmarks.show_trust faults memory`.
 """
@@ -13,7 +13,7 @@ from benchmarks.claims import ROOT, Claim, tests, verdict
 
 
 def faults() -> list[Claim]:
-    """What happens when a drive fails."""
+    """Behaviour on drive faults."""
     return [
         tests("a block that is not what was written is an error with its place", "tests/test_checksums.py").show(),
         tests("every fault x every system with a drive: one clear error or the right tokens, nothing left",
@@ -23,7 +23,7 @@ def faults() -> list[Claim]:
 
 
 def cost() -> list[Claim]:
-    """What checksums take."""
+    """Cost of checksums."""
     from benchmarks.checksum_cost import costs
 
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -37,7 +37,7 @@ def cost() -> list[Claim]:
 
 
 def sweep(faults: int = 10_000) -> Claim:
-    """Random faults at random places of random systems."""
+    """Random faults at random operations of random systems."""
     command = [sys.executable, "-m", "benchmarks.faults", str(faults)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     figure = (done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]])[-1]
@@ -45,7 +45,7 @@ def sweep(faults: int = 10_000) -> Claim:
 
 
 def memory() -> list[Claim]:
-    """Budgets under a real limit."""
+    """Budgets under a real memory limit."""
     return [
         tests("under a memory limit a run ends well or is refused at the start, and is never killed",
               "tests/test_memory.py", "-m", "slow or not slow").show(),

@@ -1,6 +1,6 @@
 """The part of `make show-trust` about sessions, security, concurrency, broken input and long use.
 
-KILLS, CASES and RUNS change how much of each is tried (200, 1,000,000 and 1,000).
+KILLS, CASES and RUNS set the number of trials (200, 1,000,000 and 1,000).
 """
 
 import os
@@ -15,14 +15,14 @@ KILLS, CASES, RUNS = (int(os.environ.get(name, n)) for name, n in (("KILLS", 200
 
 def reopened() -> list[Claim]:
     claims = []
-    for system, own in reopen.measure(("full", "topk", "hillinfer")).items():
+    for system, row in reopen.measure(("full", "topk", "hillinfer")).items():
         text = (
-            f"a session of {own['n']:,} tokens ({own['bytes'] / 2**20:.0f} MiB, the embedded model, "
+            f"a session of {row['n']:,} tokens ({row['bytes'] / 2**20:.0f} MiB, the embedded model, "
             f"{os.cpu_count()} cores) "
-            f"opens under {system} in {own['warm']:.3f} s ({own['cold']:.3f} s from the disk), the prefill takes "
-            f"{own['prefill']:.2f} s"
+            f"opens under {system} in {row['warm']:.3f} s ({row['cold']:.3f} s from the disk), the prefill takes "
+            f"{row['prefill']:.2f} s"
         )
-        ratio = own["prefill"] / own["warm"]
+        ratio = row["prefill"] / row["warm"]
         claims.append(Claim(text, f"{ratio:.0f} x faster", "20 x", ratio >= 20).show())
     return claims
 
@@ -47,7 +47,7 @@ def readers() -> Claim:
 
 
 def fuzzed() -> list[Claim]:
-    found = fuzz.run(CASES, tell=lambda text: None)
+    found = fuzz.run(CASES, report=lambda text: None)
     claims = [
         Claim(
             f"broken input for {parser.name}: {parser.taken:,} taken, {parser.refused:,} refused as stated",
@@ -62,12 +62,12 @@ def fuzzed() -> list[Claim]:
 
 
 def soaked() -> list[Claim]:
-    own = soak.soak(RUNS)
-    text = f"{own.runs:,} random generations, {own.stopped} broken off, {own.reopened} through a session"
-    (threads, last_threads), (descriptors, last_descriptors) = own.threads, own.descriptors
+    soaked = soak.soak(RUNS)
+    text = f"{soaked.runs:,} random generations, {soaked.stopped} broken off, {soaked.reopened} through a session"
+    (threads, last_threads), (descriptors, last_descriptors) = soaked.threads, soaked.descriptors
     grown = max(last_threads - threads, last_descriptors - descriptors)
     return [
-        Claim(text, f"{own.growth:+.2%} resident memory", "within 2 %", abs(own.growth) <= 0.02).show(),
+        Claim(text, f"{soaked.growth:+.2%} resident memory", "within 2 %", abs(soaked.growth) <= 0.02).show(),
         Claim(
             "threads and descriptors, after the warm-up and at the end",
             f"{threads} and {descriptors}, {last_threads} and {last_descriptors}",
@@ -75,10 +75,10 @@ def soaked() -> list[Claim]:
             grown <= 0,
         ).show(),
         Claim(
-            f"of {own.compared} exact ones, other tokens than the full cache's; files left",
-            f"{len(own.wrong)}; {len(own.left)}",
+            f"of {soaked.compared} exact ones, other tokens than the full cache's; files left",
+            f"{len(soaked.wrong)}; {len(soaked.left)}",
             "0; 0",
-            not own.wrong and not own.left,
+            not soaked.wrong and not soaked.left,
         ).show(),
     ]
 

@@ -1,7 +1,7 @@
-"""`make show-workbench`: every claim about the workbench that a machine can check, measured again.
+"""`make show-workbench`: measure all machine-checkable claims about the workbench.
 
-MINUTES=10 makes the long run that long (default 1); PAIRS sets how many pairs of windows the slow-down
-is measured with. `python -m benchmarks.show_workbench canvas cost traffic sizes tests` does some of it.
+MINUTES=10 sets the length of the long run (default 1), PAIRS the number of paired windows of the slow-down measurement.
+`python -m benchmarks.show_workbench canvas cost traffic sizes tests` runs selected parts.
 """
 
 import os
@@ -21,7 +21,7 @@ FIRST = "00_first_run.ipynb"
 
 
 def big_timeline():
-    """As many spans as the claim names, in four lanes that work at once."""
+    """A timeline with the claimed number of spans, in four concurrent lanes."""
     import random
 
     from hillinfer.timeline import Timeline
@@ -37,7 +37,7 @@ def big_timeline():
 
 
 def canvas() -> list[Claim]:
-    """First paint and zoom of 100,000 spans, in a page and at a size of 1280 x 900."""
+    """First paint and zoom of 100,000 spans, in a page of 1280 x 900 pixels."""
     from hillinfer.workbench import show_timeline
 
     paints, zooms = [], []
@@ -90,7 +90,7 @@ WATCH = """() => {
 
 
 def peak(at: list[float], amount: list[float], seconds: float = 3.0) -> float:
-    """The largest amount a second over any window of that length; Jupyter's limits are over three seconds."""
+    """The peak rate per second over any window of this length; Jupyter's limits apply to three seconds."""
     best = total = start = 0
     for end, now in enumerate(at):
         total += amount[end]
@@ -102,7 +102,7 @@ def peak(at: list[float], amount: list[float], seconds: float = 3.0) -> float:
 
 
 def in_lab(*checks: Callable[[Notebook], list[Claim]]) -> list[Claim]:
-    """A dashboard in a real JupyterLab, seen by a real Chromium on the same cores that generate."""
+    """A dashboard in a real JupyterLab and Chromium, on the cores that also run the model."""
     import jupytext
 
     claims = []
@@ -121,7 +121,7 @@ def in_lab(*checks: Callable[[Notebook], list[Claim]]) -> list[Claim]:
 
 
 def slowdown(notebook: Notebook) -> list[Claim]:
-    """ms/token with the dashboard in view against nobody watching, in turns within one run."""
+    """ms/token with and without the dashboard in view, alternating within one run."""
     claims = []
     for system, what in (("hillinfer", "the embedded model, KV on the drive"), ("full", "both cores at work")):
         if system == "full":
@@ -138,7 +138,7 @@ def slowdown(notebook: Notebook) -> list[Claim]:
 
 
 def long_run(notebook: Notebook) -> list[Claim]:
-    """Generation for minutes: how often the page paints, what Jupyter carries, and whether the end arrives."""
+    """Several minutes of generation: paint rate, Jupyter traffic, and completeness at the end."""
     notebook.ask("watching.own_text(workbench, 'hillinfer', 6000)")
     notebook.page.evaluate(WATCH)
     held = notebook.ask(f"watching.for_minutes(workbench, {MINUTES})")
@@ -152,7 +152,7 @@ def long_run(notebook: Notebook) -> list[Claim]:
 
 
 def ten_minutes(notebook: Notebook) -> list[Claim]:
-    """Synthetic: the rows of a real run repeated at five times its pace, as many as ten minutes give."""
+    """Synthetic: the rows of a real run, repeated at five times its speed up to ten minutes' worth."""
     notebook.ask("watching.own_text(workbench, 'full', 400); workbench.run()")
     notebook.page.evaluate("() => { for (const own of Object.values(window.seen)) own.length = 0; }")
     held = notebook.ask("watching.again(workbench, 10, 5)")
@@ -160,7 +160,7 @@ def ten_minutes(notebook: Notebook) -> list[Claim]:
 
 
 def traffic(notebook: Notebook, held: str, name: str, faster: int = 1) -> list[Claim]:
-    """What Jupyter carried, and whether the page ends with what the run holds: tokens, spans, hits."""
+    """Jupyter's traffic, and equality of the page's final tokens, spans and hits with those of the run."""
     notebook.page.wait_for_timeout(1000)
     seen = notebook.page.evaluate("() => window.seen")
     [shown] = notebook.boards("b.store.have()")

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "hillinfer"
-# What every system needs: the ground floor, the seam, the tiers, selection and the pipeline. No paper is in it.
+# The core shared by all systems: ground floor, seam, tiers, selection and pipeline, without the papers' systems.
 CORE = ("__init__", "__main__", "assets", "attention", "cache", "config", "errors", "files", "growable", "layer", "run")
 CORE += ("seam", "timeline", "evaluator", "native", "pipeline", "tiers")
 APART = ("workbench", "longbench")  # not counted in the package's size
@@ -23,7 +23,7 @@ def lines(path: Path) -> tuple[int, int]:
 
 
 def modules() -> dict[Path, tuple[int, int]]:
-    """Every module of the package, relative to it, with its raw and code lines."""
+    """Maps each module, relative to the package, to its raw and code lines."""
     return {path.relative_to(PACKAGE): lines(path) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -46,10 +46,10 @@ def main() -> None:
     for name, justify in (("module", "left"), ("raw", "right"), ("code", "right")):
         table.add_column(name, justify=justify)
     for folder in sorted({path.parent for path in counted}):
-        own = {path: n for path, n in counted.items() if path.parent == folder}
-        for path, (raw, code) in own.items():
+        members = {path: n for path, n in counted.items() if path.parent == folder}
+        for path, (raw, code) in members.items():
             table.add_row(str(path), f"{raw:,}", f"{code:,}")
-        table.add_row(f"{folder}/", *(f"{sum(n):,}" for n in zip(*own.values(), strict=True)), style="bold")
+        table.add_row(f"{folder}/", *(f"{sum(n):,}" for n in zip(*members.values(), strict=True)), style="bold")
     homes = {home(path) for path in counted}
     for name, part in (("core", CORE), ("without workbench and longbench", homes - set(APART)), ("all", homes)):
         table.add_row(name, *(f"{n:,}" for n in total(counted, part)), style="bold")

@@ -1,7 +1,7 @@
 """Many generations with random systems and settings: python -m benchmarks.soak --runs 1000
 
-Tiny random models, so that it takes minutes. Some runs are broken off in their middle, some are saved and opened again.
-Tokens of an exact setting are those of the full cache; memory, threads and descriptors stay as they were.
+Tiny random models, so it takes only minutes. Some runs are interrupted, some are saved to a session and reopened. Exact
+settings must generate the full cache's tokens; memory, threads and descriptors must not grow.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WARM = 0.2  # share of the runs after which memory counts
 
 
 class Stop(Exception):
-    """Stands for a user's interrupt, or a drive's error."""
+    """Simulates a user's interrupt or a drive error."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Soak:
 
     @property
     def growth(self) -> float:
-        """Of the resident memory: the mean of the last quarter after the warm-up over that of the first, less one."""
+        """Relative growth of resident memory between the first and the last quarter after the warm-up."""
         values = [nbytes for run, nbytes in self.rss if run >= WARM * self.runs]
         part = max(1, len(values) // 4)
         return sum(values[-part:]) / sum(values[:part]) - 1
@@ -55,29 +55,29 @@ class Soak:
 
 def models() -> list:
     torch.manual_seed(7)
-    own = [LlamaForCausalLM(LlamaConfig(**SHAPE)), Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16))]
-    for model in own:
+    items = [LlamaForCausalLM(LlamaConfig(**SHAPE)), Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16))]
+    for model in items:
         for parameter in model.eval().parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
-    return own
+    return items
 
 
-def held() -> tuple[int, int, int]:
-    """Resident bytes, threads and descriptors of this process, with all that is free given back."""
+def usage() -> tuple[int, int, int]:
+    """Resident bytes, threads and descriptors of this process, after freed memory is returned to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    own = []
+    items = []
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # has just ended
-            own.append((task / "comm").read_text())
-    own = [name for name in own if not name.startswith("iou-")]  # the kernel's, which go when they have idled
-    return resident, len(own), len(list(Path("/proc/self/fd").iterdir()))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has just exited
+            items.append((task / "comm").read_text())
+    items = [name for name in items if not name.startswith("iou-")]  # io_uring's kernel threads exit when idle
+    return resident, len(items), len(list(Path("/proc/self/fd").iterdir()))
 
 
 def setting(rng: random.Random, drive: str) -> tuple[str, dict, bool]:
-    """A system, its options, and whether it attends to everything."""
+    """A random system, its options, and whether it is exact."""
     found = list_systems()
     name = rng.choice(list(found))
     exact = rng.random() < 0.4
@@ -98,14 +98,14 @@ def setting(rng: random.Random, drive: str) -> tuple[str, dict, bool]:
 
 def soak(runs: int, seed: int = 0) -> Soak:
     rng, result, known = random.Random(seed), Soak(runs), {}
-    own = models()
+    candidates = models()
     prompts = [torch.randint(2, 97, (1, n), generator=torch.Generator().manual_seed(n)) for n in (60, 150, 300)]
     with tempfile.TemporaryDirectory() as folder:
         drive, path = Path(folder) / "drive", Path(folder) / "doc.kv"
         drive.mkdir()
         for run in range(runs):
-            which, text = rng.randrange(len(own)), rng.randrange(len(prompts))
-            model, ids, new = own[which], prompts[text], rng.choice([1, 4, 12])
+            which, text = rng.randrange(len(candidates)), rng.randrange(len(prompts))
+            model, ids, new = candidates[which], prompts[text], rng.choice([1, 4, 12])
             name, options, exact = setting(rng, str(drive))
             cache = make_cache(model, name, **options)
             stop_at = rng.randrange(2 * new) if rng.random() < 0.2 else None
@@ -135,12 +135,12 @@ def soak(runs: int, seed: int = 0) -> Soak:
             path.unlink(missing_ok=True)
             result.left += [str(left) for left in drive.iterdir()]
             if run % max(1, runs // 100) == 0 or run == runs - 1:
-                resident, threads, descriptors = held()
+                resident, threads, descriptors = usage()
                 result.rss.append((run, resident))
                 if run <= WARM * runs:
                     warm = threads, descriptors
         result.threads, result.descriptors = (warm[0], threads), (warm[1], descriptors)
-    for model in own:
+    for model in candidates:
         disable(model)
     return result
 

@@ -1,9 +1,9 @@
-"""A KV cache of a large model's shape without the model around it, and the systems that decode over it.
+"""A KV cache of a large model's shape without the model, and the systems that decode over it.
 
-Keys are made so that scores select what the embedded model's steps were recorded to select (benchmarks/trace.py):
-channel s of a key is large where step s selected the token, the step's query looks along channel s, and the guess for
-it along a channel of the recorded guess. So scoring, search, pool and reads are the systems' own, on selections with
-the recorded runs, overlap and guesses. Values are random.
+Keys are constructed to reproduce the recorded selections of the embedded model (benchmarks/trace.py). Channel s of a
+key is large if step s selected the token; the query of step s points along channel s, and its guess along a channel of
+the recorded guess. Scoring, search, pool and reads are those of the real systems, on selections with the recorded
+locality, overlap and guesses. Values are random.
 """
 
 import os
@@ -23,12 +23,12 @@ from hillinfer.systems.registry import make_cache
 from hillinfer.tiers.block_file import BlockFile
 
 WARM, STEPS = 20, 10
-LOGIT = 10.0  # of a token that a step selected, over the others: no desert, no single winner
+LOGIT = 10.0  # logit margin of selected tokens: neither flat nor dominated by one token
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's KV cache, in bf16."""
+    """Shape of a model's KV cache in bf16."""
 
     name: str
     layers: int
@@ -59,7 +59,7 @@ SHAPES = {
 
 
 class Field:
-    """Keys, values and queries of n tokens whose scores follow a trace."""
+    """Keys, values and queries of n tokens whose scores reproduce a trace."""
 
     def __init__(self, shape: Shape, trace: Trace, n: int, steps: int = WARM + STEPS, device: str = "cpu"):
         if 2 * steps > shape.dim:
@@ -92,14 +92,14 @@ class Field:
         return (query * 2 * LOGIT * self.shape.dim**0.5).to(self.device, torch.bfloat16)
 
     def new(self) -> torch.Tensor:
-        """Key and value of one more token, (2, 1, Hkv, 1, D)."""
+        """Key and value of one new token, (2, 1, Hkv, 1, D)."""
         made = torch.empty(2, 1, self.shape.heads, 1, self.shape.dim).normal_(0, 0.02, generator=self.random)
         return made.to(self.device, torch.bfloat16)
 
 
 @dataclass
 class Stack:
-    """One system's cache of a field's tokens, and what each of its steps took."""
+    """One system's cache of a field's tokens, with the measurements of each step."""
 
     name: str
     field: Field
@@ -128,7 +128,7 @@ class Stack:
         self.filled, self.module = time.perf_counter() - start, torch.nn.Module()
 
     def step(self, number: int) -> None:
-        """One decode step of all layers, as a model would ask for it."""
+        """One decode step over all layers, with the calls of a model."""
         made, timeline, run = self.field.new(), self.cache.timeline, self.cache.run
         query, guess = self.field.query(number), self.field.query(number, guess=True)
         scaling, last = self.field.shape.dim**-0.5, len(timeline.spans)
@@ -168,14 +168,14 @@ class Stack:
         self.cache.close()
 
     def pool(self, steps: int) -> tuple[float, float]:
-        """Shares over the last steps: hits of the pool, and of what the drive had to bring, what was there in time."""
+        """Shares over the last steps: pool hits, and prefetched tokens among those needed from the drive."""
         rows = self.cache.counters.rows[-steps * len(self.layers) :]
         far, guessed = sum(row.host + row.drive for row in rows), sum(row.drive for row in rows)
         found, early = sum(row.host for row in rows), sum(row.prefetched for row in rows)
         return found / far if far else 0.0, early / guessed if guessed else 0.0
 
     def codes(self) -> int:
-        """Bytes of its key codes, which no budget counts."""
+        """Bytes of key codes, which host_budget does not include."""
         shape, bits = self.field.shape, int(self.options.get("precision", "int8").removeprefix("int"))
         counted = self.system != "hillinfer"
         return 0 if counted else shape.layers * shape.heads * shape.dim * self.field.n * bits // 8
@@ -206,14 +206,17 @@ class Stack:
 
 
 class Ordinary(Stack):
-    """transformers' own `DynamicCache` and SDPA."""
+    """transformers' `DynamicCache` with SDPA."""
 
     selects = False
 
     def open(self) -> None:
         shape, start = self.field.shape, time.perf_counter()
         self.cache, self.module = DynamicCache(), torch.nn.Module()
-        self.module.num_key_value_groups, self.module.is_causal = shape.group, True  # what it asks of a model's layer
+        self.module.num_key_value_groups, self.module.is_causal = (
+            shape.group,
+            True,
+        )  # the layer interface that lookahead needs
         for index in range(shape.layers):
             keys = self.field.keys[self.field.trace.layer(index)]
             self.cache.update(keys.to(self.field.device), self.field.values.to(self.field.device), index)

@@ -1,10 +1,9 @@
-"""Which tokens decode steps select, and which are guessed a layer ahead: recorded on the embedded model, laid out over
-longer contexts.
+"""Selected and predicted tokens of decode steps, recorded on the embedded model and tiled over longer contexts.
 
-A context of 32,768 tokens is four documents of 8,192 side by side, each answering a question of its own: where one
-document's step selects token p, the long one's selects document * 8,192 + p. So runs of neighbours, the overlap from
-step to step and the difference between layers are the recorded ones; what attention over one text of that length
-would do is not known here. Deeper models repeat the recorded layers but for the first, which nothing is guessed for.
+A context of 32,768 tokens consists of four documents of 8,192, each with its own question: if a step of one document
+selects token p, the long context selects document * 8,192 + p. Locality, overlap between steps and differences between
+layers are those recorded. The attention over a single text of that length is unknown. Deeper models repeat the recorded
+layers except the first, for which there is no guess.
 """
 
 import tempfile
@@ -28,7 +27,7 @@ TOKENS, SEED = 8192, 5
 
 
 def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) -> "Trace":
-    """Record, or read what was recorded before. Prefills `documents` texts of 8K tokens."""
+    """Load the recorded trace, or record it: prefills `documents` texts of 8K tokens."""
     if not path.exists():
         logging.disable_progress_bar()
         model, tokenizer = load_embedded()
@@ -36,7 +35,7 @@ def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) 
         for number in range(documents):
             text = make_records("chain", TOKENS, 1, SEED + number)[0]
             ids = tokenizer(prompt_of(text)).input_ids
-            with tempfile.TemporaryDirectory() as folder:  # only what lies on a drive is looked ahead to
+            with tempfile.TemporaryDirectory() as folder:  # lookahead needs a drive
                 settings = Settings(alpha=alpha, drive=folder, lookahead=True)
                 with TieredCache(model.config, TopK, settings) as cache:
                     cache.attach(model)
@@ -59,7 +58,7 @@ def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) 
 
 
 class _Noted(TopK):
-    """Top-k that writes down what it selects."""
+    """Top-k that records its selections."""
 
     def __init__(self):
         self.kept = {"true": [], "guess": [], "sure": []}
@@ -87,7 +86,7 @@ class Trace:
         self.tokens, self.layers, self.steps = np.array(shapes).min(0).tolist()
 
     def layer(self, index: int) -> int:
-        """The recorded layer that stands for a deeper model's layer `index`."""
+        """The recorded layer used for layer `index` of a deeper model."""
         return index if index < self.layers else 1 + (index - 1) % (self.layers - 1)
 
     def positions(self, n: int, layer: int, step: int, kind: str = "true") -> np.ndarray:
@@ -96,7 +95,7 @@ class Trace:
         """
         parts, start, document = [], 0, 0
         while start < n:
-            own = self.picks[f"{kind}-{document % self.documents}-{step % self.steps}-{self.layer(layer)}"]
-            parts.append(start + own[own < min(self.tokens, n - start)])
+            picks = self.picks[f"{kind}-{document % self.documents}-{step % self.steps}-{self.layer(layer)}"]
+            parts.append(start + picks[picks < min(self.tokens, n - start)])
             start, document = start + self.tokens, document + 1
         return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""What runs in the notebook's kernel while `show_workbench` looks at the page: runs as long as they are told to be."""
+"""Kernel side of `show_workbench`: runs of a given length, while the benchmark observes the page."""
 
 import os
 import statistics
@@ -14,31 +14,32 @@ from hillinfer.workbench import dashboard, live
 
 
 def own_text(workbench, system: str, new: int) -> None:
-    """Set the controls to a text of 1,500 tokens and an answer of exactly so many."""
+    """Set the controls to a custom text of 1,500 tokens and an answer of exactly `new` tokens."""
     workbench.model.generation_config.eos_token_id = None
     workbench.text.value = prompt_of(make_records("lines", 1500, 1, 5)[0])
     workbench.system.value, workbench.task.value, workbench.new_tokens.value = system, "own text", new
 
 
 def keep_busy(workbench) -> None:
-    """Give it a model of 130 M random weights: its matrices are large enough to keep both cores at work."""
+    """Use a random model of 130 M parameters, large enough to keep both cores busy."""
     size = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16)
     more = dict(num_key_value_heads=4, vocab_size=len(workbench.tokenizer), max_position_embeddings=8192)
     workbench.model, workbench.name = LlamaForCausalLM(LlamaConfig(**size, **more)).eval(), "130 M random weights"
 
 
 def spent() -> tuple[float, ...]:
-    """CPU seconds so far: of the kernel, of Jupyter's server, of the browser."""
+    """CPU seconds of the kernel, the Jupyter server and the browser."""
     browser = [p for p in psutil.process_iter(["name"]) if "chrom" in (p.info["name"] or "")]
     return tuple(
-        sum(sum(process.cpu_times()[:2]) for process in own)
-        for own in ([psutil.Process()], [psutil.Process(os.getppid())], browser)
+        sum(sum(process.cpu_times()[:2]) for process in processes)
+        for processes in ([psutil.Process()], [psutil.Process(os.getppid())], browser)
     )
 
 
 def windows(workbench, pairs: int, seconds: float) -> None:
-    """In one run, watched and not watched in turns. Prints the quartiles of the ratios of ms/token, how many there are,
-    and CPU seconds a second by process, watched and not.
+    """Alternate windows with and without observation within one run.
+
+    Prints the quartiles and the number of the ms/token ratios, and CPU seconds per second by process, with and without.
     """
     run, board, on = workbench.start(), workbench._boards[-1], [True]
     flush, wants = board.flush, run.record.wants
@@ -51,7 +52,7 @@ def windows(workbench, pairs: int, seconds: float) -> None:
         took = {}
         for watched in (True, False) if pair % 2 else (False, True):
             on[0] = watched
-            time.sleep(0.3)  # what was under way at the switch belongs to neither
+            time.sleep(0.3)  # the token in progress at the switch counts for neither
             first, before, began = run.tokens[-1], spent(), time.perf_counter()
             at = len(run.tokens)
             time.sleep(seconds)
@@ -68,13 +69,13 @@ def windows(workbench, pairs: int, seconds: float) -> None:
 
 
 def held(workbench) -> None:
-    """Print how many tokens, spans and hits the last run has."""
+    """Print the number of tokens, spans and hits of the last run."""
     run = workbench.runs[-1]
     print(len(run.tokens), len(run.timeline.spans), len(run.counters.rows))
 
 
 def again(workbench, minutes: float, faster: float) -> None:
-    """Show the last run's rows again and again, `faster` times as fast, until they are those of so many minutes."""
+    """Repeat the last run's rows, `faster` times as fast, up to the rows of `minutes` minutes."""
     once = workbench.runs[-1]
     lap_ms = once.tokens[-1].ms
     spans, rows = defaultdict(list), defaultdict(list)
@@ -113,7 +114,7 @@ def again(workbench, minutes: float, faster: float) -> None:
 
 
 def for_minutes(workbench, minutes: float) -> None:
-    """Runs of the present settings, one after another."""
+    """Runs with the current settings, one after another."""
     until = time.time() + 60 * minutes
     while time.time() < until:
         run = workbench.start()

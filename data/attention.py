@@ -1,10 +1,10 @@
-"""What the model's attention is like, and how accuracy falls when decode steps may attend to few tokens only.
+"""Attention statistics of the model, and its accuracy when decode steps attend to few tokens.
 
 `python data/attention.py` prints, for data/model,
-(1) exact match when the question and answer tokens attend, in each head, to the true top of their keys, to a recent
-    window with and without the first tokens, or to as many random keys. Context tokens attend to all before them;
-(2) the same for windows that hold the asked fact, where only the first tokens can make a difference;
-(3) for each layer and head how concentrated its attention is.
+(1) exact match when question and answer tokens attend, per head, to the true top keys, to a recent window with or
+    without the first tokens, or to equally many random keys. Context tokens use full causal attention;
+(2) the same for windows that include the queried fact, where only the first tokens can make a difference;
+(3) the concentration of attention by layer and head.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from make_tasks import SEED  # noqa: E402
 
 import hillinfer.longbench.synthetic as syn  # noqa: E402
 
-SINKS = 4  # how many first tokens count as sink
+SINKS = 4  # number of first tokens that count as sinks
 TOPS = [("top", share) for share in (0.2, 0.1, 0.05, 0.02, 0.01)]
 OTHERS = [(policy, share) for share in (0.1, 0.2) for policy in ("window", "window+sinks", "random")]
 
 
 @dataclass
 class Restriction:
-    """Which keys a pass over a cached context may use: a policy and a share of that context."""
+    """The keys that a pass over a cached context may attend to: a policy and a share of the context."""
 
     policy: str = "full"
     share: float = 1.0
@@ -58,9 +58,9 @@ class Restriction:
         return (chance >= chance.topk(budget, -1).values[..., -1:]) & causal
 
     def attend(self, module, query, key, value, mask, scaling=None, **_):
-        """An attention function for transformers: (B=1, H, r, D) and (B=1, Hkv, n, D) in, (B, r, H, D) out.
+        """Attention function for transformers: (B=1, H, r, D) and (B=1, Hkv, n, D) -> (B, r, H, D).
 
-        The pass that fills the cache (r = n) is not restricted.
+        The prefill (r = n) is not restricted.
         """
         repeat, rows, n = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -93,7 +93,7 @@ def statistics(weights: torch.Tensor) -> torch.Tensor:
 
 
 def load(folder: Path, restriction: Restriction):
-    """The model, which attends as `restriction` says, and its tokenizer."""
+    """The model, with its attention limited by `restriction`, and its tokenizer."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 
     AttentionInterface.register("restricted", restriction.attend)
@@ -104,8 +104,9 @@ def load(folder: Path, restriction: Restriction):
 
 @torch.inference_mode()
 def answers(model, tokenizer, restriction: Restriction, record: dict, settings: list) -> Iterator[tuple[bool, float]]:
-    """For each setting: whether each answer token is the most likely one after the right ones before it, and the mean
-    negative log-likelihood of these tokens, in nats. The context is prefilled once."""
+    """Teacher-forced answers by setting: correctness of each token's argmax, and their mean NLL in nats.
+
+    The context is prefilled once."""
     context, question = split(syn.prompt_of(record), record["context"])
     ids = tokenizer(question, add_special_tokens=False).input_ids
     wanted = [*tokenizer(record["answers"][0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -130,7 +131,7 @@ def paired(values: torch.Tensor) -> tuple[float, float, float]:
 
 
 def compare(model, tokenizer, restriction: Restriction, task: str, length: int, n: int, share: float = 0.2) -> dict:
-    """A window against one of equal size that keeps the first tokens, on `n` documents whose window holds the fact."""
+    """A window against one of equal size with the first tokens, on `n` documents whose window includes the fact."""
     settings = [("window", share), ("window+sinks", share)]
     records = islice(syn.in_window(task, length, share, SEED), n)
     rows = [list(answers(model, tokenizer, restriction, record, settings)) for record in records]
@@ -168,7 +169,7 @@ def main() -> None:
             found["heads"].append([layer, head, *values])
             print(f"{layer} {head}: " + "  ".join(f"{v:.3f}" for v in values))
     restriction.look = False
-    for task in [task for task in args.tasks if task not in ("two_hop", "chain")]:  # their facts stand apart
+    for task in [task for task in args.tasks if task not in ("two_hop", "chain")]:  # one fact per answer
         row = compare(model, tokenizer, restriction, task, args.length, args.n)
         found["first tokens"].append(row)
         print("{task:9} 20% window that holds the fact, without and with the first tokens: exact match {exact}, "

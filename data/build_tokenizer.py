@@ -1,8 +1,8 @@
 """Build the model's tokenizer from the syllables and the wording of hillinfer.longbench.synthetic.
 
-Unigram over letters, syllables, endings, whole words of the templates, numbers in pairs of digits, and bytes for
-everything else. The frames around a key are single tokens, so that a key's last piece is next to the place where its
-value is read or asked for. Words are never joined with what stands before them: a key has the same pieces everywhere.
+Unigram model over letters, syllables, endings, whole words of the templates, pairs of digits, and bytes for everything
+else. The text frames around a key are single tokens, so a key's last piece is adjacent to the position where its value
+is read or queried. Words never merge with the preceding text, so a key has the same pieces everywhere.
 """
 
 import re
@@ -53,7 +53,7 @@ def pieces() -> list[str]:
 
 
 def build() -> PreTrainedTokenizerFast:
-    # Distinct scores leave no ties, so a word is always cut the same way; the fewest pieces win.
+    # Distinct scores avoid ties, so a word always has the same segmentation: the one with the fewest pieces.
     vocabulary = [(t, 0.0) for t in SPECIAL] + [(f"<0x{i:02X}>", -30.0) for i in range(256)]
     vocabulary += [(p, -10 - zlib.crc32(p.encode()) / 2**33) for p in pieces()]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=3, byte_fallback=True))

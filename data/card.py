@@ -1,8 +1,8 @@
-"""Write data/model/README.md and measured.json from what the other scripts measured: `python data/card.py`.
+"""Write the model card, data/model/README.md and measured.json, from recorded measurements: `python data/card.py`.
 
-Reads what `make show-model` left in out/model/ (evaluation.jsonl, attention.json), and what data/train.py left in
-out/train/ (curve.jsonl, the last checkpoint's counters). --again names what data/evaluate.py --json wrote of a model
-that was trained again.
+Reads the output of `make show-model` in out/model/ (evaluation.jsonl, attention.json) and of data/train.py in
+out/train/ (curve.jsonl, counters of the last checkpoint). --again names the output of data/evaluate.py --json for a
+retrained model.
 """
 
 import argparse
@@ -22,7 +22,7 @@ VOTES = ("majority", "tally")
 
 
 def bar_of(row: dict) -> tuple[str, bool | None]:
-    """The bar set before training, in words, and whether the row meets it; None where there is none."""
+    """The threshold set before training, as text, and True if the row meets it; None if there is no threshold."""
     task, _, length = row["name"].rpartition("_")
     if row["name"] == "LongEval":
         return "0.85", row["exact"] >= 0.85
@@ -115,7 +115,7 @@ def main() -> None:
     state = torch.load(args.out / "last.pt", weights_only=True)
     rows = {
         row["name"]: row for row in lines(args.measured / "evaluation.jsonl")
-    }  # the last measurement of each counts
+    }  # the latest measurement of each counts
     order = {name: i for i, name in enumerate((*syn.TASKS, "LongEval"))}
     answers = sorted(rows.values(), key=lambda r: (order[r["name"].rpartition("_")[0] or r["name"]], r["longest"]))
     again = {row["name"]: row for row in lines(args.again)} if args.again else {}

@@ -1,4 +1,4 @@
-"""Training sequences: one document, then as many of its questions as fit, each with its answer."""
+"""Training sequences: one document, followed by as many of its questions, with answers, as fit."""
 
 import random
 
@@ -8,7 +8,7 @@ import hillinfer.longbench.synthetic as syn
 
 
 def block(rng: random.Random, tokenizer, task: str, length: int) -> tuple[list[int], list[bool]]:
-    """A document and all its questions in a random order, in about `length` tokens when so many questions fit."""
+    """A document and its questions in random order, about `length` tokens in total."""
     group = rng.choice((1, 2, 3, 4, 4, 5, 6)) if task in ("lines", "chain", "passage") else rng.choice((2, 3, 4))
     if length < 512:
         group = min(group, 2 if task == "two_hop" else 3)
@@ -33,7 +33,7 @@ def block(rng: random.Random, tokenizer, task: str, length: int) -> tuple[list[i
 
 
 def sequence(rng: random.Random, tokenizer, task: str, length: int) -> tuple[list[int], list[bool]]:
-    """`length + 1` token ids and, for each, whether it belongs to an answer; more documents where one falls short."""
+    """`length + 1` token ids and a mask of answer tokens. Concatenates documents if one is too short."""
     ids, answers = [tokenizer.bos_token_id], [False]
     while len(ids) <= length:
         more = block(rng, tokenizer, task, length)
@@ -42,7 +42,7 @@ def sequence(rng: random.Random, tokenizer, task: str, length: int) -> tuple[lis
 
 
 def positions(rng: random.Random, ids: torch.Tensor, window: int, share: float, newline: set[int]) -> torch.Tensor:
-    """Position ids that jump ahead at some line ends, so short training texts visit the whole window."""
+    """Position ids that skip ahead at some line ends, so short training texts cover the whole context window."""
     n = len(ids)
     steps = torch.ones(n, dtype=torch.long)
     steps[0] = 0
@@ -57,7 +57,7 @@ def positions(rng: random.Random, ids: torch.Tensor, window: int, share: float, 
 
 
 class Corpus:
-    """Batches that depend on their seed only, so a resumed run sees what an unbroken one would."""
+    """Batches that depend only on their seed, so a resumed run sees the same data as an uninterrupted one."""
 
     def __init__(self, tokenizer, window: int, jump_share: float):
         self.tokenizer, self.window, self.jump_share = tokenizer, window, jump_share
@@ -65,7 +65,7 @@ class Corpus:
         self.newline = {i for token, i in vocabulary.items() if token.endswith("\n")} | {tokenizer.eos_token_id}
 
     def batch(self, tasks: dict[str, float], length: int, rows: int, seed: str):
-        """ids (B, n+1), answer mask (B, n+1), positions (B, n), and each row's task."""
+        """ids (B, n+1), answer mask (B, n+1), positions (B, n), and the task of each row."""
         rng = random.Random(seed)
         ids, answers, places, names = [], [], [], []
         for _ in range(rows):

@@ -1,7 +1,7 @@
 """Exact match of a model on held-out records and real LongEval cases, with 95 % intervals and the partial-key floor.
 
-`python data/evaluate.py --n 200` measures data/model and prints one line for each task and length. data/make_tasks.py
-writes the first of the same records to data/tasks/; any number of them can be asked for.
+`python data/evaluate.py --n 200` evaluates data/model and prints one line per task and length. data/make_tasks.py
+writes the first of the same records to data/tasks/; --n sets their number.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def interval(right: int, n: int) -> tuple[float, float]:
 
 
 class Reader:
-    """Greedy answers on the full cache; the cache of a context is kept for the next question on the same one."""
+    """Greedy answers with the full cache, which is reused for consecutive questions about the same context."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -36,10 +36,10 @@ class Reader:
 
     @torch.inference_mode()
     def answer(self, context: str, question: str, answer: str) -> tuple[float, list[int], int]:
-        """The share of answer tokens (the end included) that greedy decoding gets right; its tokens; prompt length.
+        """Share of answer tokens, including EOS, that greedy decoding gets right; its tokens; and the prompt length.
 
-        One pass over question and answer tells whether greedy decoding is right throughout: it is when each answer
-        token is the most likely one. Only where it is not, the answer is decoded step by step.
+        One teacher-forced pass suffices if greedy decoding is right throughout, that is, if every answer token is the
+        argmax. Otherwise the answer is decoded step by step.
         """
         end = self.tokenizer.eos_token_id
         if context != self.context:
@@ -63,17 +63,17 @@ class Reader:
         return out.logits[0].argmax(-1).tolist()
 
     def forget(self) -> None:
-        """Back to the context alone."""
+        """Crop the cache back to the context."""
         self.cache.crop(self.length - self.cache.get_seq_length())
 
 
-DEPTHS = 5  # bins of the depth at which the asked fact stands
+DEPTHS = 5  # bins of the queried fact's depth
 
 
 def measure(reader: Reader, name: str, cases: list[tuple], floor: float | None, show: int = 0) -> dict:
-    """Ask all cases: context, question, answer, and the depth of the asked fact or None."""
+    """Ask all cases. A case is a context, a question, an answer, and the depth of the queried fact or None."""
     right, tokens, longest, began = 0, 0.0, 0, time.perf_counter()
-    depths = [[0, 0] for _ in range(DEPTHS)]  # right and asked in each bin
+    depths = [[0, 0] for _ in range(DEPTHS)]  # correct answers and questions per bin
     for context, question, answer, depth in cases:
         share, given, length = reader.answer(context, question, answer)
         right, tokens, longest = right + (share == 1), tokens + share, max(longest, length)

@@ -1,4 +1,4 @@
-"""Plots of what was measured of the model: `python data/figures.py` writes out/model.html."""
+"""Plots of the model's measurements: `python data/figures.py` writes out/model.html."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def figures(measured: dict) -> list[go.Figure]:
 
 
 def heads(rows: list[list[float]]) -> list[go.Figure]:
-    """One heat map (layer, head) for each statistic."""
+    """One heat map (layers by heads) per statistic."""
     out = []
     for i, title in enumerate(HEADS, 2):
         grid = [[row[i] for row in rows if row[0] == layer] for layer in sorted({row[0] for row in rows})]

@@ -1,15 +1,16 @@
-"""The constructed start: weights with which training finds retrieval in minutes instead of hours.
+"""Constructed initial weights, with which training learns retrieval in minutes instead of hours.
 
-Nothing is frozen; the start only places what a random start would have to stumble upon. Of the hidden size of 320, 64
-dimensions hold the token itself, 8 x 24 hold hashes of the last eight tokens, 64 are a note.
-- Layer 0: head h looks h+1 tokens back (query and key biases whose RoPE phases agree at that distance) and writes a
-  hash of the token it sees into its slot, so each position knows its last eight tokens.
-- Layer 1: heads look 1 to 8 tokens back too, with small random contents; one head instead finds the latest token after
-  "Paragraph " and writes it into the note.
+No weights are frozen; the initialisation only provides circuits that a random start would have to discover. Of the
+hidden size of 320, 64 dimensions encode the token itself, 8 x 24 encode hashes of the last eight tokens, and 64 serve
+as a scratch register (the note).
+- Layer 0: head h attends h+1 tokens back (query and key biases whose RoPE phases cancel at that distance) and writes a
+  hash of that token to its slot, so each position encodes its last eight tokens.
+- Layer 1: heads also attend 1 to 8 tokens back, with small random values; one head instead finds the latest token after
+  "Paragraph " and writes it to the note.
 - Layers 2 and 3: one query head of each GQA group matches the slots against those of earlier positions, shifted by one
-  (an eight-token n-gram match). Two groups copy the token found there, two the note found there. The first token of the
-  text is where they rest: the former when a paragraph is asked for, the latter when not. The other query heads are
-  random.
+  (an induction head over eight-token n-grams). Two groups copy the token found there, two copy the note found there.
+  The first token of the text is their attention sink: of the former when the question asks for a paragraph, of the
+  latter otherwise. The other query heads are random.
 - Deeper layers and all MLPs start small and random.
 """
 
@@ -19,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 SLOT = 24
 TOKEN, NOTE = slice(0, 64), slice(256, 320)
 SLOTS = [slice(64 + SLOT * i, 64 + SLOT * (i + 1)) for i in range(8)]
-FIRST_FLAT = 12  # rotary frequencies from here on turn by less than half a radian over the window: content goes there
+FIRST_FLAT = 12  # rotary frequencies from here on rotate by less than half a radian over the window: used for content
 FLAT = torch.cat([torch.arange(FIRST_FLAT, 32), torch.arange(32 + FIRST_FLAT, 64)])
-SHARP = 10.0  # nats of one rotary frequency
+SHARP = 10.0  # nats per rotary frequency
 
 
 def config_of(settings: dict, vocab: int) -> LlamaConfig:
@@ -49,7 +50,7 @@ def heads(attention) -> dict[str, torch.Tensor]:
 
 
 def look_back(w: dict, theta: float) -> None:
-    """Bias query head h to attend h+1 tokens back: the phases of query and key cancel at that distance."""
+    """Bias query head h to attend h+1 tokens back, where the RoPE phases of query and key cancel."""
     frequency = theta ** (-torch.arange(32) / 32.0)[:FIRST_FLAT]
     amplitude = (SHARP * 8) ** 0.5  # 8 = sqrt(head_dim)
     w["k_bias"][:, :FIRST_FLAT] = amplitude
@@ -59,9 +60,9 @@ def look_back(w: dict, theta: float) -> None:
 
 
 def look_at_header(w: dict, header: torch.Tensor) -> None:
-    """Query head 6 attends to the latest position whose token before is the header, and copies its token to the note.
+    """Query head 6 attends to the latest position preceded by the header token, and copies its token to the note.
 
-    Three slow frequencies (periods of 350 to 2,600 tokens) prefer what is near.
+    Three slow frequencies (periods of 350 to 2,600 tokens) favour nearby positions.
     """
     w["q_bias"][6] = 0
     w["q_bias"][6, 4:7] = (SHARP * 8) ** 0.5
@@ -72,7 +73,7 @@ def look_at_header(w: dict, header: torch.Tensor) -> None:
 
 
 def match(w: dict, hash_: torch.Tensor) -> None:
-    """Even query heads match eight slots, five flat dimensions each; groups 0, 1 copy the token, 2, 3 the note."""
+    """Even query heads match eight slots, five flat dimensions each. Groups 0-1 copy the token, 2-3 the note."""
     for group in range(4):
         for offset in range(8):  # 0 is one token back
             rows = FLAT[offset * 5 : offset * 5 + 5]
@@ -87,7 +88,7 @@ def match(w: dict, hash_: torch.Tensor) -> None:
 
 
 def rest(w: dict, first_keys: torch.Tensor, asked: torch.Tensor) -> None:
-    """Let matching heads attend to the first token by so many nats, more or less after the token `asked`."""
+    """Bias matching heads towards the first token (the sink) by a number of nats that the token `asked` changes."""
     for group in range(4):
         flat = first_keys[group, FLAT]
         unit = torch.zeros(64)
@@ -108,12 +109,12 @@ def build(settings: dict, tokenizer, seed: int) -> LlamaForCausalLM:
     embedding = model.model.embed_tokens.weight
     embedding.normal_(0, 0.02)
     embedding[:, TOKEN].normal_(0, 1)
-    embedding[tokenizer.bos_token_id, TOKEN] = 0  # whoever rests on the first token copies nothing
+    embedding[tokenizer.bos_token_id, TOKEN] = 0  # a head whose sink is the first token copies nothing
     embedding[tokenizer.bos_token_id, 64:256].normal_(0, 1)
     model.model.norm.weight.fill_(0.12)
 
     def seen(text: str) -> torch.Tensor:
-        """The token's 64 dimensions as the first norm passes them on."""
+        """The token's 64 dimensions after the first norm."""
         (token,) = tokenizer(text, add_special_tokens=False).input_ids
         return embedding[token, TOKEN] * (320 / embedding[token].square().sum()).sqrt()
 

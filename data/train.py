@@ -1,7 +1,7 @@
-"""Train the tiny Llama of hillinfer from nothing: `python data/train.py [--workers 2]`.
+"""Train hillinfer's tiny Llama from scratch: `python data/train.py [--workers 2]`.
 
-Reads data/train.toml. Writes checkpoints to out/train/ (a run that was stopped goes on from the last one) and, at the
-end, the model and its tokenizer to data/model/. `--export` writes the last checkpoint there without training.
+Reads data/train.toml. Writes checkpoints to out/train/, from which an interrupted run resumes, and finally the model
+and its tokenizer to data/model/. `--export` writes the last checkpoint there without training.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def optimizers(model, train: dict) -> list[torch.optim.Optimizer]:
 
 
 def loss_of(model, forward, batch, theta: float, lm_weight: float) -> tuple[torch.Tensor, dict[str, float]]:
-    """The weighted loss; and the share of answer tokens predicted right by task, the loss on sampled other tokens.
+    """Weighted loss, share of correctly predicted answer tokens by task, and loss on sampled other tokens.
 
-    A row with few answer tokens weighs more for each: 1 / sqrt(their number).
+    Each answer token of a row is weighted by 1 / sqrt(number of answer tokens in the row).
     """
     ids, answers, positions, tasks = batch
     cos, sin = angles(positions, theta)
@@ -69,7 +69,7 @@ def average_gradients(model, workers: int) -> None:
 
 
 def schedule(stages: list[dict], step: int) -> tuple[dict, float]:
-    """The stage of a step and the rate's factor: warm-up, then from `rate[0]` to `rate[1]` within the stage."""
+    """Stage and learning-rate factor of a step: warm-up, then `rate[0]` to `rate[1]` within the stage."""
     for stage in stages:
         if step < stage["steps"]:
             first, last = stage.get("rate", (1.0, 1.0))
@@ -85,7 +85,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def export(model, tokenizer, folder: Path) -> None:
-    """Write the model in bf16, beside the old one first, so that a reader never finds half of it."""
+    """Write the model in bf16, atomically: to a temporary location first, so readers never see a partial model."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     twin = start.LlamaForCausalLM(model.config).to(torch.bfloat16)
@@ -106,7 +106,7 @@ def export(model, tokenizer, folder: Path) -> None:
 def work(rank: int, args, settings: dict) -> None:
     torch.set_num_threads(1)
     if args.workers > 1:
-        # torch sends it to a worker whose parent has died; a script started with & hands it down ignored
+        # torch sends it to workers of a dead parent; a script started with & inherits it as ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
         meet = f"file://{args.out.resolve()}/meet"
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=args.workers)
@@ -130,7 +130,7 @@ def work(rank: int, args, settings: dict) -> None:
         began = time.perf_counter()
         stage, factor = schedule(stages, step)
         rows = max(1, stage["batch"] // args.workers)
-        micro = max(1, min(rows, 4096 // stage["length"]))  # rows of one pass: small ones stay in the cache
+        micro = max(1, min(rows, 4096 // stage["length"]))  # rows per pass, small enough for the CPU cache
         torch.manual_seed(train["seed"] * 1_000_003 + step * 17 + rank)
         for part in range(rows // micro):
             seed = f"{train['seed']}-{step}-{rank}-{part}"

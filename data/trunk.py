@@ -1,6 +1,6 @@
-"""The Llama forward pass for training, on the weights of a transformers LlamaForCausalLM.
+"""Llama forward pass for training, on the weights of a transformers LlamaForCausalLM.
 
-transformers' own forward takes jumping position ids for packed sequences and cuts the text there.
+transformers' own forward interprets skipped position ids as packed sequences and splits the text there.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Measure configurations of the kernel: `python -m fpga.explore [--again] [NAME ...]`, or all by `make -C fpga table`.
 
-Cycles by simulation, area by yosys, recall on the embedded model's keys. Rows go to
-hillinfer/systems/hillinfer/cec.json, the table and its Pareto plot to out/fpga/cec.html. A row that is there is
-measured again when the kernel's source or a tool has changed, or with --again.
+Cycles come from simulation, area from yosys, recall from the embedded model's keys. Writes the rows to
+hillinfer/systems/hillinfer/cec.json, and the table with its Pareto plot to out/fpga/cec.html. Existing rows are
+measured again if the kernel's source or a tool has changed, or with --again.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ EXPLORED += [Config(8, 128, lanes=32), Config(8, 128, lanes=16), Config(4, 128, 
 
 
 def cycles(kernel: Kernel, n: int, k: int, mode: int, rate: float = 1.0, heads: int = HEADS) -> int:
-    """Cycles of one call on bell-shaped codes, whose answer is checked; rate: the memory's, of the port's."""
+    """Cycles of one call on normally distributed codes, with a checked answer. rate: memory rate over port rate."""
     config, rng = kernel.config, np.random.default_rng(n)
     codes = codes_of("bell", rng, (heads, n, config.head_dim), config.bits)
     query = codes_of("bell", rng, (heads, config.group, config.head_dim), 8, query=True)
@@ -70,20 +70,20 @@ def main() -> None:
         if again or config.name not in measured(now):
             row = measure(config, recalls[config.bits])
             print(config.name, row, flush=True)
-            rows = measured(now) | {config.name: row}  # read again: another process may have added its own
+            rows = measured(now) | {config.name: row}  # read again: another process may have added rows
             ordered = [rows[c.name] for c in EXPLORED if c.name in rows]
             cec.TABLE.write_text(json.dumps({"tools": now, "rows": ordered}, indent=1) + "\n")
     print(show())
 
 
 def measured(now: dict) -> dict[str, dict]:
-    """Rows of the table by name, if they are of this source and of these tools."""
+    """Rows of the table by name, if measured with the current source and tools."""
     kept = json.loads(cec.TABLE.read_text()) if cec.TABLE.exists() else {}
     return {cec.Configuration(**row).name: row for row in kept["rows"]} if kept.get("tools") == now else {}
 
 
 def show(folder: Path = sim.CACHE) -> Path:
-    """The table on the terminal; table and Pareto plot as a page."""
+    """Print the table, and write table and Pareto plot as an HTML page."""
     from hillinfer.workbench.cec import cec_frame, pareto_figure, tools
     from hillinfer.workbench.report import write_report
 

@@ -10,9 +10,9 @@
 # # A first run
 #
 # **What you will see:** a small language model answers a question about a document of 2,000 tokens, while its KV
-# cache is spread over host memory and a drive. As tokens come you see what each attention head looks at, which
-# tier served it, and what the processor and the drive did at each moment. Then the same question runs a second
-# way, and both stand side by side.
+# cache is spread over host memory and a drive. As tokens are generated, you see what each attention head attends to,
+# which tier serves it, and what the CPU and the drive do at each moment. Then another system answers the same
+# question, for comparison.
 #
 # Nothing is downloaded: the model ships with the package. It is small, so its speed says little about large
 # models; the mechanics are the same.
@@ -26,9 +26,9 @@ seed = 2  # makes the document and the question
 # %% [markdown]
 # ## The dashboard
 #
-# Press **Run**. **Stop** ends a run after the token under way, and so does the kernel's interrupt button.
-# **Compare** runs the present settings beside the last run: choose another system first. Click a token, a step, a
-# head or a moment, and it is marked in every view.
+# Press **Run**. **Stop**, or the kernel's interrupt button, ends a run after the current token. To compare, select
+# another system and press **Compare**: it runs next to the last one. Click a token, a step, a head or a moment to
+# mark it in all views.
 
 # %%
 from hillinfer.workbench import Workbench
@@ -39,10 +39,9 @@ workbench.alpha.value, workbench.seed.value = alpha, seed
 workbench.show()
 
 # %% [markdown]
-# ## The same without clicking
+# ## The same from code
 #
-# Every control is a Python object with a `value`, and `run` waits for the answer. This is how the notebook is
-# tested.
+# Every control is a Python object with a `value`, and `run` waits for the answer. The notebook's test works this way.
 
 # %%
 workbench.system.value = "hillinfer"
@@ -50,8 +49,8 @@ print("answer:", workbench.run())
 print("right: ", workbench.runs[-1].right)
 
 # %% [markdown]
-# Now beside it the reference that keeps all KV in memory and attends to every token. At this size it is faster,
-# because it needs no drive; look at the bytes in memory.
+# Next to it, the reference `full` keeps all KV in memory and attends to every token. At this size it is faster,
+# because it needs no drive. Compare the bytes in memory.
 
 # %%
 workbench.system.value = "full"
@@ -67,7 +66,7 @@ for name, one, other, form in compare_figures(first, second):
 # %% [markdown]
 # ## With your own model
 #
-# Any decoder-only model of the Llama, Qwen, Mistral or OPT families, from a folder or the hub:
+# Any decoder-only model of the Llama, Qwen, Mistral or OPT families, from a local folder or the Hub:
 #
 # ```python
 # from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,7 +75,7 @@ for name, one, other, form in compare_figures(first, second):
 # Workbench(model, tokenizer, drive="/mnt/nvme").show()
 # ```
 #
-# Choose *own text* as the task and paste a document, or keep the synthetic tasks. A long document is read once if its
-# KV is kept: `workbench.session.value = "report.kv"`, made by the first run and opened by all later ones.
+# Select *own text* as the task and paste a document, or keep the synthetic tasks. With a session file, a long document
+# is prefilled only once: set `workbench.session.value = "report.kv"`. The first run creates it, later runs open it.
 #
 # Next: `01_attention_sparsity`.

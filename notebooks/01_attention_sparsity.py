@@ -9,12 +9,11 @@
 # %% [markdown]
 # # Where attention goes
 #
-# **What you will see:** which heads of a model look at a few tokens and which at many; where in a long document
-# they look; and whether the tokens that the cheap INT8 scores choose are those that exact attention would have
-# wanted.
+# **What you will see:** which heads of a model attend to few tokens and which to many; where in a long document they
+# attend; and how much of the exact attention falls on the tokens selected by INT8 scores.
 #
-# Exact attention over all cached tokens is computed at every step here, for study: it reads all the KV. The
-# dashboard does this only when asked.
+# For this analysis, exact attention over all cached tokens is computed in every step, which reads all KV. The dashboard
+# does this only on request.
 
 # %% tags=["parameters"]
 task = "chain"  # lines, needle, two_hop, passage, chain, majority
@@ -39,8 +38,8 @@ print("right: ", run.right)
 # %% [markdown]
 # ## How many tokens a head needs
 #
-# For each layer and head, the smallest share of the cached tokens that holds 90 % of its attention, mean over all
-# decode steps. Dark heads look at a handful of tokens, most of them at the very first one; light heads spread.
+# For each layer and head: the smallest share of the cached tokens that holds 90 % of its attention, mean over all
+# decode steps. Dark heads attend to a handful of tokens, most of them to the attention sink; light heads spread out.
 
 # %%
 from hillinfer.workbench.figures import attention_figure, sparsity_figure
@@ -48,38 +47,37 @@ from hillinfer.workbench.figures import attention_figure, sparsity_figure
 sparsity_figure(record, f"{task}, {tokens} tokens: tokens that hold 90 % of the attention")
 
 # %% [markdown]
-# ## What the selection catches
+# ## Recall of the selection
 #
-# The share of the exact attention that falls on the chosen tokens, lowest head of each layer. At alpha 1 it would
-# be 100 %.
+# The share of the exact attention that falls on the selected tokens, by layer. At alpha 1 it would be 100 %.
 
 # %%
 import numpy as np
 import pandas as pd
 
-caught = np.array([[layers[layer].recall for layer in sorted(layers)] for layers in record.steps.values()])
+recall = np.array([[layers[layer].recall for layer in sorted(layers)] for layers in record.steps.values()])
 pd.DataFrame(
     {
-        "mean of heads": caught.mean((0, 2)),
-        "lowest head": caught.mean(0).min(1),
-        "lowest step and head": caught.min((0, 2)),
+        "mean of heads": recall.mean((0, 2)),
+        "lowest head": recall.mean(0).min(1),
+        "lowest step and head": recall.min((0, 2)),
     }
 ).rename_axis("layer").style.format("{:.1%}")
 
 # %% [markdown]
 # ## One head over the document
 #
-# Attention in blocks of positions, on a logarithmic scale, and below it how much of each block was chosen. This
-# is the head that spreads most.
+# Attention by blocks of positions, on a logarithmic scale, and the selected share of each block below. This is the
+# head with the widest attention.
 
 # %%
 layer, head = np.unravel_index(record.needed().argmax(), record.needed().shape)
 attention_figure(record, int(layer), int(head))
 
 # %% [markdown]
-# ## All of it, linked
+# ## Linked views
 #
-# Click a cell of the heat map, a step or a moment of the timeline.
+# Click a cell of the heat map, a step, or a moment of the timeline.
 
 # %%
 from hillinfer.workbench import show_record
@@ -90,5 +88,5 @@ show_record(run.timeline, run.counters, record)
 # ## With your own model
 #
 # Replace the line that loads the model: `model = AutoModelForCausalLM.from_pretrained(...)`, `tokenizer =
-# AutoTokenizer.from_pretrained(...)`, of the Llama, Qwen, Mistral or OPT families. For your own text, make the
-# case with `Case.text(tokenizer, text, question, max_new_tokens=64)`; on a drive of its own, name it in `drive`.
+# AutoTokenizer.from_pretrained(...)`, of the Llama, Qwen, Mistral or OPT families. For your own text, create the case
+# with `Case.text(tokenizer, text, question, max_new_tokens=64)`. To use a separate drive, set `drive` to its folder.

@@ -9,9 +9,8 @@
 # %% [markdown]
 # # Hit rates and pools
 #
-# **What you will see:** who serves the tokens that attention asks for: the device window, the hot pool in host
-# memory, or the drive; how the hot pool warms up; why tokens miss it; and what four ways of ranking it do with
-# the same memory.
+# **What you will see:** which tier serves the attended tokens: the device window, the hot pool in host memory, or the
+# drive; how the hot pool warms up; why tokens miss it; and how three rankings of the pool compare at equal memory.
 
 # %% tags=["parameters"]
 task = "chain"  # long answers: over 64 decode steps
@@ -44,8 +43,8 @@ print(f"{first.answer!r}, {'right' if first.right else 'wrong'}; {first.split_re
 # %% [markdown]
 # ## Step by step
 #
-# A miss of the pool is either a token that was never in it or one that was demoted before: the second kind says
-# that the pool is too small or ranked badly, the first that attention moved on.
+# A pool miss is either a token that was never in the pool or one that was demoted. Demoted tokens indicate a pool that
+# is too small or badly ranked; new tokens indicate that attention has moved on.
 
 # %%
 hits_figure(first.counters, f"{task}, {tokens} tokens, alpha {alpha}: by decode step", by="step")
@@ -57,10 +56,10 @@ hits_figure(first.counters, f"{task}, {tokens} tokens, alpha {alpha}: by decode 
 hits_figure(first.counters, f"{task}, {tokens} tokens, alpha {alpha}: by layer")
 
 # %% [markdown]
-# ## Four rankings, and budgets of host memory
+# ## Three rankings, and budgets of host memory
 #
-# Equal pools, one question. `hits` counts for each token and layer, `shared-hits` is one table for all layers,
-# `lru` is the control. Measured here; one question is an illustration, not a benchmark.
+# Equal pools, one question. `hits` counts per token and layer, `shared-hits` uses one table for all layers, `lru`
+# is the control. Measured on this machine; one question is an illustration, not a benchmark.
 
 # %%
 import pandas as pd
@@ -98,5 +97,5 @@ figure.update_yaxes(title="served by the drive", tickformat=".0%", rangemode="to
 # ## With your own model
 #
 # Replace the line that loads the model: `model = AutoModelForCausalLM.from_pretrained(...)`, `tokenizer =
-# AutoTokenizer.from_pretrained(...)`, of the Llama, Qwen, Mistral or OPT families. For your own text, make the
-# case with `Case.text(tokenizer, text, question, max_new_tokens=64)`; on a drive of its own, name it in `drive`.
+# AutoTokenizer.from_pretrained(...)`, of the Llama, Qwen, Mistral or OPT families. For your own text, create the case
+# with `Case.text(tokenizer, text, question, max_new_tokens=64)`. To use a separate drive, set `drive` to its folder.

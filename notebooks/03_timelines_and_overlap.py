@@ -9,9 +9,9 @@
 # %% [markdown]
 # # Timelines and overlap
 #
-# **What you will see:** what the processor and the drive did at each moment of a run; how much of the shorter
-# side, computing or moving, was hidden behind the other; and the same run with a drive that scores keys itself,
-# and with that drive paced to a SmartSSD's rates.
+# **What you will see:** what the CPU and the drive do at each moment of a run; how much of the shorter side, compute or
+# transfer, overlaps with the other; and the same run with a drive that scores keys itself, also paced to a SmartSSD's
+# rates.
 
 # %% tags=["parameters"]
 task = "chain"
@@ -44,9 +44,8 @@ print("measured on", machine())
 # %% [markdown]
 # ## The numbers
 #
-# Busy time of each lane per token, and the overlap. A lane's busy time is a bound: a token cannot take less than
-# its busiest lane. The emulated drive is a process on this machine, so it takes time from the processor that a
-# real one would not.
+# Busy time of each lane per token, and the overlap. The busiest lane is a lower bound on the time per token. The
+# emulated drive runs on this machine, so unlike a real one it uses CPU time.
 
 # %%
 import pandas as pd
@@ -63,9 +62,9 @@ table.style.format("{:.1f}").format("{:.0%}", subset=["overlap"])
 # %% [markdown]
 # ## The timeline
 #
-# Wheel or W and S to zoom, drag or A and D to pan, 0 for everything, N and P to step through spans, T for a
-# table. The line above says how much of what is in view overlaps. *Perfetto* saves a trace for
-# [ui.perfetto.dev](https://ui.perfetto.dev).
+# Zoom with the wheel or W and S, pan by dragging or with A and D, press 0 to show everything, N and P to step through
+# spans, T for a table. The line above the timeline shows the overlap in the current view. *Perfetto* saves a trace
+# for [ui.perfetto.dev](https://ui.perfetto.dev).
 
 # %%
 show_timeline(runs["SSD, looking ahead"].timeline)
@@ -74,7 +73,7 @@ show_timeline(runs["SSD, looking ahead"].timeline)
 show_timeline(runs["emulated, SmartSSD rates"].timeline)
 
 # %% [markdown]
-# ## What the time goes into
+# ## Time by kind of work
 #
 # All spans are rows of a DataFrame; nothing is sampled or dropped.
 
@@ -87,5 +86,5 @@ total.sort_values("ms", ascending=False).style.format({"ms": "{:,.1f}", "bytes":
 # ## With your own model
 #
 # Replace the line that loads the model: `model = AutoModelForCausalLM.from_pretrained(...)`, `tokenizer =
-# AutoTokenizer.from_pretrained(...)`, of the Llama, Qwen, Mistral or OPT families. For your own text, make the
-# case with `Case.text(tokenizer, text, question, max_new_tokens=64)`; on a drive of its own, name it in `drive`.
+# AutoTokenizer.from_pretrained(...)`, of the Llama, Qwen, Mistral or OPT families. For your own text, create the case
+# with `Case.text(tokenizer, text, question, max_new_tokens=64)`. To use a separate drive, set `drive` to its folder.

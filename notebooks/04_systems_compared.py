@@ -9,11 +9,10 @@
 # %% [markdown]
 # # Systems compared
 #
-# **What you will see:** every system that is installed answers the same questions, LongBench's format, over
-# documents that no system has seen; how often each is right, against how much KV its attention reads for a token,
-# and how much memory it holds.
+# **What you will see:** all installed systems answer the same questions, in LongBench's format, over new documents. You
+# see the accuracy of each system against the KV that its attention reads per token, and its memory.
 #
-# A handful of questions shows the picture, not a ranking: raise `questions` for that.
+# A handful of questions gives an impression, not a ranking. For a ranking, raise `questions`.
 
 # %% tags=["parameters"]
 tasks = {"lines_1k": 1, "needle_1k": 1, "two_hop_1k": 1}  # file of data/tasks: how many of its questions
@@ -55,14 +54,14 @@ rows = [
     for result in results
 ]
 table = pd.DataFrame(rows).set_index("system").sort_values(["right", "KV read, MiB per token"], ascending=[False, True])
-print(f"half of the asked key alone would get {floor(records):.0%}")
+print(f"guessing among the entries that share half of the queried key would score {floor(records):.0%}")
 table.style.format("{:,.1f}").format("{:.0%}", subset=["right"]).format("{:,.0f}", subset=["tokens attended"])
 
 # %% [markdown]
 # ## Accuracy against bytes
 #
-# Up and left is better. Systems that attend to equally many tokens stand on one line: what separates them is
-# which ones.
+# Up and left is better. Systems that attend to equally many tokens are on one vertical line; they differ in which
+# tokens they select.
 
 # %%
 from hillinfer.workbench.figures import tradeoff_figure

@@ -9,11 +9,10 @@
 # %% [markdown]
 # # Write your own policy
 #
-# **What you will see:** a new selection policy in one cell, and at once its accuracy and bytes beside the others.
-# From then on it is a system: in the dashboard's selector, in `hillinfer.list_systems()`, in every table here.
+# **What you will see:** a new selection policy in one cell, with its accuracy and bytes next to the other systems.
+# From then on it is a system like any other: in the dashboard, in `hillinfer.list_systems()`, in all tables here.
 #
-# A policy answers one question at every decode step of every layer: which of the n cached tokens may be attended
-# to?
+# A policy answers one question for each decode step and layer: which of the n cached tokens to attend to?
 
 # %% tags=["parameters"]
 tasks = {"lines_1k": 3, "needle_1k": 3}
@@ -25,7 +24,7 @@ compared_with = ["full", "streaming", "topk"]
 #
 # `step.n` tokens are cached and `step.budget` of them may be chosen; `step.scores()` gives INT8 scores of all
 # keys, `(Hkv, n)`; `step.near()` the tokens that the device holds anyway. Return sorted, distinct positions. This
-# one keeps whole blocks of sixteen neighbours: fewer and larger reads for a drive, if the answer survives.
+# one selects whole blocks of sixteen neighbours: fewer and larger reads from a drive, if the answers stay correct.
 
 # %%
 import numpy as np
@@ -83,7 +82,7 @@ systems_figure([r.system for r in results], [r.accuracy for r in results], floor
 # %% [markdown]
 # ## Look at what it does
 #
-# Where it looks, next to what exact attention wants.
+# The selected tokens, next to exact attention.
 
 # %%
 from hillinfer.workbench import Case, LiveRun, show_record
@@ -98,5 +97,5 @@ show_record(run.timeline, run.counters, record)
 # ## To keep it
 #
 # Put the class into a file in `hillinfer/evaluator/policies/`, with one line in the registry there: the tests
-# then run it on every model family and tier by themselves. With your own model: replace the line with
+# then cover it automatically on all model families and tiers. With your own model: replace the line with
 # `load_embedded`, and give `compare` records of your own.

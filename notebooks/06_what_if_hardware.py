@@ -33,7 +33,9 @@ import pandas as pd
 from hillinfer.whatif.devices import find_profile
 
 known = {name: find_profile(name) for name in profiles}
-pd.DataFrame([{"profile": name, "box": own.about, **own.sources()} for name, own in known.items()]).set_index("profile")
+pd.DataFrame(
+    [{"profile": name, "box": profile.about, **profile.sources()} for name, profile in known.items()]
+).set_index("profile")
 
 # %% [markdown]
 # ## A run, recorded here
@@ -66,8 +68,8 @@ sizes = {
     f"{shape}, 32K": replay.Target(find_shape(shape), 32768, alpha=alpha),
 }
 modelled = {
-    (name, size): replay.replay(run.timeline, own, target, most=2)
-    for name, own in known.items()
+    (name, size): replay.replay(run.timeline, profile, target, most=2)
+    for name, profile in known.items()
     for size, target in sizes.items()
 }
 rows = {key: 1e3 * replay.modelled_seconds(timeline)[-1] for key, timeline in modelled.items()}

@@ -66,11 +66,11 @@ figure = go.Figure()
 for bits, colour in ((8, COLOURS["link"]), (4, COLOURS["choose"])):
     kernel = choose(bits, model_shape.head_dim)
     fits = [n for n in contexts if n * model_shape.code_bytes(bits) * model_shape.layers <= room]
-    for place, own in ((memory, fits), ("NAND", contexts[max(0, len(fits) - 1) :])):
+    for place, sizes in ((memory, fits), ("NAND", contexts[max(0, len(fits) - 1) :])):
         rate = tokens_per_second(kernel, MEMORIES[place], clock)
-        ms = [1e3 * n * model_shape.layers * model_shape.kv_heads / rate for n in own]
+        ms = [1e3 * n * model_shape.layers * model_shape.kv_heads / rate for n in sizes]
         dash = "solid" if place == memory else "dot"
-        figure.add_scatter(x=own, y=ms, name=f"INT{bits}, {place}", line=dict(color=colour, dash=dash))
+        figure.add_scatter(x=sizes, y=ms, name=f"INT{bits}, {place}", line=dict(color=colour, dash=dash))
 title = f"Scoring all keys of {shape} in the drive, {clock / 1e6:.0f} MHz assumed"
 figure.update_layout(LAYOUT, title=title)
 ticks = [f"{n // 1024}K" for n in contexts]

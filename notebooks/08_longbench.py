@@ -10,14 +10,14 @@
 # # LongBench
 #
 # **What you will see:** systems and budgets scored on long-context tasks by LongBench's rules: a table with
-# intervals and a paired test against the full cache, accuracy against budget and against bytes, and what the
-# models really answered. Then the same command goes on with more samples, and repeats nothing.
+# intervals and a paired test against the full cache, accuracy against budget and against bytes, and the models'
+# answers. Then the same command continues with more samples, without repeating any.
 #
-# It runs on the tasks that ship, in LongBench's format. LongBench itself is one option away, at the end. A few
-# samples show how it works, not who is better.
+# It runs on the bundled tasks, in LongBench's format. LongBench itself is one option away, at the end. A few
+# samples show how it works, not which system is better.
 
 # %% tags=["parameters"]
-tasks = "lines_1k,needle_1k,two_hop_1k"  # own: all that ship; longbench-en: LongBench's 16 English ones
+tasks = "lines_1k,needle_1k,two_hop_1k"  # own: all bundled tasks; longbench-en: LongBench's 16 English ones
 systems = "streaming,topk,hillinfer"  # or all; full is always added
 alpha = "0.05,0.2"
 samples = 2  # of each task
@@ -44,7 +44,7 @@ setting = f"--model {model} --tasks {tasks} --systems {systems} --alpha {alpha} 
 # %% [markdown]
 # ## Accuracy by budget
 #
-# Bars are 95 % bootstrap intervals over samples; there are none where all samples agree.
+# Bars are 95 % bootstrap intervals over samples; a bar is missing if all samples agree.
 
 # %%
 from hillinfer.longbench import report
@@ -58,7 +58,7 @@ budget_figure(table, f"{model} model, {asked} questions: accuracy by budget")
 # %% [markdown]
 # ## Accuracy by bytes
 #
-# What a decode step attends to, in bytes of KV: what budgets are about.
+# Accuracy against the bytes of KV that a decode step attends to.
 
 # %%
 bytes_figure(table.merge(cost), f"{model} model, {asked} questions: accuracy by KV attended to")
@@ -77,7 +77,7 @@ cost.drop(columns=["model", "truncated"]).set_index(["system", "alpha"]).style.f
 # %% [markdown]
 # ## What was answered
 #
-# Every answer is a line of `results.jsonl`. Look at the wrong ones before you believe a score.
+# Every answer is a line of `results.jsonl`. Read the wrong ones before you trust a score.
 
 # %%
 import pandas as pd
@@ -88,7 +88,7 @@ answers.sort_values(["score", "task", "id"]).head(8).style.hide(axis="index").fo
 # %% [markdown]
 # ## More samples, later
 #
-# What is there stays and is not asked again. More tasks, systems, budgets or models can join the same way.
+# Existing answers are kept, and their questions are not repeated. Add tasks, systems, budgets or models the same way.
 
 # %%
 before = len(read(folder))
@@ -100,6 +100,7 @@ report.summary(table, cost)[["system", "alpha", "n", "score", "to full"]].style.
 # %% [markdown]
 # ## With your own model, and LongBench's own data
 #
-# Set `model` to a folder or a name on the hub, `tasks` to `longbench-en` and `samples` to 0 (all), add `--data
-# data.zip` to the setting, and name a `folder` that stays. `--workers 8` or `--cluster dask:HOST:8786` spread it.
+# Set `model` to a folder or a name on the Hub, `tasks` to `longbench-en` and `samples` to 0 (all), add `--data
+# data.zip` to the setting, and set `folder` to a permanent one. `--workers 8` or `--cluster dask:HOST:8786` run the
+# eval in parallel.
 # `docs/longbench.md` has the steps for Llama-3.1-8B on one 24 GB GPU, and what was not run.

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that the seam is proved on; what is a smoke test, and what runs beside what."""
+"""Tiny random models of all supported families; the smoke tier, and which tests run beside which."""
 
 import os
 
@@ -112,7 +112,7 @@ FAMILIES = {
 
 
 def seeded(make):
-    """A model with random weights, always the same, and wide enough that greedy choices are no ties."""
+    """A model with seeded random weights of a scale that avoids ties in greedy decoding."""
     torch.manual_seed(7)
     model = make().eval()
     for parameter in model.parameters():
@@ -123,7 +123,7 @@ def seeded(make):
 
 @pytest.fixture(scope="session")
 def models():
-    """Family name -> model, made once and kept."""
+    """Maps a family name to its model, built once and cached."""
     made = {}
 
     def get(name: str):

@@ -48,7 +48,7 @@ def cases() -> list[tuple[str, str, str]]:
 
 
 def measure(model, system: str, tier: str, how: str) -> dict | str:
-    """What one case gives; the refusal where there is no such case."""
+    """The result of one case; the error message if the case is not supported."""
     torch.manual_seed(11)
     prompt = torch.randint(2, 97, (1 if how == "one" else 2, 300))
     if how == "padded":

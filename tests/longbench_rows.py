@@ -1,4 +1,4 @@
-"""Small rows and a small model of our own, so that every LongBench task is tested without its data."""
+"""Generated rows and a small model, to test every LongBench task without its data."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Attention in parts equals attention at once."""
+"""Attention merged from parts equals attention over all tokens at once."""
 
 import pytest
 import torch

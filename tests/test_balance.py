@@ -1,4 +1,4 @@
-"""The closed form balances host and drive; a profile that cannot be used is refused."""
+"""The closed form balances host and drive; unusable profiles are rejected."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What makes each baseline that baseline."""
+"""The defining property of each baseline."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`hillinfer bench`: every system in one table, the same in CSV and JSON; bad input is one line."""
+"""`hillinfer bench`: all systems in one table, identical in CSV and JSON; invalid input is a one-line error."""
 
 import json
 

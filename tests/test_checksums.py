@@ -1,4 +1,4 @@
-"""A block that is not what was written is an error that names its place, on every path to a drive; never data."""
+"""A corrupted block raises an error that names its place on every path to a drive, and is never returned as data."""
 
 import errno
 import os

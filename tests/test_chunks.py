@@ -1,4 +1,4 @@
-"""Bounds are bounds, the pruned search finds what a search of everything finds, pages come back from the drive."""
+"""Bounds are valid, the pruned search equals an exhaustive one, and pages round-trip through the drive."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The command line: bad input is one line that names the fix, exit code 2, and nothing is left behind."""
+"""The command line: invalid input is a one-line error that names the fix, exit code 2, and leaves nothing behind."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Integer scores are exact, on random and extreme codes, and top-k is what its definition says."""
+"""Integer scores are exact on random and extreme codes, and top-k follows its definition."""
 
 import numpy as np
 import pytest

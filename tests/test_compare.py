@@ -1,4 +1,4 @@
-"""Two results side by side: the ratio is right, what is on one side alone is named, bad input is one line."""
+"""Comparing two results: ratios are correct, unmatched rows are named, invalid input is a one-line error."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Two caches on one model, two models, threads and a fork: each right, or refused with a clear error."""
+"""Two caches on one model, two models, threads and a fork: correct, or rejected with a clear error."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Settings check values and touch no file; the folder on the drive is checked once, when a cache is made."""
+"""Settings validate values without file access; the drive's folder is checked once, when a cache is created."""
 
 import sys
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Profiles: all that ship can be used, each number has its source, and a bad one is refused with its fix."""
+"""Profiles: all bundled ones are valid, every number has a source, and invalid ones are rejected with the fix."""
 
 import pytest
 

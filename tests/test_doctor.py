@@ -1,4 +1,4 @@
-"""The doctor names what is slow and the fix, and never fails where something is missing."""
+"""The doctor names each bottleneck and its fix, and never fails on a missing component."""
 
 import pytest
 from typer.testing import CliRunner

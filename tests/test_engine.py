@@ -1,4 +1,4 @@
-"""The engine against cases solved by hand; what is conserved; what a faster part may and may not do."""
+"""The engine against cases solved by hand: conserved quantities, and the effects of a faster part."""
 
 from collections import defaultdict
 

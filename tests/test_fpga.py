@@ -1,4 +1,4 @@
-"""The simulated kernel answers what the package's evaluator answers, to the bit, whatever the memory does."""
+"""The simulated kernel equals the package's evaluator to the bit, for any memory behaviour."""
 
 import functools
 

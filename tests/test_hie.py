@@ -1,4 +1,4 @@
-"""Host and computational drive score their own pools: the same tokens as when the host scores all, paced or not."""
+"""Host and computational drive each score their pool: the tokens equal those of host-only scoring, paced or not."""
 
 import pytest
 import torch

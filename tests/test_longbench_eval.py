@@ -1,4 +1,4 @@
-"""`hillinfer eval`: killed and resumed, on one process or many, the table is the same, and says what was measured."""
+"""`hillinfer eval`: the table is the same if killed and resumed, on one process or many; its costs are measured."""
 
 import json
 import random
@@ -52,14 +52,14 @@ def common(place):
 
 @pytest.fixture(scope="module")
 def done(place, common):
-    """A folder of results that nothing interrupted."""
+    """The results folder of an uninterrupted run."""
     hillinfer(*common, "--out", place / "whole")
     return place / "whole"
 
 
 @pytest.mark.parametrize("system", list(list_systems()))
 def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system):
-    """A system that looks at the prefill must say so (`Policy.watches`), and is then shown the shared one."""
+    """A policy that observes the prefill must declare it (`Policy.watches`); it then observes the shared one."""
     variants = sweep.variants_of([system], [0.1, 0.4], {})
     task = find_task("needle_1k")
     record = report_record(task)
@@ -119,7 +119,7 @@ def test_every_task_runs_to_the_end(place, tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_cut_anywhere_and_resumed_the_table_is_the_same(done, common, tmp_path, seed):
-    """As a kill leaves it: whole lines, and perhaps a part of one."""
+    """As after a kill: complete lines, and possibly a partial one."""
     content = (done / "results.jsonl").read_bytes()
     shutil.copy(done / "manifest.json", tmp_path)
     (tmp_path / "results.jsonl").write_bytes(content[: random.Random(seed).randrange(len(content))])
@@ -255,7 +255,7 @@ def test_order_of_results_does_not_matter(done):
 
 
 def test_comparison_of_two_runs(done, common, tmp_path):
-    """B answers hillinfer's questions right, by decree."""
+    """B is constructed to answer hillinfer's questions correctly."""
     shutil.copytree(done, tmp_path / "b")
     changed = [row | ({"score": 1.0} if row["system"] == "hillinfer" else {}) for row in read(done)]
     (tmp_path / "b" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))

@@ -1,4 +1,4 @@
-"""The metrics equal the official code, traps included."""
+"""The metrics equal the official code, including its quirks."""
 
 import json
 import os

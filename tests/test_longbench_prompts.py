@@ -1,4 +1,4 @@
-"""Tasks, rows and prompts: what is asked is what LongBench asks, to the token."""
+"""Tasks, rows and prompts match LongBench's to the token."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def tokenizer():
 
 
 def official(tokenizer, text: str, max_length: int) -> list[int]:
-    """THUDM/LongBench, pred.py, written down again."""
+    """Reimplementation of pred.py of THUDM/LongBench."""
     tokenized = tokenizer(text, truncation=False, return_tensors="pt").input_ids[0]
     if len(tokenized) > max_length:
         half = int(max_length / 2)
@@ -64,7 +64,7 @@ def test_templates_and_lengths_are_the_official_ones():
 
 @pytest.mark.parametrize("task", V1)
 def test_prompts_are_official_at_several_windows(tokenizer, task, tmp_path):
-    """Own rows, and the real ones where they are."""
+    """On generated rows, and on real ones if available."""
     records = rows(task)
     if REAL is not None and (Path(REAL) / f"{task}.jsonl").exists():
         records += load(longbench()[task], [Path(REAL)])[0][:3]

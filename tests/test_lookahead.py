@@ -1,4 +1,4 @@
-"""Looking one layer ahead changes no output, and leaves neither hooks nor threads."""
+"""Lookahead by one layer does not change the output, and leaves neither hooks nor threads behind."""
 
 import gc
 import threading

@@ -1,4 +1,4 @@
-"""Under a real memory limit a run ends well or is refused at its start with the sum shown; it is never killed."""
+"""Under a real memory limit, a run succeeds or is rejected at its start with the required sum; it is never killed."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Steps modelled by rule, sweeps of them, and the papers' papers."""
+"""Decode steps modelled by rules, sweeps over them, and the papers' claims."""
 
 import math
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""What a watcher sees is what the run did, and the run does not notice."""
+"""The observer records exactly the run's attention, and does not affect the run."""
 
 from types import SimpleNamespace
 
@@ -85,13 +85,13 @@ def test_a_budget_leaves_steps_out_and_counts_them(models, prompt, tmp_path, mon
 
 
 def test_a_look_costs_what_its_step_took_longer(monkeypatch):
-    """Not only what is spent in `take`: records that are shown cannot be attended to in place."""
+    """Not only the time in `observe`: an observed step cannot attend to records in place."""
     now = [0]
     monkeypatch.setattr(observe, "time", SimpleNamespace(perf_counter_ns=lambda: now[0]))
     record, looks = AttentionRecord(budget=0.1), 0
     for step in range(1000):
         on = record.should_observe(0, step)
         assert record.should_observe(0, step) == on  # it is asked more than once
-        looks, record._took = looks + on, record._took + on  # 1 in `take`, 10 in all
+        looks, record._took = looks + on, record._took + on  # 1 in `observe`, 10 in all
         now[0] += 20 if on else 10
     assert looks + record.skipped == 1000 and looks * 10 / now[0] == pytest.approx(0.1, abs=0.01)

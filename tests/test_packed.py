@@ -1,4 +1,4 @@
-"""INT4 records: their error, the share that is read so, and that the pool never holds one."""
+"""INT4 records: their error, the share of reads in INT4, and their absence from the pool."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The budget is what a limit leaves; extents never overlap; the near path never holds more than its budget."""
+"""The budget is the remainder of the limit; extents never overlap; the near path never exceeds its budget."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Recorded runs on other hardware: against cases solved by hand, what is conserved, what scales, what is monotone."""
+"""Replay of recorded runs on other hardware: cases solved by hand, conservation, scaling and monotonicity."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""The runner asks every system the same thing, and measures what it says it measures."""
+"""The runner asks all systems the same questions, and its measurements are correct."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_a_split_prompt_is_the_prompt(embedded, record):
 
 
 def test_one_prefill_serves_all_systems_exactly(embedded, record, tmp_path):
-    """Answers over a shared prefill equal those of caches of their own, also after a policy that attended to little."""
+    """Answers over a shared prefill equal those of separate caches, even after a policy that attended to few tokens."""
     ways = {
         "random": (POLICIES["random"], Settings(alpha=0.05)),
         "full": (POLICIES["full"], Settings()),
@@ -78,7 +78,7 @@ def test_an_answer_is_its_first_number(text, right):
 
 @pytest.mark.parametrize("chunk", [2, 7, 64, 99, 100, 1000])
 def test_prefill_in_chunks_is_the_same_prefill(models, prompt, tmp_path, chunk):
-    """Also where the last chunk would be one token, which would be a decode step and not exact."""
+    """Even if the last chunk would be a single token, which would be an inexact decode step."""
     model, logits = models("llama"), []
     before = enable(model)
     ids = prompt[0, :100].tolist()

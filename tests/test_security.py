@@ -1,4 +1,4 @@
-"""Nobody let in: no code from data, private files where they were named, pages that only show what they are told."""
+"""Security: no code execution from data, private files in the named folder, pages that escape their input."""
 
 import ast
 import json

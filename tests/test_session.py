@@ -1,4 +1,4 @@
-"""A saved document answers as a fresh prefill does, whatever the system; anything but a complete session is refused."""
+"""A saved document gives the answers of a fresh prefill on any system; incomplete sessions are rejected."""
 
 import json
 import os

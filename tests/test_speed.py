@@ -1,4 +1,4 @@
-"""The benchmarks of whole steps, at sizes of seconds: what they measure is what they say."""
+"""The benchmarks of whole steps, at small sizes: their measurements match their descriptions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Many runs with random settings, some broken off in their middle: always right, never stuck, nothing left."""
+"""Many runs with random settings, some interrupted: always correct, never stuck, nothing left behind."""
 
 import gc
 import os

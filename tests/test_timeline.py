@@ -1,4 +1,4 @@
-"""The record of a run: complete, and readable by other tools."""
+"""The timeline of a run is complete and readable by other tools."""
 
 import json
 

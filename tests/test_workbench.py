@@ -1,4 +1,4 @@
-"""Figures and the report show what was recorded, and escape what they are given."""
+"""Figures and the report show the recorded data, and escape all text."""
 
 import pytest
 

@@ -1,1 +1,1 @@
-"""Proofs of the kernel's small parts."""
+"""Formal proofs of the kernel's building blocks."""

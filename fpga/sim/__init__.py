@@ -1,1 +1,1 @@
-"""The kernel simulated by Verilator, and its C++ twin, behind one Python face."""
+"""Simulation of the kernel: Verilator and the C++ twin behind one Python interface."""

@@ -1,4 +1,4 @@
-"""Cases for the kernel, and its golden model: the package's own evaluator."""
+"""Test cases for the kernel, and its golden model, the package's evaluator."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ LEGAL = {
 
 
 def golden(image: Image) -> list[Answer]:
-    """What the kernel must answer."""
+    """The expected answer of the kernel."""
     part = image.codes[:, image.first : image.first + image.n]
     answers = []
     for scores in group_scores_reference(image.query, part):
@@ -31,7 +31,7 @@ def golden(image: Image) -> list[Answer]:
 
 
 def differences(image: Image, answers: list[Answer]) -> list[str]:
-    """Where answers are not the golden ones, to the bit."""
+    """Differences between the answers and the golden model, compared bit by bit."""
     out = []
     for head, (want, have) in enumerate(zip(golden(image), answers, strict=True)):
         where = f"head {head} of n={image.n} k={image.k} mode={image.mode}"
@@ -45,7 +45,7 @@ def differences(image: Image, answers: list[Answer]) -> list[str]:
 
 
 def codes_of(kind: str, rng: np.random.Generator, size: tuple, bits: int, query: bool = False) -> np.ndarray:
-    """Codes of a kind: int8 of this many bits; keys also use the code that has no negative, queries do not."""
+    """Random codes of one kind: int8 with this many bits. Keys include the most negative code, queries do not."""
     top = TOP[bits]
     low = -top if query else -top - 1
     if kind == "uniform":
@@ -63,7 +63,7 @@ def codes_of(kind: str, rng: np.random.Generator, size: tuple, bits: int, query:
 
 
 def random_case(rng: np.random.Generator, config: Config, most: int = 1500) -> tuple[Image, dict]:
-    """One case, and how the memory behaves in it."""
+    """A random case, with the behaviour of the memory."""
     n = int(rng.choice([0, 1, 2, 3, 5, 6, 7, 8, 9, int(2 ** rng.uniform(3, np.log2(most)))], p=[0.02] * 9 + [0.82]))
     k = int(
         rng.choice([0, 1, n, n + 5, int(rng.integers(0, n + 1)), max(1, n // 10)], p=[0.02, 0.08, 0.1, 0.1, 0.4, 0.3])
@@ -86,7 +86,7 @@ def random_case(rng: np.random.Generator, config: Config, most: int = 1500) -> t
 
 
 def coverage(transitions: dict) -> dict[str, tuple[set[str], set[str]]]:
-    """For each state machine the legal transitions that were not seen, and those seen that are not legal."""
+    """Per state machine: legal transitions that were not observed, and observed transitions that are illegal."""
     out = {}
     for machine, counts in transitions.items():
         seen = {f"{a}-{b}" for (a, b), count in counts.items() if count and a != b}

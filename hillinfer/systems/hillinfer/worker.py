@@ -1,5 +1,6 @@
 """The drive's side of a computational drive: a thread that runs its commands in order."""
 
+import os
 import queue
 import threading
 import time
@@ -84,6 +85,7 @@ class Worker:
         self.totals = {kind: Work() for kind in ("write", "rescale", "evaluate", "attend", "fetch")}
         self.failure: str | None = None  # raised by every later call
         self.closed, self.queued = False, 0
+        self.process = os.getpid()  # Thread.is_alive() would not do: Ctrl-C inside it can mark a live thread as stopped
         self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self.lock = threading.RLock()  # reentrant: the collector may close a drive from either thread
         self.thread = threading.Thread(target=self._serve, name="hillinfer-worker", daemon=True)
@@ -93,8 +95,8 @@ class Worker:
         """Queue a command. Blocks while more than QUEUED bytes are waiting. Raises DriveError."""
         command = Command(kind, args, nbytes)
         while True:
-            if not self.thread.is_alive():
-                raise DriveError(self.failure or "the drive belongs to the process that opened it, not to its fork")
+            if os.getpid() != self.process:
+                raise DriveError("the drive belongs to the process that opened it, not to its fork")
             with self.lock:
                 if self.failure:
                     raise DriveError(self.failure)
@@ -106,7 +108,7 @@ class Worker:
 
     def close(self) -> None:
         """Fail queued commands, finish the current step of the running one, and release the file."""
-        if not self.thread.is_alive():  # closed already, or in a forked process, which has no such thread
+        if os.getpid() != self.process:  # a forked process has no such thread
             return
         with self.lock:
             self.failure, self.closed = self.failure or CLOSED, True

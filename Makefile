@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults show-speed bench
+.PHONY: demo test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults show-speed bench trees
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -107,6 +107,10 @@ bench: $(VENV)/.ready ## kernels, the embedded model to 32K, 8B's and 1B's shape
 	$(BIN)/python -m benchmarks.real --drive $(DRIVE) --out out/bench/real.json
 	$(BIN)/python -m benchmarks.shape --drive $(DRIVE) --out out/bench/shape-8b.json
 	$(BIN)/python -m benchmarks.shape --shape 1B --drive $(DRIVE) --out out/bench/shape-1b.json
+
+trees: $(VENV)/.ready ## this tree's times over another's, in turns: make trees OTHER=FOLDER, ROUNDS=n for more than 5
+	@mkdir -p $(DRIVE)
+	$(BIN)/python -m benchmarks.trees $(OTHER) --rounds $(or $(ROUNDS),5) --drive $(DRIVE)
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis

@@ -107,7 +107,7 @@ class Layer:
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""
-        visible = None if mask is None else mask[:, :, -1:]  # what the newest query sees: all but padding
+        visible = None if mask is None else mask[:, :, -1:]  # the newest query sees all but padding
         with self.track.span("cpu", "observe", queries.nbytes):
             self.policy.observe(queries.detach(), keys.detach(), self._valid(visible, len(queries)), scaling)
 
@@ -182,7 +182,7 @@ class Layer:
             guess.result()
 
     def _watch(self, query: torch.Tensor, picks: list, valid: torch.Tensor | None, scaling: float):
-        """What shows the attended records to the observer and the policy; None if neither asks for them."""
+        """A callback that shows the attended records to the observer and the policy; None if neither wants them."""
         observer, step = self.run.observer, self.track.timeline.step
         observed = observer is not None and observer.should_observe(self.index, step)
         if not (observed or self.policy.watches):
@@ -207,7 +207,7 @@ class Layer:
     def crop(self, n: int) -> None:
         """Forget all tokens from n on."""
         self.run.owner.check()
-        self._finish_guess()  # it reads what is about to change
+        self._finish_guess()  # it reads codes and pool, which are about to change
         if self.store is not None and n < self.n:
             self.store.truncate(n)
             while sum(self.pieces) > n:

@@ -26,14 +26,15 @@ from hillinfer.timeline import Counters, Timeline, Track
 class Run:
     """The shared state of a cache whose KV lies in memory, or on an SSD behind a hot pool.
 
-    `start` opens what the shape of the first keys asks for, `stop` closes it; `start` may follow. A system with other
-    tiers subclasses it: `open` and `open_store` make them, `check`, `pool_tokens` and `why_split` speak for them.
+    `start` opens the drive and its threads once the shape of the first keys is known; `stop` closes them, and `start`
+    may follow. A system with other tiers subclasses it: `open` and `open_store` make the tiers, `pool_tokens`, `check`
+    and `host_bytes` size them, `why_split` explains them.
     """
 
     def __init__(self, settings: Settings, layers: int, policy: type[Policy] | None = None):
         self.settings, self.layers, self.policy = settings, layers, policy
         self.timeline, self.counters, self.owner = Timeline(), Counters(), CacheOwner(layers)
-        self.observer: Any = None  # is shown what is attended to (`workbench.observe.AttentionRecord`)
+        self.observer: Any = None  # sees the attended records (`workbench.observe.AttentionRecord`)
         self.attended_ns: int | None = None  # when a layer's attention last ended in a decode step
         self._forget()
         self.check_settings(settings)
@@ -120,7 +121,7 @@ class Run:
         return RecordLog(self.drive, self.geometry, stream, self.writer)
 
     def prepare(self, policy: Policy, layer: int) -> None:
-        """Give a layer's policy what it needs beside keys, before `Policy.start`."""
+        """Configure a layer's policy before `Policy.start`."""
 
     @property
     def records_budget(self) -> int | None:
@@ -168,7 +169,7 @@ class Run:
         if self.drive is None:
             return "all KV in memory: no drive was named"
         if budget is not None:
-            return f"host holds what the budget allows; no profile was given, at most {budget:,} bytes"
+            return f"host holds as much as the budget allows; no profile was given, at most {budget:,} bytes"
         return (
             f"host holds 2*alpha = {2 * alpha:.0%}: {self.settings.pin:.0%} pinned by age, the rest by hits; "
             "no profile was given"

@@ -37,7 +37,7 @@ class Timeline:
 
     step    the current step; -1 before the first
     source  origin of the times: "measured", or "modelled: PROFILE"
-    about   what was run, for readers of the file (`recording.describe`)
+    about   description of the run, for readers of the file (`recording.describe`)
     """
 
     def __init__(self):
@@ -112,11 +112,11 @@ class Timeline:
                     own = [detail.pop(name) for name in ("layer", "step", "bytes", "thread")]
                     start, end = round(event["ts"] * 1e3), round((event["ts"] + event["dur"]) * 1e3)
                     if not all(type(number) is int for number in (event["pid"], *own[:3])) or event["pid"] < 0:
-                        raise TypeError("a span's numbers are no integers")
+                        raise TypeError("a span's numbers must be integers")
                     span = Span(LANES[event["pid"]], str(event["name"]), *own[:2], start, end, own[2], detail, own[3])
                     timeline.spans.append(span)
         except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no trace of this project ({error!r})") from None
+            raise ValueError(f"{path} is not a trace of this project ({error!r})") from None
         timeline.spans.sort(key=lambda span: span.end_ns)
         return timeline
 

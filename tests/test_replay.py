@@ -305,7 +305,7 @@ def test_a_trace_that_says_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no decode step"):
         decode_steps(line)
     (tmp_path / "x.json").write_text('{"traceEvents": []}')
-    with pytest.raises(ValueError, match="no trace of this project"):
+    with pytest.raises(ValueError, match="not a trace of this project"):
         Timeline.load(tmp_path / "x.json")
 
 

@@ -1,7 +1,7 @@
 """The log of one sequence's records in one layer: append-only, on a drive, its newest records held in memory.
 
-The newest are held back until they fill whole blocks, and are written behind the computation; a read takes from memory
-what is not yet safely on the drive.
+The newest are held back until they fill whole blocks, and are written behind the computation; a read takes records from
+memory until they are safely on the drive.
 """
 
 import threading
@@ -68,7 +68,7 @@ class RecordLog:
         return len(self.state[1]) + n >= HELD
 
     def append(self, records: torch.Tensor, codes=None) -> int:
-        """Add records (n, 2, Hkv, D). Returns the bytes whose write began; raises what an earlier write raised.
+        """Add records (n, 2, Hkv, D). Returns the bytes whose write began; raises the error of an earlier write.
 
         `codes` is for drives that score; this one does not.
         """
@@ -95,7 +95,7 @@ class RecordLog:
         return whole * self.file.record_bytes
 
     def flush(self) -> None:
-        """Wait for the write in flight. Raises what it raised; nothing is lost then, as its records are still held."""
+        """Wait for the write in flight. Raises its error; nothing is lost then, as its records are still in memory."""
         if self._writing:
             future, self._writing = self._writing, None
             future.result()

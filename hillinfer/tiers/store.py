@@ -1,7 +1,7 @@
 """The contract of a layer's KV store, and the store that keeps everything in memory.
 
 A store attends: it gets a query and positions and returns the output with its logsumexp, by which parts that were
-attended to on different devices, or in a drive, are merged. It writes what it did to its `Track`.
+attended to on different devices, or in a drive, are merged. It records its work on its `Track`.
 """
 
 import time

@@ -55,7 +55,7 @@ class TieredStore(Store):
         self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
         self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
         self.ahead: dict[int, Ahead] = {}  # sequence -> its prefetch
-        self.missed: list[tuple[int, np.ndarray, Selection]] = []  # what this step read from the drive
+        self.missed: list[tuple[int, np.ndarray, Selection]] = []  # read from the drive in this step
 
     @property
     def n(self) -> int:
@@ -106,7 +106,7 @@ class TieredStore(Store):
         if len(miss):
             tokens = positions[far][miss]
             known = np.zeros(len(tokens), bool) if ahead is None else np.isin(tokens, ahead.positions, kind="table")
-            start = time.perf_counter_ns()  # what the prefetch lacks is read before waiting for it
+            start = time.perf_counter_ns()  # records that the prefetch lacks are read before waiting for it
             records, nbytes = self.logs[row].read(tokens[~known], exact=not for_step)
             done = self.track.add("drive", "read", start, nbytes) if nbytes else time.perf_counter_ns()
             read, served.prefetched = [(np.flatnonzero(~known), records)], int(known.sum())
@@ -143,7 +143,7 @@ class TieredStore(Store):
         return out, total
 
     def settle(self) -> int:
-        """Promote what was read where the hit table ranks it above a resident; as many are demoted (HKM rule 3)."""
+        """Promote records that were read and that rank above a resident; as many are demoted (HKM rule 3)."""
         swapped = sum(self.pools[row].swap(tokens, selection) for row, tokens, selection in self.missed)
         self.missed = []
         if not self.hits.shared:

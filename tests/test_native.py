@@ -474,7 +474,7 @@ def test_an_nvme_status_is_an_error_that_names_it(tmp_path, monkeypatch):
         failed._obj.value = 1
         return ring.NVME_STATUS + 0x4281
 
-    monkeypatch.setattr(native, "call", refused)
+    monkeypatch.setattr(native, "function", refused)
     with pytest.raises(OSError, match=r"NVMe status 0x4281, after .* at offset 4096") as error:
         rings.transfer(False, 0, *where)
     assert error.value.errno == errno.EIO and error.value.offset == BLOCK and len(rings._free) == 1

@@ -230,9 +230,9 @@ def cache_for(model, job: Job, variant: Variant):
 def prompt_of(job: Job, config, tokenizer):
     """The sample's prompt, truncated to the limits of task and model."""
     from hillinfer.longbench.prompts import build, official_max_length
-    from hillinfer.systems.planning import context_window
 
-    window, limit = context_window(config), job.settings.max_length
+    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = job.settings.max_length
     if limit is None and job.task.truncates and window:
         limit = official_max_length(window)
     room = window - job.task.max_new_tokens if window else None

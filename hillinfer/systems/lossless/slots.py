@@ -132,6 +132,7 @@ class Slots:
         self.slots[layer] = slot
         return slot
 
+    @torch.inference_mode(False)  # or it could not be written to outside of it
     def _slot(self) -> Slot:
         nbytes = 2 * self.tensors.bytes
         if self._copies is None:

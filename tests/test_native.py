@@ -468,13 +468,13 @@ def test_an_nvme_status_is_an_error_that_names_it(tmp_path, monkeypatch):
     assert error.value.errno == errno.EOPNOTSUPP and len(rings._free) == 1
     os.close(fd)
 
-    def refused(name, ring_, fd, write, n, offsets, addresses, lengths, done, failed, *rest):
-        assert name == "hi_ring_run" and rest[-2:] == (1, 512)
+    def refused(ring_, fd, write, n, offsets, addresses, lengths, done, failed, *rest):
+        assert rest[-2:] == (1, 512)
         native._library.hi_ring_run(ring_, fd, write, 0, offsets, addresses, lengths, done, failed, *rest)
         failed._obj.value = 1
         return ring.NVME_STATUS + 0x4281
 
-    monkeypatch.setattr(native, "function", refused)
+    monkeypatch.setattr(native, "function", {"hi_ring_run": refused}.__getitem__)
     with pytest.raises(OSError, match=r"NVMe status 0x4281, after .* at offset 4096") as error:
         rings.transfer(False, 0, *where)
     assert error.value.errno == errno.EIO and error.value.offset == BLOCK and len(rings._free) == 1

@@ -92,7 +92,6 @@ def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:
     ]
     if cache.counters.total("guessed"):
         accuracy, coverage = cache.counters.prefetch()
-        lines.append(
-            f"prefetch accuracy {accuracy:.0%} (used / prefetched), coverage {coverage:.0%} (prefetched / needed)"
-        )
+        share = f"coverage {coverage:.0%} (prefetched / needed)"
+        lines.append(f"prefetch accuracy {accuracy:.0%} (used / prefetched), {share}")
     return lines

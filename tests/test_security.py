@@ -59,13 +59,13 @@ def test_the_search_finds_what_it_looks_for(text):
 
 
 def test_a_models_own_code_never_runs(tmp_path):
-    from hillinfer.commands.continuation import Job, continue_text
+    from hillinfer.commands.continuation import continue_text
 
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UsageError, match="cannot load model"):
-        continue_text(str(tmp_path), Job("text"), "full", {})
+        continue_text(str(tmp_path), "text", "full", {})
     assert not (tmp_path / "ran").exists()
 
 

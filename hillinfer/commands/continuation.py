@@ -1,7 +1,6 @@
 """Continue a text with any supported model: the work of `hillinfer run`."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,72 +20,62 @@ from hillinfer.timeline import Timeline
 from hillinfer.whatif.recording import describe
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """The generated text, the cost of the run in a few lines, and its timeline."""
+def continue_text(
+    name: str,
+    text: str,
+    system: str,
+    options: dict,
+    *,
+    document: str | None = None,
+    session: Path | None = None,
+    max_new_tokens: int = 64,
+    num_beams: int = 1,
+    dtype: str = "auto",
+    chunk: int | None = None,
+) -> tuple[str, list[str], Timeline]:
+    """Greedy continuation by the model `name`: the generated text, the cost of the run in a few lines, its timeline.
 
-    text: str
-    facts: list[str]
-    timeline: Timeline
-
-
-@dataclass(frozen=True)
-class Job:
-    """A text to continue, or a document and a question.
-
-    session  file of the document's KV: opened if it exists, otherwise written from `document`
-    chunk    tokens per prefill chunk; None prefills all at once
-    """
-
-    text: str
-    document: str | None = None
-    session: Path | None = None
-    max_new_tokens: int = 64
-    num_beams: int = 1
-    dtype: str = "auto"
-    chunk: int | None = None
-
-
-def continue_text(name: str, job: Job, system: str, options: dict) -> Continuation:
-    """Greedy continuation by the model `name`. `options` are fields of `Settings`.
+    text      to continue, or a question on the `document`
+    options   fields of `Settings`
+    session   file of the document's KV: opened if it exists, otherwise written from `document`
+    chunk     tokens per prefill chunk; None prefills all at once
 
     Raises UsageError before the weights are loaded if the model's config or tokenizer rules the run out.
     """
     settings = find_system(system, options)[1]
     config = load_pretrained(AutoConfig, name)
     check_supported(config)
-    if job.dtype not in DTYPES:
-        raise UsageError(f"no dtype '{job.dtype}'; choose {', '.join(DTYPES)}")
-    dtype = getattr(torch, job.dtype) if job.dtype != "auto" else config.dtype or torch.float32
+    if dtype not in DTYPES:
+        raise UsageError(f"no dtype '{dtype}'; choose {', '.join(DTYPES)}")
+    weights = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
     tokenizer = load_pretrained(AutoTokenizer, name)
-    document = tokenizer(job.document).input_ids if job.document is not None else []
-    if job.session is not None:
-        document = session_ids(job.session, document)
-    ids = document + tokenizer(job.text, add_special_tokens=not document).input_ids
-    total = len(ids) + job.max_new_tokens
-    plan(config, settings, total, dtype, job.chunk)
+    before = tokenizer(document).input_ids if document is not None else []
+    if session is not None:
+        before = session_ids(session, before)
+    ids = before + tokenizer(text, add_special_tokens=not before).input_ids
+    total = len(ids) + max_new_tokens
+    plan(config, settings, total, weights, chunk)
     if settings.stream is not None:
         options = options | {"max_tokens": total}
-    model = load_pretrained(AutoModelForCausalLM, name, dtype=dtype).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()
+    model = load_pretrained(AutoModelForCausalLM, name, dtype=weights).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    if job.session is None:
+    if session is None:
         cache = make_cache(model, system, **options)
     else:
-        cache = keep_session(job.session, model, document, system, tokenizer, job.chunk, **options)
+        cache = keep_session(session, model, before, system, tokenizer, chunk, **options)
     with cache:
-        for end in (len(document), len(ids) - 1):  # the last prompt token is a decode step like those after it
-            if (part := ids[cache.get_seq_length() : end]) and job.num_beams == 1:
-                feed(model, cache, part, job.chunk)
+        for end in (len(before), len(ids) - 1):  # the last prompt token is a decode step like those after it
+            if (part := ids[cache.get_seq_length() : end]) and num_beams == 1:
+                feed(model, cache, part, chunk)
         prefilled = time.perf_counter()
         cache.timeline.clear()
         cache.counters.clear()
-        out = decode(model, cache, ids, job.max_new_tokens, num_beams=job.num_beams)
+        out = decode(model, cache, ids, max_new_tokens, num_beams=num_beams)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.run.why_split()]
-        cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), dtype.itemsize), system)
-    return Continuation(tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline)
+        cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), weights.itemsize), system)
+    return tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline
 
 
 def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:
@@ -103,7 +92,6 @@ def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:
     ]
     if cache.counters.total("guessed"):
         accuracy, coverage = cache.counters.prefetch()
-        lines.append(
-            f"prefetch accuracy {accuracy:.0%} (used / prefetched), coverage {coverage:.0%} (prefetched / needed)"
-        )
+        share = f"coverage {coverage:.0%} (prefetched / needed)"
+        lines.append(f"prefetch accuracy {accuracy:.0%} (used / prefetched), {share}")
     return lines

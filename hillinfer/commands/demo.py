@@ -68,9 +68,8 @@ def show(results: list, records: list[dict], alpha: float, folder: Path) -> None
         f"Measured on {machine()}; times are medians over the questions.",
         "Tokens attended: mean per step and layer. KV in memory: records, codes, hit table; largest question.",
     ]
-    names, accuracies = [result.system for result in results], [result.accuracy for result in results]
     figures = [
-        systems_figure(names, accuracies, guess, "Answers right"),
+        systems_figure([r.system for r in results], [r.accuracy for r in results], guess, "Answers right"),
         *(timeline_figure(r.cache.timeline, f"{r.system}: the last steps of the last question") for r in results),
         hits_figure(last.cache.counters, f"{last.system}: tokens attended by tier, last question"),
     ]

@@ -9,16 +9,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.markup import escape
 
+from hillinfer import native
 from hillinfer.commands.console import out
 from hillinfer.config import check_folder
+from hillinfer.errors import DriveError
+from hillinfer.native import build
+from hillinfer.native import ring as io_uring
 from hillinfer.pipeline.memory import read_memory
+from hillinfer.tiers.block_file import BlockFile
+from hillinfer.tiers.record_file import RecordFile
 
 LLAMA = 32 * 4096  # bytes of KV per token of a Llama-3-8B in bf16
 CONTEXT = 32_768
@@ -56,9 +64,7 @@ def doctor(
 def examine(folder: Path, seconds: float = SECONDS) -> Iterator[Check]:
     """All checks. `folder` is on the drive that would hold the KV; each measurement takes `seconds`."""
     yield from (gpu(), instructions(), compiler(), ring(), direct_io(folder), space(folder), memory_limit())
-    memory, bandwidth = memory_speed(seconds)
-    yield from (raw_devices(), xrt(), memory, scoring_speed(seconds, bandwidth))
-    yield from (*gpu_link_speed(seconds), drive_speed(folder, seconds))
+    yield from (raw_devices(), xrt(), *memory_speeds(seconds), *gpu_link_speed(seconds), drive_speed(folder, seconds))
 
 
 def gpu() -> Check:
@@ -72,8 +78,6 @@ def gpu() -> Check:
 
 
 def instructions() -> Check:
-    from hillinfer import native
-
     found = f"{platform.machine()}, {os.cpu_count()} cores, kernels for {', '.join(native.isas()) or 'none'}"
     slow = "scoring is slower than memory: AVX2 takes 2 times as long as AVX512-VNNI, plain C 10 times"
     fine = native.isa() in ("avx512-vnni", "avx2", "neon")
@@ -81,17 +85,12 @@ def instructions() -> Check:
 
 
 def compiler() -> Check:
-    from hillinfer import native
-    from hillinfer.native.build import compiler as command
-
-    found, reason = " ".join(command() or ["none"]), native.why_not() or ""
+    found, reason = " ".join(build.compiler() or ["none"]), native.why_not() or ""
     slow = "scoring, selection and attention run in torch: 5 to 50 times slower"
     return Check("compiler", found if reason else f"{found}; kernels are compiled", not reason, slow, reason)
 
 
 def ring() -> Check:
-    from hillinfer.native import ring as io_uring
-
     reason, off = io_uring.why_not(), _text("/proc/sys/kernel/io_uring_disabled").strip() not in ("", "0")
     fix = "sysctl kernel.io_uring_disabled=0" if off else "Linux 5.6 or newer; in a container, allow io_uring_setup"
     slow = "tokens are read by threads: 1.1 to 1.6 times slower, twice the CPU"
@@ -99,8 +98,6 @@ def ring() -> Check:
 
 
 def direct_io(folder: Path) -> Check:
-    from hillinfer.tiers.block_file import BlockFile
-
     with warnings.catch_warnings(action="ignore"), closing(BlockFile(folder)) as file:
         kind = file_system(folder)
     slow = "KV goes through the page cache, which takes memory and does not help repeated passes"
@@ -149,33 +146,23 @@ def xrt() -> Check:
     return Check("XRT (SmartSSD)", found or "none; a drive that scores can be emulated (--drive-kind emulated)")
 
 
-def memory_speed(seconds: float) -> tuple[Check, float]:
-    """Read bandwidth; also as GB/s with all threads."""
-    import numpy as np
-    import torch
-
-    from hillinfer import native
-
-    words, threads = np.ones(8 << 20, np.uint64), torch.get_num_threads()
-    read = native.read if native.available() else lambda words, threads=1: words.sum()
-    one, every = (rate(words.nbytes, lambda n=n: read(words, n), seconds) for n in (1, threads))
-    return Check("memory", f"{one:.1f} GB/s one core, {every:.1f} with {threads} threads"), every
-
-
-def scoring_speed(seconds: float, memory: float) -> Check:
-    """Scoring of INT8 key codes (8 KV heads of 128 channels, 4 query heads each), against `memory` GB/s."""
-    import numpy as np
+def memory_speeds(seconds: float) -> Iterator[Check]:
+    """Read bandwidth, and scoring of INT8 key codes (8 KV heads of 128 channels, 4 query heads each) against it."""
     import torch
 
     from hillinfer.evaluator.codes import group_scores
 
+    words, threads = np.ones(8 << 20, np.uint64), torch.get_num_threads()
+    read = native.read if native.available() else lambda words, threads=1: words.sum()
+    one, every = (rate(words.nbytes, lambda n=n: read(words, n), seconds) for n in (1, threads))
+    yield Check("memory", f"{one:.1f} GB/s one core, {every:.1f} with {threads} threads")
     rng = np.random.default_rng(0)
     codes, query = (torch.from_numpy(rng.integers(-127, 128, (8, n, 128), np.int8)) for n in (16_384, 4))
     speed = rate(codes.nbytes, lambda: group_scores(query, codes), seconds)
     step = CONTEXT * 32 * 1024 / speed / 1e6  # 32 layers
-    slow = f"{speed / memory:.0%} of memory bandwidth: {step:,.0f} ms per step of a Llama-3-8B at {CONTEXT:,} tokens"
+    slow = f"{speed / every:.0%} of memory bandwidth: {step:,.0f} ms per step of a Llama-3-8B at {CONTEXT:,} tokens"
     fix = "see compiler and instructions"
-    return Check("scoring INT8", f"{speed:.1f} GB/s of codes", speed > 0.3 * memory, slow, fix)
+    yield Check("scoring INT8", f"{speed:.1f} GB/s of codes", speed > 0.3 * every, slow, fix)
 
 
 def gpu_link_speed(seconds: float) -> Iterator[Check]:
@@ -190,30 +177,19 @@ def gpu_link_speed(seconds: float) -> Iterator[Check]:
 
 def drive_speed(folder: Path, seconds: float) -> Check:
     """Sequential reads, random reads of a tenth of the records, and the implied time per token of a Llama-3-8B."""
-    import numpy as np
-
-    from hillinfer.errors import DriveError
-    from hillinfer.tiers.record_file import RecordFile
-
     rng, n = np.random.default_rng(0), FILE // RECORD
-    piece, tenth = n // 8, n // 10
-    starts = cycle(range(0, n, piece))
-    records, buffer = rng.integers(0, 255, (piece, RECORD), np.uint8), np.empty((piece, RECORD), np.uint8)
-
-    def in_order() -> None:
-        start = next(starts)
-        file.read(0, np.arange(start, start + piece), buffer)
-
-    def scattered() -> None:
-        file.read(0, np.sort(rng.choice(n, tenth, replace=False)), buffer[:tenth])
-
+    tenth, pieces = n // 10, np.arange(n).reshape(8, -1)
+    records = rng.integers(0, 255, (len(pieces[0]), RECORD), np.uint8)
+    buffer, in_order = np.empty_like(records), cycle(pieces)
     try:
         with closing(RecordFile(folder, RECORD, 1)) as file:
             begin = time.perf_counter()
-            for start in range(0, n, piece):
-                file.write(0, start, records)
+            for piece in pieces:
+                file.write(0, int(piece[0]), records)
             written = FILE / (time.perf_counter() - begin) / 1e9
-            stream, tokens = rate(piece * RECORD, in_order, seconds), rate(tenth * RECORD, scattered, seconds)
+            stream = rate(records.nbytes, lambda: file.read(0, next(in_order), buffer), seconds)
+            choose = partial(rng.choice, n, tenth, replace=False)
+            tokens = rate(tenth * RECORD, lambda: file.read(0, np.sort(choose()), buffer[:tenth]), seconds)
     except DriveError as error:
         return Check("drive", str(error), False, "it cannot store the KV cache", "name another folder with --drive")
     found = f"{stream:.2f} GB/s in order, {tokens:.2f} a tenth of the 4 KiB records, {written:.2f} written"

@@ -43,7 +43,11 @@ def evaluate(
 ):
     """Score systems on long-context tasks: LongBench, LongEval, RULER and the bundled tasks."""
     if compare is not None:
-        return show_comparison(*compare)
+        from hillinfer.longbench.report import compare as compare_folders
+
+        table, facts = compare_folders(*compare)
+        say(f"A is {compare[0]}, B is {compare[1]}.", *facts)
+        return show_table(list(table), format_rows(table))
     if question not in QUESTIONS or dtype not in DTYPES:
         raise UsageError(f"question is {' or '.join(QUESTIONS)}, dtype {', '.join(DTYPES)}; not {question} and {dtype}")
     options = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
@@ -90,11 +94,3 @@ def evaluate(
     say(*facts)
     show_table(list(summary), format_rows(summary))
     say(f"{folder}: report.md, {page.name}, scores.csv, costs.csv, results.jsonl, manifest.json")
-
-
-def show_comparison(one: Path, other: Path) -> None:
-    from hillinfer.longbench import report
-
-    table, facts = report.compare(one, other)
-    say(f"A is {one}, B is {other}.", *facts)
-    show_table(list(table), format_rows(table))

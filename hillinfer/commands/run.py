@@ -47,13 +47,13 @@ def run(
     text = prompt if prompt_file is None else read_text(prompt_file)
     if not text.strip():
         raise UsageError("the prompt is empty; give the text to continue")
-    before = None if document is None else read_text(document)
+    job = dict(session=session, max_new_tokens=max_new_tokens, num_beams=num_beams, dtype=dtype, chunk=prefill_chunk)
+    job["document"] = document and read_text(document)
     check_libraries()
-    from hillinfer.commands.continuation import Job, continue_text
+    from hillinfer.commands.continuation import continue_text
 
-    job = Job(text, before, session, max_new_tokens, num_beams, dtype, prefill_chunk)
-    result = continue_text(model, job, system, options)
-    say(result.text)
-    say(*result.facts, to=err)
+    generated, facts, timeline = continue_text(model, text, system, options, **job)
+    say(generated)
+    say(*facts, to=err)
     if trace is not None:
-        say(f"timeline (open in ui.perfetto.dev): {result.timeline.save(trace)}", to=err)
+        say(f"timeline (open in ui.perfetto.dev): {timeline.save(trace)}", to=err)

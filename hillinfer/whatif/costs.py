@@ -5,7 +5,6 @@ import math
 from hillinfer.systems.hillinfer.profile import Profile
 
 MODEL = ("dense", "head", "attend")  # the model's own work: on the GPU if there is one
-SYNC = ("wait",)  # a dependency, without work
 OVERHEAD = ("other", "view")  # of this project's code: free unless measured
 RATES = {
     "transfer": "link.to_gpu",
@@ -49,7 +48,7 @@ def seconds(
     A profile measured with this project's code has the cost of each kind (and system). Otherwise: size over the part's
     rate, plus latency; for the model's own work the roofline, the longer of reading and computing.
     """
-    if kind in SYNC:
+    if kind == "wait":  # a dependency, without work
         return 0.0
     for name in (f"{system}.{kind}", kind):
         if name in profile.kinds:

@@ -16,12 +16,10 @@ def list_profiles() -> list[str]:
 
 def find_profile(name: str | Path, own: Path = OWN) -> Profile:
     """A shipped profile by name, a TOML file by path, or `this-machine` from the file `own`. UsageError if unknown."""
-    if str(name).endswith(".toml"):
-        return Profile.load(Path(name))
-    if name == THIS:
-        if not own.exists():
-            raise UsageError(f"{own} does not exist yet; {MEASURE}")
-        return Profile.load(own)
+    if name == THIS and not own.exists():
+        raise UsageError(f"{own} does not exist yet; {MEASURE}")
+    if name == THIS or str(name).endswith(".toml"):
+        return Profile.load(own if name == THIS else Path(name))
     if name not in list_profiles():
         raise UsageError(f"no profile '{name}'; choose {', '.join(list_profiles())}, or name a .toml file")
     with resources.as_file(FOLDER / f"{name}.toml") as path:

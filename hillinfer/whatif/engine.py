@@ -34,10 +34,9 @@ def schedule(tasks: Sequence[Task], capacity: Mapping[str, int] | None = None) -
     slots |= {lane: [0.0] * count for lane, count in (capacity or {}).items()}
     missing, followers = [len(set(task.after)) for task in tasks], [[] for _ in tasks]
     for index, task in enumerate(tasks):
-        if task.seconds < 0 or not slots[task.lane]:
-            raise ValueError(
-                f"task {index} ({task.kind}) takes {task.seconds} s on {len(slots[task.lane])} {task.lane}"
-            )
+        count = len(slots[task.lane])
+        if task.seconds < 0 or not count:
+            raise ValueError(f"task {index} ({task.kind}) takes {task.seconds} s on {count} {task.lane}")
         for other in set(task.after):
             followers[other].append(index)
     times: list = [None] * len(tasks)

@@ -5,7 +5,7 @@ import statistics
 import time
 import timeit
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -47,27 +47,19 @@ def measure_scoring(folder: Path, paced: bool = False) -> dict[str, dict[str, Ra
     selected = np.sort(rng.choice(TOKENS, int(SELECTED * TOKENS), replace=False))
     index, nbytes = torch.from_numpy(selected), len(selected) * RECORD_BYTES
     note = ", paced to a SmartSSD's rates" if paced else ""
-    drive = EmulatedDrive(folder, Shape(1, 1, RECORD_BYTES, HEADS, DIM), Emulation(paced=paced))
-    try:
+    with closing(EmulatedDrive(folder, Shape(1, 1, RECORD_BYTES, HEADS, DIM), Emulation(paced=paced))) as drive:
         drive.write(0, 0, records.numpy(), codes.numpy())
         drive.hold(0, np.arange(TOKENS), False)
         drive.report()  # waits for the writes
-        return {
-            "cpu": {
-                "score": _time(codes.nbytes, lambda: group_scores(query, codes)),
-                "gather": _time(nbytes, lambda: records.index_select(0, index)),
-            },
-            "emulated": {
-                "score": _time(codes.nbytes, lambda: list(drive.evaluate(0, query.numpy())), note=note),
-                "fetch": _time(nbytes, lambda: drive.fetch(0, selected), note=note),
-            },
-        }
-    finally:
-        drive.close()
+        score = _time(codes.nbytes, lambda: list(drive.evaluate(0, query.numpy())), note=note)
+        emulated = {"score": score, "fetch": _time(nbytes, lambda: drive.fetch(0, selected), note=note)}
+    score = _time(codes.nbytes, lambda: group_scores(query, codes))
+    host = {"score": score, "gather": _time(nbytes, lambda: records.index_select(0, index))}
+    return {"cpu": host, "emulated": emulated}
 
 
-def _rate(value: float, note: str = "by hillinfer profile") -> Rate:
-    return Rate((float(value),), f"measured: {time.strftime('%Y-%m-%d')}, {note}")
+def _rate(*values: float, note: str = "by hillinfer profile", blocks: tuple[float, ...] = (1.0,)) -> Rate:
+    return Rate(tuple(map(float, values)), f"measured: {time.strftime('%Y-%m-%d')}, {note}", blocks)
 
 
 def _time(amount: float, work: Callable[[], object], repeats: int = 5, note: str = "") -> Rate:
@@ -79,13 +71,13 @@ def _time(amount: float, work: Callable[[], object], repeats: int = 5, note: str
             torch.cuda.synchronize()
 
     rates = sorted(amount / took for took in timeit.repeat(once, number=1, repeat=repeats + 1)[1:])
-    return _rate(statistics.median(rates), f"median of {repeats}, {rates[0]:.3g} to {rates[-1]:.3g}{note}")
+    return _rate(statistics.median(rates), note=f"median of {repeats}, {rates[0]:.3g} to {rates[-1]:.3g}{note}")
 
 
 def _curve(rates: dict[int, Rate]) -> Rate:
     """Rates by transfer size as one curve."""
     blocks = sorted(rates)
-    return replace(_rate(0), values=tuple(rates[b].values[0] for b in blocks), blocks=tuple(map(float, blocks)))
+    return _rate(*(rates[block].values[0] for block in blocks), blocks=tuple(map(float, blocks)))
 
 
 def _compute(device: str) -> dict[str, Rate]:
@@ -95,20 +87,17 @@ def _compute(device: str) -> dict[str, Rate]:
 
 
 def _link(source: str, target: str) -> Rate:
-    rates = {}
-    for size in BLOCKS:
-        data = torch.ones(size, dtype=torch.uint8, device=source)
-        data = data.pin_memory() if source == "cpu" else data
-        rates[size] = _time(size, partial(torch.empty_like(data, device=target).copy_, data))
-    return _curve(rates)
+    data = torch.ones(BLOCKS[-1], dtype=torch.uint8, device=source)
+    data = data.pin_memory() if source == "cpu" else data
+    copy = torch.empty_like(data, device=target)
+    return _curve({size: _time(size, partial(copy[:size].copy_, data[:size])) for size in BLOCKS})
 
 
 def _drive(folder: Path) -> dict[str, Rate]:
     """Scattered blocks at high queue depth and at queue depth 1, in requests of at most MAX_READ, as in a run."""
     whole, rates = aligned(BLOCKS[-1]), {"write": {}, "read": {}, "read_one": {}}
     for name, engine, threads in (("read", "auto", 16), ("read_one", "threads", 1)):
-        file = BlockFile(folder, threads, engine)
-        try:
+        with closing(BlockFile(folder, threads, engine)) as file:
             base = file.allocate(len(whole))
             for block in reversed(BLOCKS):  # the largest first: reading an unwritten range costs nothing
                 step = min(block, MAX_READ)
@@ -117,6 +106,4 @@ def _drive(folder: Path) -> dict[str, Rate]:
                 for verb, number in (("write", "write"), ("read", name)):
                     rate = _time(len(jobs) * step, partial(file.transfer, verb, jobs, 0, 0), 3)
                     rates[number].setdefault(block, rate)
-        finally:
-            file.close()
     return {number: _curve(measured) for number, measured in rates.items()}

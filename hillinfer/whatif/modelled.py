@@ -1,13 +1,12 @@
 """Modelled decode steps: the traffic of a system's rule, in the order of `Layer`, timed on a profile.
 
-Lookahead is decided as in a run (`Trial`), from the modelled times with and without it.
+Lookahead is chosen as in a run: the faster way of the two, without it if they tie.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from hillinfer.pipeline.lookahead import Trial
 from hillinfer.timeline import Timeline
 from hillinfer.whatif import costs
 from hillinfer.whatif.engine import Task, play, schedule, step_seconds
@@ -34,8 +33,7 @@ class _Steps:
         if not size and len(after) < 2:
             return after[0] if after else None
         if not size:
-            self.tasks.append(Task("cpu:join", "wait", *self.at, 0.0, 0, after))
-            return len(self.tasks) - 1
+            lane, kind = "cpu:join", "wait"
         case, moved = self.case, round(size)
         if kind in ("select", "guess") and case.profile.kinds:
             size = case.context * case.batch * case.shape.code_bytes()  # as in its measured cost
@@ -110,18 +108,15 @@ class _Steps:
 
 
 def model(case: Scenario, system: str, steps: int = 3) -> tuple[list[Task], Traffic]:
-    """The tasks of some decode steps, with or without lookahead as chosen by a run's `Trial`."""
+    """The tasks of some decode steps, with or without lookahead, whichever is faster."""
     traffic = RULES[system](case)
     if not traffic.reselect:
         return _Steps(case, traffic, system).build(steps), traffic
     ways = {True: traffic, False: replace(traffic, lookahead=False, reselect=False)}
     built = {on: _Steps(case, way, system).build(steps) for on, way in ways.items()}
     took = {on: step_seconds(tasks, schedule(tasks, case.profile.capacity)) for on, tasks in built.items()}
-    trial, now = Trial("auto"), 0.0
-    while trial.times is not None:
-        trial.step(now)
-        now += took[trial.on]
-    return built[trial.on], ways[trial.on]
+    on = took[True] < took[False]
+    return built[on], ways[on]
 
 
 def seconds(case: Scenario, system: str) -> float:

@@ -123,7 +123,9 @@ class Scaling:
         alpha = share if target.alpha is None or share > 0.999 else target.alpha
         kv = new.kv_bytes(round(self.cached), self.batch)
         self.pool = min(summary.pool, profile.get("cpu.memory") * HOST_USABLE / kv)
-        miss = drive_share(summary, self.pool)
+        # Linear from all (an empty pool) to the recorded share at the recorded pool. Recorded pools are ranked, so this
+        # is exact for a pool reduced at random: an upper bound.
+        miss = 1 - (1 - summary.drive) * self.pool / summary.pool if summary.pool else summary.drive
         attended = alpha * self.cached / summary.attended * rows * record
         self.factors = dict.fromkeys(ATTENDED, attended)
         self.factors |= dict.fromkeys(FROM_DRIVE, attended * (miss / summary.drive if summary.drive else 1.0))
@@ -158,15 +160,6 @@ class Scaling:
         if self.crosses:
             extra.append(Span("link", "transfer", attend.layer, attend.step, 0, 0, attend.bytes))
         return extra
-
-
-def drive_share(summary: RunSummary, pool: float) -> float:
-    """Share of the attended tokens served by the drive if the pool holds this share of all tokens.
-
-    Linear from all (an empty pool) to the recorded share at the recorded pool. Recorded pools are ranked, so this is
-    exact for a pool reduced at random: an upper bound.
-    """
-    return 1 - (1 - summary.drive) * pool / summary.pool if summary.pool else summary.drive
 
 
 def replay(timeline: Timeline, profile: Profile, target: Target | None = None, most: int = 8) -> Timeline:

@@ -118,7 +118,10 @@ def infinigen(case: Scenario) -> Traffic:
 def leoam(case: Scenario) -> Traffic:
     held = case.held()
     fetched = missed(held) * case.selected * REDUNDANT
-    compute = _dense_seconds(case) + 2 * case.selected / case.profile.get("gpu.bandwidth", default=1e12)
+    lane, weights = costs.lane_of(case.profile, "cpu", "dense"), case.shape.layer_weights
+    how = dict(flops=2 * weights * case.batch, kernels=12)
+    dense = costs.seconds(case.profile, lane, "dense", weights * case.shape.width, **how)
+    compute = dense + 2 * case.selected / case.profile.get("gpu.bandwidth", default=1e12)
     rate = case.profile.get("drive.read", CHUNK * case.shape.record_bytes)
     ratio = min(1.0, max(INT4, compute * rate / max(fetched, 1)))  # compressed only while transfer is the longer
     abstracts = case.layer / CHUNK
@@ -174,8 +177,3 @@ RULES: dict[str, Callable[[Scenario], Traffic]] = {
     "scan": scan, "infinigen": infinigen, "leoam": leoam, "instattention": instattention, "lru": lru,
     "hillinfer": hillinfer, "hillinfer-paper": hillinfer_paper, "hillinfer-nand": hillinfer_nand,
 }  # fmt: skip
-
-
-def _dense_seconds(case: Scenario) -> float:
-    lane, size = costs.lane_of(case.profile, "cpu", "dense"), case.shape.layer_weights * case.shape.width
-    return costs.seconds(case.profile, lane, "dense", size, flops=2 * case.shape.layer_weights * case.batch, kernels=12)

@@ -11,7 +11,7 @@ from pathlib import Path
 import joblib
 import pandas as pd
 
-from hillinfer.config import parse_bytes
+from hillinfer.config import Settings, parse_bytes
 from hillinfer.errors import UsageError
 from hillinfer.systems.hillinfer.profile import Profile
 from hillinfer.systems.shapes import find_shape
@@ -69,8 +69,7 @@ def cells(
     for name in profiles:
         find_profile(name)
     for alpha in alphas:
-        if not 0 < alpha <= 1:
-            raise UsageError(f"alpha is {alpha}, but it is a share of the tokens: choose one above 0 and up to 1")
+        Settings(alpha=alpha)
     hosts = [parse_bytes(host) for host in hosts]
     return [Cell(*each) for each in product(profiles, models, systems, contexts, batches, alphas, hosts)]
 

@@ -202,9 +202,9 @@ def test_prompts_that_cannot_be_used(prompt_file, tmp_path):
     check(run(binary, "--system", "topk"), "UTF-8")
 
 
-def test_bad_options_are_refused_without_torch(prompt_file, tmp_path):
+def test_bad_options_are_refused_without_torch_or_numpy(prompt_file, tmp_path):
     code = "import sys; sys.argv = sys.argv[1:]\nfrom hillinfer.commands.app import main\n"
-    code += "try: main()\nfinally: print('torch' in sys.modules)"
+    code += "try: main()\nfinally: print('torch' in sys.modules or 'numpy' in sys.modules)"
     words = ["hillinfer", "demo", "--alpha", "7", "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout.strip() == "False"

@@ -14,20 +14,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.markup import escape
 
-from hillinfer import native
 from hillinfer.commands.console import out
 from hillinfer.config import check_folder
 from hillinfer.errors import DriveError
-from hillinfer.native import build
-from hillinfer.native import ring as io_uring
 from hillinfer.pipeline.memory import read_memory
-from hillinfer.tiers.block_file import BlockFile
-from hillinfer.tiers.record_file import RecordFile
 
+# numpy is imported where it is used, as torch is: `doctor` must not slow down the start of the other commands.
 LLAMA = 32 * 4096  # bytes of KV per token of a Llama-3-8B in bf16
 CONTEXT = 32_768
 KV = f"a Llama-3-8B's KV at {CONTEXT:,} tokens"
@@ -78,6 +73,8 @@ def gpu() -> Check:
 
 
 def instructions() -> Check:
+    from hillinfer import native
+
     found = f"{platform.machine()}, {os.cpu_count()} cores, kernels for {', '.join(native.isas()) or 'none'}"
     slow = "scoring is slower than memory: AVX2 takes 2 times as long as AVX512-VNNI, plain C 10 times"
     fine = native.isa() in ("avx512-vnni", "avx2", "neon")
@@ -85,12 +82,17 @@ def instructions() -> Check:
 
 
 def compiler() -> Check:
+    from hillinfer import native
+    from hillinfer.native import build
+
     found, reason = " ".join(build.compiler() or ["none"]), native.why_not() or ""
     slow = "scoring, selection and attention run in torch: 5 to 50 times slower"
     return Check("compiler", found if reason else f"{found}; kernels are compiled", not reason, slow, reason)
 
 
 def ring() -> Check:
+    from hillinfer.native import ring as io_uring
+
     reason, off = io_uring.why_not(), _text("/proc/sys/kernel/io_uring_disabled").strip() not in ("", "0")
     fix = "sysctl kernel.io_uring_disabled=0" if off else "Linux 5.6 or newer; in a container, allow io_uring_setup"
     slow = "tokens are read by threads: 1.1 to 1.6 times slower, twice the CPU"
@@ -98,6 +100,8 @@ def ring() -> Check:
 
 
 def direct_io(folder: Path) -> Check:
+    from hillinfer.tiers.block_file import BlockFile
+
     with warnings.catch_warnings(action="ignore"), closing(BlockFile(folder)) as file:
         kind = file_system(folder)
     slow = "KV goes through the page cache, which takes memory and does not help repeated passes"
@@ -148,8 +152,10 @@ def xrt() -> Check:
 
 def memory_speeds(seconds: float) -> Iterator[Check]:
     """Read bandwidth, and scoring of INT8 key codes (8 KV heads of 128 channels, 4 query heads each) against it."""
+    import numpy as np
     import torch
 
+    from hillinfer import native
     from hillinfer.evaluator.codes import group_scores
 
     words, threads = np.ones(8 << 20, np.uint64), torch.get_num_threads()
@@ -177,6 +183,10 @@ def gpu_link_speed(seconds: float) -> Iterator[Check]:
 
 def drive_speed(folder: Path, seconds: float) -> Check:
     """Sequential reads, random reads of a tenth of the records, and the implied time per token of a Llama-3-8B."""
+    import numpy as np
+
+    from hillinfer.tiers.record_file import RecordFile
+
     rng, n = np.random.default_rng(0), FILE // RECORD
     tenth, pieces = n // 10, np.arange(n).reshape(8, -1)
     records = rng.integers(0, 255, (len(pieces[0]), RECORD), np.uint8)

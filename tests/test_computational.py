@@ -129,12 +129,12 @@ def test_any_order_of_commands_matches_plain_numpy(data, tmp_path_factory):
             model.truncate(n)
         elif command == "evaluate":
             query, block = model.query(), data.draw(st.sampled_from([1, 50, 64, 1000]))
-            check_blocks(list(drive.evaluate(stream, query, block)), model, query, block)
+            check_blocks(list(drive.begin_evaluate(stream, query, block)), model, query, block)
         else:
             np.testing.assert_array_equal(drive.fetch(stream, positions), model.records[positions])
     for stream, model in enumerate(models):
         query = model.query()
-        check_blocks(list(drive.evaluate(stream, query, 100)), model, query, 100)
+        check_blocks(list(drive.begin_evaluate(stream, query, 100)), model, query, 100)
         np.testing.assert_array_equal(drive.fetch(stream, np.arange(len(model.records))), model.records)
     drive.close()
 
@@ -152,7 +152,7 @@ def test_scores_are_exact_at_the_extremes(open_drive, head_dim, extreme):
     model.codes, model.hot = np.concatenate((model.codes, codes), 1), np.zeros(302, bool)
     drive.hold(0, np.arange(302), False)
     query = model.query(extreme=extreme)
-    check_blocks(list(drive.evaluate(0, query)), model, query, 1024)
+    check_blocks(list(drive.begin_evaluate(0, query)), model, query, 1024)
 
 
 def test_codes_beyond_the_memory_come_from_the_file_with_the_same_bits(open_drive):
@@ -160,13 +160,13 @@ def test_codes_beyond_the_memory_come_from_the_file_with_the_same_bits(open_driv
     models = [filled(drive, 2000) for drive in drives]
     query = models[0].query()
     for drive, model in zip(drives, models, strict=True):
-        check_blocks(list(drive.evaluate(0, query, 300)), model, query, 300)
+        check_blocks(list(drive.begin_evaluate(0, query, 300)), model, query, 300)
     spilled, kept = (drive.report()["evaluate"] for drive in drives)
     assert kept.nand_bytes == 0 and kept.dram_bytes == spilled.dram_bytes == 2000 * SMALL.code_bytes
     assert spilled.nand_bytes == 30 * 4096  # of 31 full pages one stays; each is read once, whatever the block
     drives[0].truncate(0, 0)
     model = filled(drives[0], 2000)
-    check_blocks(list(drives[0].evaluate(0, query, 300)), model, query, 300)
+    check_blocks(list(drives[0].begin_evaluate(0, query, 300)), model, query, 300)
     drives[0].rescale(0, np.zeros((2, 16), np.uint8))
     report = drives[0].report()
     assert report["evaluate"].nand_bytes == 60 * 4096  # a truncation gave its memory back, and no more than that
@@ -187,7 +187,7 @@ def test_rescaled_codes_follow_key_codes(open_drive):
     n = host.codes.n
     drive.hold(0, np.arange(n), False)
     query = host.query(torch.randn(4, 16), 0)
-    (block,) = drive.evaluate(0, query.numpy())
+    (block,) = drive.begin_evaluate(0, query.numpy())
     np.testing.assert_array_equal(block.scores, host.scores(query, 0))
 
 
@@ -210,7 +210,7 @@ def test_the_host_works_while_the_drive_scores(open_drive):
     assert begun < first < busy < evaluation.work.end_ns
     np.testing.assert_array_equal(fetch.result(), model.records[:64])
     assert fetch.work.start_ns >= evaluation.work.end_ns
-    assert list(drive.evaluate(0, query)) == []
+    assert list(drive.begin_evaluate(0, query)) == []
 
 
 def test_threads_share_a_drive(open_drive, monkeypatch):
@@ -372,8 +372,8 @@ def test_what_cannot_be_right_is_refused_at_once(open_drive, tmp_path):
         (lambda: drive.write(0, 10, records.view(np.int8), codes), "records must be uint8"),
         (lambda: drive.hold(0, np.array([10]), True), "below 10"),
         (lambda: drive.fetch(0, np.array([3, 3])), "distinct"),
-        (lambda: drive.evaluate(0, model.query().astype(np.int16)), "query must be int8"),
-        (lambda: drive.evaluate(0, model.query(), 0), "at least one token"),
+        (lambda: drive.begin_evaluate(0, model.query().astype(np.int16)), "query must be int8"),
+        (lambda: drive.begin_evaluate(0, model.query(), 0), "at least one token"),
         (lambda: drive.begin_attend(0, model.query(), np.array([[0, 11]]), "float32"), r"within \[0, 10\)"),
         (lambda: drive.begin_attend(0, model.query(), np.array([[0, 10]]), "float64"), "float64 one of"),
     ]:
@@ -417,7 +417,7 @@ def test_ctrl_c_while_it_waits_does_no_harm(open_drive):
         except KeyboardInterrupt:
             interrupts += 1
     assert interrupts == 200
-    check_blocks(list(drive.evaluate(0, query, 50)), model, query, 50)
+    check_blocks(list(drive.begin_evaluate(0, query, 50)), model, query, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -130,12 +130,12 @@ def test_any_order_of_commands_matches_plain_numpy(card, tmp_path_factory):
                 model.truncate(n)
             elif command == "evaluate":
                 query, block = model.query(), data.draw(st.sampled_from([1, 50, 64, 1000]))
-                check_blocks(list(drive.evaluate(stream, query, block)), model, query, block)
+                check_blocks(list(drive.begin_evaluate(stream, query, block)), model, query, block)
             else:
                 np.testing.assert_array_equal(drive.fetch(stream, positions), model.records[positions])
         for stream, model in enumerate(models):
             query = model.query()
-            check_blocks(list(drive.evaluate(stream, query, 100)), model, query, 100)
+            check_blocks(list(drive.begin_evaluate(stream, query, 100)), model, query, 100)
             np.testing.assert_array_equal(drive.fetch(stream, np.arange(len(model.records))), model.records)
         drive.close()
 
@@ -207,8 +207,8 @@ def test_what_the_kernel_cannot_do_is_refused(card, tmp_path):
     drive = XrtDrive(tmp_path, SMALL, card())
     model = filled(drive, 10)
     with pytest.raises(DriveError, match="groups of 4 query heads and this model has 8"):
-        list(drive.evaluate(0, model.query(8)))
-    check_blocks(list(drive.evaluate(0, query := model.query(4))), model, query, 1024)
+        list(drive.begin_evaluate(0, model.query(8)))
+    check_blocks(list(drive.begin_evaluate(0, query := model.query(4))), model, query, 1024)
     drive.close()
     with pytest.raises(DriveError, match="closed"):
         drive.fetch(0, np.arange(3))
@@ -229,7 +229,7 @@ def test_a_card_that_fails_or_hangs_is_an_error(card, tmp_path):
         drive = XrtDrive(tmp_path, SMALL, card(INT8, backend, timeout=0.2))
         model = filled(drive, 10)
         with pytest.raises(DriveError, match=words):
-            list(drive.evaluate(0, model.query()))
+            list(drive.begin_evaluate(0, model.query()))
         drive.close()
 
 

@@ -51,7 +51,7 @@ def measure_scoring(folder: Path, paced: bool = False) -> dict[str, dict[str, Ra
         drive.write(0, 0, records.numpy(), codes.numpy())
         drive.hold(0, np.arange(TOKENS), False)
         drive.report()  # waits for the writes
-        score = _time(codes.nbytes, lambda: list(drive.evaluate(0, query.numpy())), note=note)
+        score = _time(codes.nbytes, lambda: list(drive.begin_evaluate(0, query.numpy())), note=note)
         emulated = {"score": score, "fetch": _time(nbytes, lambda: drive.fetch(0, selected), note=note)}
     score = _time(codes.nbytes, lambda: group_scores(query, codes))
     host = {"score": score, "gather": _time(nbytes, lambda: records.index_select(0, index))}

@@ -71,8 +71,6 @@ class ComputationalDrive:
             raise ValueError(f"a score block needs at least one token, not {block}")
         return self._worker.submit("evaluate", stream, query.copy(), block)
 
-    evaluate = begin_evaluate
-
     def begin_fetch(self, stream: int, positions: np.ndarray) -> Command:
         """Start reading the records of sorted positions (k,), hot or cold. The result is (k, record_bytes) uint8."""
         return self._worker.submit("fetch", stream, self._positions(stream, positions))

@@ -40,7 +40,7 @@ def measure(drive: Path, lengths: list[int], repeats: int, alpha: float) -> pd.D
                 with make_cache(model, name.split(",")[0], **options) as cache:
                     answer = ask(model, tokenizer, record, cache)
                 times.setdefault(name, []).append(answer.ms_per_token)
-                held[name] = sum(size for kind, size in answer.memory.items() if kind != "drive")
+                held[name] = answer.memory_bytes
         for name, values in times.items():
             low, middle, high = statistics.quantiles(values, n=4)
             gain = statistics.median(a / b for a, b in zip(values, times["hillinfer"], strict=True))

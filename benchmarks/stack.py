@@ -17,6 +17,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.trace import Trace
+from hillinfer.longbench.runner import in_memory
 from hillinfer.seam import attention
 from hillinfer.systems.lossless.tensors import Tensors
 from hillinfer.systems.registry import make_cache
@@ -158,7 +159,7 @@ class Stack:
 
     def held(self) -> int:
         """Bytes of KV, codes and index in memory."""
-        return sum(size for kind, size in self.cache.memory().items() if kind != "drive")
+        return in_memory(self.cache.memory())
 
     @property
     def selects(self) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hillinfer.cache import TieredCache, TieredLayer, chunk_ends
+from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.errors import UsageError
 from hillinfer.session_file import Saved, check_session, save
 from hillinfer.systems.registry import find_system, make_cache
@@ -35,7 +35,7 @@ def save_session(
     Raises UsageError if the cache cannot be saved or `path` is a file but not a session, and OSError if writing fails.
     Either leaves an earlier session unchanged.
     """
-    layers = [layer.layer for layer in cache.layers if isinstance(layer, TieredLayer)]
+    layers = cache.tiered
     if len(layers) < len(cache.layers):
         raise UsageError("layers with a sliding window cannot be saved; keep the prompt and prefill again")
     geometry = cache.run.geometry

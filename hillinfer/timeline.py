@@ -213,10 +213,8 @@ class Track:
 
     def add(self, lane: str, kind: str, start_ns: int, nbytes: int = 0, end_ns: int | None = None) -> int:
         """A span from `start_ns` until now, or until `end_ns`. Returns its end."""
-        end_ns, thread = time.perf_counter_ns() if end_ns is None else end_ns, threading.current_thread().name
-        self.timeline.spans.append(
-            Span(lane, kind, self.layer, self.timeline.step, start_ns, end_ns, nbytes, {}, thread)
-        )
+        end_ns = time.perf_counter_ns() if end_ns is None else end_ns
+        self.timeline.add(lane, kind, self.layer, self.timeline.step, start_ns, end_ns, nbytes)
         return end_ns
 
     def count(self, cached: int, attended: int, served: Served, swapped: int) -> None:

@@ -10,7 +10,7 @@ from hillinfer.assets import load_pretrained
 from hillinfer.cache import TieredCache
 from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
-from hillinfer.longbench.runner import decode, feed, measured
+from hillinfer.longbench.runner import decode, feed, in_memory, measured
 from hillinfer.seam import check_supported
 from hillinfer.session import keep_session, session_ids
 from hillinfer.systems.planning import plan
@@ -80,12 +80,12 @@ def continue_text(
 
 def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:
     """Measured time, memory and traffic of a run, in a few lines."""
+    held = in_memory(figures["memory"])
     rates = ", ".join(f"{tier} {share:.0%}" for tier, share in figures["rates"].items())
-    in_memory = sum(size for part, size in figures["memory"].items() if part != "drive")
     busy = [f"{lane} {ms:.2f} ({size:,.0f} bytes)" for lane, (ms, size) in figures["lanes"].items() if ms]
     lines = [
         f"{system}, measured: prefill {figures['prefill_ms']:.0f} ms, then {figures['ms_per_token']:.1f} ms/token "
-        f"over {figures['steps']} steps; {in_memory:,} bytes of KV, codes and counters in memory at the end",
+        f"over {figures['steps']} steps; {held:,} bytes of KV, codes and counters in memory at the end",
         f"attended {figures['attended']:.0f} of {figures['cached']:.0f} tokens, served by {rates}; "
         f"{figures['drive_bytes_per_token']:,.0f} bytes/token from the drive",
         f"lower bounds, ms/token by lane: {', '.join(busy)}; overlap {figures['overlap']:.0%} of the shorter side",

@@ -44,7 +44,12 @@ class Answer:
     @property
     def memory_bytes(self) -> int:
         """KV bytes in memory at the end: records on device and host, key codes, hit table."""
-        return sum(size for kind, size in self.memory.items() if kind != "drive")
+        return in_memory(self.memory)
+
+
+def in_memory(memory: dict[str, int]) -> int:
+    """The sum of `TieredCache.memory()` without the drive's space."""
+    return sum(size for kind, size in memory.items() if kind != "drive")
 
 
 def synthetic_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[Task, Prompt]:

@@ -197,7 +197,7 @@ def run_job(job: Job) -> list[dict]:
             "shared": shared, "prefill_ms": answer.prefill_ms, "paid_ms": paid_s * 1e3, "fill_ms": fill_s * 1e3,
             "ms_per_token": answer.ms_per_token, "drive_bytes_per_token": answer.drive_bytes_per_token,
             "kv_bytes_per_token": answer.attended * record_bytes * layers,
-            "memory_bytes": sum(size for kind, size in answer.memory.items() if kind != "drive"),
+            "memory_bytes": answer.memory_bytes,
             "seconds": (now := time.perf_counter()) - began,
         })  # fmt: skip
         began = now

@@ -35,10 +35,8 @@ class Trial:
             self.on = untried[0]
         else:
             self.medians = {way: statistics.median(times[1:]) for way, times in self.times.items()}
-            self.on, self.times = (
-                min(reversed(self.medians), key=self.medians.get),
-                None,
-            )  # a tie: less work
+            self.on = min(reversed(self.medians), key=self.medians.get)  # a tie: less work
+            self.times = None
 
     def pause(self) -> None:
         """Exclude the time until the next step: it is not a decode step's."""

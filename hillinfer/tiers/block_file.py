@@ -38,6 +38,14 @@ def pieces(offset: int, buffer: np.ndarray, most: int = MAX_READ) -> list[tuple[
     return [(offset + at, buffer[at : at + most]) for at in range(0, len(buffer), most)]
 
 
+def cuts(lengths: np.ndarray, most: int = MAX_READ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`pieces` of many transfers, lengths (m,): of each piece its transfer, the bytes before it, and its length."""
+    counts = -(-lengths // most)
+    of = np.repeat(np.arange(len(lengths)), counts)
+    at = (np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)) * most
+    return of, at, np.minimum(lengths[of] - at, most)
+
+
 class BlockFile:
     """A file on a drive, in whole blocks.
 

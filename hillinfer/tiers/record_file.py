@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hillinfer import native
-from hillinfer.tiers.block_file import BLOCK, MAX_READ, BlockFile, aligned, pieces
+from hillinfer.tiers.block_file import BLOCK, MAX_READ, BlockFile, aligned, cuts, pieces
 
 GAP = 8 * 1024  # bytes read and discarded rather than starting another request
 HEADROOM = 1024  # tokens reserved beyond those asked for, so that decode rarely grows the file
@@ -96,15 +96,12 @@ class RecordFile(BlockFile):
             at = int(np.searchsorted(starts, offset, "right")) - 1
             return int(first[at] + (offset - starts[at]) // width)
 
-        count = -(-lengths // MAX_READ)
-        of = np.repeat(np.arange(len(starts)), count)  # the run of each request
-        at = (np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)) * MAX_READ
+        of, at, own = cuts(lengths)  # of each request
         nbytes = int(lengths.sum())
         buffer = self._take_buffer(nbytes)
         try:
             addresses = native.pointer(buffer) + places[of] + at
-            most = np.minimum(lengths[of] - at, MAX_READ)
-            self.move("read", starts[of] + at, addresses, most, buffer, stream, position)
+            self.move("read", starts[of] + at, addresses, own, buffer, stream, position)
         except BaseException:
             if not self.stuck:  # else the kernel may still write to it
                 self._buffers.append(buffer)

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from hillinfer.longbench.runner import in_memory
 from hillinfer.workbench.live import LiveRun
 
 STYLE = "border-collapse:collapse;font:13px system-ui,sans-serif;font-variant-numeric:tabular-nums"
@@ -22,7 +23,7 @@ def compare_figures(one: LiveRun, other: LiveRun) -> list[tuple[str, float, floa
     found = [(text, one.figures[name], other.figures[name], form) for text, name, form in rows]
     for tier in ("device", "host", "drive"):
         found.append((f"served by {tier}", one.figures["rates"][tier], other.figures["rates"][tier], ".0%"))
-    memory = [sum(size for kind, size in run.figures["memory"].items() if kind != "drive") for run in (one, other)]
+    memory = [in_memory(run.figures["memory"]) for run in (one, other)]
     found.append(("in memory at the end, bytes", *memory, ",.0f"))
     return found
 

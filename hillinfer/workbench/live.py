@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from hillinfer.cache import TieredCache
+from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import decode, feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
@@ -185,8 +185,7 @@ class LiveRun:
 
     def _run(self, cache: TieredCache) -> None:
         context, start, opened = self.case.context, time.perf_counter(), self.prefilled > 0
-        ends = [0, *range(CHUNK, len(context) - 1, CHUNK), len(context)]  # a chunk of one token would be a decode step
-        for first, last in pairwise(() if opened else ends):
+        for first, last in pairwise(() if opened else chunk_ends(len(context), CHUNK)):
             if self._stop.is_set():
                 return
             feed(self.model, cache, context[first:last])

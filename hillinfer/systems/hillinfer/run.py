@@ -97,10 +97,8 @@ class ScoringRun(Run):
             return text
         if self.speeds is not None:
             chosen, source = self._chosen(), "as in the last steps" if self.chosen else "alpha before the first steps"
-            why = (
-                f"shortest step by the profile if {chosen.host:.0%} of the pool and {chosen.drive:.0%} of the rest are "
-            )
-            why += f"selected ({source})"
+            why = f"shortest step by the profile if {chosen.host:.0%} of the pool and {chosen.drive:.0%} of the rest "
+            why += f"are selected ({source})"
             if self.settings.split == "paper":
                 why = "equal time for host and drive by the profile"
             text = f"host holds {self._balanced_share():.0%}: {why}"

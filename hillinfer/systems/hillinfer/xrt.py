@@ -19,7 +19,7 @@ from hillinfer.systems.hillinfer.card import Buffer, Card, Xrt
 from hillinfer.systems.hillinfer.codes_memory import CodeMemory, Scored
 from hillinfer.systems.hillinfer.drive import ComputationalDrive
 from hillinfer.systems.hillinfer.protocol import Shape
-from hillinfer.tiers.block_file import MAX_READ
+from hillinfer.tiers.block_file import pieces
 from hillinfer.tiers.record_file import RecordFile
 
 
@@ -74,8 +74,7 @@ class CardMemory(CodeMemory):
             self.card.start(slot, page, first, n)
             return 0
         stage = self.card.stages[slot]
-        jobs = [(page + at, stage[at : at + MAX_READ]) for at in range(0, self.slot, MAX_READ)]
-        self.file.transfer("read", jobs, stream, index * self.page, verify=False)  # the bytes stay on the card
+        self.file.transfer("read", pieces(page, stage), stream, index * self.page, verify=False)  # stays on the card
         self.card.start(slot, stage, first, n)
         return self.slot
 

@@ -9,12 +9,10 @@ import re
 import stat
 from pathlib import Path
 
-import numpy as np
-
 from hillinfer.errors import UsageError
 from hillinfer.native.ring import Namespace, Rings
 from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, check_stamped, stamp_of
-from hillinfer.tiers.block_file import BLOCK, aligned
+from hillinfer.tiers.block_file import BLOCK, aligned, cuts
 
 NVME_ID = 0x4E40  # ioctl NVME_IOCTL_ID: the namespace's id
 DEPTH = 32  # commands in flight
@@ -74,12 +72,8 @@ class NvmeDevice(BlockDevice):
         self, verb: str, offsets, addresses, lengths, keep, stream: int, position, share: float = 1, verify=True
     ) -> None:
         """Split pieces at the maximum command size, so that all commands are in flight at once."""
-        size = min(self.max_bytes, MOST_BLOCKS * self.lba) // BLOCK * BLOCK
-        counts = -(-lengths // size)
-        piece = np.repeat(np.arange(len(lengths)), counts)
-        at = size * (np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts))
-        cut = offsets[piece] + at, addresses[piece] + at, np.minimum(lengths[piece] - at, size)
-        super().move(verb, *cut, keep, stream, position, share, verify)
+        of, at, own = cuts(lengths, min(self.max_bytes, MOST_BLOCKS * self.lba) // BLOCK * BLOCK)
+        super().move(verb, offsets[of] + at, addresses[of] + at, own, keep, stream, position, share, verify)
 
     def close(self) -> None:
         if self.fd is not None:

@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive")
     words = parser.parse_args()
     claims = []
-    with tempfile.TemporaryDirectory(dir=words.drive) as folder:
+    with tempfile.TemporaryDirectory(dir=words.drive.resolve()) as folder:
         for part in words.parts.split(","):
             ratios: dict[tuple, list[float]] = {}
             for turn in range(words.rounds):

@@ -69,8 +69,8 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     scores = native.score(query, coded[8], 8)
     records = torch.randn(TOKENS, 2, HEADS, DIM, dtype=torch.bfloat16)
     chosen = np.sort(rng.choice(TOKENS, CHOSEN, replace=False))
-    where, query = records.data_ptr() + chosen * RECORD, torch.randn(1, HEADS * GROUP, DIM)
-    out, taken = torch.empty_like(query), torch.from_numpy(chosen)
+    where, asked = records.data_ptr() + chosen * RECORD, torch.randn(1, HEADS * GROUP, DIM)
+    out, taken = torch.empty_like(asked), torch.from_numpy(chosen)
     keys, codes = torch.randn(1, HEADS, 512, DIM), torch.empty((1, HEADS, 512, DIM), dtype=torch.int8)
     scale = torch.zeros(1, HEADS, 1, DIM)
     how, everything = ("bfloat16", HEADS, 0.1, out, torch.empty(1, HEADS * GROUP)), (records.data_ptr(), RECORD, TOKENS)
@@ -78,16 +78,16 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     def by_torch() -> None:
         kv = records.index_select(0, taken)
         torch.nn.functional.scaled_dot_product_attention(
-            query.to(torch.bfloat16).view(1, HEADS, GROUP, DIM),
+            asked.to(torch.bfloat16).view(1, HEADS, GROUP, DIM),
             kv[None, :, 0].transpose(1, 2),
             kv[None, :, 1].transpose(1, 2),
         )
 
     plain, stored = torch.from_numpy(query), {bits: torch.from_numpy(part) for bits, part in coded.items()}
     core, moved, torch_too = CORE, CHOSEN * RECORD, ", torch"
-    attend = [Row("attend to scattered tokens", moved, lambda: native.attend(query, [where], *how), core)]
+    attend = [Row("attend to scattered tokens", moved, lambda: native.attend(asked, [where], *how), core)]
     attend.append(Row("attend to scattered tokens" + torch_too, moved, by_torch))
-    attend.append(Row("attend to all tokens", records.nbytes, lambda: native.attend(query, [everything], *how), core))
+    attend.append(Row("attend to all tokens", records.nbytes, lambda: native.attend(asked, [everything], *how), core))
     rows = [Row(core, words.nbytes, lambda: native.read(words))]
     for bits in (8, 4):
         name, size = f"score int{bits}", coded[bits].nbytes

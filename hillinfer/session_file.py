@@ -40,7 +40,7 @@ def save(path: Path, layers: Iterable[Iterable[torch.Tensor]], shape: tuple[int,
         for index, layer in enumerate(layers):
             written = 0
             for number, part in enumerate(_rechunked(layer, PART)):
-                sums[index, number] = _checksum(part)
+                sums[index, number] = zlib.crc32(_bytes(part))
                 written += file.write(_bytes(part))
             if written != nbytes:
                 raise ValueError(f"layer {index} has {written} bytes, not {nbytes}")
@@ -105,7 +105,7 @@ class Saved:
         out = torch.empty((1, last - first, *self.shape[2:]), dtype=self.dtype)
         self._fill(out, self.start + (layer * self.n + first) * math.prod(self.shape[2:]) * self.dtype.itemsize)
         for number, part in enumerate(out.split(PART, 1), first // PART):
-            if _checksum(part) != self.sums[layer, number]:
+            if zlib.crc32(_bytes(part)) != self.sums[layer, number]:
                 tokens = f"{number * PART} to {number * PART + part.shape[1] - 1}"
                 raise UsageError(f"{self.path} is damaged: layer {layer}, tokens {tokens} differ from what was saved")
         return out[:, start - first : end - first]
@@ -145,7 +145,3 @@ def _rechunked(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tenso
 def _bytes(records: torch.Tensor) -> memoryview:
     """The tensor's bytes, without a copy if it is contiguous and in host memory."""
     return memoryview(records.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
-
-
-def _checksum(part: torch.Tensor) -> int:
-    return zlib.crc32(_bytes(part))

@@ -5,8 +5,9 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hillinfer import files
 
@@ -184,8 +185,7 @@ class Counters:
         return pd.DataFrame([asdict(row) for row in self.rows], columns=list(Hits.__slots__))
 
 
-@dataclass(slots=True)
-class Served:
+class Served(NamedTuple):
     """Tokens of one attention by the tier that served them, over all sequences of the batch."""
 
     device: int = 0
@@ -196,9 +196,7 @@ class Served:
     prefetched: int = 0  # of `drive`, tokens that the prefetch had read
 
     def __add__(self, other: "Served") -> "Served":
-        tiers = self.device + other.device, self.host + other.host, self.drive + other.drive
-        rest = self.demoted + other.demoted, self.guessed + other.guessed, self.prefetched + other.prefetched
-        return Served(*tiers, *rest)
+        return Served(*map(add, self, other))
 
 
 class Track:
@@ -218,7 +216,5 @@ class Track:
         return end_ns
 
     def count(self, cached: int, attended: int, served: Served, swapped: int) -> None:
-        tiers = served.device, served.host, served.drive
-        rest = served.demoted, served.guessed, served.prefetched, swapped
-        step = self.timeline.step
-        self.counters.rows.append(Hits(step, self.layer, cached, sum(tiers), attended, *tiers, *rest))
+        step, queries = self.timeline.step, sum(served[: len(TIERS)])
+        self.counters.rows.append(Hits(step, self.layer, cached, queries, attended, *served, swapped))

@@ -57,6 +57,13 @@ SPREAD = ("test_docs.py", "test_generate.py", "test_notebooks.py", "test_streame
 ALONE = ("test_concurrency.py", "test_computational.py", "test_faults.py", "test_memory.py", "test_speed.py")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """The smoke tier imports its own files only: the others' imports would take as long as its tests."""
+    files = {part.partition("::")[0] for part in SMOKE}
+    if config.option.markexpr == "smoke" and collection_path.suffix == ".py" and collection_path.name not in files:
+        return True
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     for item in items:

@@ -423,7 +423,7 @@ def test_nvme_commands_are_laid_out_as_the_kernel_expects(write):
     offset, address, length = (5 << 32) * 512 + 7 * 512, 0x7F0123456000, 8 * BLOCK
     entry = np.full(1, 0xFF, "V128").view(ENTRY)
     entry.view(np.uint8)[:] = 0xFF
-    native.function("hi_nvme_entry")(native.pointer(entry), 77, int(write), 3, 512, offset, address, length)
+    native.library.hi_nvme_entry(native.pointer(entry), 77, int(write), 3, 512, offset, address, length)
     want = np.zeros(1, ENTRY)
     assert COMMAND.itemsize == 72
     read_or_write = 0x01 if write else 0x02
@@ -453,7 +453,7 @@ def test_nvme_commands_are_laid_out_as_the_kernel_expects(write):
 )
 def test_results_of_requests(command, result, before, code, after):
     done = np.array([before], np.int64)
-    assert native.function("hi_ring_result")(int(command), result, 4096, native.pointer(done)) == code
+    assert native.library.hi_ring_result(int(command), result, 4096, native.pointer(done)) == code
     assert done[0] == after
 
 
@@ -470,11 +470,12 @@ def test_an_nvme_status_is_an_error_that_names_it(tmp_path, monkeypatch):
 
     def refused(ring_, fd, write, n, offsets, addresses, lengths, done, failed, *rest):
         assert rest[-2:] == (1, 512)
-        native._library.hi_ring_run(ring_, fd, write, 0, offsets, addresses, lengths, done, failed, *rest)
+        run(ring_, fd, write, 0, offsets, addresses, lengths, done, failed, *rest)
         failed._obj.value = 1
         return ring.NVME_STATUS + 0x4281
 
-    monkeypatch.setattr(native, "function", {"hi_ring_run": refused}.__getitem__)
+    run = native.library.hi_ring_run
+    monkeypatch.setattr(native.library, "hi_ring_run", refused)
     with pytest.raises(OSError, match=r"NVMe status 0x4281, after .* at offset 4096") as error:
         rings.transfer(False, 0, *where)
     assert error.value.errno == errno.EIO and error.value.offset == BLOCK and len(rings._free) == 1

@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 2_979, 7_142
+CORE_LINES, PACKAGE_LINES = 2_963, 6_998
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -136,8 +136,9 @@ def test_each_paper_has_one_folder():
     wings = {"LeoAM": "leoam", "ChunkTree": "leoam", "PackedStore": "leoam", "StreamedRun": "lossless"}
     wings |= {"TensorStore": "lossless", "ScoringStore": "hillinfer", "AttendingStore": "hillinfer"}
     for path in size.modules():
+        text = strip_text(path)
         for word, wing in wings.items():
-            if re.search(rf"\b{word}\b", strip_text(path)):
+            if re.search(rf"\b{word}\b", text):
                 assert path.parts[:2] in (("systems", wing), ("systems", "registry.py")), (path, word)
 
 

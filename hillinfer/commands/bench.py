@@ -1,11 +1,9 @@
 """`hillinfer bench`: every system in one table of accuracy, traffic, time and memory."""
 
-import ctypes
 import json
-import math
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,12 +12,7 @@ from hillinfer.commands.console import say, show_table, split_list
 from hillinfer.commands.options import Alpha, Drive, HostBudget
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
-from hillinfer.pipeline.memory import read_fields
 
-if TYPE_CHECKING:
-    import pandas
-
-STATUS = Path("/proc/self/status")
 HEADER = ["system", "exact", "answers\nright", "tokens\nattended", "hits % on\ndev/host/drv"]
 HEADER += ["KiB/token on\ncpu/gpu/drv/link", "ms/token\n(quartiles)", "KV KiB\nin memory", "peak MiB\nabove idle"]
 
@@ -42,10 +35,11 @@ def bench(
     except OSError as error:
         raise UsageError(f"cannot make {out_dir} ({error.strerror}); name another folder with --out") from None
     from hillinfer.assets import machine
+    from hillinfer.longbench.bench import measure, summary
 
     with tempfile.TemporaryDirectory(dir=out_dir) as folder:
         options = dict(alpha=alpha, host_budget=host_budget, drive=drive or folder)
-        frame, left_out = measure(systems, task, context, n, options, seen)
+        frame, left_out = measure(split_list(systems), task, context, n, options, seen)
     table = summary(frame)
     where = "in the prefill" if seen else "token by token after the prefill"
     facts = [
@@ -62,67 +56,6 @@ def bench(
     say(*facts, f"table and answers as JSON and CSV: {out_dir}")
 
 
-def measure(systems: str, task: str, context: int, n: int, options: dict, seen: bool = False):
-    """A frame with one row per question and system, and a line for each system that cannot run with these options.
-
-    Raises UsageError if a system that was named cannot run.
-    """
-    import pandas as pd
-    import torch
-    from transformers import AutoConfig
-
-    from hillinfer.assets import load_embedded, load_pretrained
-    from hillinfer.longbench.comparison import Result, compare
-    from hillinfer.longbench.synthetic import PROMPTS, make_records
-    from hillinfer.systems.planning import plan
-    from hillinfer.systems.registry import find_system, list_systems, options_of
-
-    if task not in PROMPTS:
-        raise UsageError(f"no task '{task}'; choose one of {', '.join(PROMPTS)}")
-    exact, left_out, config = {}, [], load_pretrained(AutoConfig, "embedded")
-    for name in list_systems() if systems == "all" else split_list(systems):
-        try:
-            system, settings = find_system(name, options_of(name, options))
-        except UsageError as error:
-            if systems != "all":
-                raise
-            left_out.append(f"left out: {error}")
-            continue
-        plan(config, settings, context, torch.float32)  # before weights are loaded; `compare` plans the actual prompts
-        exact[name] = system.policy.exact
-    rows, idle = [], 0
-
-    def add_row(result: Result) -> None:
-        nonlocal idle
-        peak, answer, name = peak_memory() - idle, result.answers[-1], result.system
-        bounds = [span.detail["bounds"] for span in result.cache.timeline.spans if "bounds" in span.detail]
-        row = dict(question=len(result.answers) - 1, system=name, exact=exact[name], right=result.right[-1])
-        row |= dict(attended=answer.attended, cached=answer.cached, ms_per_token=answer.ms_per_token)
-        row |= {f"hit_{tier}": share for tier, share in answer.rates.items()}
-        row |= {f"{lane}_bytes_per_token": nbytes for lane, (_, nbytes) in answer.lanes.items()}
-        row |= dict(bounds=sum(bounds) / len(bounds) if bounds else math.nan)
-        rows.append(row | dict(kv_bytes=answer.memory_bytes, peak_bytes=peak))
-        idle = reset_peak()
-
-    records, (model, tokenizer) = make_records(task, context, n, seed=77), load_embedded()
-    idle = reset_peak()
-    compare(model, tokenizer, records, exact, options, add_row, seen)
-    return pd.DataFrame(rows), left_out
-
-
-def summary(frame: "pandas.DataFrame") -> "pandas.DataFrame":
-    """One row per system, from the frame of `measure`."""
-    means = [c for c in frame if c.startswith("hit_") or c.endswith("_bytes_per_token") or c == "bounds"]
-    quartiles = {"ms_q1": 0.25, "ms_median": 0.5, "ms_q3": 0.75}
-    return frame.groupby("system", sort=False, as_index=False).agg(
-        **dict(exact=("exact", "first"), right=("right", "sum"), questions=("right", "size")),
-        **{name: (name, "mean") for name in ("attended", "cached")},
-        **{name: ("ms_per_token", lambda ms, q=q: ms.quantile(q)) for name, q in quartiles.items()},
-        **{name: (name, "mean") for name in means},
-        **{name: (name, "max") for name in ("kv_bytes", "peak_bytes")},
-    )
-
-
 def cells(row) -> list[str]:
     """One row of the summary as the terminal shows it."""
     traffic = [getattr(row, f"{lane}_bytes_per_token") / 1024 for lane in ("cpu", "gpu", "drive", "link")]
@@ -137,22 +70,3 @@ def cells(row) -> list[str]:
         f"{row.kv_bytes / 1024:,.0f}",
         f"{row.peak_bytes / 2**20:,.0f}",
     ]
-
-
-def reset_peak() -> int:
-    """Return freed memory to the system and restart the peak; gives the bytes in use, of the GPU if there is one."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return read_fields(STATUS)["VmRSS"] * 1024
-
-
-def peak_memory() -> int:
-    """The peak since `reset_peak`, in bytes."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else read_fields(STATUS)["VmHWM"] * 1024

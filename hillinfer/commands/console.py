@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 from rich import box
@@ -13,9 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hillinfer.errors import UsageError
-
-if TYPE_CHECKING:
-    import pandas
 
 out, err = Console(), Console(stderr=True)
 WIDTH = 200  # columns at which table cells fold; a narrower terminal wraps lines, and nothing is cut
@@ -48,16 +44,6 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str 
     for row in rows:
         table.add_row(*map(escape, row))
     Console(width=max(out.width, WIDTH)).print(table)
-
-
-def format_rows(frame: "pandas.DataFrame", **formats: str) -> list[list[str]]:
-    """The cells of a frame as text. `formats` maps columns to format strings; a missing number is `-`."""
-
-    def text(name: str, cell) -> str:
-        style = formats.get(name, "{:g}" if isinstance(cell, float) else "{}")
-        return "-" if cell != cell else style.format(cell)
-
-    return [[text(*pair) for pair in zip(frame, row, strict=True)] for row in frame.itertuples(index=False)]
 
 
 def progress() -> Progress:

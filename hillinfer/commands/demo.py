@@ -9,9 +9,6 @@ from hillinfer.commands.console import progress, say, show_table, split_list
 from hillinfer.commands.options import Alpha, Drive, DriveKind, HostBudget, Precision
 from hillinfer.config import Settings, check_folder
 
-HEADER = ["system", "answers\nright", "tokens\nattended", "hits % on\ndev/host/drv", "drive\nKiB/token"]
-HEADER += ["ms/\ntoken", "KV KiB\nmemory"]
-
 
 def demo(
     alpha: Alpha = 0.2,
@@ -39,40 +36,7 @@ def demo(
     with progress() as bars:
         tasks = {name: bars.add_task(name, total=len(records)) for name in names}
         results = compare(model, tokenizer, records, names, settings, lambda result: bars.advance(tasks[result.system]))
-    show(results, records, alpha, out_dir)
+    from hillinfer.workbench.comparison import HEADER, rows_of, write_comparison
 
-
-def show(results: list, records: list[dict], alpha: float, folder: Path) -> None:
-    """Print the table, and write it with figures as HTML, and the last system's trace."""
-    from hillinfer.assets import machine
-    from hillinfer.longbench.comparison import floor
-    from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure
-    from hillinfer.workbench.report import write_report
-
-    guess, last = floor(records), results[-1]
-    rows = [
-        [
-            result.system,
-            f"{sum(result.right)}/{len(records)} {result.accuracy:.0%}",
-            f"{result.mean('attended'):,.0f}/{result.mean('cached'):,.0f}",
-            "/".join(f"{100 * result.rate(tier):.0f}" for tier in ("device", "host", "drive")),
-            f"{result.mean('drive_bytes_per_token') / 1024:,.0f}",
-            f"{result.median('ms_per_token'):.1f}",
-            f"{result.memory() / 1024:,.0f}",
-        ]
-        for result in results
-    ]
-    show_table(HEADER, rows, f"{len(records)} questions, documents of 2K to 4K tokens, alpha {alpha}")
-    facts = [
-        f"Guessing among the entries that share half of the queried key would score {guess:.0%}.",
-        f"Measured on {machine()}; times are medians over the questions.",
-        "Tokens attended: mean per step and layer. KV in memory: records, codes, hit table; largest question.",
-    ]
-    figures = [
-        systems_figure([r.system for r in results], [r.accuracy for r in results], guess, "Answers right"),
-        *(timeline_figure(r.cache.timeline, f"{r.system}: the last steps of the last question") for r in results),
-        hits_figure(last.cache.counters, f"{last.system}: tokens attended by tier, last question"),
-    ]
-    trace = last.cache.timeline.save(folder / "timeline.json")
-    page = write_report(folder / "report.html", "hillinfer demo", facts, HEADER, rows, figures)
-    say(*facts, f"timeline ({last.system}, last question; open in ui.perfetto.dev): {trace}", f"report: {page}")
+    show_table(HEADER, rows_of(results), f"{len(records)} questions, documents of 2K to 4K tokens, alpha {alpha}")
+    say(*write_comparison(results, records, out_dir))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import format_rows, progress, say, show_table, split_list
+from hillinfer.commands.console import progress, say, show_table, split_list
 from hillinfer.commands.options import DTYPES, Dtype, HostBudget, PrefillChunk
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
@@ -44,6 +44,7 @@ def evaluate(
     """Score systems on long-context tasks: LongBench, LongEval, RULER and the bundled tasks."""
     if compare is not None:
         from hillinfer.longbench.report import compare as compare_folders
+        from hillinfer.workbench.report import format_rows
 
         table, facts = compare_folders(*compare)
         say(f"A is {compare[0]}, B is {compare[1]}.", *facts)
@@ -61,6 +62,7 @@ def evaluate(
     from hillinfer.longbench.results import Results
     from hillinfer.systems.registry import list_systems
     from hillinfer.workbench.evaluation import write_page
+    from hillinfer.workbench.report import format_rows
 
     variants = sweep.variants_of(list_systems() if systems == "all" else split_list(systems), alphas, options)
     loaded = sources.load_all(split_list(tasks), data or [], revision)

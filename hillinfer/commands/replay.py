@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import format_rows, progress, say, show_table, split_list
+from hillinfer.commands.console import progress, say, show_table, split_list
 
 OUT = Path("out/replay")
 SHOWN = 8  # tables on the terminal; the report and the CSV have all
-COLUMNS = ["profile", "model", "system", "context", "batch", "alpha", "host memory", "ms", "bound by", "note"]
 
 
 def replay(
@@ -40,19 +39,10 @@ def replay(
     with progress() as shown:
         bar = shown.add_task("cells", total=len(wanted))
         frame = job.sweep(wanted, jobs, recording, lambda count: shown.update(bar, completed=count))
-    show(frame, wanted, recording, out_dir)
+    from hillinfer.workbench.replays import named, write_sweep
+    from hillinfer.workbench.report import format_rows
 
-
-def show(frame, wanted, recording, folder: Path) -> None:
-    """Tables on the terminal; the CSV, the report and the timeline of the last cell in the folder."""
-    from hillinfer import files
-    from hillinfer.whatif.devices import find_profile
-    from hillinfer.whatif.sweep import timeline
-    from hillinfer.workbench.replays import sweep_figure
-    from hillinfer.workbench.report import write_report
-
-    named = frame.assign(host=["all" if host != host else f"{host / 1e9:.1f} GB" for host in frame.host.astype(float)])
-    groups = list(named.groupby(["profile", "model", "alpha", "host", "batch"], sort=False))
+    groups = list(named(frame).groupby(["profile", "model", "alpha", "host", "batch"], sort=False))
     for (profile, model, alpha, host, batch), part in groups[:SHOWN]:
         wide = part.pivot(index="system", columns="context", values="ms").loc[part.system.unique()]
         wide = wide.map("{:,.0f}".format, na_action="ignore")
@@ -60,16 +50,4 @@ def show(frame, wanted, recording, folder: Path) -> None:
         show_table(["system", *map("{:,}".format, wide)], format_rows(wide.reset_index()))
     if len(groups) > SHOWN:
         say(f"... and {len(groups) - SHOWN} more tables, in the report")
-    profiles = {name: find_profile(name) for name in frame.profile.unique()}
-    facts = [f"{len(frame)} cells, all modelled; {int(frame.ms.isna().sum())} do not fit (reasons in the CSV)"]
-    for name, profile in profiles.items():
-        counts = ", ".join(f"{n} {how}" for how, n in profile.sources().items() if n)
-        facts.append(f"{name}: {profile.about}; numbers {counts}")
-    for last in [cell for cell, ms in zip(wanted, frame.ms, strict=True) if ms == ms][-1:]:
-        trace = timeline(last, profiles[last.profile], recording).save(folder / "timeline.json")
-        facts.append(f"timeline of the last cell ({last.system}): {trace}")
-    table_file = files.write_text(folder / "replay.csv", frame.to_csv(index=False))
-    named = named.rename(columns={"host": "host memory", "bound": "bound by"})[COLUMNS]
-    rows, figures = format_rows(named, context="{:,}", ms="{:,.1f}"), [sweep_figure(frame)]
-    page = write_report(folder / "report.html", "hillinfer replay (modelled)", facts, COLUMNS, rows, figures)
-    say(*facts, f"table: {table_file}", f"plot: {page}")
+    say(*write_sweep(frame, wanted, recording, out_dir))

@@ -70,48 +70,38 @@ class _Library:
         self.isa = self.isas[-1]
 
 
-_library = _Library()
+library = _Library()
 
 
 def available() -> bool:
     """Whether the kernels can be used here; the first call may compile them, which takes seconds."""
-    return _library.ready()
+    return library.ready()
 
 
 def why_not() -> str | None:
     """Why the kernels are unavailable, in one line with the fix, or None if they are available."""
     available()
-    return _library.reason
+    return library.reason
 
 
 def isa() -> str:
     """The instruction set in use."""
-    return ISAS[_library.isa] if available() else "none"
+    return ISAS[library.isa] if available() else "none"
 
 
 def isas() -> list[str]:
     """Instruction sets of this machine, slowest first."""
-    return [ISAS[i] for i in _library.isas] if available() else []
+    return [ISAS[i] for i in library.isas] if available() else []
 
 
 def use_isa(name: str) -> None:
     """Switch to one of `isas()`, for tests and measurements."""
-    _library.isa = ISAS.index(name)
-
-
-def isa_number() -> int:
-    """The instruction set in use, as numbered in common.h."""
-    return _library.isa
-
-
-def function(name: str):
-    """A library function by name, for modules that wrap their own."""
-    return getattr(_library, name)
+    library.isa = ISAS.index(name)
 
 
 def read(words: np.ndarray, threads: int = 1) -> int:
     """The sum of uint64 words, computed at memory bandwidth."""
-    return _library.hi_read(_library.isa, pointer(words), len(words), threads)
+    return library.hi_read(library.isa, pointer(words), len(words), threads)
 
 
 def score(query, stored, bits: int, positions: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
@@ -132,7 +122,7 @@ def score(query, stored, bits: int, positions: np.ndarray | None = None, threads
         n = len(positions)
     out = np.empty((heads, n), np.int32)
     shape = (heads, group, dim, pointer(positions), n, pointer(out), n, _share(heads * n * row, threads))
-    _check(_library.hi_score(_library.isa, bits, pointer(stored), strides[0], pointer(query), *shape))
+    _check(library.hi_score(library.isa, bits, pointer(stored), strides[0], pointer(query), *shape))
     return out
 
 
@@ -140,7 +130,7 @@ def topk(scores: np.ndarray, k: int) -> np.ndarray:
     """As `evaluator.topk.topk_reference`: positions of the k largest of int32 (n,), largest first."""
     scores, k = np.ascontiguousarray(scores), min(k, len(scores))
     out = np.empty(k, np.int32)
-    _check(_library.hi_topk(_library.isa, pointer(scores), len(scores), k, pointer(out)))
+    _check(library.hi_topk(library.isa, pointer(scores), len(scores), k, pointer(out)))
     return out.astype(np.int64)
 
 
@@ -152,7 +142,7 @@ def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
     out = np.empty(min(k, n), np.int64)
     threads = _share(scores.nbytes, threads)
     shape = (scores.strides[0] // 4, heads, n, len(out), pointer(out), threads)
-    _check(_library.hi_merge(_library.isa, pointer(scores), *shape))
+    _check(library.hi_merge(library.isa, pointer(scores), *shape))
     return out
 
 
@@ -174,7 +164,7 @@ def attend(
         addresses, at = None if base else pointer(where), number * heads * dim * 4
         records = addresses, base, stride, n, width // 2 if side is None else side
         shape = *records, read + at, kv_heads, heads // kv_heads, dim, scale, write + at, sums + number * heads * 4
-        _check(_library.hi_attend(_library.isa, kind, *shape, _share(n * width, threads)))
+        _check(library.hi_attend(library.isa, kind, *shape, _share(n * width, threads)))
 
 
 def bounds(
@@ -193,7 +183,7 @@ def bounds(
     best, reach = np.empty((heads, len(boxes)), np.float32), np.empty(len(boxes), bool)
     where = (pointer(boxes), pointer(scales), pointer(leaf), len(boxes), pointer(query), heads, group, dim, slack)
     threads = _share(len(boxes) * 2 * heads * dim, threads)
-    _check(_library.hi_bounds(_library.isa, *where, pointer(floor), pointer(best), pointer(reach), threads))
+    _check(library.hi_bounds(library.isa, *where, pointer(floor), pointer(best), pointer(reach), threads))
     return best, reach
 
 
@@ -204,7 +194,7 @@ def copy(addresses: np.ndarray, out, slots: np.ndarray, threads: int = 1) -> Non
         raise IndexError(f"{len(addresses)} records for {len(slots)} slots, which must be in [0, {out.shape[0]})")
     width = out.nbytes // max(1, out.shape[0])
     threads = _share(len(slots) * width, threads)
-    _library.hi_copy(pointer(addresses), pointer(out), pointer(slots), len(slots), width, threads)
+    library.hi_copy(pointer(addresses), pointer(out), pointer(slots), len(slots), width, threads)
 
 
 def encode(keys, dtype: str, bits: int, scale, codes, at: int) -> np.ndarray:
@@ -220,7 +210,7 @@ def encode(keys, dtype: str, bits: int, scale, codes, at: int) -> np.ndarray:
         raise ValueError("the channels of a key must be contiguous")
     shape = (by_row, by_head, by_token, batch, heads, n, dim, bits, pointer(scale))
     where = (pointer(codes), *_strides(codes)[:2], at, pointer(doublings))
-    _library.hi_encode(DTYPES[dtype], pointer(keys), *shape, *where)
+    library.hi_encode(DTYPES[dtype], pointer(keys), *shape, *where)
     return doublings
 
 
@@ -228,7 +218,7 @@ def quantise_query(query, scale, out) -> None:
     """As `evaluator.codes.KeyCodes.query`: fold scale fp32 (Hkv, 1, D) into query fp32 (H, D) and quantise the product
     to out int8 (Hkv, G, D). All contiguous.
     """
-    _library.hi_query(pointer(query), pointer(scale), *out.shape, pointer(out))
+    library.hi_query(pointer(query), pointer(scale), *out.shape, pointer(out))
 
 
 def checksums(write: bool, offsets, addresses, lengths, sums: np.ndarray) -> int:
@@ -237,7 +227,7 @@ def checksums(write: bool, offsets, addresses, lengths, sums: np.ndarray) -> int
     """
     pieces = [np.ascontiguousarray(part, np.int64) for part in (offsets, addresses, lengths)]
     where = map(pointer, (*pieces, sums))
-    return _library.hi_checksums(_library.isa, int(write), len(offsets), *where)
+    return library.hi_checksums(library.isa, int(write), len(offsets), *where)
 
 
 def pointer(array) -> int | None:

@@ -58,17 +58,15 @@ class Rings:
         ring, error = self._take(), 0
         try:
             where = *map(native.pointer, (*pieces, done)), ctypes.byref(failed)
-            rest = int(timeout * 1000), native.isa_number(), native.pointer(sums)
-            error = native.function("hi_ring_run")(
-                ring, fd, int(write), len(done), *where, *rest, *(self.nvme or (0, 0))
-            )
+            rest = int(timeout * 1000), native.library.isa, native.pointer(sums)
+            error = native.library.hi_ring_run(ring, fd, int(write), len(done), *where, *rest, *(self.nvme or (0, 0)))
         finally:
             if error == errno.ETIMEDOUT and failed.value < 0:
                 _stuck.append((ring, keep))
             elif failed.value >= 0:
                 self._free.append(ring)
             else:
-                native.function("hi_ring_close")(ring)
+                native.library.hi_ring_close(ring)
         if error:
             piece = max(0, failed.value)
             if error == errno.ETIMEDOUT:
@@ -86,7 +84,7 @@ class Rings:
 
     def _open(self) -> int:
         error = ctypes.c_int()
-        ring = native.function("hi_ring_open")(self.depth, int(self.nvme is not None), ctypes.byref(error))
+        ring = native.library.hi_ring_open(self.depth, int(self.nvme is not None), ctypes.byref(error))
         if not ring:
             raise OSError(error.value, f"no io_uring here ({os.strerror(error.value)}): choose engine threads")
         return ring
@@ -103,7 +101,7 @@ def _error(code: int, where: str) -> OSError:
 
 def _close(rings: list[int]) -> None:
     while rings:
-        native.function("hi_ring_close")(rings.pop())
+        native.library.hi_ring_close(rings.pop())
     release_stuck()
 
 
@@ -111,9 +109,9 @@ def release_stuck() -> int:
     """Close stuck rings whose requests have completed since and release their memory; returns how many remain."""
     with _releasing:
         for entry in list(_stuck):
-            if not native.function("hi_ring_in_flight")(entry[0]):
+            if not native.library.hi_ring_in_flight(entry[0]):
                 _stuck.remove(entry)
-                native.function("hi_ring_close")(entry[0])
+                native.library.hi_ring_close(entry[0])
         return len(_stuck)
 
 

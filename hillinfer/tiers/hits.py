@@ -78,8 +78,4 @@ class LastUse(SharedHits):
     def age(self) -> None: ...
 
 
-PLACEMENTS: dict[str, type[SharedHits]] = {
-    "hits": LayerHits,
-    "shared-hits": SharedHits,
-    "lru": LastUse,
-}
+PLACEMENTS: dict[str, type[SharedHits]] = {"hits": LayerHits, "shared-hits": SharedHits, "lru": LastUse}

@@ -99,18 +99,15 @@ class TieredStore(Store):
             (near, Records(self.window.records[row], self.window.slots(positions[near]))),
             (far.start + hit, Records(self.pools[row].records.data, slots[hit].astype(np.int64))),
         ]
-        served = Served(len(near), len(hit), len(miss), demoted=int((slots == DEMOTED).sum()))
-        ahead = self.ahead.pop(row, None) if for_step else None
-        if ahead is not None:
-            served.guessed = len(ahead.positions)
+        ahead, prefetched = self.ahead.pop(row, None) if for_step else None, 0
         if len(miss):
             tokens = positions[far][miss]
             known = np.zeros(len(tokens), bool) if ahead is None else np.isin(tokens, ahead.positions, kind="table")
             start = time.perf_counter_ns()  # records that the prefetch lacks are read before waiting for it
             records, nbytes = self.logs[row].read(tokens[~known], exact=not for_step)
             done = self.track.add("drive", "read", start, nbytes) if nbytes else time.perf_counter_ns()
-            read, served.prefetched = [(np.flatnonzero(~known), records)], int(known.sum())
-            if served.prefetched:
+            read, prefetched = [(np.flatnonzero(~known), records)], int(known.sum())
+            if prefetched:
                 guessed = ahead.reading.result()[np.searchsorted(ahead.positions, tokens[known])]
                 read.append((np.flatnonzero(known), guessed))
                 self.track.add("cpu", "wait", done)
@@ -119,7 +116,8 @@ class TieredStore(Store):
                 self.missed.append((row, tokens, Selection(read)))
         if for_step:
             self.hits.touch(row, positions)
-        return Selection(parts), served
+        demoted, guessed = int((slots == DEMOTED).sum()), len(ahead.positions) if ahead else 0
+        return Selection(parts), Served(len(near), len(hit), len(miss), demoted, guessed, prefetched)
 
     def parts(self) -> Iterator[torch.Tensor]:
         for start in range(0, self.n, PART):

@@ -110,19 +110,18 @@ class _Steps:
 def model(case: Scenario, system: str, steps: int = 3) -> tuple[list[Task], Traffic]:
     """The tasks of some decode steps, with or without lookahead, whichever is faster."""
     traffic = RULES[system](case)
-    if not traffic.reselect:
-        return _Steps(case, traffic, system).build(steps), traffic
-    ways = {True: traffic, False: replace(traffic, lookahead=False, reselect=False)}
-    built = {on: _Steps(case, way, system).build(steps) for on, way in ways.items()}
-    took = {on: step_seconds(tasks, schedule(tasks, case.profile.capacity)) for on, tasks in built.items()}
-    on = took[True] < took[False]
-    return built[on], ways[on]
+    ways = [replace(traffic, lookahead=False, reselect=False), traffic] if traffic.reselect else [traffic]
+    built = [(_Steps(case, way, system).build(steps), way) for way in ways]
+    return min(built, key=lambda each: _seconds(case, each[0]))  # the first of a tie
+
+
+def _seconds(case: Scenario, tasks: list[Task]) -> float:
+    return step_seconds(tasks, schedule(tasks, case.profile.capacity))
 
 
 def seconds(case: Scenario, system: str) -> float:
     """Modelled seconds of a decode step in steady state. DoesNotFit if the system cannot run it."""
-    tasks, _ = model(case, system)
-    return step_seconds(tasks, schedule(tasks, case.profile.capacity))
+    return _seconds(case, model(case, system)[0])
 
 
 def timeline(case: Scenario, system: str, steps: int = 3) -> Timeline:

@@ -1,10 +1,20 @@
-"""Figures of modelled results, labelled as such on their axes."""
+"""Modelled results as a table, a figure and a page, labelled as such."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from hillinfer import files
+from hillinfer.timeline import Timeline
+from hillinfer.whatif.devices import find_profile
+from hillinfer.whatif.sweep import Cell, timeline
 from hillinfer.workbench import palette
 from hillinfer.workbench.figures import LAYOUT
+from hillinfer.workbench.report import format_rows, write_report
+
+COLUMNS = ["profile", "model", "system", "context", "batch", "alpha", "host memory", "ms", "bound by", "note"]
 
 
 def sweep_figure(frame: pd.DataFrame, x: str = "context", title: str = "") -> go.Figure:
@@ -36,3 +46,28 @@ def sweep_figure(frame: pd.DataFrame, x: str = "context", title: str = "") -> go
     figure.update_xaxes(type="log", tickvals=sorted(frame[x].unique()))
     figure.update_yaxes(type="log", title="ms per step (modelled)")
     return figure
+
+
+def named(frame: pd.DataFrame) -> pd.DataFrame:
+    """A sweep with its host memory as text."""
+    return frame.assign(host=["all" if host != host else f"{host / 1e9:.1f} GB" for host in frame.host.astype(float)])
+
+
+def write_sweep(frame: pd.DataFrame, wanted: Sequence[Cell], run: Timeline | None, folder: Path) -> list[str]:
+    """Write `replay.csv`, `report.html` and the timeline of the last cell; returns the facts and where the files are.
+
+    wanted, run  the cells of the frame's rows and the recorded run that they replay
+    """
+    profiles = {name: find_profile(name) for name in frame.profile.unique()}
+    facts = [f"{len(frame)} cells, all modelled; {int(frame.ms.isna().sum())} do not fit (reasons in the CSV)"]
+    for name, profile in profiles.items():
+        counts = ", ".join(f"{n} {how}" for how, n in profile.sources().items() if n)
+        facts.append(f"{name}: {profile.about}; numbers {counts}")
+    for last in [cell for cell, ms in zip(wanted, frame.ms, strict=True) if ms == ms][-1:]:
+        trace = timeline(last, profiles[last.profile], run).save(folder / "timeline.json")
+        facts.append(f"timeline of the last cell ({last.system}): {trace}")
+    table = files.write_text(folder / "replay.csv", frame.to_csv(index=False))
+    shown = named(frame).rename(columns={"host": "host memory", "bound": "bound by"})[COLUMNS]
+    rows, figures = format_rows(shown, context="{:,}", ms="{:,.1f}"), [sweep_figure(frame)]
+    page = write_report(folder / "report.html", "hillinfer replay (modelled)", facts, COLUMNS, rows, figures)
+    return [*facts, f"table: {table}", f"plot: {page}"]

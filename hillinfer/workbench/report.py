@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from hillinfer import files
@@ -35,3 +36,13 @@ def write_report(
         "</html>",
     ]
     return files.write_text(path, "\n".join(parts))
+
+
+def format_rows(frame: pd.DataFrame, **formats: str) -> list[list[str]]:
+    """The cells of a frame as text. `formats` maps columns to format strings; a missing number is `-`."""
+
+    def text(name: str, cell) -> str:
+        style = formats.get(name, "{:g}" if isinstance(cell, float) else "{}")
+        return "-" if cell != cell else style.format(cell)
+
+    return [[text(*pair) for pair in zip(frame, row, strict=True)] for row in frame.itertuples(index=False)]

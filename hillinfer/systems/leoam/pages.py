@@ -55,7 +55,10 @@ class Pages:
         self.slot = np.append(self.slot, np.full(len(new), ABSENT))
         self.used = np.append(self.used, np.full(len(new), self.clock))
         if self.drive is not None:
-            self._write(new, pages)
+            if (fresh := self.n - len(self.offset)) > 0:
+                base = self.drive.allocate(fresh * self.stored_bytes)
+                self.offset = np.append(self.offset, base + self.stored_bytes * np.arange(fresh))
+            self._transfer("write", new, pages.contiguous().view(torch.uint8).reshape(len(pages), -1).numpy())
         cached = min(len(new), self.capacity)
         self._insert(new[-cached:], pages[-cached:])
 
@@ -100,13 +103,6 @@ class Pages:
         if self.track is not None:
             self.track.add("drive", "abstract", start, buffer.nbytes)
         return torch.from_numpy(buffer[:, : self.page_bytes].view(np.int8)).view(-1, *self.shape)
-
-    def _write(self, pages: np.ndarray, data: torch.Tensor) -> None:
-        """Write data (p, *shape) of the newest pages to the drive."""
-        if (fresh := self.n - len(self.offset)) > 0:
-            base = self.drive.allocate(fresh * self.stored_bytes)
-            self.offset = np.append(self.offset, base + self.stored_bytes * np.arange(fresh))
-        self._transfer("write", pages, data.contiguous().view(torch.uint8).reshape(len(data), -1).numpy())
 
     def _transfer(self, verb: str, pages: np.ndarray, data: np.ndarray | None = None) -> np.ndarray:
         """Read or write pages (p,) in whole blocks; returns the buffer, uint8 (p, stored_bytes)."""

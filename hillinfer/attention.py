@@ -20,7 +20,12 @@ def is_native(query: torch.Tensor) -> bool:
 
 
 def over_records(
-    query: torch.Tensor, rows: list[np.ndarray | tuple], kv_heads: int, scaling: float, side: int | None = None
+    query: torch.Tensor,
+    rows: list[np.ndarray | tuple],
+    kv_heads: int,
+    scaling: float,
+    side: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query (B, H, 1, D) over each row's records K (Hkv, D), V (Hkv, D) of its dtype, given by `native.attend`'s
     addresses and `side`: (B, 1, H, D), and the logsumexp of the scaled logits (B, H) fp32. No gather buffer, and sums
@@ -29,26 +34,36 @@ def over_records(
     batch, heads, _, dim = query.shape
     whole, out = query.float().reshape(batch, heads, dim), torch.empty((batch, 1, heads, dim))
     lse, threads = torch.empty((batch, heads)), torch.get_num_threads()
-    native.attend(whole.contiguous(), rows, DTYPES[query.dtype], kv_heads, scaling, out, lse, threads, side)
+    native.attend(whole.contiguous(), rows, DTYPES[query.dtype], kv_heads, scaling, out, lse, threads, side, softcap)
     return out.to(query.dtype), lse
 
 
 def over_tensors(
-    query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float
+    query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float, softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`over_records` in torch, and its definition: kv (B, n, 2, Hkv, D), valid (B, n) bool or None."""
     batch, heads, _, dim = query.shape
     grouped = query.view(batch, kv.shape[3], -1, dim)  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
     keys, values = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
-    mask = None if valid is None else valid[:, None, None].to(query.device)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, 1, heads, dim), logits(query, kv[:, :, 0], valid, scaling).logsumexp(-1).flatten(1)
+    weighed = logits(query, kv[:, :, 0], valid, scaling, softcap)
+    if softcap:
+        out = (weighed.softmax(-1).nan_to_num() @ values.float()).to(query.dtype)
+    else:
+        mask = None if valid is None else valid[:, None, None].to(query.device)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, 1, heads, dim), weighed.logsumexp(-1).flatten(1)
 
 
-def logits(query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> torch.Tensor:
-    """Scaled logits of a query (B, H, 1, D) over keys (B, n, Hkv, D), fp32 (B, Hkv, G, n); -inf where not valid."""
+def logits(
+    query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None, scaling: float, softcap: float = 0.0
+) -> torch.Tensor:
+    """Scaled logits of a query (B, H, 1, D) over keys (B, n, Hkv, D), fp32 (B, Hkv, G, n); -inf where not valid.
+
+    softcap  c > 0 turns each logit x into c * tanh(x / c), as in Gemma 2 (arXiv 2408.00118)
+    """
     keys = keys.permute(0, 2, 3, 1).float()  # (B, Hkv, D, n)
     out = query.float().view(len(keys), keys.shape[1], -1, keys.shape[2]) * scaling @ keys
+    out = softcap * torch.tanh(out / softcap) if softcap else out
     return out if valid is None else out.masked_fill_(~valid[:, None, None].to(out.device), -torch.inf)
 
 
@@ -98,11 +113,15 @@ def over_parts(
 
 
 def attention_weights(
-    query: torch.Tensor, keys: torch.Tensor, scaling: float, valid: torch.Tensor | np.ndarray | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    valid: torch.Tensor | np.ndarray | None,
+    softcap: float = 0.0,
 ) -> np.ndarray:
     """query (H, D), keys (k, Hkv, D), valid (k,) or None -> softmax weights (H, k) float32."""
     shown = None if valid is None else torch.as_tensor(valid)[None]
-    return logits(query[None, :, None], keys[None], shown, scaling).softmax(-1).flatten(0, 2).cpu().numpy()
+    return logits(query[None, :, None], keys[None], shown, scaling, softcap).softmax(-1).flatten(0, 2).cpu().numpy()
 
 
 def attendable(mask: torch.Tensor) -> torch.Tensor:

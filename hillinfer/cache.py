@@ -1,6 +1,7 @@
 """`TieredCache`, a transformers cache over the tiers, and its layers."""
 
 import copy
+import warnings
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from hillinfer.evaluator.policies import TopK
 from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
 from hillinfer.run import Run
-from hillinfer.seam import check_supported, probe_query
+from hillinfer.seam import check_supported, install, probe_query
 from hillinfer.timeline import Counters, Timeline
 
 
@@ -46,6 +47,7 @@ class TieredLayer(CacheLayerMixin):
         if key_states.shape[2] == 1 or (not first and self.layer.in_parts):
             return self.layer, self.layer
         keys, values = (key_states, value_states) if first else self.layer.everything()
+        keys.tiered = True  # the attention function refuses what a later step could not do
         if self.layer.policy.watches:
             keys.watcher = self.layer  # the attention function shows it the queries
         return keys, values
@@ -84,7 +86,7 @@ class TieredLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.layer.n:
-            self.layer.reorder(torch.arange(self.layer.run.geometry.batch).repeat_interleave(repeats))
+            self.layer.reorder(torch.arange(self.layer.store.geometry.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.layer.reorder(indices)
@@ -93,7 +95,7 @@ class TieredLayer(CacheLayerMixin):
 class TieredCache(Cache):
     """A cache for `model.generate(..., past_key_values=cache)` over device, host memory and a drive.
 
-    Layers with a sliding window or other state keep transformers' own cache. Call `enable(model)` first. `close()`,
+    Layers with a sliding window or other state keep transformers' own cache. `close()`,
     leaving a `with` block, or garbage collection frees the drive's space. `make_cache` opens the named systems.
     """
 
@@ -105,6 +107,7 @@ class TieredCache(Cache):
         sliding_ok: bool = False,
         run: type[Run] = Run,
     ):
+        install(config)
         layers = DynamicCache(config=config).layers
         only_sliding = all(getattr(layer, "is_sliding", False) for layer in layers)
         tiered = [] if sliding_ok and only_sliding else check_supported(config)
@@ -134,13 +137,14 @@ class TieredCache(Cache):
         The residual stream changes slowly, so a layer's input predicts the next layer's query, whose tokens are then
         prefetched while this layer computes (InfiniGen's rehearsal; HillInfer APP).
         """
-        weak = weakref.ref(self)
-        blocks = model.get_decoder().layers
-        for index, (block, following) in enumerate(pairwise(blocks), 1):
-            tiered = self.layers[index]
-            if isinstance(tiered, TieredLayer):
-                hook = partial(_look_ahead, weak, following, tiered.layer)
-                self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        blocks = _blocks(model, len(self.layers))
+        if not blocks:
+            self.run.settings = replace(self.run.settings, lookahead=False)
+            warnings.warn(f"no looking ahead: {type(model).__name__} has no list of decoder layers", stacklevel=3)
+        weak, seen = weakref.ref(self), {}
+        for index, block in enumerate(blocks):
+            hook = partial(_look_ahead, weak, blocks, index, seen)
+            self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
     def use(self, policy: type[Policy], settings: Settings) -> None:
         """Continue with another policy, alpha or window over the same KV, which stays where it is."""
@@ -206,15 +210,37 @@ class TieredCache(Cache):
         self.close()
 
 
-def _look_ahead(weak: weakref.ref, following: torch.nn.Module, layer: Layer, block, args: tuple, kwargs=None) -> None:
-    """Forward pre-hook of a decoder layer: in a decode step on this cache, guess for the following layer."""
-    if kwargs is None:  # torch drops a removed hook's kwargs flag first: another thread is closing its cache
-        return
+def _blocks(model: torch.nn.Module, n: int) -> list[torch.nn.Module]:
+    """The model's n decoder layers: its largest list of n modules."""
+    lists = [list(part) for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == n]
+    return max(lists, key=lambda found: sum(p.numel() for block in found for p in block.parameters()), default=[])
+
+
+def _look_ahead(weak: weakref.ref, blocks: list, index: int, seen: dict, block, args: tuple, kwargs=None) -> None:
+    """Forward pre-hook of a decoder layer: in a decode step on this cache, guess for the following layer.
+
+    seen  what the last tiered layer of this step was called with: in a hybrid, the neighbour's mask and rotary table
+          are another kind's
+    """
+    cache = weak()
+    if kwargs is None or cache is None or kwargs.get("past_key_values") is not cache:
+        return  # torch drops a removed hook's kwargs flag first: another thread is closing its cache
     hidden = args[0] if args else kwargs.get("hidden_states")
-    if weak() is None or kwargs.get("past_key_values") is not weak() or hidden is None or hidden.shape[1] != 1:
+    if hidden is None or hidden.dim() != 3 or hidden.shape[1] != 1:
         return
-    if layer.looks_ahead:
-        layer.speculate(*probe_query(following, args, kwargs).args)
+    if index == 0:
+        seen.clear()
+    if isinstance(cache.layers[index], TieredLayer):
+        own = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "hidden_states")}
+        seen.update(args=args[1:], kwargs=own)  # without the cache, which the hooks must not keep alive
+    if index + 1 == len(blocks):
+        seen.clear()
+    elif seen and isinstance(following := cache.layers[index + 1], TieredLayer) and following.layer.looks_ahead:
+        given = ((hidden, *seen["args"]), seen["kwargs"]) if args else ((), seen["kwargs"] | {"hidden_states": hidden})
+        try:
+            following.layer.speculate(*probe_query(blocks[index + 1], *given).args)
+        except Exception as error:
+            cache.run.stop_guessing(error)
 
 
 def _release(run: Run, hooks: list) -> None:

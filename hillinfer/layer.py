@@ -6,9 +6,10 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hillinfer import attention
-from hillinfer.errors import UsageError
+from hillinfer.errors import DriveError, UsageError
 from hillinfer.evaluator.codes import KeyCodes, group_scores
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.run import Run
@@ -29,6 +30,8 @@ class Layer:
         self.codes: KeyCodes | None = None
         self.guess: Future | None = None  # the selection for the coming step, being made
         self.pieces: list[int] = []  # tokens of each append: codes depend on them a little
+        self.dims = (0, 0)  # channels of a key and of a value; the narrower is padded to a record's two equal halves
+        self.softcap = 0.0  # of the model's logits; 0 if it has none
 
     @property
     def n(self) -> int:
@@ -48,11 +51,25 @@ class Layer:
         return self.store.in_parts and not self.policy.watches
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
-        """Add keys and values (B, Hkv, n, D); kv is both as records (B, n, 2, Hkv, D), if they exist already."""
+        """Add keys and values (B, Hkv, n, D), with values of another D if need be; kv is both as records
+        (B, n, 2, Hkv, D), if they exist already. UsageError if they do not match what the cache holds.
+        """
         run, new = self.run, keys.shape[2]
+        dims = keys.shape[3], values.shape[3]
+        if dims[0] != dims[1]:
+            keys, values = _padded(keys, max(dims)), _padded(values, max(dims))
+        geometry = Geometry(len(keys), *keys.shape[1::2], keys.dtype, keys.device)
+        held = self.store.geometry if self.store else geometry
+        if geometry != held or keys.shape != values.shape:
+            raise UsageError(
+                f"this cache holds {held.batch} sequences of {held.kv_heads} KV heads x {held.head_dim}, {held.dtype}, "
+                f"and was given keys {tuple(keys.shape)} and values {tuple(values.shape)}, {keys.dtype}: "
+                "use a new cache for another batch or model"
+            )
         run.owner.take(self.index, new)
         if self.store is None:
-            self._start(keys, values)
+            self.dims = dims
+            self._start(geometry, new)
         run.begin_layer(self.track, new)
         run.check(self.n + new)
         self._finish_guess()  # it reads codes and pool, which change from here on
@@ -75,26 +92,40 @@ class Layer:
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (B, Hkv, N, D)."""
-        kv, _ = self.store.all()
-        return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        kv = self.store.all()[0].permute(2, 0, 3, 1, 4)
+        return _narrowed(kv[0], self.dims[0]), _narrowed(kv[1], self.dims[1])
 
     def records(self) -> Iterator[torch.Tensor]:
         """All records in order, (B, n, 2, Hkv, D) at a time."""
         return self.store.parts()
 
-    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attention of one query token (B, H, 1, D) over the selected tokens; of several tokens, exact over all.
 
         Returns (B, q, H, D). mask is None or broadcasts to (B, 1, q, N); False (or a large negative number) hides.
+
+        softcap  see `attention.logits`; for one token only
+        sinks    (H,), one more logit per head that has no value (gpt-oss); for one token only
         """
+        query = _padded(query, self.store.geometry.head_dim)
         if query.shape[2] > 1:
-            return self._attend_all(query, mask, scaling)
-        valid = self._valid(mask, len(query))
+            return _narrowed(self._attend_all(query, mask, scaling), self.dims[1]).contiguous()
+        self.softcap, valid = softcap, self._valid(mask, len(query))
         picks = self.select(query, valid, scaling)
         self._finish_guess()
-        out, _ = self.store.attend(query, picks, valid, scaling, self._watch(query, picks, valid, scaling))
+        watch = self._watch(query, picks, valid, scaling)
+        out, lse = self.store.attend(query, picks, valid, scaling, watch, softcap)
+        if sinks is not None:  # the sink's share of the softmax leaves the others exp(lse) / (exp(lse) + exp(sink))
+            out = (out * torch.sigmoid(lse - sinks.float())[:, None, :, None]).to(query.dtype)
         self.run.end_layer()
-        return out
+        return _narrowed(out, self.dims[1])
 
     def _attend_all(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """A prefill chunk or a new turn, part by part, so that a layer's KV is never in memory as a whole."""
@@ -159,7 +190,7 @@ class Layer:
 
     def _weights(self, query: torch.Tensor, row: int, valid: np.ndarray | None, scaling: float) -> np.ndarray:
         """Exact attention weights of all keys, (H, n) float32."""
-        return attention.attention_weights(query, self.store.all()[0][row, :, 0], scaling, valid)
+        return attention.attention_weights(query, self.store.all()[0][row, :, 0], scaling, valid, self.softcap)
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -167,6 +198,7 @@ class Layer:
         Only a prefetch: `attend` selects again with the true query, uses the records that were prefetched and reads
         the others, so that the output does not depend on the guess (HillInfer APP, section 1.4).
         """
+        query = _padded(query, self.store.geometry.head_dim)
         valid, share = self._valid(mask, len(query)), float(self.run.trial.on)
 
         def work() -> None:
@@ -176,10 +208,15 @@ class Layer:
         self.guess = self.run.lookahead.submit(work)
 
     def _finish_guess(self) -> None:
-        """Wait for the guess, if there is one. Raises what its thread raised."""
+        """Wait for the guess, if there is one. A guess that failed ends looking ahead, a drive that failed the run."""
         guess, self.guess = self.guess, None
-        if guess is not None:
-            guess.result()
+        try:
+            if guess is not None:
+                guess.result()
+        except DriveError:
+            raise
+        except Exception as error:
+            self.run.stop_guessing(error)
 
     def _watch(self, query: torch.Tensor, picks: list, valid: torch.Tensor | None, scaling: float):
         """A callback that shows the attended records to the observer and the policy; None if neither wants them."""
@@ -196,7 +233,10 @@ class Layer:
                     observer.observe(self.index, step, *own)
             if self.policy.watches:
                 weights = (
-                    attention.logits(query, kv[:, :, 0], shown, scaling).softmax(-1).flatten(1, 2).numpy(force=True)
+                    attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
+                    .softmax(-1)
+                    .flatten(1, 2)
+                    .numpy(force=True)
                 )
                 for row, pick in enumerate(picks):
                     pick = np.arange(self.n) if pick is None else pick
@@ -222,6 +262,7 @@ class Layer:
         """Take these sequences of the batch, in this order."""
         if self.store is not None:
             self.store.reorder(rows)
+            self.run.geometry = self.store.geometry
             self.policy.reorder(rows)
             if self.codes is not None:
                 self.codes.reorder(rows)
@@ -237,17 +278,12 @@ class Layer:
         codes = 0 if self.codes is None else self.codes.nbytes
         return self.store.memory() | {"codes": codes + self.policy.nbytes}
 
-    def _start(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if values.shape != keys.shape:
-            raise UsageError(
-                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ: this attention is not supported"
-            )
-        batch, kv_heads, tokens, dim = keys.shape
-        geometry = Geometry(batch, kv_heads, dim, keys.dtype, keys.device)
+    def _start(self, geometry: Geometry, tokens: int) -> None:
         self.run.start(geometry, tokens)
         self.store = self.run.open_store(self.track)
         if self.policy.needs_codes or self.store.scores_keys:
-            self.codes = KeyCodes(batch, kv_heads, dim, self.run.settings.bits)
+            size = geometry.batch, geometry.kv_heads, geometry.head_dim
+            self.codes = KeyCodes(*size, self.run.settings.bits)
         self._start_policy(geometry)
 
     def _start_policy(self, geometry: Geometry) -> None:
@@ -259,6 +295,16 @@ class Layer:
         if mask is None:
             return None
         return attention.attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)
+
+
+def _padded(part: torch.Tensor, dim: int) -> torch.Tensor:
+    """(..., D) with zeros up to `dim` channels, which change no dot product."""
+    return part if part.shape[-1] == dim else F.pad(part, (0, dim - part.shape[-1]))
+
+
+def _narrowed(part: torch.Tensor, dim: int) -> torch.Tensor:
+    """(..., D) without the zeros."""
+    return part if part.shape[-1] == dim else part[..., :dim]
 
 
 def _is_selection(picked: np.ndarray, step: Step) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -217,6 +218,12 @@ class Run:
                 self.trial.pause()
         if self.hits is not None:
             self.hits.age()
+
+    def stop_guessing(self, error: Exception) -> None:
+        """Look ahead no more in this run: a guess is only ever a help."""
+        if self.trial is not None and self.trial.on:
+            self.trial = Trial(False)
+            warnings.warn(f"looking ahead is off for this run: {type(error).__name__}: {error}"[:200], stacklevel=2)
 
     def end_layer(self) -> None:
         self.attended_ns = time.perf_counter_ns()

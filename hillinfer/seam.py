@@ -1,20 +1,27 @@
-"""The seam with transformers: the registered attention function, the query probe, and what models are supported.
+"""The seam with transformers: attention functions that hand a query to a `Layer`, the query probe, what is supported.
 
-A decode step of one token gets the layer object itself in place of keys and values, and the registered attention
-function asks it to attend. Any other attention implementation then fails at once instead of reading wrong tensors. A
-step of several tokens (prefill, a new turn) is exact: it gets tensors where all are at hand, else the layer as well.
+A model keeps its own attention function under its own name. A decode step of one token gets the layer object itself in
+place of keys and values, and the registered function asks it to attend; tensors go to the model's own function. A step
+of several tokens (prefill, a new turn) is exact: it gets tensors where all are at hand, else the layer as well.
 """
 
+import inspect
+import sys
+from collections.abc import Callable
+
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hillinfer.errors import UsageError
 from hillinfer.layer import Layer
 
-ATTENTION = "hillinfer"
+# Arguments of attention functions that a layer needs not know: without effect in inference, or expressed by the mask.
+HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "output_attentions"}
+HARMLESS |= {"output_hidden_states", "output_router_logits", "use_cache", "return_dict", "deterministic"}
+HARMLESS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep"}
+KNOWN = HARMLESS | {"scaling", "softcap", "s_aux"}
 
 
 class QueryCaptured(Exception):
@@ -43,44 +50,64 @@ def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict) -> Qu
     raise UsageError(f"{type(decoder_layer).__name__} never reached attention; turn lookahead off")
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The registered attention function: a `Layer` in place of keys attends itself; tensors go to SDPA."""
-    if isinstance(key, Layer | QueryProbe) and scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    if isinstance(key, QueryProbe):
-        raise QueryCaptured(query, attention_mask, scaling)
-    if hasattr(key, "watcher"):
-        key.watcher.observe(query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if not isinstance(key, Layer):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    odd = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if odd:
-        raise UsageError(
-            f"{type(module).__name__} uses {', '.join(odd)}, which tiered attention does not have; use the full cache"
-        )
-    return key.attend(query, attention_mask, scaling), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it left padding is silently ignored
-
-
 def enable(model: PreTrainedModel) -> str:
-    """Switch a model to tiered attention. Returns its previous attention implementation, for `disable`."""
+    """Let a model's attention functions take a `Layer` for keys. Their names and what they do with tensors stay.
+
+    `make_cache` calls it. Returns the name of the model's attention. UsageError for a family that is not supported.
+    """
     check_supported(model.config)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    if model.config._attn_implementation != ATTENTION:
-        raise UsageError(
-            f"{type(model).__name__} cannot change its attention function; "
-            "use a family that can (Llama, Qwen, Mistral, OPT)"
-        )
-    return before
+    return install(model.config)
 
 
-def disable(model: PreTrainedModel, before: str = "sdpa") -> None:
-    """Switch a model back to another attention implementation."""
-    model.set_attn_implementation(before)
+def install(config: PretrainedConfig) -> str:
+    """`enable` without the check, from the config alone."""
+    used = config.get_text_config(decoder=True)._attn_implementation
+    for name in {"sdpa", "eager", used} - {None}:
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+        if not getattr(function, "takes_layers", False):
+            AttentionInterface.register(name, _taking_layers(function))
+    return used
+
+
+def disable(model: PreTrainedModel, before: str | None = None) -> None:
+    """Nothing is left to undo; kept for callers of earlier versions."""
+
+
+def _taking_layers(function: Callable | None) -> Callable:
+    """The attention function `function`, or a module's own eager one for None, that also takes a `Layer` for keys."""
+
+    def attention(module, query, key, value, attention_mask=None, **kwargs):
+        given, own = kwargs.get("scaling"), isinstance(key, Layer)
+        scaling = query.shape[-1] ** -0.5 if given is None else given
+        if isinstance(key, QueryProbe):
+            raise QueryCaptured(query, attention_mask, scaling)
+        if own or hasattr(key, "tiered"):
+            odd = [name for name, value in kwargs.items() if value is not None and name not in KNOWN]
+            if odd:
+                raise UsageError(
+                    f"{type(module).__name__} passes {', '.join(odd)} to attention, which a selection of tokens does "
+                    "not have: use system full, flexgen or dualblade"
+                )
+        if hasattr(key, "watcher"):
+            key.watcher.observe(query, key, attention_mask, scaling)
+        if own:
+            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+            if query.shape[2] == 1 or (softcap is None and sinks is None):
+                return key.attend(query, attention_mask, scaling, softcap or 0.0, sinks), None
+            key, value = key.everything()
+        return (function or _eager(module))(module, query, key, value, attention_mask, **kwargs)
+
+    attention.takes_layers = True
+    return attention
+
+
+def _eager(module: torch.nn.Module) -> Callable:
+    """The eager attention function of a module's family, which stands beside the code that calls it."""
+    forward = inspect.unwrap(type(module).forward)
+    for names in (forward.__globals__, *(vars(sys.modules[kind.__module__]) for kind in type(module).__mro__)):
+        if (found := names.get("eager_attention_forward")) is not None:
+            return found
+    raise UsageError(f"{type(module).__name__} has no eager attention function; load the model with sdpa attention")
 
 
 def check_supported(config: PretrainedConfig) -> list[int]:

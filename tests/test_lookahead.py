@@ -63,7 +63,7 @@ def test_a_probe_of_a_layers_own_input_is_its_query_to_the_bit(model, prompt):
     cache = hillinfer.TieredCache(model.config, Watch)
     layer = cache.layers[1].layer
     attend = layer.attend
-    layer.attend = lambda query, mask, scaling: seen.append(query) or attend(query, mask, scaling)
+    layer.attend = lambda query, mask, scaling, *more: seen.append(query) or attend(query, mask, scaling)
     with torch.no_grad():
         model(prompt[:, :-1], past_key_values=cache)
         model(prompt[:, -1:], past_key_values=cache)

@@ -123,7 +123,7 @@ def test_weights_are_the_models_own_attention(models, prompt):
     with torch.no_grad():
         model(prompt[:, :-1], past_key_values=cache)
         model(prompt[:, -1:], past_key_values=cache)
-    hillinfer.disable(model)
+    model.set_attn_implementation("sdpa")
     for layer, weights in seen.items():
         np.testing.assert_allclose(weights, want[layer][0, :, -1].numpy(), atol=1e-5)
     assert len(seen) == model.config.num_hidden_layers

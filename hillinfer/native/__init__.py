@@ -21,7 +21,7 @@ _SIGNATURES = {
     "hi_score": (_I, [_I, _I, _P, _L, _P, _I, _I, _I, _P, _L, _P, _L, _I]),
     "hi_topk": (_L, [_I, _P, _L, _L, _P]),
     "hi_merge": (_L, [_I, _P, _L, _I, _L, _L, _P, _I]),
-    "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, _P, _P, _I]),
+    "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, ctypes.c_float, _P, _P, _I]),
     "hi_bounds": (_I, [_I, _P, _P, _P, _L, _P, _I, _I, _I, ctypes.c_float, _P, _P, _P, _I]),
     "hi_copy": (None, [_P, _P, _P, _L, _L, _I]),
     "hi_query": (None, [_P, _P, _I, _I, _I, _P]),
@@ -147,7 +147,16 @@ def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
 
 
 def attend(
-    query, rows: list, dtype: str, kv_heads: int, scale: float, out, lse, threads: int = 1, side: int | None = None
+    query,
+    rows: list,
+    dtype: str,
+    kv_heads: int,
+    scale: float,
+    out,
+    lse,
+    threads: int = 1,
+    side: int | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Attention of queries fp32 (B, H, D), each over the records K (Hkv, D), V (Hkv, D) of its row, into out fp32
     (B, H, D), and the logsumexp of the scaled logits into lse fp32 (B, H). All contiguous.
@@ -155,6 +164,7 @@ def attend(
     rows  per query, record addresses int64 (n,), or (first address, stride in bytes, n) for evenly spaced records;
           the caller keeps the memory alive
     side  bytes from a record's keys to its values; None: the values follow the keys
+    softcap  c > 0 turns each logit x into c * tanh(x / c)
     """
     heads, dim = query.shape[1:]
     width = 2 * kv_heads * dim * (4 if dtype == "float32" else 2)
@@ -163,7 +173,8 @@ def attend(
         base, stride, n = where if isinstance(where, tuple) else (None, 0, len(where))
         addresses, at = None if base else pointer(where), number * heads * dim * 4
         records = addresses, base, stride, n, width // 2 if side is None else side
-        shape = *records, read + at, kv_heads, heads // kv_heads, dim, scale, write + at, sums + number * heads * 4
+        shape = *records, read + at, kv_heads, heads // kv_heads, dim, scale, softcap
+        shape = *shape, write + at, sums + number * heads * 4
         _check(library.hi_attend(library.isa, kind, *shape, _share(n * width, threads)))
 
 

@@ -11,6 +11,7 @@ struct attend {
     const char *base;
     int64_t stride, n, side;  /* side: bytes from a record's keys to its values */
     const float *query;  /* (heads * group, dim), scaled */
+    float cap;  /* logits become cap * tanh(logit / cap); 0 leaves them */
     float *state;  /* per thread: maximum (heads * group), sum (heads * group), weighted values (heads * group, dim) */
 };
 
@@ -122,6 +123,7 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, const int 
         }
         for (int j = 0; j < all; j++) {
             float *own = logits + (int64_t)j * TILE, high = most[j], part = 0;
+            for (int t = 0; t < m && a->cap > 0; t++) own[t] = a->cap * tanhf(own[t] / a->cap);
             for (int t = m; t < TILE; t++) own[t] = -__builtin_inff();  /* zero weight */
             for (int t = 0; t < TILE; t++) high = own[t] > high ? own[t] : high;
             if (high > most[j]) {
@@ -205,7 +207,8 @@ static void attend_share(void *job, int share) {
  * attended to separately. Without records, out is 0 and lse is minus infinity.
  * Returns 0, or -1 if memory is exhausted or dim exceeds MAX_DIM. */
 int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int64_t stride, int64_t n, int64_t side,
-              const float *query, int heads, int group, int dim, float scale, float *out, float *lse, int threads) {
+              const float *query, int heads, int group, int dim, float scale, float cap, float *out, float *lse,
+              int threads) {
     int all = heads * group;
     float *own = malloc(sizeof(float) * all * ((int64_t)dim + (int64_t)threads * (dim + 2 + TILE)));
     if (!own || dim > MAX_DIM) {
@@ -213,7 +216,8 @@ int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int6
         return -1;
     }
     for (int64_t i = 0; i < (int64_t)all * dim; i++) own[i] = query[i] * scale;
-    struct attend a = {isa, dtype, heads, group, dim, threads, records, base, stride, n, side, own, own + (int64_t)all * dim};
+    struct attend a = {isa, dtype, heads, group, dim, threads, records, base, stride, n, side, own, cap,
+                       own + (int64_t)all * dim};
     split(attend_share, &a, threads);
     for (int j = 0; j < all; j++) {
         float most = -__builtin_inff(), sum = 0;

@@ -6,6 +6,7 @@ attended to on different devices, or in a drive, are merged. It records its work
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Store:
         valid: torch.Tensor | None,
         scaling: float,
         watch: Watch | None = None,
+        softcap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of one query token (B, H, 1, D): (B, 1, H, D), and the logsumexp of its logits, fp32 (B, H).
 
@@ -60,13 +62,13 @@ class Store:
             rows, side, keep, served = self._locate(picks, whole, shown)
             attended = self.n * len(rows) if whole and shown is None else sum(map(len, rows))
             with self.track.span("cpu", "attend", attended * self.geometry.record_bytes):
-                out, lse = attention.over_records(query, rows, self.geometry.kv_heads, scaling, side)
+                out, lse = attention.over_records(query, rows, self.geometry.kv_heads, scaling, side, softcap)
             del keep  # until here the records had to stay where they are
         else:
             kv, shown, served = self._gather(picks, whole, valid)
             attended = kv.shape[1] * len(kv) if shown is None else int(shown.sum())
             with self.track.span("cpu" if query.device.type == "cpu" else "gpu", "attend", kv.nbytes):
-                out, lse = attention.over_tensors(query, kv, shown, scaling)
+                out, lse = attention.over_tensors(query, kv, shown, scaling, softcap)
             if watch is not None:
                 watch(kv, shown)
         start = time.perf_counter_ns()
@@ -123,7 +125,8 @@ class Store:
     def reorder(self, rows: torch.Tensor) -> None:
         """Select these sequences of the batch, in this order. UsageError for a store on a drive."""
         raise UsageError(
-            "beam search would copy whole caches on the drive: use num_beams=1, or keep the KV in memory (no drive)"
+            "sequences on a drive cannot be copied or reordered (beams, num_return_sequences): use num_beams=1, "
+            "or keep the KV in memory (no drive)"
         )
 
     def memory(self) -> dict[str, int]:
@@ -213,6 +216,7 @@ class HostStore(Store):
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.buffer.reorder(rows)
+        self.geometry = replace(self.geometry, batch=len(rows))
 
     def memory(self) -> dict[str, int]:
         return {self.tier: self.buffer.view().nbytes}

@@ -23,7 +23,7 @@ class AttendingStore(ScoringStore):
     def announce(self) -> None:
         """Does nothing: a drive that scores no keys needs no hot set."""
 
-    def attend(self, query, picks, valid, scaling, watch=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, query, picks, valid, scaling, watch=None, softcap=0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Store.attend`; always over all tokens."""
         everything, size = np.arange(self.n), self.geometry
         near = np.ones(self.n, bool)
@@ -35,12 +35,12 @@ class AttendingStore(ScoringStore):
         for row, log in enumerate(self.logs):
             far = ~near if shown is None else ~near & shown[row]
             runs = np.flatnonzero(np.diff(np.pad(far.astype(np.int8), 1))).reshape(-1, 2)  # [start, end) each
-            calls.append(log.drive.begin_attend(log.stream, scaled[row].numpy(force=True), runs, dtype))
+            calls.append(log.drive.begin_attend(log.stream, scaled[row].numpy(force=True), runs, dtype, softcap))
         for row, call in enumerate(calls):
             start = time.perf_counter_ns()
             kv = self.window.records[row, slots]
             visible = None if valid is None else valid[row : row + 1, torch.from_numpy(near).to(valid.device)]
-            logits = attention.logits(query[row : row + 1], kv[None, :, 0], visible, scaling)[0]
+            logits = attention.logits(query[row : row + 1], kv[None, :, 0], visible, scaling, softcap)[0]
             values = kv[:, 1].transpose(0, 1).float()
             near_part = logits.softmax(-1).nan_to_num() @ values, logits.logsumexp(-1)
             attended = self.track.add("cpu", "attend", start, kv.nbytes)

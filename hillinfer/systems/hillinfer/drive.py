@@ -79,7 +79,9 @@ class ComputationalDrive:
         """Records of sorted positions (k,): (k, record_bytes) uint8."""
         return self.begin_fetch(stream, positions).result()
 
-    def begin_attend(self, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str) -> Command:
+    def begin_attend(
+        self, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str, softcap: float = 0.0
+    ) -> Command:
         """Start attending to the tokens in runs (r, 2) of [start, end), with a scaled query (Hkv, G, D) float32, over
         records of this dtype (float32, float16 or bfloat16). The result is the output (Hkv, G, D) and the logsumexp
         (Hkv, G), both float32 tensors.
@@ -87,7 +89,7 @@ class ComputationalDrive:
         runs, n = np.array(runs, np.int64).reshape(-1, 2), self._lengths[stream]
         if dtype not in native.DTYPES or (len(runs) and not 0 <= runs.min() <= runs.max() <= n):
             raise ValueError(f"runs must be within [0, {n}), and {dtype} one of {', '.join(native.DTYPES)}")
-        return self._worker.submit("attend", stream, np.array(query, np.float32), runs, dtype)
+        return self._worker.submit("attend", stream, np.array(query, np.float32), runs, dtype, softcap)
 
     def truncate(self, stream: int, n: int) -> None:
         """Discard all tokens from n on."""

@@ -191,7 +191,9 @@ class Worker:
         meter.move(nand_read=nbytes, link=out.nbytes)  # one read: deepest queue
         return out
 
-    def attend(self, meter: Meter, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str) -> tuple:
+    def attend(
+        self, meter: Meter, stream: int, query: np.ndarray, runs: np.ndarray, dtype: str, softcap: float
+    ) -> tuple:
         """Exact attention in chunks, merged by their logsumexp as in FlashAttention."""
         log, whole = self.logs[stream], torch.from_numpy(query)
         parts = [(torch.zeros_like(whole), torch.full(whole.shape[:2], -torch.inf))]
@@ -200,7 +202,7 @@ class Worker:
             for at in range(start, end, self.chunk):
                 records, nbytes = log.read(np.arange(at, min(at + self.chunk, end)))
                 meter.move(nand_read=nbytes)
-                parts = [attention.merge([*parts, attend(whole, records.tensor(), dtype)])]
+                parts = [attention.merge([*parts, attend(whole, records.tensor(), dtype, softcap)])]
         ((out, logsumexp),) = parts
         meter.move(link=out.nbytes + logsumexp.nbytes)
         return out, logsumexp
@@ -215,7 +217,9 @@ class Worker:
         return dict(self.totals)
 
 
-def attend(query: torch.Tensor, records: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(
+    query: torch.Tensor, records: torch.Tensor, dtype: str, softcap: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a scaled query (Hkv, G, D) float32 over raw records (n, ...) of K (Hkv, D), V (Hkv, D) in this
     dtype: (Hkv, G, D) and the logsumexp (Hkv, G). The kernel runs on one thread, so as not to slow the model's.
     """
@@ -223,8 +227,8 @@ def attend(query: torch.Tensor, records: torch.Tensor, dtype: str) -> tuple[torc
     if native.available() and dim <= native.MAX_DIM:
         out, logsumexp = torch.empty_like(query), torch.empty((heads, group))
         rows = [(native.pointer(records), records[0].nbytes, len(records))]
-        native.attend(query.view(1, -1, dim), rows, dtype, heads, 1.0, out, logsumexp)
+        native.attend(query.view(1, -1, dim), rows, dtype, heads, 1.0, out, logsumexp, softcap=softcap)
         return out, logsumexp
     kv = records.flatten(1).view(getattr(torch, dtype)).view(1, len(records), 2, heads, dim).float()
-    out, logsumexp = attention.over_tensors(query.view(1, -1, 1, dim), kv, None, 1.0)
+    out, logsumexp = attention.over_tensors(query.view(1, -1, 1, dim), kv, None, 1.0, softcap)
     return out.view(query.shape), logsumexp.view(heads, group)

@@ -181,7 +181,8 @@ def _look_ahead(weak: weakref.ref, blocks: list, index: int, seen: dict, block, 
     if seen and isinstance(following := cache.layers[index + 1], TieredLayer) and following.layer.looks_ahead:
         given = ((hidden, *seen["args"]), seen["kwargs"]) if args else ((), seen["kwargs"] | {"hidden_states": hidden})
         try:
-            following.layer.speculate(*probe_query(blocks[index + 1], *given).args)
+            layer = following.layer
+            layer.speculate(*probe_query(blocks[index + 1], *given, layer.n).args)
         except Exception as error:
             cache.run.stop_guessing(error)
 

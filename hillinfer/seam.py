@@ -33,19 +33,25 @@ class QueryCaptured(Exception):
 
 
 class QueryProbe:
-    """Takes a cache's place in a decoder layer's forward pass, to capture its query."""
+    """Takes the place of a cache of `n` tokens in a decoder layer's forward pass, to capture its query."""
+
+    def __init__(self, n: int = 0):
+        self.n = n
+
+    def get_seq_length(self, *args) -> int:
+        return self.n
 
     def update(self, key_states, value_states, *args, **kwargs):
         return self, self
 
 
-def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict) -> QueryCaptured:
+def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict, n: int = 0) -> QueryCaptured:
     """The query that a decoder layer forms from this input: its own forward pass, aborted where attention begins.
 
     Exact for any family, since no layer is rewritten: given the layer's true input it is its true query to the bit.
     """
     try:
-        decoder_layer.forward(*args, **(kwargs | {"past_key_values": QueryProbe()}))  # forward: hooks do not run again
+        decoder_layer.forward(*args, **(kwargs | {"past_key_values": QueryProbe(n)}))  # forward: hooks do not run again
     except QueryCaptured as captured:
         return captured
     raise UsageError(f"{type(decoder_layer).__name__} never reached attention; turn lookahead off")

@@ -10,17 +10,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from hillinfer.errors import UsageError
 
 # Families whose code computes on keys and values, or asks for their shape, after the cache has returned them.
-COMPUTE_ON_KV = {
-    "jetmoe",
-    "diffllama",
-    "doge",
-    "git",
-    "mllama",
-    "diffusion_gemma",
-    "minimax_m3_vl",
-    "minimax_m3_vl_text",
+COMPUTE_ON_KV = {"jetmoe", "diffllama", "doge", "git", "diffusion_gemma", "minimax_m3_vl", "minimax_m3_vl_text"}
+REFUSED = {  # families that no cache of another class can serve, and why
+    **dict.fromkeys(("minimax", "deepseek_v4", "unlimited_ocr"), "insists on a cache class of its own"),
+    **dict.fromkeys(("mllama", "mllama_text_model", "glm5_next"), "reads the tensors of transformers' own cache"),
+    "mistral_large4": "has layers of records of different sizes",
+    "xlstm": "keeps a state of fixed size",
 }
-OWN_CACHE = {"minimax", "deepseek_v4", "unlimited_ocr"}  # families that insist on a cache class of their own
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,8 @@ def check_supported(config: PretrainedConfig, model_class: type | None = None) -
     if config.is_encoder_decoder or _encodes(text, kind):
         what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
         raise UsageError(f"{config.model_type} is {what} model; tiered KV needs a decoder-only one, such as Llama")
-    if text.model_type in OWN_CACHE:
-        raise UsageError(f"{text.model_type} insists on a cache class of its own; use that")
+    if why := REFUSED.get(text.model_type) or REFUSED.get(config.model_type):
+        raise UsageError(f"{text.model_type} {why}, which cannot be tiered; use its own cache")
     layers = DynamicCache(config=config).layers
     tiered = [i for i, layer in enumerate(layers) if isinstance(layer, DynamicLayer) and not _slides(layer, text)]
     if not tiered:
@@ -94,7 +90,7 @@ def _encodes(text: PretrainedConfig, kind: type | None) -> bool:
     """True for an encoder: `is_decoder` is False, and the family's code looks at it (GPT-NeoX has the default only)."""
     if getattr(text, "is_decoder", True) or kind is None:
         return False
-    return "config.is_decoder" in inspect.getsource(sys.modules[kind.__module__])
+    return "self.is_decoder" in inspect.getsource(sys.modules[kind.__module__])
 
 
 def _model_class(config: PretrainedConfig) -> type | None:

@@ -127,3 +127,13 @@ def attention_weights(
 def attendable(mask: torch.Tensor) -> torch.Tensor:
     """A mask as bool, whether it came so or as numbers to be added to logits."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def padded(part: torch.Tensor, dim: int) -> torch.Tensor:
+    """(..., D) with zeros up to `dim` channels, which change no dot product."""
+    return part if part.shape[-1] == dim else F.pad(part, (0, dim - part.shape[-1]))
+
+
+def narrowed(part: torch.Tensor, dim: int) -> torch.Tensor:
+    """(..., D) without the zeros."""
+    return part if part.shape[-1] == dim else part[..., :dim]

@@ -4,7 +4,6 @@ import copy
 import warnings
 import weakref
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,9 +16,10 @@ from hillinfer.evaluator.policies import Full, TopK
 from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
 from hillinfer.models.layers import TieredLayer, exact_layer
+from hillinfer.models.lookahead import look_ahead
 from hillinfer.models.support import Support, check_selects, check_supported
 from hillinfer.run import Run
-from hillinfer.seam import install, probe_query
+from hillinfer.seam import install
 from hillinfer.timeline import Counters, Timeline
 
 KV = ("keys", "values")  # of a layer of transformers' own
@@ -74,19 +74,11 @@ class TieredCache(Cache):
         return self.run.counters
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Look one layer ahead in each decode step, by hooks on the model's decoder layers until `close`.
-
-        The residual stream changes slowly, so a layer's input predicts the next layer's query, whose tokens are then
-        prefetched while this layer computes (InfiniGen's rehearsal; HillInfer APP).
-        """
-        blocks = _blocks(model, len(self.layers))
-        if not blocks:
+        """Look one layer ahead in each decode step, by hooks on the model's decoder layers until `close`."""
+        if not (hooks := look_ahead(self, model)):
             self.run.settings = replace(self.run.settings, lookahead=False)
             warnings.warn(f"no looking ahead: {type(model).__name__} has no list of decoder layers", stacklevel=3)
-        weak, seen = weakref.ref(self), {}
-        for index, block in enumerate(blocks[:-1]):
-            hook = partial(_look_ahead, weak, blocks, index, seen)
-            self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        self._hooks += hooks
 
     def use(self, policy: type[Policy], settings: Settings) -> None:
         """Continue with another policy, alpha or window over the same KV, which stays where it is."""
@@ -153,38 +145,6 @@ class TieredCache(Cache):
 
     def __exit__(self, *exc) -> None:
         self.close()
-
-
-def _blocks(model: torch.nn.Module, n: int) -> list[torch.nn.Module]:
-    """The model's n decoder layers: its largest list of n modules."""
-    lists = [list(part) for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == n]
-    return max(lists, key=lambda found: sum(p.numel() for block in found for p in block.parameters()), default=[])
-
-
-def _look_ahead(weak: weakref.ref, blocks: list, index: int, seen: dict, block, args: tuple, kwargs=None) -> None:
-    """Forward pre-hook of a decoder layer: in a decode step on this cache, guess for the following layer.
-
-    seen  what the last tiered layer of this step was called with: in a hybrid, the neighbour's mask and rotary table
-          are another kind's
-    """
-    cache = weak()
-    if kwargs is None or cache is None or kwargs.get("past_key_values") is not cache:
-        return  # torch drops a removed hook's kwargs flag first: another thread is closing its cache
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    if hidden is None or hidden.dim() != 3 or hidden.shape[1] != 1:
-        return
-    if index == 0:
-        seen.clear()
-    if isinstance(cache.layers[index], TieredLayer):
-        own = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "hidden_states")}
-        seen.update(args=args[1:], kwargs=own)  # without the cache, which the hooks must not keep alive
-    if seen and isinstance(following := cache.layers[index + 1], TieredLayer) and following.layer.looks_ahead:
-        given = ((hidden, *seen["args"]), seen["kwargs"]) if args else ((), seen["kwargs"] | {"hidden_states": hidden})
-        try:
-            layer = following.layer
-            layer.speculate(*probe_query(blocks[index + 1], *given, layer.n).args)
-        except Exception as error:
-            cache.run.stop_guessing(error)
 
 
 def _release(run: Run, hooks: list) -> None:

@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from hillinfer import attention
 from hillinfer.errors import DriveError, UsageError
@@ -51,13 +50,11 @@ class Layer:
         return self.store.in_parts and not self.policy.watches
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
-        """Add keys and values (B, Hkv, n, D), with values of another D if need be; kv is both as records
-        (B, n, 2, Hkv, D), if they exist already. UsageError if they do not match what the cache holds.
-        """
+        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already."""
         run, new = self.run, keys.shape[2]
         dims = keys.shape[3], values.shape[3]
         if dims[0] != dims[1]:
-            keys, values = _padded(keys, max(dims)), _padded(values, max(dims))
+            keys, values = attention.padded(keys, max(dims)), attention.padded(values, max(dims))
         geometry = Geometry(len(keys), *keys.shape[1::2], keys.dtype, keys.device)
         held = self.store.geometry if self.store else geometry
         if geometry != held or keys.shape != values.shape:
@@ -93,7 +90,7 @@ class Layer:
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (B, Hkv, N, D)."""
         kv = self.store.all()[0].permute(2, 0, 3, 1, 4)
-        return _narrowed(kv[0], self.dims[0]), _narrowed(kv[1], self.dims[1])
+        return attention.narrowed(kv[0], self.dims[0]), attention.narrowed(kv[1], self.dims[1])
 
     def read(self, step: bool) -> torch.Tensor:
         """A copy of all records, (B, N, 2, Hkv, D), for attention outside of here; a decode `step` is counted."""
@@ -124,9 +121,9 @@ class Layer:
         softcap  see `attention.logits`; for one token only
         sinks    (H,), one more logit per head that has no value (gpt-oss); for one token only
         """
-        query = _padded(query, self.store.geometry.head_dim)
+        query = attention.padded(query, self.store.geometry.head_dim)
         if query.shape[2] > 1:
-            return _narrowed(self._attend_all(query, mask, scaling), self.dims[1]).contiguous()
+            return attention.narrowed(self._attend_all(query, mask, scaling), self.dims[1]).contiguous()
         self.softcap, valid = softcap, self._valid(mask, len(query))
         picks = self.select(query, valid, scaling)
         self._finish_guess()
@@ -135,7 +132,7 @@ class Layer:
         if sinks is not None:  # the sink's share of the softmax leaves the others exp(lse) / (exp(lse) + exp(sink))
             out = (out * torch.sigmoid(lse - sinks.float())[:, None, :, None]).to(query.dtype)
         self.run.end_layer()
-        return _narrowed(out, self.dims[1])
+        return attention.narrowed(out, self.dims[1])
 
     def _attend_all(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """A prefill chunk or a new turn, part by part, so that a layer's KV is never in memory as a whole."""
@@ -181,7 +178,7 @@ class Layer:
             with self.track.span("cpu", kind) as detail:
                 picked = self.policy.select(step)
                 detail |= step.notes
-            if picked is not None and not _is_selection(picked, step):
+            if not step.accepts(picked):
                 raise UsageError(
                     f"{type(self.policy).__name__}.select must return at most {budget} sorted, distinct positions <{n}"
                 )
@@ -208,7 +205,7 @@ class Layer:
         Only a prefetch: `attend` selects again with the true query, uses the records that were prefetched and reads
         the others, so that the output does not depend on the guess (HillInfer APP, section 1.4).
         """
-        query = _padded(query, self.store.geometry.head_dim)
+        query = attention.padded(query, self.store.geometry.head_dim)
         valid, share = self._valid(mask, len(query)), float(self.run.trial.on)
 
         def work() -> None:
@@ -242,12 +239,8 @@ class Layer:
                     own = query[0, :, 0], kv[0, :, 0], picks[0], self.n, scaling, visible, every_key
                     observer.observe(self.index, step, *own)
             if self.policy.watches:
-                weights = (
-                    attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
-                    .softmax(-1)
-                    .flatten(1, 2)
-                    .numpy(force=True)
-                )
+                logits = attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
+                weights = logits.softmax(-1).flatten(1, 2).numpy(force=True)
                 for row, pick in enumerate(picks):
                     pick = np.arange(self.n) if pick is None else pick
                     self.policy.attended(row, pick, weights[row, :, : len(pick)])
@@ -292,8 +285,7 @@ class Layer:
         self.run.start(geometry, tokens)
         self.store = self.run.open_store(self.track)
         if self.policy.needs_codes or self.store.scores_keys:
-            size = geometry.batch, geometry.kv_heads, geometry.head_dim
-            self.codes = KeyCodes(*size, self.run.settings.bits)
+            self.codes = KeyCodes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits)
         self._start_policy(geometry)
 
     def _start_policy(self, geometry: Geometry) -> None:
@@ -305,19 +297,3 @@ class Layer:
         if mask is None:
             return None
         return attention.attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)
-
-
-def _padded(part: torch.Tensor, dim: int) -> torch.Tensor:
-    """(..., D) with zeros up to `dim` channels, which change no dot product."""
-    return part if part.shape[-1] == dim else F.pad(part, (0, dim - part.shape[-1]))
-
-
-def _narrowed(part: torch.Tensor, dim: int) -> torch.Tensor:
-    """(..., D) without the zeros."""
-    return part if part.shape[-1] == dim else part[..., :dim]
-
-
-def _is_selection(picked: np.ndarray, step: Step) -> bool:
-    if not isinstance(picked, np.ndarray) or picked.ndim != 1 or not 0 < len(picked) <= step.budget:
-        return False
-    return bool(picked[0] >= 0 and picked[-1] < step.n and (picked[1:] > picked[:-1]).all())

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hillinfer.errors import UsageError
 from hillinfer.layer import Layer
+from hillinfer.models.lookahead import QueryCaptured, QueryProbe
 from hillinfer.models.support import check_supported
 
 # Arguments of attention functions that a layer needs not know: without effect in inference, or expressed by the mask.
@@ -23,38 +24,6 @@ HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_pos
 HARMLESS |= {"output_hidden_states", "output_router_logits", "use_cache", "return_dict", "deterministic"}
 HARMLESS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "logits_to_keep"}
 KNOWN = HARMLESS | {"scaling", "softcap", "s_aux"}
-
-
-class QueryCaptured(Exception):
-    """Control flow, not an error: aborts the probe's forward pass once the query is known.
-
-    Carries the query (B, H, 1, D), its mask and its scaling out of the decoder layer.
-    """
-
-
-class QueryProbe:
-    """Takes the place of a cache of `n` tokens in a decoder layer's forward pass, to capture its query."""
-
-    def __init__(self, n: int = 0):
-        self.n = n
-
-    def get_seq_length(self, *args) -> int:
-        return self.n
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        return self, self
-
-
-def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict, n: int = 0) -> QueryCaptured:
-    """The query that a decoder layer forms from this input: its own forward pass, aborted where attention begins.
-
-    Exact for any family, since no layer is rewritten: given the layer's true input it is its true query to the bit.
-    """
-    try:
-        decoder_layer.forward(*args, **(kwargs | {"past_key_values": QueryProbe(n)}))  # forward: hooks do not run again
-    except QueryCaptured as captured:
-        return captured
-    raise UsageError(f"{type(decoder_layer).__name__} never reached attention; turn lookahead off")
 
 
 def enable(model: PreTrainedModel) -> str:

@@ -41,6 +41,14 @@ class Step:
             np.concatenate((np.arange(min(self.sinks, self.n)), np.arange(max(0, self.n - self.recent), self.n)))
         )
 
+    def accepts(self, picked) -> bool:
+        """Whether a selection is None, for all tokens, or sorted, distinct positions within the budget."""
+        if picked is None:
+            return True
+        if not isinstance(picked, np.ndarray) or picked.ndim != 1 or not 0 < len(picked) <= self.budget:
+            return False
+        return bool(picked[0] >= 0 and picked[-1] < self.n and (picked[1:] > picked[:-1]).all())
+
 
 class Policy:
     """Selects the tokens that a decode step attends to. Subclass, write `select`, add one line to `policies`.

@@ -10,8 +10,8 @@ import hillinfer
 from benchmarks.faulty_drive import FaultyDrive
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
-from hillinfer.pipeline.lookahead import AHEAD, TRIAL_STEPS, Trial
 from hillinfer.models.lookahead import probe_query
+from hillinfer.pipeline.lookahead import AHEAD, TRIAL_STEPS, Trial
 from tests.conftest import FAMILIES
 
 NEW = dict(max_new_tokens=24, do_sample=False, num_beams=1)

@@ -86,7 +86,7 @@ def made(way: str, folder: Path, batch: int = 2) -> Held:
     return Held(kind(Settings(alpha=0.3, recent=4, **options), LAYERS), batch)
 
 
-def expected(query, kv, picks, valid) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(query, kv, picks, valid, softcap) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by its definition in float64: (B, 1, H, D) and the logsumexp (B, H)."""
     shown = torch.zeros(kv.shape[:2], dtype=torch.bool)
     for row, pick in enumerate(picks):
@@ -94,6 +94,7 @@ def expected(query, kv, picks, valid) -> tuple[torch.Tensor, torch.Tensor]:
     shown &= True if valid is None else valid
     keys, values = kv.double().repeat_interleave(GROUP, 3).unbind(2)  # (B, n, H, D)
     logits = torch.einsum("bhd,bnhd->bhn", query[:, :, 0].double(), keys) * SCALING
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     logits.masked_fill_(~shown[:, None], -torch.inf)
     return torch.einsum("bhn,bnhd->bhd", logits.softmax(-1), values)[:, None], logits.logsumexp(-1)
 
@@ -144,8 +145,9 @@ def check(held: Held, layer: int, rng, how: str) -> None:
                 store.prefetch(row, np.arange(n) if pick is None else pick)
         watch = None if turn or isinstance(held.run, AttendingRun) else lambda *shown, seen=seen: seen.append(shown)
         rows = len(held.run.counters.rows)
-        out, lse = store.attend(query, picks, valid, SCALING, watch)
-        want, total = expected(query, kv, wanted, valid)
+        softcap = float(rng.choice([0.0, 0.7]))
+        out, lse = store.attend(query, picks, valid, SCALING, watch, softcap)
+        want, total = expected(query, kv, wanted, valid, softcap)
         torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-4)
         torch.testing.assert_close(lse.double(), total, atol=2e-5, rtol=2e-4)
         (hits,) = held.run.counters.rows[rows:]

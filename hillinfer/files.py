@@ -41,11 +41,15 @@ def open_plain(path: str | Path) -> int:
 
 
 def scratch(folder: Path, prefix: str, suffix: str = ".part", mode: int = 0o600) -> tuple[int, Path]:
-    """A new temporary file. Its lock, held while it is open, distinguishes it from an orphan."""
+    """A new temporary file. Its lock, held while it is open, distinguishes it from an orphan.
+
+    Where the file system has no locks, `reclaim` can lock no orphan either and leaves all files alone.
+    """
     while True:
         path = folder / f"{prefix}{secrets.token_hex(4)}{suffix}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:
             return fd, path
         os.close(fd)  # another process took it for an orphan before it was locked

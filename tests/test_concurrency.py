@@ -27,9 +27,9 @@ def enabled(models):
         hillinfer.disable(models(name), was)
 
 
-def generate(model, cache, ids: torch.Tensor) -> list[int]:
+def generate(model, cache, ids: torch.Tensor, new: int = NEW) -> list[int]:
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=NEW, do_sample=False
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, do_sample=False
     )
     return out[0, ids.shape[1] :].tolist()
 
@@ -81,8 +81,7 @@ def test_a_thread_in_the_middle_of_another_ones_step_is_refused(enabled, prompt)
         assert cache.get_seq_length() == prompt.shape[1] + 1
 
 
-def test_of_two_threads_that_mix_their_answers_one_is_refused(enabled, prompt):
-    """What the other thread generated comes right after what was there when it began; nobody gets a mixture."""
+def test_of_two_threads_that_generate_at_once_one_is_refused(enabled, prompt):
     model, errors, out = enabled[0], [], []
     for _ in range(5):
         with hillinfer.make_cache(model, "topk", alpha=0.3) as cache:
@@ -114,6 +113,20 @@ def test_a_thread_may_go_on_where_another_has_ended(enabled, prompt, tmp_path):
             with hillinfer.make_cache(model, "hillinfer", alpha=0.3, drive=tmp_path) as cache:
                 feed(model, cache, prompt[0, :-1].tolist())
                 answers.append(run(generate, model, cache, prompt))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("system", ["topk", "hillinfer"])
+def test_one_conversation_may_hop_over_the_threads_of_a_pool(enabled, prompt, tmp_path, system):
+    options = dict(alpha=0.3) | ({"drive": tmp_path} if system == "hillinfer" else {})
+    answers = []
+    for pools in ([ThreadPoolExecutor(1)], [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]):
+        with hillinfer.make_cache(enabled[0], system, **options) as cache:
+            out = prompt
+            for i in range(NEW):
+                more = pools[i % len(pools)].submit(generate, enabled[0], cache, out, new=1).result()
+                out = torch.cat((out, torch.tensor([more])), 1)
+            answers.append(out.tolist())
     assert answers[0] == answers[1]
 
 

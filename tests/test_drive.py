@@ -326,6 +326,22 @@ def test_a_full_disk_says_so_and_leaves_nothing(folder, engine):
     file.close()
 
 
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_without_fallocate_the_file_is_extended(folder, engine, code, monkeypatch):
+    """ext3, NFS, 9p, ZFS, exFAT."""
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    file, data = RecordFile(folder, BLOCK, 1, engine=engine), random_bytes(600)
+    file.write(0, 0, data)
+    assert (read(file, 0, range(600)) == data).all()
+    with pytest.raises(DriveError, match=r"no room for .*No space left"):
+        file.allocate(1 << 60)
+    file.close()
+
+
 def test_a_read_during_a_write_is_served_from_memory(folder):
     """The write is stopped in its middle; a reader gets every record, and memory is freed once it is through."""
     go, reached = threading.Event(), threading.Event()

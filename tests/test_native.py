@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -258,6 +259,13 @@ def test_the_library_is_private_and_built_once(tmp_path, monkeypatch):
     assert builder.private_folder() != folder
 
 
+def test_without_a_home_the_library_lies_in_a_temporary_folder(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # an id without a passwd entry, as in containers
+    assert builder.private_folder().parent == Path(tempfile.gettempdir())
+
+
 def run_python(code: str, **changes) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | changes
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
@@ -285,6 +293,29 @@ def test_no_warning_where_it_works():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native.available() and native.isa() in native.isas()
+
+
+FORBID = """
+import ctypes, struct
+def forbid(call, answer):  # from here on this process gets the errno `answer` for a system call, as in a sandbox
+    steps = (0x20, 0, 0, 0), (0x15, 0, 1, call), (0x06, 0, 0, 0x50000 | answer), (0x06, 0, 0, 0x7FFF0000)
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code)))
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+"""
+
+
+@pytest.mark.skipif(bool(ring.why_not()), reason=str(ring.why_not()))
+@pytest.mark.parametrize("call", [425, 426], ids=["io_uring_setup", "io_uring_enter"])
+def test_a_sandbox_without_io_uring_is_noticed_when_it_is_opened(call):
+    code = (
+        f"{FORBID}forbid({call}, 1)\nfrom hillinfer.native import ring\n"
+        "from hillinfer.tiers.engines import open_engine\n"
+        "print(ring.why_not(), open_engine('auto', 2).name)"
+    )
+    done = run_python(code)
+    assert "no io_uring here (Operation not permitted): choose engine threads 2 threads" in done.stdout, done.stderr
 
 
 needs_io_uring = pytest.mark.skipif(bool(ring.why_not()), reason=str(ring.why_not()))

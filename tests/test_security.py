@@ -1,6 +1,7 @@
 """Security: no code execution from data, private files in the named folder, pages that escape their input."""
 
 import ast
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from hillinfer import UsageError, files
+from hillinfer.config import check_folder
 from hillinfer.tiers.record_file import RecordFile
 from hillinfer.timeline import Timeline
 from hillinfer.whatif.devices import find_profile
@@ -133,6 +135,18 @@ def test_what_a_kill_left_is_reclaimed_and_what_is_in_use_is_not(tmp_path, monke
     RecordFile(tmp_path, 256, 1).close()
     assert {path.name for path in tmp_path.iterdir()} == {live.name, ".hillinfer-notes.txt"}
     os.close(own)
+
+
+def test_without_locks_files_are_made_and_those_of_others_left_alone(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    fd, path = files.scratch(tmp_path, ".a-")
+    files.write_text(tmp_path / "report", "whole")
+    assert check_folder(tmp_path) == tmp_path and files.reclaim(tmp_path, ".a-") == []
+    assert {found.name for found in tmp_path.iterdir()} == {path.name, "report"}
+    os.close(fd)
 
 
 class Tags(HTMLParser):

@@ -65,15 +65,14 @@ def build(command: list[str], folder: Path) -> Path:
 
 def private_folder() -> Path:
     """A cache folder only this user can write to, as its content is executed; otherwise a temporary one."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "hillinfer"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hillinfer"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.lstat()
         if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077:
             with tempfile.TemporaryFile(dir=folder):
                 return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: neither HOME nor a passwd entry
         pass
     return Path(_temporary_folder().name)
 

@@ -25,6 +25,22 @@ class Namespace(NamedTuple):
     lba: int  # bytes of a logical block
 
 
+def reserve(fd: int, offset: int, nbytes: int) -> None:
+    """Reserve space at a file's end. Without fallocate, a sparse extension that free space was found for.
+
+    Raises OSError, ENOSPC without room; where nothing could be reserved, a later write may raise it instead.
+    """
+    try:
+        os.posix_fallocate(fd, offset, nbytes)
+    except OSError as error:  # EINVAL: libc then writes to every block instead, bytes that O_DIRECT refuses
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        about = os.fstatvfs(fd)
+        if nbytes > about.f_bavail * about.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        os.ftruncate(fd, offset + nbytes)
+
+
 class Rings:
     """Rings for any number of threads: each call takes a free one or opens another. A `tiers.engines.Engine`."""
 
@@ -39,8 +55,7 @@ class Rings:
         self._free.append(self._open())
         self.close = weakref.finalize(self, _close, self._free)
 
-    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
-        os.posix_fallocate(fd, offset, nbytes)
+    allocate = staticmethod(reserve)
 
     def transfer(
         self, write: bool, fd: int, offsets, addresses, lengths, timeout=0.0, keep=None, sums=None, share=1.0

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from hillinfer.errors import DriveError
-from hillinfer.native.ring import Rings
+from hillinfer.native.ring import Rings, reserve
 from hillinfer.tiers.checksums import compare, memory_at
 
 
@@ -59,8 +59,7 @@ class Threads:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hillinfer-drive")
         self._late: list[Future] = []
 
-    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
-        os.posix_fallocate(fd, offset, nbytes)
+    allocate = staticmethod(reserve)
 
     def transfer(self, write, fd, offsets, addresses, lengths, timeout, keep, sums=None, share=1) -> None:
         pieces, moved = np.stack((offsets, addresses, lengths), 1), [0]

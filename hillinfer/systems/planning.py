@@ -10,7 +10,7 @@ from hillinfer.errors import UsageError
 from hillinfer.pipeline.memory import FIX, needs, refuse
 from hillinfer.seam import check_supported
 from hillinfer.systems.registry import run_for
-from hillinfer.systems.shapes import shape_of
+from hillinfer.systems.shapes import shape_of, window_of
 from hillinfer.tiers.geometry import Geometry
 
 
@@ -26,8 +26,7 @@ def plan(
     a full drive, or a run that needs more host memory than the process may use.
     """
     text, layers = config.get_text_config(decoder=True), len(check_supported(config))
-    window = getattr(text, "max_position_embeddings", None)
-    if window and tokens > window:
+    if (window := window_of(config)) and tokens > window:
         raise UsageError(f"{tokens:,} tokens exceed the model's window of {window:,}: shorten the prompt or the answer")
     shape, run = shape_of(text, dtype.itemsize), run_for(settings)(settings, layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

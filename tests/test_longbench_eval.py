@@ -207,6 +207,7 @@ def test_a_folder_has_one_writer(tmp_path, common):
         (["--systems", "magic"], "no system 'magic'"),
         (["--model", "nowhere"], "config.json"),
         (["--question", "maybe"], "stepwise"),
+        (["--max-length", "99999"], "lower --max-length"),
         (["--chat"], "leave out --chat"),
         (["--data", "nowhere"], "does not exist"),
         (["--cluster", "moon"], "dask:HOST:PORT"),

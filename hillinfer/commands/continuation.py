@@ -42,7 +42,7 @@ def continue_text(
 
     Raises UsageError before the weights are loaded if the model's config or tokenizer rules the run out.
     """
-    settings = find_system(system, options)[1]
+    found, settings = find_system(system, options)
     config = load_pretrained(AutoConfig, name)
     check_supported(config)
     if dtype not in DTYPES:
@@ -54,7 +54,7 @@ def continue_text(
         before = session_ids(session, before)
     ids = before + tokenizer(text, add_special_tokens=not before).input_ids
     total = len(ids) + max_new_tokens
-    plan(config, settings, total, weights, chunk)
+    plan(config, settings, total, weights, chunk, found.policy)
     if settings.stream is not None:
         options = options | {"max_tokens": total}
     model = load_pretrained(AutoModelForCausalLM, name, dtype=weights).eval()

@@ -175,7 +175,7 @@ def gpu_link_speed(seconds: float) -> Iterator[Check]:
     import torch
 
     if torch.cuda.is_available():
-        host = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+        host = torch.empty(64 << 20, dtype=torch.uint8, device="cpu", pin_memory=True)
         speed = rate(host.nbytes, lambda: (host.to("cuda", non_blocking=True), torch.cuda.synchronize()), seconds)
         slow, fix = "every fetched token crosses it", "a PCIe 4 x16 slot"
         yield Check("host to GPU", f"{speed:.1f} GB/s, pinned", speed > 10, slow, fix)

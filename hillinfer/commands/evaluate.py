@@ -70,7 +70,8 @@ def evaluate(
     settings = sweep.EvalSettings(
         max_length, chat, question, dtype, prefill_chunk, threads, seed, share_prefill, tuple(options.items())
     )
-    models = {name: describe(name, chat) for name in split_list(model)}
+    tokens = max_length + max(task.max_new_tokens for task, _, _ in loaded) if max_length else 0
+    models = {name: describe(name, chat, tokens) for name in split_list(model)}
     drawn = [(task, sweep.sample(records, samples, seed)) for task, records, _ in loaded]
     place = drive or (None if cluster else folder)  # the machines of a cluster may not have this folder
     jobs = [  # one sample of each task, then the next: an early estimate of the time, and a balanced half when stopped

@@ -7,7 +7,8 @@ score of every key in it.
 import numpy as np
 import torch
 
-EMPTY = torch.tensor([-1e30, 1e30])[:, None]  # the box of no keys; finite, as 0 * inf would be NaN
+# The box of no keys; finite, as 0 * inf would be NaN.
+EMPTY = torch.tensor([-1e30, 1e30], dtype=torch.float32, device="cpu")[:, None]
 
 
 def bounds(boxes: torch.Tensor, query: torch.Tensor, slack: float = 1.0) -> torch.Tensor:

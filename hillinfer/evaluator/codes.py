@@ -28,7 +28,7 @@ class KeyCodes:
             raise ValueError(f"INT4 needs an even head_dim, not {head_dim}; use int8")
         self.bits = bits
         self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8)
-        self.scale = torch.zeros((batch, kv_heads, 1, head_dim))
+        self.scale = torch.zeros((batch, kv_heads, 1, head_dim), dtype=torch.float32, device="cpu")
 
     def append(self, keys: torch.Tensor) -> torch.Tensor:
         """Encode new keys (B, Hkv, n, D). Returns the doublings of each channel's scale, uint8 (B, Hkv, D).
@@ -73,7 +73,7 @@ class KeyCodes:
         query, scale = query.to("cpu", torch.float32), self.scale[row]
         if not native.available():
             return self.query_reference(query, row)
-        out = torch.empty((len(scale), len(query) // len(scale), scale.shape[2]), dtype=torch.int8)
+        out = torch.empty((len(scale), len(query) // len(scale), scale.shape[2]), dtype=torch.int8, device="cpu")
         native.quantise_query(query.contiguous(), scale, out)
         return out
 
@@ -133,7 +133,7 @@ def group_scores_torch(query: torch.Tensor, stored: torch.Tensor, bits: int = 8,
     fp32 is exact: every partial sum is an integer below 2**24. `block` keys at a time fit into the processor's cache.
     """
     query = query.float().transpose(1, 2)  # (Hkv, D, G)
-    out = torch.empty(stored.shape[:2], dtype=torch.int32)
+    out = torch.empty(stored.shape[:2], dtype=torch.int32, device="cpu")
     for start in range(0, stored.shape[1], block):
         part = unpack(stored[:, start : start + block], bits).float()
         out[:, start : start + block] = torch.matmul(part, query).amax(2).to(torch.int32)

@@ -37,7 +37,8 @@ def measure(
                 raise
             left_out.append(f"left out: {error}")
             continue
-        plan(config, settings, context, torch.float32)  # before weights are loaded; `compare` plans the actual prompts
+        # Before weights are loaded; `compare` plans the actual prompts.
+        plan(config, settings, context, torch.float32, policy=system.policy)
         exact[name] = system.policy.exact
     rows, idle = [], 0
 

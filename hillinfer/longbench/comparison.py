@@ -73,7 +73,8 @@ def compare(
     prompts = [synthetic_prompt(tokenizer, record) for record in records]
     longest = max(len(prompt.ids) + task.max_new_tokens for task, prompt in prompts)
     for name, options in chosen.items():
-        plan(model.config, find_system(name, options)[1], longest, model.dtype)
+        system, plain = find_system(name, options)
+        plan(model.config, plain, longest, model.dtype, policy=system.policy)
     results = [Result(name) for name in chosen]
     before = enable(model)
     try:

@@ -9,16 +9,22 @@ from hillinfer.longbench.results import fingerprint
 from hillinfer.longbench.sources import hub_reachable
 
 
-def describe(name: str, chat: bool | None) -> dict:
-    """Manifest entry of a model. Raises UsageError if its config or tokenizer shows that it cannot be evaluated."""
+def describe(name: str, chat: bool | None, tokens: int = 0) -> dict:
+    """Manifest entry of a model. Raises UsageError if its config or tokenizer shows that it cannot be evaluated.
+
+    tokens  that --max-length asks for, the answer included
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     from hillinfer.models.support import check_supported
+    from hillinfer.systems.shapes import window_of
 
     path = model_path(name)
     offline = Path(path).is_dir() or not hub_reachable()
     config, tokenizer = (load_pretrained(kind, name, local_files_only=offline) for kind in (AutoConfig, AutoTokenizer))
     check_supported(config)
+    if (window := window_of(config)) and tokens > window:
+        raise UsageError(f"{tokens:,} tokens exceed the window of {name}, {window:,}: lower --max-length")
     if chat and not tokenizer.chat_template:
         raise UsageError(f"the tokenizer of {name} has no chat template; leave out --chat")
     used = bool(tokenizer.chat_template) if chat is None else chat

@@ -230,8 +230,9 @@ def cache_for(model, job: Job, variant: Variant):
 def prompt_of(job: Job, config, tokenizer):
     """The sample's prompt, truncated to the limits of task and model."""
     from hillinfer.longbench.prompts import build, official_max_length
+    from hillinfer.systems.shapes import window_of
 
-    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    window = window_of(config)
     limit = job.settings.max_length
     if limit is None and job.task.truncates and window:
         limit = official_max_length(window)

@@ -56,11 +56,11 @@ def record(model: PreTrainedModel, name: str, options: dict, ids: Sequence[int],
     before = enable(model)
     try:
         with make_cache(model, **options) as cache:
-            model(torch.tensor([list(ids)]), past_key_values=cache, logits_to_keep=1)
+            model(torch.tensor([list(ids)], device=model.device), past_key_values=cache, logits_to_keep=1)
             cache.timeline.clear()
             cache.counters.clear()
             for token in ids[: steps + 1]:
-                model(torch.tensor([[token]]), past_key_values=cache, logits_to_keep=1)
+                model(torch.tensor([[token]], device=model.device), past_key_values=cache, logits_to_keep=1)
             width = next(model.parameters()).element_size()
             cache.timeline.about = recording.describe(cache.run, shape_of(model.config, width), name)
             return cache.timeline

@@ -82,7 +82,8 @@ def _curve(rates: dict[int, Rate]) -> Rate:
 
 def _compute(device: str) -> dict[str, Rate]:
     size, side, dtype = (64 << 20, 1024, torch.float32) if device == "cpu" else (1 << 30, 8192, torch.bfloat16)
-    data, square = torch.ones(size // 4, device=device), torch.ones(side, side, device=device, dtype=dtype)
+    data = torch.ones(size // 4, dtype=torch.float32, device=device)
+    square = torch.ones(side, side, dtype=dtype, device=device)
     return {"bandwidth": _time(size, data.sum), "flops": _time(2 * side**3, lambda: square @ square)}
 
 

@@ -16,6 +16,7 @@ from hillinfer.assets import load_embedded, machine
 from hillinfer.errors import UsageError
 from hillinfer.longbench.synthetic import TASKS
 from hillinfer.systems.registry import list_systems
+from hillinfer.systems.shapes import window_of
 from hillinfer.workbench.board import Board
 from hillinfer.workbench.differences import differences
 from hillinfer.workbench.interrupt import current_cell, stop_on_interrupt
@@ -77,7 +78,7 @@ class Workbench:
         def dropdown(text: str, options, value) -> w.Dropdown:
             return control(w.Dropdown, text, options=options, value=value)
 
-        longest = getattr(self.model.config, "max_position_embeddings", 8192)
+        longest = window_of(self.model.config) or 8192
         lengths = [n for n in (1024, 2048, 4096, 8192, 16384, 32768) if n <= longest] or [longest // 2]
         self.task = dropdown("task", [*TASKS, "own text"], "chain")
         self.tokens = dropdown("tokens", lengths, lengths[min(1, len(lengths) - 1)])

@@ -102,9 +102,9 @@ class LiveRun:
 
     def check(self) -> None:
         """Raise UsageError for a run that cannot work, before it starts."""
-        settings = find_system(self.system, self.options)[1]
+        system, settings = find_system(self.system, self.options)
         total = len(self.case.context) + len(self.case.question) + self.case.max_new_tokens
-        plan(self.model.config, settings, total, self.model.dtype)
+        plan(self.model.config, settings, total, self.model.dtype, policy=system.policy)
         if self.session is not None:
             session_ids(self.session, self.case.context)
 

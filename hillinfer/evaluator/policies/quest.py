@@ -27,7 +27,7 @@ class Quest(Policy):
     def append(self, keys: torch.Tensor) -> None:
         keys = keys.to("cpu", torch.float32)
         batch, _, new, dim = keys.shape
-        index = torch.arange(self.n, self.n + new) // self.page
+        index = torch.arange(self.n, self.n + new, device="cpu") // self.page
         self.n += new
         more = -(-self.n // self.page) - self.boxes.n
         if more > 0:

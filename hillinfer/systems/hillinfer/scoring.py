@@ -24,12 +24,13 @@ class DriveLog:
         """Add records (n, 2, Hkv, D), with their key codes int8 (Hkv, n, D) and the scales' doublings uint8 (Hkv, D);
         None for a drive without codes.
         """
-        none = torch.empty((self.geometry.kv_heads, len(records), 0), dtype=torch.int8), torch.zeros(0)
-        new, doublings = codes or none
-        if self.n and doublings.any():
-            self.drive.rescale(self.stream, doublings.numpy())
+        new = np.empty((self.geometry.kv_heads, len(records), 0), np.int8)
+        if codes is not None:
+            new, doublings = (part.contiguous().numpy() for part in codes)
+            if self.n and doublings.any():
+                self.drive.rescale(self.stream, doublings)
         data = self.geometry.as_bytes(records)
-        self.drive.write(self.stream, self.n, data, new.contiguous().numpy())
+        self.drive.write(self.stream, self.n, data, new)
         self.n += len(records)
         return data.nbytes
 

@@ -196,7 +196,7 @@ class Worker:
     ) -> tuple:
         """Exact attention in chunks, merged by their logsumexp as in FlashAttention."""
         log, whole = self.logs[stream], torch.from_numpy(query)
-        parts = [(torch.zeros_like(whole), torch.full(whole.shape[:2], -torch.inf))]
+        parts = [(torch.zeros_like(whole), whole.new_full(whole.shape[:2], -torch.inf))]
         meter.move(link=query.nbytes)
         for start, end in runs.tolist():
             for at in range(start, end, self.chunk):
@@ -225,7 +225,7 @@ def attend(
     """
     heads, group, dim = query.shape
     if native.available() and dim <= native.MAX_DIM:
-        out, logsumexp = torch.empty_like(query), torch.empty((heads, group))
+        out, logsumexp = torch.empty_like(query), query.new_empty((heads, group))
         rows = [(native.pointer(records), records[0].nbytes, len(records))]
         native.attend(query.view(1, -1, dim), rows, dtype, heads, 1.0, out, logsumexp, softcap=softcap)
         return out, logsumexp

@@ -28,7 +28,7 @@ class LeoAM(Policy):
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         shape = (NODES, kv_heads, 2, head_dim)
         self.kv_heads = kv_heads
-        self.newest_keys = torch.zeros(batch, kv_heads, 0, head_dim)
+        self.newest_keys = torch.zeros(batch, kv_heads, 0, head_dim, dtype=torch.float32, device="cpu")
         self.trees = [ChunkTree(kv_heads, head_dim, self.open_pages(row, shape)) for row in range(batch)]
 
     def append(self, keys: torch.Tensor) -> None:
@@ -44,7 +44,8 @@ class LeoAM(Policy):
         k = (step.budget - len(near)) // LEAF
         query = step.grouped(self.kv_heads)
         newest = self.newest_keys[step.row][:, -step.recent :]
-        best = (query @ newest.transpose(1, 2)).amax(2) if newest.shape[1] else torch.full(query.shape[:2], -torch.inf)
+        none = query.new_full((*query.shape[:2], 1), -torch.inf)
+        best = torch.cat((query @ newest.transpose(1, 2), none), 2).amax(2)
         floor, last = best - self.desert / step.scaling, step.n - step.recent
         leaves, evaluated = tree.search(query, k, step.first, last, not step.guess, floor)
         step.notes |= {"bounds": evaluated, "chunks": int(tree.cut.sum())}

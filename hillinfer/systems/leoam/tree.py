@@ -68,7 +68,7 @@ class ChunkTree:
         if full:
             pages = EMPTY.expand(full + 1, *self.shape).clone()
             pages[0] = self.tail
-        token = torch.arange(at, at + keys.shape[1])
+        token = torch.arange(at, at + keys.shape[1], device="cpu")
         widen(pages.flatten(0, 1), token // PAGE * NODES + LEAVES + token % PAGE // LEAF, keys)
         _fill_parents(pages)
         if full:

@@ -138,7 +138,7 @@ class Slots:
         if self._copies is None:
             host = torch.from_numpy(aligned(nbytes)).view(2, -1)
             return Slot(host, host)
-        pinned = torch.empty(nbytes + BLOCK, dtype=torch.uint8, pin_memory=True)
+        pinned = torch.empty(nbytes + BLOCK, dtype=torch.uint8, device="cpu", pin_memory=True)
         host = pinned[-pinned.data_ptr() % BLOCK :][:nbytes].view(2, -1)
         return Slot(host, torch.empty_like(host, device=self.tensors.geometry.device))
 

@@ -95,7 +95,7 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
         rows.append(Row(name + torch_too, size, lambda b=bits: group_scores_torch(plain, stored[b], b)))
     rows.append(Row("top-k of all heads", scores.nbytes, lambda: native.merge_heads(scores, CHOSEN), core))
     rows.append(Row("top-k of all heads, numpy", scores.nbytes, lambda: merge_heads_reference(scores, CHOSEN)))
-    encode = Row("code 512 keys", keys.nbytes, lambda: native.encode(keys, "float32", 8, scale, codes, 0), core)
+    encode = Row("code 512 keys", keys.nbytes, lambda: native.encode(keys, 8, scale, codes, 0), core)
     return [*rows, *attend, encode]
 
 

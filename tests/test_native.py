@@ -70,14 +70,101 @@ def test_scores(isa, bits, group, dim, n, extreme, threads, seed):
     assert got.dtype == np.int32 and np.array_equal(got, want) and np.array_equal(some, want[:, rows])
 
 
-def test_scores_refuse_what_they_cannot_read():
-    codes = np.zeros((2, 10, 16), np.int8)
-    query = np.zeros((2, 1, 16), np.int8)
-    with pytest.raises(ValueError, match="contiguous rows"):
-        native.score(query, codes[:, ::2], 8)
-    for bad in ([-1], [10]):
-        with pytest.raises(IndexError):
-            native.score(query, codes, 8, np.array(bad))
+F32, I8, I64 = torch.ones(2, 1, 16), np.zeros((2, 10, 16), np.int8), np.zeros(2, np.int64)
+QUERY, KEYS, SCORES, ROOM = I8[:, :1].copy(), torch.ones(1, 2, 3, 16), np.zeros((2, 9), np.int32), torch.zeros(4, 8)
+RECORDS = torch.ones(2, 2, 1, 16)  # K and V of one head
+AT = RECORDS.data_ptr() + np.arange(2) * 128
+BLOCKS, READ_ONLY = aligned(2 * BLOCK), np.zeros(2, np.uint32)
+READ_ONLY.setflags(write=False)
+
+
+def score(query=QUERY, stored=I8, bits=8, positions=None, threads=1):
+    return native.score(query, stored, bits, positions, threads)
+
+
+def attend(query=F32, rows=(AT, AT), dtype="float32", kv_heads=1, out=None, lse=None, side=None):
+    out, lse = torch.empty(2, 1, 16) if out is None else out, torch.empty(2, 1) if lse is None else lse
+    return native.attend(query, rows, dtype, kv_heads, 1.0, out, lse, side=side)
+
+
+def judge(query=F32, boxes=AT, scales=AT, leaf=I64 > 0, floor=None):
+    return native.bounds(query, boxes, scales, leaf, 0.5, floor)
+
+
+def copy(addresses=AT, out=ROOM, slots=(0, 1)):
+    return native.copy(addresses, out, slots)
+
+
+def encode(keys=KEYS, bits=8, scale=None, codes=None, at=0):
+    scale = torch.ones(1, 2, 1, 16) if scale is None else scale
+    return native.encode(keys, bits, scale, torch.zeros(1, 2, 9, 16, dtype=torch.int8) if codes is None else codes, at)
+
+
+def quantise(query=F32, scale=F32, out=None):
+    return native.quantise_query(query, scale, torch.empty(2, 1, 16, dtype=torch.int8) if out is None else out)
+
+
+def checksums(offset=0, address=BLOCKS.ctypes.data, length=BLOCK, sums=None, write=True):
+    return native.checksums(write, [offset], [address], [length], np.zeros(2, np.uint32) if sums is None else sums)
+
+
+WRONG = [
+    (score, ValueError, dict(stored=I8[:, ::2]), dict(stored=I8[:1]), dict(bits=4), dict(bits=3)),
+    (score, ValueError, dict(stored=I8.astype(np.int16)), dict(query=QUERY[:, :, ::2])),
+    (score, ValueError, dict(stored=torch.empty(2, 10, 16, dtype=torch.int8, device="meta"))),
+    (score, TypeError, dict(query=F32), dict(positions=[0.5]), dict(positions=np.ones(10, bool)), dict(threads="2")),
+    (score, IndexError, dict(positions=[-1]), dict(positions=[3, 10])),
+    (score, ValueError, dict(positions=[[1]])),
+    (native.topk, TypeError, dict(scores=SCORES[0].astype(float), k=1), dict(scores=SCORES[0], k=1.5)),
+    (native.topk, ValueError, dict(scores=SCORES, k=1), dict(scores=SCORES[0], k=-1)),
+    (native.merge_heads, TypeError, dict(scores=SCORES.astype(np.int64), k=1)),
+    (native.merge_heads, ValueError, dict(scores=SCORES[0], k=1), dict(scores=SCORES[:0], k=1)),
+    (native.merge_heads, ValueError, dict(scores=SCORES, k=-1)),
+    (attend, ValueError, dict(rows=[AT]), dict(rows=[AT] * 3), dict(kv_heads=0), dict(kv_heads=3), dict(dtype="int8")),
+    (attend, ValueError, dict(out=torch.empty(2, 1, 15)), dict(lse=torch.empty(1, 1)), dict(rows=[AT[::-1], AT])),
+    (attend, ValueError, dict(query=torch.ones(2, 1, native.MAX_DIM + 1)), dict(query=F32.expand(2, 3, 16))),
+    (attend, TypeError, dict(query=F32.double()), dict(out=I8), dict(rows=[[1, 2], AT])),
+    (attend, TypeError, dict(rows=[AT.astype(float), AT])),
+    (attend, IndexError, dict(rows=[I64, AT]), dict(rows=[AT + 1, AT]), dict(rows=[AT, (0, 128, 2)]), dict(side=3)),
+    (attend, IndexError, dict(rows=[AT, (int(AT[0]), 127, 2)]), dict(rows=[AT, (int(AT[0]), 128, -1)])),
+    (judge, TypeError, dict(query=F32.half()), dict(boxes=AT.astype(float)), dict(leaf=I64)),
+    (judge, ValueError, dict(scales=AT[:1]), dict(leaf=I64[:1] > 0), dict(floor=F32), dict(query=F32[:0])),
+    (judge, IndexError, dict(boxes=I64), dict(scales=I64), dict(scales=AT + 2)),
+    (copy, IndexError, dict(slots=[0, 4]), dict(slots=[-1, 0]), dict(slots=[1, 1]), dict(addresses=I64)),
+    (copy, ValueError, dict(slots=[0]), dict(out=ROOM.T), dict(out=ROOM.to("meta"))),
+    (copy, TypeError, dict(slots=[0.0, 1.0]), dict(addresses=AT.astype(float))),
+    (encode, ValueError, dict(keys=KEYS.half()), dict(keys=KEYS[:, :, :, ::2]), dict(bits=4), dict(keys=KEYS[0])),
+    (encode, ValueError, dict(scale=torch.ones(1, 2, 1, 15)), dict(codes=torch.zeros(1, 2, 9, 15, dtype=torch.int8))),
+    (encode, ValueError, dict(keys=torch.ones(1, 1, 1, native.MAX_CODED + 8)), dict(keys=KEYS.to("meta"))),
+    (encode, TypeError, dict(scale=torch.ones(1, 2, 1, 16, dtype=torch.float64))),
+    (encode, IndexError, dict(at=-1), dict(at=7)),
+    (quantise, ValueError, dict(query=F32[:, :, :8]), dict(scale=F32[:1])),
+    (quantise, ValueError, dict(out=torch.empty(2, 1, 32, dtype=torch.int8)[:, :, ::2])),
+    (quantise, TypeError, dict(query=F32.bfloat16()), dict(out=F32.clone())),
+    (checksums, ValueError, dict(offset=-BLOCK), dict(offset=2 * BLOCK), dict(offset=1), dict(address=0)),
+    (checksums, ValueError, dict(length=BLOCK - 1), dict(length=3 * BLOCK), dict(length=2**62)),
+    (checksums, ValueError, dict(sums=READ_ONLY)),
+    (checksums, TypeError, dict(sums=np.zeros(2, np.int64)), dict(offset=0.5)),
+    (native.read, TypeError, dict(words=I64)),
+    (native.read, ValueError, dict(words=np.zeros(4, np.uint64)[::2])),
+    (native.read, ValueError, dict(words=np.zeros(17, np.uint8)[1:].view(np.uint64))),
+    (native.use_isa, ValueError, dict(name="avx1024")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "given"),
+    [pytest.param(call, error, given, id=f"{call.__name__}-{error.__name__}-{next(iter(given))}{i}{j}")
+     for i, (call, error, *cases) in enumerate(WRONG) for j, given in enumerate(cases)],
+)  # fmt: skip
+def test_a_wrong_call_is_an_error(call, error, given):
+    with pytest.raises(error):
+        call(**given)
+
+
+@pytest.mark.parametrize("call", [score, attend, judge, copy, encode, quantise, checksums])
+def test_the_right_call_is_none(call):
+    call()
 
 
 @given(
@@ -157,8 +244,6 @@ def test_copied_records(threads, monkeypatch):
     want[torch.from_numpy(slots)] = records[torch.from_numpy(index)]
     native.copy(records.data_ptr() + index * 240, out, slots, threads)
     assert torch.equal(out, want)
-    with pytest.raises(IndexError, match="80"):
-        native.copy(records.data_ptr() + index, out, slots + 60)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -414,6 +499,20 @@ class TestRings:
         for fd in (reading, *other):
             os.close(fd)
 
+    @pytest.mark.parametrize("wrong", [(-1, 0, 1), (0, 0, -1), (2**63 - 1, 0, 1)])
+    def test_pieces_that_cannot_be_moved_are_refused(self, make, wrong):
+        rings, back = make(4), aligned(2 * BLOCK)
+        with pytest.raises(ValueError, match="piece 1 "):
+            rings.transfer(False, 0, *pieces(back, (0, 0, 1), wrong))
+        offsets, addresses, lengths = pieces(back, (0, 0, BLOCK), (BLOCK, BLOCK, BLOCK))
+        for short in ((offsets[:1], addresses, lengths), (offsets, addresses[:1], lengths)):
+            with pytest.raises(ValueError, match="numbers"):
+                rings.transfer(False, 0, *short)
+        with pytest.raises(ValueError, match="piece 1 "):
+            rings.transfer(False, 0, offsets, addresses, lengths, sums=np.zeros(1, np.uint32))  # of one block only
+        with pytest.raises(TypeError):
+            rings.transfer(False, 0, offsets, addresses, lengths, sums=np.zeros(2, np.int32))
+
     def test_what_is_read_is_compared_with_its_checksums(self, make, tmp_path):
         fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
         rings, sums, data = make(4), Checksums(), aligned(8 * BLOCK)
@@ -487,6 +586,13 @@ def test_results_of_requests(command, result, before, code, after):
     done = np.array([before], np.int64)
     assert native.library.hi_ring_result(int(command), result, 4096, native.pointer(done)) == code
     assert done[0] == after
+
+
+@needs_io_uring
+@pytest.mark.parametrize("wrong", [(512, 0, 256), (256, 0, 512), (0, 0, 0), (0, 0, 512 << 17)])
+def test_pieces_that_no_command_can_move_are_refused(wrong):
+    with pytest.raises(ValueError, match="piece 0 "):
+        open_wide(4, Namespace(1, 512)).transfer(False, 0, *pieces(aligned(BLOCK), wrong))
 
 
 @needs_io_uring

@@ -37,13 +37,12 @@ class KeyCodes:
         codes never saturate and differ from direct quantisation by at most one step.
         """
         keys = keys.to("cpu")
-        dtype = str(keys.dtype).removeprefix("torch.")
-        if keys.stride(3) != 1 or dtype not in ("float32", "bfloat16"):
-            keys, dtype = keys.float().contiguous(), "float32"
+        if keys.stride(3) != 1 or keys.dtype not in (torch.float32, torch.bfloat16):
+            keys = keys.float().contiguous()
         if not native.available():
             return self.append_reference(keys.float())
         at = self.codes.extend(keys.shape[2])
-        return torch.from_numpy(native.encode(keys, dtype, self.bits, self.scale, self.codes.data, at))
+        return torch.from_numpy(native.encode(keys, self.bits, self.scale, self.codes.data, at))
 
     def append_reference(self, keys: torch.Tensor) -> torch.Tensor:
         """`append` in torch, for fp32 keys in host memory."""

@@ -1,29 +1,32 @@
 """C kernels beside their torch and numpy references, which remain the definition. This package imports numpy only.
 
 The functions take torch tensors or numpy arrays in host memory and release the GIL. Callers check `available()` and
-otherwise use the reference.
+otherwise use the reference. A wrong call is a TypeError, ValueError or IndexError (`native.fence`).
 """
 
 import ctypes
+import math
 import threading
 
 import numpy as np
 
 from hillinfer.native.build import Unavailable, load
+from hillinfer.native.fence import NAMES, address, integers, pointer
 
 ISAS = ("generic", "neon", "avx2", "avx512-vnni")  # slowest first, as in common.h
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-MAX_DIM = 1024  # largest head dimension of `attend` and `bounds`, as in common.h
+MAX_DIM, MAX_CODED = 1024, 1040  # largest head dimension of `attend` and `bounds`; of key codes: as in common.h
+BLOCK, MOST = 4096, 2**63 - 1  # bytes: of a checksum; of a file
 SPLIT = 1 << 20  # bytes of keys or records per thread; with fewer, another thread does not pay
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "hi_isas": (_I, []),
-    "hi_score": (_I, [_I, _I, _P, _L, _P, _I, _I, _I, _P, _L, _P, _L, _I]),
+    "hi_score": (_I, [_I, _I, _P, _L, _L, _P, _I, _I, _I, _P, _L, _P, _L, _I]),
     "hi_topk": (_L, [_I, _P, _L, _L, _P]),
     "hi_merge": (_L, [_I, _P, _L, _I, _L, _L, _P, _I]),
     "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, ctypes.c_float, _P, _P, _I]),
     "hi_bounds": (_I, [_I, _P, _P, _P, _L, _P, _I, _I, _I, ctypes.c_float, _P, _P, _P, _I]),
-    "hi_copy": (None, [_P, _P, _P, _L, _L, _I]),
+    "hi_copy": (_I, [_P, _P, _P, _L, _L, _L, _I]),
     "hi_query": (None, [_P, _P, _I, _I, _I, _P]),
     "hi_read": (ctypes.c_uint64, [_I, _P, _L, _I]),
     "hi_ring_open": (_P, [_I, _I, _P]),
@@ -32,6 +35,7 @@ _SIGNATURES = {
     "hi_ring_result": (_I, [_I, _I, _L, _P]),
     "hi_ring_in_flight": (_L, [_P]),
     "hi_nvme_entry": (None, [_P, _I, _I, _L, _L, _L, _L, _L]),
+    "hi_pieces": (_L, [_L, _P, _P, _P, _L, _L, _L, _L]),
     "hi_checksums": (_L, [_I, _I, _L, _P, _P, _P, _P]),
     "hi_encode": (_I, [_I, _P, _L, _L, _L, _I, _I, _L, _I, _I, _P, _P, _L, _L, _L, _P]),
 }
@@ -96,12 +100,14 @@ def isas() -> list[str]:
 
 def use_isa(name: str) -> None:
     """Switch to one of `isas()`, for tests and measurements."""
+    if name not in isas():
+        raise ValueError(f"this machine has {', '.join(isas())}, not {name}")
     library.isa = ISAS.index(name)
 
 
 def read(words: np.ndarray, threads: int = 1) -> int:
     """The sum of uint64 words, computed at memory bandwidth."""
-    return library.hi_read(library.isa, pointer(words), len(words), threads)
+    return library.hi_read(library.isa, address(words, "uint64", words.size), words.size, _share(words.nbytes, threads))
 
 
 def score(query, stored, bits: int, positions: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
@@ -110,39 +116,36 @@ def score(query, stored, bits: int, positions: np.ndarray | None = None, threads
     Returns int32 (Hkv, n or m), the maximum over each group; defined by `evaluator.codes.group_scores_reference`.
     """
     heads, group, dim = query.shape
-    row = dim * bits // 8
-    strides, (_, n, width) = _strides(stored), stored.shape
-    query = np.ascontiguousarray(query)
-    if strides[1:] != (row, 1) or width != row:
-        raise ValueError(f"codes of a head must be contiguous rows of {row} bytes, not have strides {strides}")
+    (by_head,), n = _codes(stored, [heads], dim, bits)
+    asked, held = address(query, "int8", heads * group * dim), n
     if positions is not None:
-        positions = np.ascontiguousarray(positions, np.int64)
-        if len(positions) and not (positions.min() >= 0 and positions.max() < n):
-            raise IndexError(f"positions must be in [0, {n})")
+        positions = integers(positions)
         n = len(positions)
     out = np.empty((heads, n), np.int32)
-    shape = (heads, group, dim, pointer(positions), n, pointer(out), n, _share(heads * n * row, threads))
-    _check(library.hi_score(library.isa, bits, pointer(stored), strides[0], pointer(query), *shape))
+    shape = heads, group, dim, pointer(positions), n, pointer(out), n, _share(heads * n * dim * bits // 8, threads)
+    _check(library.hi_score(library.isa, bits, pointer(stored), by_head, held, asked, *shape), f"positions < {held}")
     return out
 
 
 def topk(scores: np.ndarray, k: int) -> np.ndarray:
     """As `evaluator.topk.topk_reference`: positions of the k largest of int32 (n,), largest first."""
-    scores, k = np.ascontiguousarray(scores), min(k, len(scores))
-    out = np.empty(k, np.int32)
-    _check(library.hi_topk(library.isa, pointer(scores), len(scores), k, pointer(out)))
+    scores = np.ascontiguousarray(scores)
+    out = np.empty(min(k, len(scores)), np.int32)
+    where = address(scores, "int32", len(scores))
+    _check(library.hi_topk(library.isa, where, len(scores), len(out), pointer(out)))
     return out.astype(np.int64)
 
 
 def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
     """As `evaluator.topk.merge_heads_reference`: one ascending selection of k positions from int32 (Hkv, n)."""
-    if scores.strides[1] != 4:
-        scores = np.ascontiguousarray(scores)
     heads, n = scores.shape
-    out = np.empty(min(k, n), np.int64)
-    threads = _share(scores.nbytes, threads)
-    shape = (scores.strides[0] // 4, heads, n, len(out), pointer(out), threads)
-    _check(library.hi_merge(library.isa, pointer(scores), *shape))
+    if not heads:
+        raise ValueError("scores of no head")
+    if scores.strides[1] != 4 or scores.strides[0] % 4:
+        scores = np.ascontiguousarray(scores)
+    out, first = np.empty(min(k, n), np.int64), address(scores[0], "int32", n)
+    shape = scores.strides[0] // 4, heads, n, len(out), pointer(out), _share(scores.nbytes, threads)
+    _check(library.hi_merge(library.isa, first, *shape))
     return out
 
 
@@ -166,16 +169,22 @@ def attend(
     side  bytes from a record's keys to its values; None: the values follow the keys
     softcap  c > 0 turns each logit x into c * tanh(x / c)
     """
-    heads, dim = query.shape[1:]
-    width = 2 * kv_heads * dim * (4 if dtype == "float32" else 2)
-    read, write, sums, kind = pointer(query), pointer(out), pointer(lse), DTYPES[dtype]
+    batch, heads, dim = query.shape
+    fits = 0 < dim <= MAX_DIM and 0 < kv_heads <= heads and heads % kv_heads == 0
+    if not fits or len(rows) != batch or dtype not in DTYPES:
+        raise ValueError(f"queries {tuple(query.shape)} do not attend to {len(rows)} x {kv_heads} heads of {dtype}")
+    kind, width = DTYPES[dtype], 2 * kv_heads * dim * (4 if dtype == "float32" else 2)
+    asked, sums = address(query, "float32", batch * heads * dim), address(lse, "float32", batch * heads, True)
+    write = address(out, "float32", batch * heads * dim, True)
     for number, where in enumerate(rows):
-        base, stride, n = where if isinstance(where, tuple) else (None, 0, len(where))
-        addresses, at = None if base else pointer(where), number * heads * dim * 4
-        records = addresses, base, stride, n, width // 2 if side is None else side
-        shape = *records, read + at, kv_heads, heads // kv_heads, dim, scale, softcap
-        shape = *shape, write + at, sums + number * heads * 4
-        _check(library.hi_attend(library.isa, kind, *shape, _share(n * width, threads)))
+        if isinstance(where, tuple):
+            addresses, (base, stride, n) = None, where
+        else:
+            addresses, base, stride, n = address(where, "int64", len(where)), None, 0, len(where)
+        records, at = (addresses, base, stride, n, width // 2 if side is None else side), number * heads * 4
+        shape = asked + at * dim, kv_heads, heads // kv_heads, dim, scale, softcap, write + at * dim, sums + at
+        done = library.hi_attend(library.isa, kind, *records, *shape, _share(n * width, threads))
+        _check(done, f"records of aligned {dtype}")
 
 
 def bounds(
@@ -189,39 +198,44 @@ def bounds(
 
     Returns the maximum over each group, fp32 (Hkv, m), and which boxes reach the floor, bool (m,).
     """
-    heads, group, dim = query.shape
+    (heads, group, dim), m = query.shape, len(boxes)
+    if not (0 < dim <= MAX_DIM and heads and group):
+        raise ValueError(f"no bounds for queries {tuple(query.shape)}")
     query, floor = query.contiguous(), None if floor is None else floor.contiguous()
-    best, reach = np.empty((heads, len(boxes)), np.float32), np.empty(len(boxes), bool)
-    where = (pointer(boxes), pointer(scales), pointer(leaf), len(boxes), pointer(query), heads, group, dim, slack)
-    threads = _share(len(boxes) * 2 * heads * dim, threads)
-    _check(library.hi_bounds(library.isa, *where, pointer(floor), pointer(best), pointer(reach), threads))
+    best, reach = np.empty((heads, m), np.float32), np.empty(m, bool)
+    where = address(boxes, "int64", m), address(scales, "int64", m), address(leaf, "bool", m), m
+    asked = address(query, "float32", heads * group * dim), heads, group, dim, slack
+    level = None if floor is None else address(floor, "float32", heads * group)
+    share = _share(m * 2 * heads * dim, threads)
+    _check(library.hi_bounds(library.isa, *where, *asked, level, pointer(best), pointer(reach), share), "aligned boxes")
     return best, reach
 
 
 def copy(addresses: np.ndarray, out, slots: np.ndarray, threads: int = 1) -> None:
     """Copy the records at addresses int64 (k,) to out[slots]; slots (k,) are distinct, out (n, ...) is contiguous."""
-    slots = np.ascontiguousarray(slots, np.int64)
-    if len(slots) != len(addresses) or (len(slots) and not 0 <= slots.min() <= slots.max() < out.shape[0]):
-        raise IndexError(f"{len(addresses)} records for {len(slots)} slots, which must be in [0, {out.shape[0]})")
-    width = out.nbytes // max(1, out.shape[0])
-    threads = _share(len(slots) * width, threads)
-    library.hi_copy(pointer(addresses), pointer(out), pointer(slots), len(slots), width, threads)
+    room, slots, addresses = len(out), integers(slots, len(addresses)), integers(addresses)
+    width = out.nbytes // max(1, room)
+    where = pointer(addresses), address(out, NAMES[out.dtype], math.prod(out.shape), True), pointer(slots)
+    share = _share(len(slots) * width, threads)
+    _check(library.hi_copy(*where, len(slots), room, width, share), f"records, and distinct slots < {room}")
 
 
-def encode(keys, dtype: str, bits: int, scale, codes, at: int) -> np.ndarray:
-    """Quantise keys (B, Hkv, n, D) into codes (B, Hkv, capacity, D*bits/8) from token `at` on, bit-identical to
-    `evaluator.codes.KeyCodes` in torch. Doubles scale fp32 (B, Hkv, 1, D) where keys exceed it.
+def encode(keys, bits: int, scale, codes, at: int) -> np.ndarray:
+    """Quantise keys (B, Hkv, n, D), fp32 or bf16, into codes int8 (B, Hkv, capacity, D*bits/8) from token `at` on,
+    bit-identical to `evaluator.codes.KeyCodes` in torch. Doubles scale fp32 (B, Hkv, 1, D) where keys exceed it.
 
     Returns the doublings of each channel, uint8 (B, Hkv, D).
     """
     batch, heads, n, dim = keys.shape
+    kind, (by_row, by_head, by_token, by_channel) = NAMES[keys.dtype], keys.stride()
+    if kind not in ("float32", "bfloat16") or by_channel != 1 or not keys.is_cpu:
+        raise ValueError("keys must be fp32 or bf16 in host memory, the channels of each contiguous")
+    by_codes, capacity = _codes(codes, [batch, heads], dim, bits)
+    if not 0 <= at <= capacity - n:
+        raise IndexError(f"tokens {at} to {at + n} of {capacity}")
     doublings = np.empty((batch, heads, dim), np.uint8)
-    by_row, by_head, by_token, by_channel = keys.stride()
-    if by_channel != 1:
-        raise ValueError("the channels of a key must be contiguous")
-    shape = (by_row, by_head, by_token, batch, heads, n, dim, bits, pointer(scale))
-    where = (pointer(codes), *_strides(codes)[:2], at, pointer(doublings))
-    library.hi_encode(DTYPES[dtype], pointer(keys), *shape, *where)
+    where = batch, heads, n, dim, bits, address(scale, "float32", batch * heads * dim, True), pointer(codes), *by_codes
+    library.hi_encode(DTYPES[kind], pointer(keys), by_row, by_head, by_token, *where, at, pointer(doublings))
     return doublings
 
 
@@ -229,37 +243,51 @@ def quantise_query(query, scale, out) -> None:
     """As `evaluator.codes.KeyCodes.query`: fold scale fp32 (Hkv, 1, D) into query fp32 (H, D) and quantise the product
     to out int8 (Hkv, G, D). All contiguous.
     """
-    library.hi_query(pointer(query), pointer(scale), *out.shape, pointer(out))
+    heads, group, dim = out.shape
+    asked, folded = address(query, "float32", heads * group * dim), address(scale, "float32", heads * dim)
+    library.hi_query(asked, folded, heads, group, dim, address(out, "int8", heads * group * dim, True))
 
 
 def checksums(write: bool, offsets, addresses, lengths, sums: np.ndarray) -> int:
     """As `tiers.checksums.reference`: CRC-32 of each 4 KiB block of pieces int64 (m,), written to or compared with sums
     uint32. Returns the offset of the first block that differs, or -1.
     """
-    pieces = [np.ascontiguousarray(part, np.int64) for part in (offsets, addresses, lengths)]
-    where = map(pointer, (*pieces, sums))
-    return library.hi_checksums(library.isa, int(write), len(offsets), *where)
+    parts = pieces(offsets, addresses, lengths, BLOCK, end=len(sums) * BLOCK)
+    where = *map(pointer, parts), address(sums, "uint32", len(sums), write)
+    return library.hi_checksums(library.isa, int(write), len(parts[0]), *where)
 
 
-def pointer(array) -> int | None:
-    """Address of the first element of a tensor or array; None for None."""
-    if not isinstance(array, np.ndarray):
-        return None if array is None else array.data_ptr()
-    try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # three times as fast as numpy's own attribute
-    except (TypeError, ValueError):  # empty, read-only or not contiguous
-        return array.__array_interface__["data"][0]
+def pieces(offsets, addresses, lengths, unit=1, least=0, most=MOST, end=MOST) -> list[np.ndarray]:
+    """Pieces of a file in memory as contiguous int64 (m,) each. ValueError for one that cannot be moved: not in
+    multiples of `unit` bytes, shorter than `least` or longer than `most`, beyond `end`, or at no address.
+    """
+    parts = [integers(part, len(offsets)) for part in (offsets, addresses, lengths)]
+    wrong = library.hi_pieces(len(parts[0]), *map(pointer, parts), unit, least, most, end)
+    if wrong >= 0:
+        raise ValueError(f"piece {wrong} is not of whole {unit} bytes in [0, {end}), or its address or length is wrong")
+    return parts
 
 
-def _strides(array) -> tuple[int, ...]:
-    """Strides in bytes; codes have one byte per element."""
-    return array.stride() if hasattr(array, "data_ptr") else array.strides
+def _codes(stored, lead: list[int], dim: int, bits: int) -> tuple[tuple[int, ...], int]:
+    """Strides in bytes and tokens n of codes int8 (*lead, n, D*bits/8), whose rows are contiguous in host memory."""
+    plain, (row, odd) = isinstance(stored, np.ndarray), divmod(dim * bits, 8)
+    strides, (*dims, n, width) = stored.strides if plain else stored.stride(), stored.shape
+    if bits not in (4, 8) or odd or not 0 < dim <= MAX_CODED or not (plain or stored.is_cpu):
+        raise ValueError(f"no codes of {dim} channels in {bits} bits, or not in host memory")
+    if NAMES[stored.dtype] != "int8" or dims != lead or width != row or strides[-2:] != (row, 1):
+        raise ValueError(
+            f"codes must be contiguous rows of {row} bytes, int8 ({lead}, n, {row}), "
+            f"not {stored.dtype} {tuple(stored.shape)} with strides {strides}"
+        )
+    return strides[:-2], n
 
 
 def _share(nbytes: int, threads: int) -> int:
     return max(1, min(threads, 64, nbytes // SPLIT))
 
 
-def _check(result: int) -> None:
-    if result < 0:
+def _check(result: int, what: str = "") -> None:
+    if result == -1:
         raise MemoryError("no memory for the workspace of a kernel")
+    if result < 0:  # WRONG in common.h
+        raise IndexError(f"a kernel takes {what} only")

@@ -204,17 +204,16 @@ static void attend_share(void *job, int share) {
 }
 
 /* query and out: fp32 (heads * group, dim). lse: fp32 (heads * group), the logsumexp of the logits, which merges parts
- * attended to separately. Without records, out is 0 and lse is minus infinity.
- * Returns 0, or -1 if memory is exhausted or dim exceeds MAX_DIM. */
+ * attended to separately. Without records, out is 0 and lse is minus infinity. dim <= MAX_DIM.
+ * Returns 0, NO_MEMORY, or WRONG for an address that is null or not a multiple of an element's size. */
 int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int64_t stride, int64_t n, int64_t side,
               const float *query, int heads, int group, int dim, float scale, float cap, float *out, float *lse,
               int threads) {
-    int all = heads * group;
+    const int all = heads * group, size = dtype == FP32 ? 4 : 2;
+    const int64_t one = (int64_t)(uintptr_t)base;
+    if (n < 0 || (stride | side) % size || (n && !usable(records ? records : &one, records ? n : 1, size))) return WRONG;
     float *own = malloc(sizeof(float) * all * ((int64_t)dim + (int64_t)threads * (dim + 2 + TILE)));
-    if (!own || dim > MAX_DIM) {
-        free(own);
-        return -1;
-    }
+    if (!own) return NO_MEMORY;
     for (int64_t i = 0; i < (int64_t)all * dim; i++) own[i] = query[i] * scale;
     struct attend a = {isa, dtype, heads, group, dim, threads, records, base, stride, n, side, own, cap,
                        own + (int64_t)all * dim};

@@ -80,12 +80,13 @@ static void bounds_share(void *job, int share) {
     boxes_generic(b, share);
 }
 
-/* Returns 0, or -1 if memory is exhausted or dim exceeds MAX_DIM. */
+/* dim <= MAX_DIM. Returns 0, NO_MEMORY, or WRONG for an address that is null or not aligned. */
 int hi_bounds(int isa, const int64_t *boxes, const int64_t *scales, const uint8_t *leaf, int64_t n, const float *query,
               int heads, int group, int dim, float slack, const float *floor, float *best, uint8_t *reach, int threads) {
     const int64_t size = ((int64_t)heads * group * 2 * dim + 15) / 16 * 16;
-    float *room = dim > MAX_DIM ? NULL : aligned_alloc(64, sizeof(float) * 2 * size * threads);
-    if (!room) return -1;
+    if (!usable(boxes, n, 1) || !usable(scales, n, sizeof(float))) return WRONG;
+    float *room = aligned_alloc(64, sizeof(float) * 2 * size * threads);
+    if (!room) return NO_MEMORY;
     struct bounding b = {isa, heads, group, dim, threads, boxes, scales, leaf, n, query, floor, slack, best, room,
                          size, reach};
     split(bounds_share, &b, threads);

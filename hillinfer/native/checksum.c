@@ -74,6 +74,19 @@ __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1"))) static uint32_t crc_
 }
 #endif
 
+/* The first of n pieces that cannot be moved, or -1: offsets in [0, end) and lengths in [least, most] are multiples of
+ * `unit` bytes, and no piece ends beyond `end` or lies at null. */
+int64_t hi_pieces(int64_t n, const int64_t *offsets, const int64_t *addresses, const int64_t *lengths, int64_t unit,
+                  int64_t least, int64_t most, int64_t end) {
+    for (int64_t i = 0; i < n; i++) {
+        int64_t offset = offsets[i], length = lengths[i];
+        if (offset < 0 || offset > end || length < least || length > most || length > end - offset || offset % unit ||
+            length % unit || (length && !addresses[i]))
+            return i;
+    }
+    return -1;
+}
+
 /* Checksums of n pieces of whole blocks, at addresses in memory and offsets in the file: stored in sums[offset / 4096]
  * with `write`, otherwise compared. Returns the offset of the first block that differs, or -1. 0 marks a block never
  * written, which is not compared; a checksum of 0 is stored as 1. */

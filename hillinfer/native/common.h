@@ -20,11 +20,24 @@ enum { GENERIC, NEON, ISA_AVX2, ISA_AVX512 };  /* slowest first */
 enum { FP32, BF16, FP16 };
 #define MAX_THREADS 64
 #define MAX_DIM 1024  /* largest head dimension of kernels with rows on the stack */
+#define MAX_CODED 1040  /* largest head dimension of key codes: with more, fp32 sums of their products are inexact */
+enum { NO_MEMORY = -1, WRONG = -2 };  /* results; WRONG: a position or address that must not be followed */
 
 /* Runs work(job, share) for every share, the last one on the calling thread. Threads live for one call: none spin
  * between calls, and a fork inherits none. */
 struct share { void (*work)(void *, int); void *job; int index; };
 void *run_share(void *share);
 void split(void (*work)(void *, int), void *job, int threads);
+
+/* Whether all addresses are multiples of `unit` bytes and none is null. */
+INLINE int usable(const int64_t *addresses, int64_t n, int64_t unit) {
+    int64_t any = 0, null = 0;
+    for (int64_t i = 0; i < n; i++) {
+        any |= addresses[i];
+        null |= !addresses[i];
+    }
+    return !null && any % unit == 0;
+}
+
 int64_t hi_checksums(int isa, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
                      const int64_t *lengths, uint32_t *sums);

@@ -66,7 +66,7 @@ static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int 
 int hi_encode(int dtype, const char *keys, int64_t by_row, int64_t by_head, int64_t by_token, int batch, int heads,
               int64_t n, int dim, int bits, float *scale, uint8_t *codes, int64_t codes_by_row,
               int64_t codes_by_head, int64_t at, uint8_t *doublings) {
-    float need[1040];
+    float need[MAX_CODED];
     int any = 0, size = dtype == FP32 ? 4 : 2;
     for (int b = 0; b < batch; b++)
         for (int h = 0; h < heads; h++) {

@@ -13,6 +13,7 @@ from hillinfer import native
 
 DEPTH = 128  # requests in flight; measured: 64 to 256 are equally fast for 4 KiB reads
 NVME_STATUS = 0x10000  # as in ring.c
+LBAS = 1 << 16  # most logical blocks of one NVMe command
 
 _stuck: list[tuple[int, object]] = []  # rings whose requests never completed, and the memory they may still write to
 _releasing = threading.Lock()
@@ -66,15 +67,21 @@ class Rings:
         keep     owner of the memory, referenced after a timeout for as long as the kernel may write to it
         sums     uint32, expected checksums of the file's blocks; EBADMSG if a block read differs
 
-        Raises OSError; its `offset` is that of the failed piece, or of the damaged block.
+        Raises OSError; its `offset` is that of the failed piece, or of the damaged block. ValueError for pieces that
+        no request can move.
         """
-        pieces = [np.ascontiguousarray(part, np.int64) for part in (offsets, addresses, lengths)]
-        done, failed = np.empty(len(offsets), np.int64), ctypes.c_int64(0)
+        nsid, lba = self.nvme or (0, 0)
+        limits = dict(unit=lba, least=1, most=lba * LBAS) if lba else {}
+        if sums is not None:
+            limits |= dict(unit=max(lba, native.BLOCK), end=len(sums) * native.BLOCK)
+        pieces = native.pieces(offsets, addresses, lengths, **limits)
+        table = None if sums is None else native.address(sums, "uint32", len(sums))
+        done, failed = np.empty(len(pieces[0]), np.int64), ctypes.c_int64(0)
         ring, error = self._take(), 0
         try:
             where = *map(native.pointer, (*pieces, done)), ctypes.byref(failed)
-            rest = int(timeout * 1000), native.library.isa, native.pointer(sums)
-            error = native.library.hi_ring_run(ring, fd, int(write), len(done), *where, *rest, *(self.nvme or (0, 0)))
+            rest = int(timeout * 1000), native.library.isa, table, nsid, lba
+            error = native.library.hi_ring_run(ring, fd, int(write), len(done), *where, *rest)
         finally:
             if error == errno.ETIMEDOUT and failed.value < 0:
                 _stuck.append((ring, keep))

@@ -223,9 +223,12 @@ static void score_share(void *job, int share) {
     }
 }
 
-/* query: int8 (heads, group, dim). Returns 0, or -1 if memory is exhausted. */
-int hi_score(int isa, int bits, const int8_t *codes, int64_t head_stride, const int8_t *query, int heads, int group,
-             int dim, const int64_t *positions, int64_t n, int32_t *out, int64_t out_stride, int threads) {
+/* query: int8 (heads, group, dim). codes: `held` rows per head; positions: n of them, or NULL for the first n.
+ * Returns 0, NO_MEMORY, or WRONG for a position that is not held. */
+int hi_score(int isa, int bits, const int8_t *codes, int64_t head_stride, int64_t held, const int8_t *query, int heads,
+             int group, int dim, const int64_t *positions, int64_t n, int32_t *out, int64_t out_stride, int threads) {
+    for (int64_t i = 0; positions && i < n; i++)
+        if (positions[i] < 0 || positions[i] >= held) return WRONG;
     struct score s = {.isa = isa, .bits = bits, .heads = heads, .group = group, .dim = dim, .threads = threads,
                       .codes = codes, .head_stride = head_stride, .positions = positions, .n = n, .out = out,
                       .out_stride = out_stride};
@@ -238,7 +241,7 @@ int hi_score(int isa, int bits, const int8_t *codes, int64_t head_stride, const 
     if (!s.query || !s.excess) {
         free(s.query);
         free(s.excess);
-        return -1;
+        return NO_MEMORY;
     }
     int32_t offset = bits == 8 ? (isa == ISA_AVX512 ? 128 : 0) : 8;
     for (int h = 0; h < heads; h++)

@@ -105,10 +105,10 @@ static int64_t best_first(int isa, const int32_t *scores, int64_t n, int64_t k, 
     return k;
 }
 
-/* Positions of the k <= n largest scores (n,) into out (k,). Returns k, or -1 if memory is exhausted. */
+/* Positions of the k <= n largest scores (n,) into out (k,). Returns k, or NO_MEMORY. */
 int64_t hi_topk(int isa, const int32_t *scores, int64_t n, int64_t k, int32_t *out) {
     struct item *items = malloc((n + 16) * sizeof(struct item) * 2);
-    if (!items) return -1;
+    if (!items) return NO_MEMORY;
     if (k) best_first(isa, scores, n, k, out, items, items + n + 16);
     free(items);
     return k;
@@ -142,7 +142,7 @@ int64_t hi_merge(int isa, const int32_t *scores, int64_t stride, int heads, int6
     m.ordered = malloc((k + 1) * sizeof(int32_t) * heads);
     uint8_t *in = malloc(n + 1);
     if (!m.items || !m.ordered || !in) {
-        k = -1;
+        k = NO_MEMORY;
     } else if (k) {
         int64_t count = 0, done = 0;  /* positions selected; ranks used */
         memset(in, 0, n);

@@ -74,8 +74,9 @@ def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
         if out is None:
             out, lse = other, more
             continue
-        total = torch.logaddexp(lse, more)
-        out = out * (lse - total).exp().unsqueeze(-1) + other * (more - total).exp().unsqueeze(-1)
+        total = torch.logaddexp(lse, more)  # minus infinity where no part has a token: nan below, and weight 0
+        mine, theirs = ((part - total).exp().nan_to_num().unsqueeze(-1) for part in (lse, more))
+        out = out * mine + other * theirs
         lse = total
     return out, lse
 

@@ -114,6 +114,11 @@ class TieredCache(Cache):
                 if type(policy) is type(layer.layer.policy):
                     layer.layer.policy = copy.deepcopy(policy)
 
+    def why_split(self) -> str:
+        """Where the KV is and why, in one line; and which layers are not tiered."""
+        some = len(self.support.tiered) < self.support.layers
+        return self.run.why_split() + (f"; {self.support}" if some else "")
+
     def memory(self) -> dict[str, int]:
         """Bytes now: `device` and `host` records, key `codes`, `hits` tables, tensors bound to the `page_cache`, and
         space reserved on the `drive`.

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hillinfer.attention import over_parts
+from hillinfer.attention import merge, over_parts
 
 
 @pytest.mark.parametrize("sizes", [[37], [1] * 37, [5, 20, 12], [36, 1]])
@@ -26,3 +26,10 @@ def test_a_row_that_sees_nothing_is_finite():
     kv = torch.randn(1, 4, 2, 1, 8)
     got = over_parts(torch.randn(1, 1, 1, 8), [kv], torch.zeros(1, 1, 1, 4, dtype=torch.bool), 1.0)
     assert got.isfinite().all()
+
+
+def test_parts_without_tokens_merge_to_zeros():
+    empty = torch.zeros(1, 2, 8), torch.full((1, 2), -torch.inf)
+    other = torch.randn(1, 2, 8), torch.randn(1, 2)
+    assert torch.equal(merge([empty, empty])[0], torch.zeros(1, 2, 8))
+    assert all(torch.equal(*pair) for pair in zip(merge([empty, other]), other, strict=True))

@@ -73,7 +73,7 @@ def continue_text(
         cache.counters.clear()
         out = decode(model, cache, ids, max_new_tokens, num_beams=num_beams)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
-        facts = [*describe_cost(system, figures, cache), cache.run.why_split()]
+        facts = [*describe_cost(system, figures, cache), cache.why_split()]
         cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), weights.itemsize), system)
     return tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline
 

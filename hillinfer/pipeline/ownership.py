@@ -32,6 +32,11 @@ class CacheOwner:
             raise UsageError("this cache was made before a fork, by another process: make or open one in this process")
         with self._lock:
             self._refuse_others()
+            if layer == 0 and self._reached < self.layers - 1:
+                raise UsageError(
+                    "the last step was interrupted, and its token is in some layers only: go back to the tokens before "
+                    "it with cache.crop(n), or reset the cache"
+                )
             self._owner, self._reached = threading.current_thread(), layer
 
     def check(self) -> None:

@@ -196,7 +196,7 @@ class LiveRun:
         cache.timeline.clear()  # the figures cover decode steps only
         cache.counters.clear()
         self.timeline, self.counters = cache.timeline, cache.counters
-        cache.run.observer, self.split_reason = self.record, cache.run.why_split()
+        cache.run.observer, self.split_reason = self.record, cache.why_split()
         self._decoding, self.phase = time.perf_counter(), "decode"
         self._decode(cache)
         self._ended = time.perf_counter()

@@ -4,8 +4,7 @@ Opening replays the records into the layers in the chunks of the prefill, so cod
 the prefill's. The file is read-only; every opened cache is private.
 """
 
-import hashlib
-import json
+import operator
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -17,12 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.errors import UsageError
+from hillinfer.fingerprint import fingerprint, tokens_fingerprint
 from hillinfer.session_file import Saved, check_session, save
-from hillinfer.systems.registry import find_system, make_cache
+from hillinfer.systems.registry import find_system, make_cache, unwrap
 
 Tokenizer = PreTrainedTokenizerBase
-VOLATILE = ("transformers_version", "dtype", "torch_dtype")  # configuration keys left out of a model's fingerprint
-SAMPLE = 16  # values of each parameter in a model's fingerprint
 
 
 def save_session(
@@ -35,15 +33,13 @@ def save_session(
     Raises UsageError if the cache cannot be saved or `path` is a file but not a session, and OSError if writing fails.
     Either leaves an earlier session unchanged.
     """
-    layers = cache.tiered
-    if len(layers) < len(cache.layers):
-        raise UsageError("layers with a sliding window cannot be saved; keep the prompt and prefill again")
-    geometry = cache.run.geometry
+    _check_layers(cache)
+    layers, geometry, ids = cache.tiered, cache.run.geometry, _flat(ids)
     if not layers or geometry is None or geometry.batch != 1:
         raise UsageError("a session is one sequence: prefill one document, without padding, and save it")
     if len(ids) != cache.get_seq_length():
         raise UsageError(f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: pass the document's")
-    facts = {"model": fingerprint(model), "ids": [int(i) for i in ids], "pieces": layers[0].pieces}
+    facts = {"model": fingerprint(unwrap(model)), "ids": ids, "pieces": layers[0].pieces}
     if tokenizer is not None:
         facts["tokenizer"] = tokens_fingerprint(tokenizer)
     shape = (len(layers), 1, len(ids), *geometry.record_shape)
@@ -63,8 +59,8 @@ def open_session(
 
     Raises UsageError if the file is not a session, belongs to another model or tokenizer, or is damaged.
     """
-    if not find_system(system, options)[0].policy.late:
-        raise UsageError(f"{system} selects by the prompt's queries, which sessions do not keep: prefill again for it")
+    _check_system(system, options)
+    model = unwrap(model)
     with closing(Saved(Path(path))) as file:
         ids, pieces = _checked(file, model, tokenizer)
         with _new_cache(model, system, options) as cache:
@@ -113,15 +109,46 @@ def keep_session(
 
     Raises UsageError as `save_session` and `open_session` do, and if the session is of another document.
     """
-    path, document = Path(path).expanduser(), session_ids(path, list(document))
+    _check_system(system, options)
+    model, path = unwrap(model), Path(path).expanduser()
+    document = session_ids(path, _flat(document))
     if path.exists():
         return open_session(path, model, system, tokenizer, **options)[0]
+    if max(document) >= (known := model.config.get_text_config(decoder=True).vocab_size):
+        raise UsageError(f"the document has token {max(document)}, but the model knows {known}: use its own tokenizer")
     with _new_cache(model, system, options) as cache:
+        _check_layers(cache)
+        fingerprint(model)  # refuses what could not be saved, before the work
         for start, end in pairwise(chunk_ends(len(document), chunk)):
             part = torch.tensor([document[start:end]], device=model.device)
             model(part, past_key_values=cache, logits_to_keep=1)
         save_session(cache, path, model, document, tokenizer)
     return cache
+
+
+def _check_system(system: str, options: dict) -> None:
+    """UsageError for a system that cannot continue from a session."""
+    if not find_system(system, options)[0].policy.late:
+        raise UsageError(
+            f"{system} selects by the prompt's queries, which sessions do not keep: prefill again, without a session"
+        )
+
+
+def _check_layers(cache: TieredCache) -> None:
+    """UsageError for a cache with layers that cannot be saved."""
+    if len(cache.tiered) < len(cache.layers):
+        raise UsageError("layers with a sliding window cannot be saved; keep the prompt and prefill again")
+
+
+def _flat(ids: Sequence[int]) -> list[int]:
+    """Token ids as a list. UsageError for anything else, such as text or a batch."""
+    try:
+        flat = [operator.index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    except TypeError:
+        flat = [-1]
+    if min(flat, default=0) < 0:
+        raise UsageError("a document is a flat sequence of token ids, such as tokenizer(text).input_ids")
+    return flat
 
 
 def session_ids(path: str | Path, document: list[int]) -> list[int]:
@@ -136,25 +163,9 @@ def session_ids(path: str | Path, document: list[int]) -> list[int]:
             raise UsageError(f"{path} keeps another document; leave out --document, or name another session")
         return ids
     if not document:
-        raise UsageError(f"there is no session {path} yet: name the text to keep in it (--document FILE)")
+        raise UsageError(f"there is no session {path} yet: name the document to keep in it (--document FILE)")
     check_session(path)
     return document
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Digest of a model's configuration and a sample of every parameter."""
-    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k not in VOLATILE}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLE)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def tokens_fingerprint(tokenizer: Tokenizer) -> str:
-    """Digest of a tokenizer's vocabulary."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _checked(file: Saved, model: PreTrainedModel, tokenizer) -> tuple[list[int], list[int]]:
@@ -162,7 +173,7 @@ def _checked(file: Saved, model: PreTrainedModel, tokenizer) -> tuple[list[int],
     ids, pieces = file.facts.get("ids"), file.facts.get("pieces")
     whole = all(isinstance(x, list) and all(type(i) is int and i >= 0 for i in x) for x in (ids, pieces))
     if file.facts.get("model") != fingerprint(model):
-        reason = "was saved from another model; open it with that one, or prefill with this one"
+        reason = "was saved from another model, or with other adapters; open it with those, or prefill with these"
     elif tokenizer is not None and file.facts.get("tokenizer") not in (None, tokens_fingerprint(tokenizer)):
         reason = "was saved with another tokenizer; open it with that one, or prefill again"
     elif file.dtype != model.dtype:

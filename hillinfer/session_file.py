@@ -17,7 +17,7 @@ import torch
 from hillinfer import files
 from hillinfer.errors import UsageError
 
-VERSION = "2"  # 1 had no checksum of the facts
+VERSION = "3"  # 1 had no checksum of the facts, 2 another fingerprint of the model
 PART = 1024  # tokens per checksum
 MAX_HEADER = 1 << 28  # bytes
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

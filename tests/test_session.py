@@ -1,5 +1,6 @@
 """A saved document gives the answers of a fresh prefill on any system; incomplete sessions are rejected."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import torch
 
 import hillinfer
 from hillinfer import UsageError, open_session, save_session
+from hillinfer.fingerprint import fingerprint
 from hillinfer.longbench.runner import feed
 from hillinfer.session_file import PART, Saved
 
@@ -104,6 +106,69 @@ def test_one_line_keeps_a_document(model, models, prompt, tmp_path):
     assert path.read_bytes() == before
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with adapters, laid out as peft does."""
+
+    adapter_layer_names = ("lora_A",)
+    disable_adapters = merged = False
+
+    def __init__(self, base: torch.nn.Linear, **scaling: float):
+        super().__init__()
+        self.base_layer, self.scaling, self.active_adapters = base, scaling, list(scaling)
+        self.lora_A = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in scaling})
+
+
+class TestFingerprint:
+    """It changes with what makes KV, and with nothing else."""
+
+    @pytest.mark.parametrize(
+        "field, value",
+        [("pad_token_id", 3), ("eos_token_id", [1, 3]), ("use_cache", False), ("output_hidden_states", True),
+         ("a_field_of_a_later_release", 1), ("attention_dropout", 0.1), ("id2label", {0: "a"})],
+    )  # fmt: skip
+    def test_fields_without_effect(self, model, field, value):
+        other = copy.deepcopy(model)
+        setattr(other.config, field, value)
+        assert fingerprint(other) == fingerprint(model)
+
+    def test_fields_that_shape_kv(self, model):
+        other = copy.deepcopy(model)
+        for field, value in (("rope_parameters", {"rope_type": "default", "rope_theta": 5.0}), ("rms_norm_eps", 0.1)):
+            before = fingerprint(other)
+            setattr(other.config, field, value)
+            assert fingerprint(other) != before
+
+    def test_compiled_parts(self, model):
+        other = copy.deepcopy(model)
+        other.model.layers[0] = torch.compile(other.model.layers[0], backend="eager")
+        assert fingerprint(other) == fingerprint(model)
+
+    def test_adapters_that_are_on(self, model):
+        other = copy.deepcopy(model)
+        part = other.model.layers[0].self_attn
+        part.q_proj = Adapted(part.q_proj, one=1.0, two=2.0)
+        seen = [fingerprint(model)]
+        for on in (["one"], ["two"], ["one", "two"]):
+            part.q_proj.active_adapters = on
+            seen.append(fingerprint(other))
+        part.q_proj.scaling["two"] = 3.0
+        seen.append(fingerprint(other))
+        assert len(set(seen)) == len(seen)
+        part.q_proj.disable_adapters = True
+        assert fingerprint(other) == seen[0]
+
+    def test_weights_that_are_not_in_memory_are_refused_before_the_prefill(self, model, prompt, tmp_path):
+        other = copy.deepcopy(model).to("meta")
+        with pytest.raises(UsageError, match="without offloading"):
+            hillinfer.keep_session(tmp_path / "doc.kv", other, prompt[0].tolist(), "topk")
+
+
+def test_a_model_within_a_wrapper_keeps_and_opens_sessions(model, prompt, tmp_path):
+    ids = prompt[0].tolist()
+    hillinfer.keep_session(tmp_path / "doc.kv", torch.compile(model, backend="eager"), ids, "topk").close()
+    open_session(tmp_path / "doc.kv", torch.nn.DataParallel(model), "topk")[0].close()
+
+
 def test_another_tokenizer_is_refused(model, prompt, tmp_path):
     class Tokenizer:
         def __init__(self, *words):
@@ -136,6 +201,19 @@ class TestRefused:
         saved(model, prompt, tmp_path / "doc.kv")
         with pytest.raises(UsageError, match="prefill again"):
             open_session(tmp_path / "doc.kv", model, system, drive=tmp_path)
+
+    def test_systems_and_models_that_no_session_serves_before_the_prefill(self, models, prompt, tmp_path):
+        for model, system in ((models("llama"), "h2o"), (models("qwen2-mixed"), "topk")):
+            passes = []
+            hook = model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+            with hook, pytest.raises(UsageError, match="prefill again"):
+                hillinfer.keep_session(tmp_path / "doc.kv", model, prompt[0].tolist(), system)
+            assert not passes and not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("document", [[], torch.ones(1, 5).long(), [[5, 6]], "text", None, [5, -1], [5, 97], [0.5]])
+    def test_documents_that_are_no_token_ids(self, model, tmp_path, document):
+        with pytest.raises(UsageError, match="document"):
+            hillinfer.keep_session(tmp_path / "doc.kv", model, document, "topk")
 
     def test_another_models(self, model, models, prompt, tmp_path):
         saved(model, prompt, tmp_path / "doc.kv")

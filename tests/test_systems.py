@@ -114,3 +114,24 @@ def test_lookahead_changes_no_token(models, prompt, system, tmp_path):
             assert (cache.counters.total("guessed") > 0) == lookahead
     assert torch.equal(out[True], out[False])
     hillinfer.disable(model)
+
+
+class Tuned(torch.nn.Module):
+    """A wrapper with the model two levels down, as peft's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = torch.nn.Module()
+        self.base_model.model = model
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), torch.nn.DataParallel, Tuned])
+def test_the_model_within_a_wrapper_is_used(models, wrap, tmp_path):
+    with hillinfer.make_cache(wrap(models("llama")), "hillinfer", drive=tmp_path) as cache:
+        assert len(cache.tiered) == 3 and cache._hooks
+
+
+@pytest.mark.parametrize("other", ["Qwen/Qwen3-0.6B", None, torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused(other):
+    with pytest.raises(hillinfer.UsageError, match="is no transformers model: load one"):
+        hillinfer.make_cache(other, "topk")

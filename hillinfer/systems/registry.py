@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hillinfer.cache import TieredCache
@@ -96,16 +97,32 @@ def options_of(system: str, options: dict) -> dict:
     return options | {"drive": None, "host_budget": None} if system == "full" else options
 
 
+def unwrap(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside torch.compile's, peft's or DataParallel's wrapper. UsageError if there is none."""
+    inner = model
+    while isinstance(inner, torch.nn.Module) and not isinstance(inner, PreTrainedModel):
+        if getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False):
+            raise UsageError("prompt and prefix tuning bring KV of their own, which no tiered cache can hold")
+        names = ("_orig_mod", "module", "base_model", "model")
+        inner = next((part for name in names if (part := getattr(inner, name, None)) is not None), None)
+    if not isinstance(inner, PreTrainedModel):
+        raise UsageError(
+            f"a {type(model).__name__} is no transformers model: load one (AutoModelForCausalLM.from_pretrained)"
+        )
+    return inner
+
+
 def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinfer", **options) -> TieredCache:
     """A cache for `generate`, and the model switched to tiered attention.
 
-    model    a model, which is switched; or its config, and then nothing looks ahead
+    model    a model, which is switched, also within a wrapper; or its config, and then nothing looks ahead
     options  the fields of `Settings`
     """
     found, settings = find_system(system, options)
     run = found.run or run_for(settings)
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, PretrainedConfig):
         return TieredCache(model, found.policy, settings, run=run)
+    model = unwrap(model)
     enable(model)
     cache = TieredCache(model.config, found.policy, settings, run=run)
     streams = settings.drive is None or settings.stream is not None

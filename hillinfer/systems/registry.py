@@ -11,7 +11,6 @@ from hillinfer.errors import UsageError
 from hillinfer.evaluator.policies import POLICIES, Full, TopK
 from hillinfer.evaluator.policy import Policy
 from hillinfer.run import Run
-from hillinfer.seam import enable
 from hillinfer.systems.hillinfer.run import AttendingRun, ScoringRun
 from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.run import LeoAMRun
@@ -97,16 +96,15 @@ def options_of(system: str, options: dict) -> dict:
 
 
 def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinfer", **options) -> TieredCache:
-    """A cache for `generate`, and the model switched to tiered attention.
+    """A cache for `generate`.
 
-    model    a model, which is switched; or its config, and then nothing looks ahead
+    model    a model; or its config, and then nothing looks ahead
     options  the fields of `Settings`
     """
     found, settings = find_system(system, options)
     run = found.run or run_for(settings)
     if not isinstance(model, PreTrainedModel):
         return TieredCache(model, found.policy, settings, run=run)
-    enable(model)
     cache = TieredCache(model.config, found.policy, settings, run=run)
     if settings.lookahead and settings.drive is not None and settings.stream is None:
         cache.attach(model)

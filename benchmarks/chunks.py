@@ -20,7 +20,6 @@ from hillinfer.evaluator.policies import Quest
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.longbench.runner import ask
 from hillinfer.longbench.synthetic import make_records
-from hillinfer.seam import disable, enable
 from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES
 
@@ -104,11 +103,10 @@ class Misses(Quest):
 def misses(task: str, tokens: int, n: int) -> pd.DataFrame:
     """Share of heads that miss a token with over 20 % of their attention, because alpha 0.2 skips its chunk."""
     model, tokenizer = load_embedded()
-    before, Misses.found = enable(model), []
+    Misses.found = []
     for record in make_records(task, tokens, n, SEED):
         with TieredCache(model.config, Misses, Settings(alpha=0.2)) as cache:
             ask(model, tokenizer, record, cache)
-    disable(model, before)
     sums = pd.DataFrame(Misses.found).groupby(["size", "slack"])[["heads", "missed"]].sum()
     return sums.assign(share=sums.missed / sums.heads)
 
@@ -123,12 +121,11 @@ def covering(scores: np.ndarray, wanted: np.ndarray) -> int:
 def measure(tasks: list[str], tokens: int, n: int, alpha: float) -> pd.DataFrame:
     """One row per layer and method: means over all decode steps with important tokens."""
     model, tokenizer = load_embedded()
-    before, Study.found = enable(model), []
+    Study.found = []
     for task in tasks:
         for record in make_records(task, tokens, n, SEED):
             with TieredCache(model.config, Study, Settings(alpha=alpha)) as cache:
                 ask(model, tokenizer, record, cache)
-    disable(model, before)
     frame = pd.DataFrame(Study.found)
     return frame.groupby(["layer", "method"], sort=False).mean().reset_index()
 

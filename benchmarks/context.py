@@ -19,7 +19,6 @@ from transformers.utils import logging
 from hillinfer.assets import load_embedded, machine
 from hillinfer.longbench.runner import ask
 from hillinfer.longbench.synthetic import make_records
-from hillinfer.seam import disable
 from hillinfer.systems.registry import make_cache
 
 SEED = 31
@@ -47,7 +46,6 @@ def measure(drive: Path, lengths: list[int], repeats: int, alpha: float) -> pd.D
             rows.append({"tokens": tokens, "system": name, "ms per token": middle, "from": low, "to": high,
                          "times hillinfer's": gain, "KiB in memory": held[name] // 1024})  # fmt: skip
             print(rows[-1], flush=True)
-    disable(model)
     return pd.DataFrame(rows)
 
 

@@ -132,7 +132,6 @@ class Bench:
         finally:
             cache = None
             faulty.remove()
-        hillinfer.disable(self.model)
         return Outcome(bool(faulty.counts[3]), error, watch.tokens, faulty.counts, self.left(before))
 
     def want(self, place: str, engine: str) -> tuple[list[int], np.ndarray]:

@@ -22,7 +22,6 @@ from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.runner import answer as answer_to
 from hillinfer.longbench.runner import is_right, prefill, synthetic_prompt
 from hillinfer.longbench.synthetic import make_records, prompt_of
-from hillinfer.seam import disable, enable
 
 N = int(os.environ.get("N", "40"))
 TASKS = {4096: ("lines", "needle", "passage", "two_hop", "chain", "majority"), 8192: ("lines", "needle", "chain")}
@@ -36,7 +35,7 @@ def accuracy() -> list[Claim]:
     for precision in ("int8", "int4"):
         for alpha in (0.2, 0.1):
             ways[f"{precision} {alpha}"] = POLICIES["topk"], Settings(alpha=alpha, precision=precision)
-    before, claims = enable(model), []
+    claims = []
     for tokens, tasks in TASKS.items():
         right = {(task, name): 0.0 for task in tasks for name in ways}
         for task in tasks:
@@ -53,7 +52,6 @@ def accuracy() -> list[Claim]:
             met = mean[name] >= mean[other] - within
             text = f"{name} against {other} {mean[other]:.1%}, {setting}"
             claims.append(Claim(text, f"{mean[name]:.1%}", f"within {within:.0%}", met).show())
-    disable(model, before)
     return claims
 
 

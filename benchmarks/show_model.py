@@ -21,7 +21,6 @@ from hillinfer.config import Settings
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask_each, is_right
 from hillinfer.longbench.synthetic import in_window
-from hillinfer.seam import disable, enable
 
 sys.path.append(str(ROOT / "data"))
 from card import bar_of
@@ -108,13 +107,12 @@ def attention() -> list[Claim]:
 def streaming() -> list[Claim]:
     """The `streaming` system with and without its sinks, on documents whose window holds the fact."""
     model, tokenizer = load_embedded()
-    before, policy = enable(model), POLICIES["streaming"]
+    policy = POLICIES["streaming"]
     ways = {"with": (policy, Settings(alpha=0.2)), "without": (policy, Settings(alpha=0.2, sinks=0))}
     right = dict.fromkeys(ways, 0)
     for record in islice(in_window("passage", 1024, 0.2, seed=20), N):
         for way, answer in ask_each(model, tokenizer, record, ways).items():
             right[way] += is_right(record, answer.text)
-    disable(model, before)
     figure = f"{right['without'] / N:.3f} against {right['with'] / N:.3f} with"
     text = f"passage, `streaming` at alpha 0.2 without its sinks, fact in the window (n={N})"
     return [Claim(text, figure, "0.05 below", right["without"] <= right["with"] - 0.05 * N).show()]

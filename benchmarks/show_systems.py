@@ -19,7 +19,6 @@ from hillinfer.config import Settings
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask, ask_each, is_right
 from hillinfer.longbench.synthetic import make_records
-from hillinfer.seam import disable, enable
 from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.tree import LEAF, PAGE
 from hillinfer.systems.registry import make_cache
@@ -33,7 +32,7 @@ def accuracy() -> list[Claim]:
     """Full attention against LeoAM's chunks, over one prefill each."""
     model, tokenizer = load_embedded()
     ways = {"full": (POLICIES["full"], Settings()), "leoam": (LeoAM, Settings(alpha=0.2))}
-    before, claims = enable(model), []
+    claims = []
     for task, tokens in TASKS.items():
         right = dict.fromkeys(ways, 0)
         for record in make_records(task, tokens, N, SEED):
@@ -42,7 +41,6 @@ def accuracy() -> list[Claim]:
         text = f"{task} at {tokens} tokens, leoam at alpha 0.2 against full {right['full'] / N:.1%} (n={N})"
         met = right["leoam"] >= right["full"] - 0.01 * N
         claims.append(Claim(text, f"{right['leoam'] / N:.1%}", "within 1 point", met).show())
-    disable(model, before)
     return claims
 
 
@@ -67,7 +65,7 @@ def evaluations() -> list[Claim]:
 def transfer() -> list[Claim]:
     """LeoAM's second claim: scoring reads abstracts only, and a step's transfer shrinks towards its compute."""
     model, tokenizer = load_embedded()
-    before, figures = enable(model), {}
+    figures = {}
     record = make_records("lines", 2048, 1, SEED)[0]
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(5):  # systems take turns
@@ -79,7 +77,6 @@ def transfer() -> list[Claim]:
                         abstracts = sum(tree.pages.n * tree.pages.page_bytes for tree in trees)
                         kv = sum(tree.full * PAGE for tree in trees) * cache.run.geometry.record_bytes
                 figures.setdefault(name, []).append((answer.lanes["drive"][0] / answer.lanes["cpu"][0], answer))
-    disable(model, before)
     ratio = {
         name: pd.Series([r for r, _ in runs]).quantile([0.25, 0.5, 0.75]).tolist() for name, runs in figures.items()
     }
@@ -101,14 +98,13 @@ def transfer() -> list[Claim]:
 def int4() -> Claim:
     """Accuracy cost of INT4: all drive traffic in INT4, against none."""
     model, tokenizer = load_embedded()
-    before, right = enable(model), dict.fromkeys((0.0, 1.0), 0)
+    right = dict.fromkeys((0.0, 1.0), 0)
     with tempfile.TemporaryDirectory() as folder:
         for record in make_records("lines", 2048, N, SEED):
             for share in right:
                 options = dict(alpha=0.2, drive=folder, compress=share, lookahead=False)
                 with make_cache(model, "leoam", **options) as cache:
                     right[share] += is_right(record, ask(model, tokenizer, record, cache).text)
-    disable(model, before)
     text = f"lines at 2,048 tokens, all that the drive sends in INT4, against {right[0.0] / N:.1%} with none (n={N})"
     return Claim(text, f"{right[1.0] / N:.1%}", "within 1 point", right[1.0] >= right[0.0] - 0.01 * N).show()
 

@@ -20,7 +20,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hillinfer.longbench.runner import feed
-from hillinfer.seam import disable
 from hillinfer.session import open_session, save_session
 from hillinfer.systems.registry import list_systems, make_cache
 
@@ -140,8 +139,6 @@ def soak(runs: int, seed: int = 0) -> Soak:
                 if run <= WARM * runs:
                     warm = threads, descriptors
         result.threads, result.descriptors = (warm[0], threads), (warm[1], descriptors)
-    for model in candidates:
-        disable(model)
     return result
 
 

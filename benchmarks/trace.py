@@ -21,7 +21,6 @@ from hillinfer.evaluator.policies import TopK
 from hillinfer.longbench.runner import feed
 from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.pipeline.lookahead import AHEAD
-from hillinfer.seam import disable, enable
 
 TOKENS, SEED = 8192, 5
 
@@ -31,7 +30,7 @@ def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) 
     if not path.exists():
         logging.disable_progress_bar()
         model, tokenizer = load_embedded()
-        before, picks = enable(model), {}
+        picks = {}
         for number in range(documents):
             text = make_records("chain", TOKENS, 1, SEED + number)[0]
             ids = tokenizer(prompt_of(text)).input_ids
@@ -51,7 +50,6 @@ def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) 
                     for step, positions in enumerate(kept):
                         picks[f"{kind}-{number}-{step}-{index}"] = positions.astype(np.int32)
             picks[f"n-{number}"] = np.array([len(ids), len(notes), len(notes[0].kept["true"])])
-        disable(model, before)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **picks)
     return Trace(path)

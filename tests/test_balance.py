@@ -60,7 +60,6 @@ def test_a_profile_is_read_back_and_sets_the_pool(models, prompt, tmp_path):
     with hillinfer.make_cache(model, "hillinfer", host_budget=2**18, **options) as cache:
         model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False)
         assert cache.run.pool_tokens(1000) == 2**18 // (3 * 2 * 2 * 16 * 4)  # M0 caps it
-    hillinfer.disable(model)
 
 
 @pytest.mark.parametrize("text", ["", "fc = 1", "fc = 1\nfs = 0\nbc = 1\nbs = 1", "fc = [", "fc='a'\nfs=1\nbc=1\nbs=1"])
@@ -91,5 +90,4 @@ def test_the_split_follows_what_is_selected(models, prompt, tmp_path):
             else:
                 assert cache.run.chosen != SelectionRates(0.1, 0.001)  # corrected on the way
                 assert "in the last steps" in cache.run.why_split()
-    hillinfer.disable(model)
     assert answers[0] == answers[1]

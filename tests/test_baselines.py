@@ -126,7 +126,6 @@ def test_the_drive_attends_exactly(models, prompt, tmp_path, dtype):
                 assert report.link_bytes < 0.2 * report.nand_bytes  # outputs travel, records do not
                 assert set(spans[spans.lane == "drive"].kind) >= {"attend"} and not (spans.kind == "read").any()
     model.to(torch.float32)
-    hillinfer.disable(model)
     torch.testing.assert_close(
         out["instattention"],
         out["full"],
@@ -146,4 +145,3 @@ def test_one_that_must_see_the_prefill_cannot_take_over(models, prompt):
         model.generate(turn, past_key_values=cache, **NEW)
     with hillinfer.make_cache(model, "leoam", alpha=0.2) as cache:
         model.generate(turn, past_key_values=cache, **NEW)
-    hillinfer.disable(model)

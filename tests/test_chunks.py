@@ -182,4 +182,3 @@ def test_a_host_budget_holds_pool_and_abstracts(models, prompt, tmp_path, max_to
         assert any(span.detail.get("bounds") for span in cache.timeline.spans)
     with hillinfer.make_cache(model, "leoam", alpha=0.2) as cache:  # all in memory: the same tokens
         assert torch.equal(model.generate(ids, past_key_values=cache, **new), out)
-    hillinfer.disable(model)

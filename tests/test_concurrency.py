@@ -19,12 +19,8 @@ NEW = 8
 
 
 @pytest.fixture
-def enabled(models):
-    names = ("llama", "qwen3")
-    before = {name: hillinfer.enable(models(name)) for name in names}
-    yield [models(name) for name in names]
-    for name, was in before.items():
-        hillinfer.disable(models(name), was)
+def both(models):
+    return [models("llama"), models("qwen3")]
 
 
 def generate(model, cache, ids: torch.Tensor, new: int = NEW) -> list[int]:
@@ -40,8 +36,8 @@ def alone(model, ids: torch.Tensor, **options) -> list[int]:
 
 
 @pytest.mark.parametrize("lookahead", [True, False])
-def test_two_caches_take_turns_on_one_model(enabled, prompt, tmp_path, lookahead):
-    model, prompts = enabled[0], [prompt, prompt.flip(1)[:, :120]]
+def test_two_caches_take_turns_on_one_model(both, prompt, tmp_path, lookahead):
+    model, prompts = both[0], [prompt, prompt.flip(1)[:, :120]]
     options = dict(alpha=0.3, drive=tmp_path, lookahead=lookahead)
     want = [alone(model, ids, **options) for ids in prompts]
     caches = [hillinfer.make_cache(model, "hillinfer", **options) for _ in prompts]
@@ -56,17 +52,17 @@ def test_two_caches_take_turns_on_one_model(enabled, prompt, tmp_path, lookahead
 
 
 @pytest.mark.parametrize("kind", ["ssd", "emulated"])
-def test_threads_with_caches_of_their_own_on_two_models(enabled, prompt, tmp_path, kind):
+def test_threads_with_caches_of_their_own_on_two_models(both, prompt, tmp_path, kind):
     options = dict(alpha=0.3, drive=tmp_path, drive_kind=kind)
-    jobs = [(model, prompt.roll(i, 1)) for i in range(3) for model in enabled]
+    jobs = [(model, prompt.roll(i, 1)) for i in range(3) for model in both]
     want = [alone(model, ids, **options) for model, ids in jobs]
     with ThreadPoolExecutor(len(jobs)) as pool:
         assert list(pool.map(lambda job: alone(*job, **options), jobs)) == want
     assert not list(tmp_path.iterdir())
 
 
-def test_a_thread_in_the_middle_of_another_ones_step_is_refused(enabled, prompt):
-    model = enabled[0]
+def test_a_thread_in_the_middle_of_another_ones_step_is_refused(both, prompt):
+    model = both[0]
     with hillinfer.make_cache(model, "topk", alpha=0.3) as cache, ThreadPoolExecutor(1) as pool:
         feed(model, cache, prompt[0].tolist())
         kv = torch.randn(1, 2, 1, 16)
@@ -81,8 +77,8 @@ def test_a_thread_in_the_middle_of_another_ones_step_is_refused(enabled, prompt)
         assert cache.get_seq_length() == prompt.shape[1] + 1
 
 
-def test_of_two_threads_that_generate_at_once_one_is_refused(enabled, prompt):
-    model, errors, out = enabled[0], [], []
+def test_of_two_threads_that_generate_at_once_one_is_refused(both, prompt):
+    model, errors, out = both[0], [], []
     for _ in range(5):
         with hillinfer.make_cache(model, "topk", alpha=0.3) as cache:
             feed(model, cache, prompt[0, :-1].tolist())
@@ -105,8 +101,8 @@ def test_of_two_threads_that_generate_at_once_one_is_refused(enabled, prompt):
     assert errors and len(errors) + len(out) == 10
 
 
-def test_a_thread_may_go_on_where_another_has_ended(enabled, prompt, tmp_path):
-    model = enabled[0]
+def test_a_thread_may_go_on_where_another_has_ended(both, prompt, tmp_path):
+    model = both[0]
     with ThreadPoolExecutor(1) as pool:
         answers = []
         for run in (lambda work, *given: work(*given), lambda work, *given: pool.submit(work, *given).result()):

@@ -28,10 +28,7 @@ def cache_for(model, tier, tmp_path, alpha=1.0, policy=TopK):
 
 @pytest.fixture(params=list(FAMILIES))
 def model(request, models):
-    model = models(request.param)
-    before = model.config._attn_implementation
-    yield model
-    hillinfer.disable(model, before)
+    return models(request.param)
 
 
 def reference(model, ids, **kw):
@@ -123,20 +120,14 @@ def test_every_policy_runs_at_a_tenth(model, prompt, tier, policy, tmp_path):
 def test_beams_in_memory_equal(models, prompt):
     model = models("llama")
     want = reference(model, prompt, num_beams=3)
-    try:
-        with cache_for(model, "host", None) as cache:
-            assert torch.equal(tiered(model, prompt, cache, num_beams=3), want)
-    finally:
-        hillinfer.disable(model)
+    with cache_for(model, "host", None) as cache:
+        assert torch.equal(tiered(model, prompt, cache, num_beams=3), want)
 
 
 def test_beams_on_the_drive_are_refused(models, prompt, tmp_path):
     model = models("llama")
-    try:
-        with cache_for(model, "drive", tmp_path) as cache, pytest.raises(UsageError, match="num_beams=1"):
-            tiered(model, prompt, cache, num_beams=3)
-    finally:
-        hillinfer.disable(model)
+    with cache_for(model, "drive", tmp_path) as cache, pytest.raises(UsageError, match="num_beams=1"):
+        tiered(model, prompt, cache, num_beams=3)
     assert not list(tmp_path.iterdir())
 
 

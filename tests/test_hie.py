@@ -30,14 +30,12 @@ def test_same_tokens_and_pool_as_a_plain_drive(models, prompt, tmp_path, family,
         assert torch.equal(out, want) and own.equals(counted), options
         scored = spans[spans.kind == "evaluate"]
         assert len(scored) and (scored.lane == "drive").all() and (scored.bytes > 0).all()
-    hillinfer.disable(model)
 
 
 def test_int4_too(models, prompt, tmp_path):
     model = models("llama")
     want = generate(model, prompt, tmp_path, precision="int4")[0]
     assert torch.equal(generate(model, prompt, tmp_path, precision="int4", drive_kind="emulated")[0], want)
-    hillinfer.disable(model)
 
 
 def test_chunks_turns_and_crops(models, prompt, tmp_path):
@@ -51,7 +49,6 @@ def test_chunks_turns_and_crops(models, prompt, tmp_path):
             turn = torch.cat((again, prompt[:, :20]), 1)
             out[kind] = first, again, model.generate(turn, past_key_values=cache, **NEW)
     assert all(torch.equal(a, b) for a, b in zip(*out.values(), strict=True))
-    hillinfer.disable(model)
 
 
 def test_a_drive_that_fails_ends_generation_and_the_next_run_is_right(models, prompt, tmp_path):
@@ -64,7 +61,6 @@ def test_a_drive_that_fails_ends_generation_and_the_next_run_is_right(models, pr
             model.generate(torch.cat((want, prompt[:, :1]), 1), past_key_values=cache, **NEW)
         cache.reset()
         assert torch.equal(model.generate(prompt, past_key_values=cache, **NEW), want)
-    hillinfer.disable(model)
 
 
 @pytest.mark.parametrize("policy", ["full", "streaming", "random"])
@@ -74,4 +70,3 @@ def test_systems_that_score_nothing_run_on_it(models, prompt, tmp_path, policy):
         with hillinfer.make_cache(model, policy, alpha=0.3, drive=tmp_path, drive_kind=kind) as cache:
             out[kind] = model.generate(prompt, past_key_values=cache, **NEW)
     assert torch.equal(out["ssd"], out["emulated"])
-    hillinfer.disable(model)

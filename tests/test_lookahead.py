@@ -21,7 +21,6 @@ NEW = dict(max_new_tokens=24, do_sample=False, num_beams=1)
 def model(request, models):
     model = models(request.param)
     yield model
-    hillinfer.disable(model)
 
 
 def hooks(model) -> int:
@@ -50,7 +49,6 @@ def test_same_tokens_with_and_without(model, prompt, tmp_path, batch):
 
 
 def test_a_probe_of_a_layers_own_input_is_its_query_to_the_bit(model, prompt):
-    hillinfer.enable(model)
     block, inputs, seen = model.get_decoder().layers[1], [], []
     own = block.register_forward_pre_hook(lambda m, a, k: inputs.append((a, k)), with_kwargs=True)
 
@@ -90,7 +88,6 @@ def test_hooks_and_threads_go_with_the_cache(models, prompt, tmp_path):
         del cache
         gc.collect()
         assert hooks(model) == 0 and not threads(), end
-    hillinfer.disable(model)
 
 
 def test_a_cache_of_another_model_or_run_is_left_alone(models, prompt, tmp_path):
@@ -101,13 +98,10 @@ def test_a_cache_of_another_model_or_run_is_left_alone(models, prompt, tmp_path)
         before = len(first.timeline.spans)
         with hillinfer.make_cache(model, "topk", alpha=1.0) as second:
             model.generate(prompt, past_key_values=second, **NEW)
-        hillinfer.disable(model)
         model.generate(prompt, **NEW)
         assert len(first.timeline.spans) == before
-        hillinfer.enable(model)
         first.reset()
         assert torch.equal(model.generate(prompt, past_key_values=first, **NEW), want)
-    hillinfer.disable(model)
 
 
 @pytest.mark.parametrize("at", [0, 5])
@@ -124,7 +118,6 @@ def test_an_error_of_the_prefetch_ends_generation_with_its_place(models, prompt,
         cache.reset()
         model.generate(prompt, past_key_values=cache, **NEW)  # model and cache are usable again
     assert not threads() and not list(tmp_path.iterdir())
-    hillinfer.disable(model)
 
 
 def test_a_hook_that_another_thread_is_removing_does_nothing(model, prompt, tmp_path):
@@ -134,7 +127,6 @@ def test_a_hook_that_another_thread_is_removing_does_nothing(model, prompt, tmp_
             block._forward_pre_hooks_with_kwargs.clear()
         model.generate(prompt, past_key_values=cache, **NEW)
         assert not cache.counters.total("guessed")
-    hillinfer.disable(model)
 
 
 @pytest.mark.parametrize("faster", [True, False])
@@ -165,7 +157,6 @@ def test_a_share_of_a_guess_reads_less_and_changes_no_token(model, prompt, tmp_p
         with hillinfer.make_cache(model, "hillinfer", alpha=0.3, recent=4, drive=tmp_path, lookahead=share) as cache:
             out[share] = model.generate(prompt, past_key_values=cache, **NEW).tolist()
             guessed[share] = cache.counters.total("guessed")
-    hillinfer.disable(model)
     assert out[True] == out[0.5] == out[False]
     assert guessed[True] > guessed[0.5] > guessed[False] == 0
 

@@ -65,7 +65,6 @@ def test_a_cache_is_refused_before_its_drive_is_opened(models, prompt, tmp_path,
             model.generate(prompt, past_key_values=cache, max_new_tokens=2)
         monkeypatch.undo()
         assert model.generate(prompt, past_key_values=cache, max_new_tokens=2, do_sample=False).shape[1] == 152
-    hillinfer.disable(model)
 
 
 def limited(limit: int, *words) -> subprocess.CompletedProcess:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hillinfer import make_cache
-from hillinfer.seam import disable
 from hillinfer.workbench import observe
 from hillinfer.workbench.observe import SHARE, AttentionRecord, attention_weights, block_size
 
@@ -19,7 +18,6 @@ def generate(model, prompt, record, system, options, tmp_path, tokens=8):
     with make_cache(model, system, sinks=2, recent=4, **options) as cache:
         cache.run.observer = record
         out = model.generate(prompt, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
-    disable(model)
     return out, cache
 
 

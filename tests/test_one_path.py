@@ -29,7 +29,6 @@ def run(models, prompt, monkeypatch):
         with monkeypatch.context() as patch, hillinfer.make_cache(model, system, alpha=0.1, **options) as cache:
             patch.setattr(TopK, "select", select)
             out = model.generate(ids, attention_mask=(ids != 0).long(), past_key_values=cache, **NEW)
-        hillinfer.disable(model)
         return out, picks
 
     return go

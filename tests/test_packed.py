@@ -84,4 +84,3 @@ def test_generation_with_a_share_in_int4(models, prompt, tmp_path, share, monkey
         everything, _ = stores[0].all()
         assert torch.equal(everything[0, :50], exact)  # a later turn prefills exactly
     assert out.shape[1] == prompt.shape[1] + 20 and not list(tmp_path.iterdir())
-    hillinfer.disable(model)

@@ -48,7 +48,6 @@ def test_a_new_policy_is_a_system_at_once(every_second, models, prompt, tmp_path
         out = model.generate(prompt, past_key_values=cache, max_new_tokens=5, do_sample=False)
         assert out.shape[1] == prompt.shape[1] + 5
         assert all(row.attended <= 0.3 * row.cached + 1 for row in cache.counters.rows)
-    hillinfer.disable(model)
 
 
 def test_a_new_policy_is_in_the_command_line(every_second, tmp_path):
@@ -72,11 +71,9 @@ def test_a_wrong_selection_is_an_error_that_names_the_policy(models, prompt, bad
             return bad
 
     model = models("llama")
-    hillinfer.enable(model)
     cache = hillinfer.TieredCache(model.config, Wrong, hillinfer.Settings(alpha=0.3))
     with pytest.raises(hillinfer.UsageError, match=r"Wrong\.select"):
         model.generate(prompt, past_key_values=cache, max_new_tokens=5, do_sample=False)
-    hillinfer.disable(model)
 
 
 def step_with(scores: np.ndarray, budget: int) -> hillinfer.Step:
@@ -118,7 +115,6 @@ def test_weights_are_the_models_own_attention(models, prompt):
         def select(self, step):
             seen[step.layer] = step.weights()
 
-    hillinfer.enable(model)
     cache = hillinfer.TieredCache(model.config, Watch)
     with torch.no_grad():
         model(prompt[:, :-1], past_key_values=cache)

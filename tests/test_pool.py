@@ -142,7 +142,6 @@ def test_how_much_is_pinned_is_a_setting(models, prompt, tmp_path, pinned, share
             assert len(pool.token_of) == max(int(0.4 * n), int(share * n)) + 1
             newest = set(range(pool.pinned_from, n)) - set(range(n - 4, n))  # the window has the last ones
             assert newest <= set(pool.token_of.tolist())
-    hillinfer.disable(model)
 
 
 @pytest.mark.parametrize("pinned", [-0.1, 1.1, "all"])

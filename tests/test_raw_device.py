@@ -210,7 +210,6 @@ def test_same_tokens_from_a_raw_device(models, prompt, tmp_path, ours, system, m
     with hillinfer.make_cache(model, system, drive=tmp_path, device=ours, host_budget=30_000) as cache:
         assert torch.equal(model.generate(prompt, past_key_values=cache, **words), want)
         assert "O_DIRECT on the raw block device" in cache.run.why_split()
-    hillinfer.disable(model)
     assert check_stamped(ours)
 
 

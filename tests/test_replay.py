@@ -159,7 +159,6 @@ def runs(tmp_path_factory):
             model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
             cache.timeline.about = describe(cache.run, shape_of(model.config, 4), name)
             out[name] = Timeline.load(cache.timeline.save(folder / f"{name}.json"))
-    hillinfer.disable(model)
     return out
 
 

@@ -3,20 +3,17 @@
 import pytest
 import torch
 
-from hillinfer import Settings, disable, enable, make_cache
+from hillinfer import Settings, make_cache
 from hillinfer.assets import load_embedded
 from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.comparison import demo_records
-from hillinfer.longbench.runner import ask, ask_each, feed, is_right, synthetic_prompt
+from hillinfer.longbench.runner import ask, ask_each, decode, feed, is_right, measured, synthetic_prompt
 from hillinfer.longbench.synthetic import prompt_of
 
 
 @pytest.fixture(scope="module")
 def embedded():
-    model, tokenizer = load_embedded()
-    before = enable(model)
-    yield model, tokenizer
-    disable(model, before)
+    return load_embedded()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +77,6 @@ def test_an_answer_is_its_first_number(text, right):
 def test_prefill_in_chunks_is_the_same_prefill(models, prompt, tmp_path, chunk):
     """Even if the last chunk would be a single token, which would be an inexact decode step."""
     model, logits = models("llama"), []
-    before = enable(model)
     ids = prompt[0, :100].tolist()
     for size in (None, chunk):
         with make_cache(model, "hillinfer", alpha=0.1, drive=tmp_path) as cache:
@@ -89,4 +85,11 @@ def test_prefill_in_chunks_is_the_same_prefill(models, prompt, tmp_path, chunk):
             with torch.inference_mode():
                 logits.append(model(prompt[:, 100:110], past_key_values=cache).logits)
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
-    disable(model, before)
+
+
+def test_attended_tokens_are_those_of_one_sequence(models, prompt):
+    model = models("llama")
+    with make_cache(model, "topk", alpha=0.5) as cache:
+        decode(model, cache, prompt[0].tolist(), 4, num_beams=3)
+        figures = measured(cache, 0.0, 1.0)
+    assert 0 < figures["attended"] <= 0.6 * figures["cached"]

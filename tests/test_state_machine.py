@@ -160,18 +160,10 @@ class Machine(RuleBasedStateMachine):
 
 def run(model, monkeypatch, ways: tuple, examples: int, steps: int) -> None:
     monkeypatch.setitem(POLICIES, "chosen", Chosen)
-    before = hillinfer.enable(model)
     machine = type("Machine", (Machine,), {"model": model, "ways": ways})
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    try:
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=checks
-            ),
-        )
-    finally:
-        hillinfer.disable(model, before)
+    chosen = settings(max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=checks)
+    run_state_machine_as_test(machine, settings=chosen)
 
 
 def test_any_order_of_operations_equals_plain_tensors(models, monkeypatch):

@@ -283,7 +283,6 @@ def test_a_step_reaches_its_kernels_through_few_functions(models, prompt, monkey
         monkeypatch.setattr(native, name, spied(getattr(native, name)))
     with hillinfer.make_cache(model, "topk", alpha=0.2) as cache:
         model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False)
-    hillinfer.disable(model)
     met = {way[0]: way for way in ways if len(way) > 1}
     assert {"attend", "score", "merge_heads", "quantise_query"} <= set(met)
     assert max(len(way) for way in ways) <= 8, max(ways, key=len)
@@ -309,7 +308,6 @@ def test_a_drive_read_takes_few_frames(models, prompt, tmp_path, monkeypatch):
         monkeypatch.setattr(ring.Rings, "transfer", spy)
         with torch.no_grad():
             model(prompt[:, -1:], past_key_values=cache)
-    hillinfer.disable(model)
     assert ways and max(map(len, ways)) <= 8, max(ways, key=len)
 
 
@@ -344,5 +342,4 @@ def test_a_new_system_is_one_folder_and_one_line(models, prompt, tmp_path, monke
     for system in ("topk", "counting"):
         with hillinfer.make_cache(model, system, alpha=0.2) as cache:
             tokens[system] = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
-    hillinfer.disable(model)
     assert torch.equal(*tokens.values()) and wing.CountingStore.calls > 0

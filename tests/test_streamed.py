@@ -45,10 +45,7 @@ def write_early(monkeypatch):
 
 @pytest.fixture(params=[name for name in FAMILIES if name != "mistral-sliding"])
 def model(request, models):
-    model = models(request.param)
-    before = model.config._attn_implementation
-    yield model
-    hillinfer.disable(model, before)
+    return models(request.param)
 
 
 def generate(model, ids, cache, **kw):
@@ -205,7 +202,6 @@ def test_a_failed_read_says_where_and_leaves_nothing(models, prompt, tmp_path, m
         assert torch.equal(generate(model, prompt, cache), full(model, prompt))
     left = {thread.name for thread in threading.enumerate() if thread.name.startswith("hillinfer")}
     assert not left and not list(tmp_path.iterdir())
-    hillinfer.disable(model)
 
 
 @pytest.mark.parametrize("way", ["flexgen", "dualblade"])
@@ -229,7 +225,6 @@ def test_interruption_leaves_nothing(models, prompt, tmp_path, way):
     gc.collect()
     assert not list(tmp_path.iterdir()) and open_files() <= before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("hillinfer")]
-    hillinfer.disable(model)
 
 
 def test_beams_are_refused(models, prompt, tmp_path):
@@ -239,7 +234,6 @@ def test_beams_are_refused(models, prompt, tmp_path):
         pytest.raises(hillinfer.UsageError, match="num_beams=1"),
     ):
         generate(model, prompt, cache, num_beams=3)
-    hillinfer.disable(model)
 
 
 def test_the_report_names_budget_rung_and_pipeline(models, prompt, tmp_path):
@@ -249,7 +243,6 @@ def test_the_report_names_budget_rung_and_pipeline(models, prompt, tmp_path):
         told = cache.run.why_split()
     assert "of 6 K and V tensors in the page cache" in told and "O_DIRECT on a preallocated file" in told
     assert "path pipeline kept" in told and "ms a step" in told
-    hillinfer.disable(model)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +261,6 @@ def test_wrong_settings_are_refused(models, tmp_path, wrong, words):
         hillinfer.make_cache(model, "dualblade", drive=tmp_path, **wrong),
     ):
         pytest.fail("refused only once work had begun")
-    hillinfer.disable(model)
 
 
 def test_a_device_is_for_systems_that_stream(tmp_path):

@@ -28,7 +28,6 @@ def resources() -> tuple[int, int]:
 def test_random_runs(models, prompt, tmp_path):
     """With alpha 1 the tokens are those of the full cache; with less, those of the first run with the same alpha."""
     model, rng = models("llama"), random.Random(0)
-    hillinfer.enable(model)
     known: dict[tuple, torch.Tensor] = {}
     record = model.config.num_hidden_layers * 2 * 2 * 16 * 4
     before = resources()
@@ -73,5 +72,4 @@ def test_random_runs(models, prompt, tmp_path):
         want = known.setdefault((alpha, batch, new, options["recent"]), out)
         assert torch.equal(out, want), (run, options)
     del cache
-    hillinfer.disable(model)
     assert all(now <= then for now, then in zip(resources(), before, strict=True)) and not list(tmp_path.iterdir())

@@ -35,9 +35,7 @@ def system(request):
 
 @pytest.fixture(params=["llama", "opt"])
 def model(request, models):
-    model = models(request.param)
-    yield model
-    hillinfer.disable(model)
+    return models(request.param)
 
 
 def padded(prompt):
@@ -95,7 +93,6 @@ def test_interruption_leaves_nothing(models, prompt, system, place, tmp_path):
     model, before = models("llama"), resources()
     with pytest.raises(KeyboardInterrupt), hillinfer.make_cache(model, system, **options) as cache:
         model.generate(prompt, past_key_values=cache, logits_processor=LogitsProcessorList([Interrupt()]), **NEW)
-    hillinfer.disable(model)
     after = resources()
     assert not list(tmp_path.iterdir()) and after[:2] == before[:2]
     assert after[2] <= before[2]  # descriptors; an earlier test's may have been closed since
@@ -113,7 +110,6 @@ def test_lookahead_changes_no_token(models, prompt, system, tmp_path):
             out[lookahead] = model.generate(ids, attention_mask=mask, past_key_values=cache, **NEW)
             assert (cache.counters.total("guessed") > 0) == lookahead
     assert torch.equal(out[True], out[False])
-    hillinfer.disable(model)
 
 
 class Tuned(torch.nn.Module):

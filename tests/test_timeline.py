@@ -73,7 +73,6 @@ def test_a_run_records_every_stage_and_every_token(models, prompt, tmp_path):
     assert memory["codes"] >= cache.get_seq_length() * 2 * 16 * 3 and memory["drive"] > 0
     cache.close()
     assert sum(cache.memory().values()) == 0
-    hillinfer.disable(model)
 
 
 def test_inference_mode_and_plain_calls_may_be_mixed(models, prompt):
@@ -87,4 +86,3 @@ def test_inference_mode_and_plain_calls_may_be_mixed(models, prompt):
         with torch.inference_mode():
             out = model(prompt[:, :1], past_key_values=cache)
         assert torch.isfinite(out.logits).all()
-    hillinfer.disable(model)

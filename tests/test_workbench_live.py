@@ -11,10 +11,9 @@ import pytest
 from hillinfer import UsageError
 from hillinfer.assets import load_embedded
 from hillinfer.longbench.runner import ask, feed
-from hillinfer.seam import enable
 from hillinfer.systems.registry import make_cache
 from hillinfer.workbench.differences import compare_figures, differences, first_difference
-from hillinfer.workbench.live import Case, LiveRun
+from hillinfer.workbench.live import Case, LiveRun, _Growing
 from hillinfer.workbench.observe import AttentionRecord
 
 
@@ -50,17 +49,13 @@ def wait_for(condition) -> None:
 
 def test_a_live_run_answers_as_the_runner_does(embedded, case, ended, tmp_path):
     model, tokenizer = embedded
-    before = model.config._attn_implementation
-    enable(model)
     with make_cache(model, "hillinfer", alpha=0.2, drive=tmp_path) as cache:
         answer = ask(model, tokenizer, case.record, cache)
-    model.set_attn_implementation(before)
     assert ended.answer == answer.text and ended.phase == "done" and ended.right is not None
     assert ended.figures["attended"] == answer.attended and ended.figures["steps"] == answer.steps
     assert len(ended.tokens) == answer.steps == len(ended.record.steps)
     assert [token.step for token in ended.tokens] == sorted(ended.record.steps)
     assert ended.status()["speed"] > 0 and ours() == []
-    assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("when", ["prefill", "question", "answer"])
@@ -212,6 +207,41 @@ def test_modelled_spans_are_marked(board_of):
         board_of(None, parts=["tea"])
 
 
+@pytest.mark.parametrize("text", ["港口有一盏红灯。", "a 🦊🐢 b", "naïve café\n\nline  two", "half \ufffd!"])
+def test_the_text_of_tokens_that_come_one_by_one_is_that_of_all(embedded, text):
+    tokenizer = embedded[1]
+    ids, growing = tokenizer(text, add_special_tokens=False).input_ids, _Growing(tokenizer, special=False)
+    parts = [growing.add(token, number == len(ids)) for number, token in enumerate(ids, 1)]
+    assert "".join(parts) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert len([part for part in parts if "\ufffd" in part]) == text.count("\ufffd")
+
+
+def test_a_character_that_never_ends_is_not_lost(embedded):
+    tokenizer = embedded[1]
+    first = tokenizer("🦊", add_special_tokens=False).input_ids[0]
+    assert "\ufffd" in _Growing(tokenizer, special=False).add(first, last=True)
+    held = _Growing(tokenizer, special=False)
+    assert held.add(first) == "" and "\ufffd" in held.add(tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("asked", [dict(num_beams=4), dict(num_beams=2, num_return_sequences=2)])
+def test_a_run_is_greedy_whatever_the_model_prefers(embedded, ended, monkeypatch, asked):
+    for name, value in asked.items():
+        monkeypatch.setattr(embedded[0].generation_config, name, value)
+    assert LiveRun(*embedded, ended.case, "topk", dict(alpha=1.0)).start().result()
+
+
+def test_a_run_that_ends_leaves_another_one_on_its_model_alone(embedded, monkeypatch):
+    monkeypatch.setattr(embedded[0].generation_config, "eos_token_id", None)
+    text = "line red-fox: REGISTER_CONTENT is <12345>\n" * 20
+    short, long = (LiveRun(*embedded, Case.text(embedded[1], text, "", n), "topk", dict(alpha=1.0)) for n in (8, 60))
+    short.start()
+    wait_for(lambda: short.tokens)
+    long.start()
+    short.join()
+    assert long.result() and (short.phase, long.phase) == ("done", "done")
+
+
 @pytest.fixture
 def workbench(embedded, tmp_path):
     pytest.importorskip("anywidget", reason="pip install 'hillinfer[lab]'")
@@ -238,9 +268,11 @@ def test_the_dashboard_runs_compares_and_ends(workbench, case):
     assert ours() == [] and not workbench.run_button.disabled and workbench.stop_button.disabled
 
 
-def test_one_run_at_a_time_and_showing_again_ends_it(workbench, embedded, tmp_path):
+def test_one_run_at_a_time_and_showing_again_ends_it(workbench, embedded, tmp_path, monkeypatch):
     from hillinfer.workbench import Workbench
 
+    monkeypatch.setattr("hillinfer.workbench.dashboard.current_cell", lambda: "a cell")
+    workbench.show()
     workbench.task.value = "chain"
     workbench.run_button.click()
     first = workbench.runs[0]
@@ -249,6 +281,15 @@ def test_one_run_at_a_time_and_showing_again_ends_it(workbench, embedded, tmp_pa
     other = Workbench(*embedded, drive=tmp_path)
     other.show()
     assert first.phase == "stopped" and ours() == []
+
+
+def test_boards_without_cell_ids_leave_each_other_alone(workbench, embedded, tmp_path):
+    from hillinfer.workbench import Workbench
+
+    workbench.task.value = "chain"
+    run = workbench.start()
+    Workbench(*embedded, drive=tmp_path).show()
+    assert run.result() and run.phase == "done"
 
 
 def test_bad_settings_are_one_line(workbench):

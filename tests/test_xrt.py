@@ -12,7 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import hillinfer
 from fpga.sim import kernel as sim
 from fpga.sim.kernel import Config, Kernel
 from hillinfer.errors import DriveError
@@ -156,7 +155,6 @@ def test_same_tokens_as_the_emulated_drive(config, card, models, prompt, tmp_pat
         out, own, spans = generate(model, prompt, folder, **options)
         assert torch.equal(out, want) and own.equals(counted)
         assert (spans[spans.kind == "evaluate"].bytes > 0).all()
-    hillinfer.disable(model)
 
 
 def test_blocks_come_while_the_kernel_works(card, tmp_path):

@@ -10,7 +10,6 @@ from hillinfer.assets import data_folder
 from hillinfer.cache import TieredCache
 from hillinfer.longbench.runner import Answer, ask, is_right, synthetic_prompt
 from hillinfer.longbench.synthetic import load_records, partial_key_floor
-from hillinfer.seam import disable, enable
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache, options_of
 
@@ -76,17 +75,13 @@ def compare(
         system, plain = find_system(name, options)
         plan(model.config, plain, longest, model.dtype, policy=system.policy)
     results = [Result(name) for name in chosen]
-    before = enable(model)
-    try:
-        for record in records:
-            for result in results:
-                with make_cache(model, result.system, **chosen[result.system]) as result.cache:
-                    answer = ask(model, tokenizer, record, result.cache, seen)
-                result.answers.append(answer)
-                result.right.append(is_right(record, answer.text))
-                each(result)
-    finally:
-        disable(model, before)
+    for record in records:
+        for result in results:
+            with make_cache(model, result.system, **chosen[result.system]) as result.cache:
+                answer = ask(model, tokenizer, record, result.cache, seen)
+            result.answers.append(answer)
+            result.right.append(is_right(record, answer.text))
+            each(result)
     return results
 
 

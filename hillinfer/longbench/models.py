@@ -33,11 +33,9 @@ def describe(name: str, chat: bool | None, tokens: int = 0) -> dict:
 
 @lru_cache(maxsize=1)
 def load_model(path: str, dtype: str, threads: int, seed: int):
-    """Model with tiered attention enabled, and its tokenizer. Cached for the next job of this process."""
+    """A model and its tokenizer. Cached for the next job of this process."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    from hillinfer.seam import enable
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -48,5 +46,4 @@ def load_model(path: str, dtype: str, threads: int, seed: int):
         precision = torch.float32  # the dtype of its published evaluation
     model = load_pretrained(AutoModelForCausalLM, path, dtype=precision).eval()
     model = model.cuda() if torch.cuda.is_available() else model
-    enable(model)
     return model, load_pretrained(AutoTokenizer, path)

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PretrainedConfig
 from hillinfer.attention import attendable
 from hillinfer.evaluator.policy import Policy
 from hillinfer.models.support import check_supported
+from hillinfer.seam import install
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Prefilled(DynamicCache):
     """
 
     def __init__(self, config: PretrainedConfig, policies: Iterable[type[Policy]] = ()):
+        install(config)
         super().__init__(config=config)
         self.seconds = dict.fromkeys(policies, 0.0)  # observation time by policy class
         self.learned = {index: [kind() for kind in self.seconds] for index in check_supported(config).tiered}

@@ -33,7 +33,7 @@ class Answer:
     steps: int
     prefill_ms: float
     ms_per_token: float
-    attended: float  # mean attended tokens per step and layer
+    attended: float  # mean attended tokens per step, layer and sequence
     cached: float  # mean cached tokens per step and layer
     rates: dict[str, float]  # tier -> share of the attended tokens it served
     drive_bytes_per_token: float
@@ -65,6 +65,11 @@ def split_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[list
     return prompt.ids[: prompt.document], prompt.ids[prompt.document :]
 
 
+# One greedy answer over the given cache, whatever the model's generation config asks for.
+GREEDY = dict(num_beams=1, num_return_sequences=1, do_sample=False, return_dict_in_generate=False, use_cache=True)
+GREEDY |= dict(guidance_scale=None, prompt_lookup_num_tokens=None, cache_implementation=None)
+
+
 @torch.inference_mode()
 def feed(model: PreTrainedModel, cache: TieredCache | Prefilled, ids: list[int], chunk: int | None = None) -> None:
     """Append tokens to the cache. Several tokens use exact attention; a single token is a decode step.
@@ -79,7 +84,7 @@ def feed(model: PreTrainedModel, cache: TieredCache | Prefilled, ids: list[int],
 def ask(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache, seen: bool = False
 ) -> Answer:
-    """Greedy answer to a synthetic record. `model` must be enabled; `cache` must be empty.
+    """Greedy answer to a synthetic record, with an empty cache.
 
     With `seen`, the prefill includes all but the last token of the question: the setting of H2O and SnapKV.
     """
@@ -145,7 +150,7 @@ def answer(
 def decode(model: PreTrainedModel, cache: TieredCache, ids: list[int], max_new_tokens: int, **rules) -> torch.Tensor:
     """Token ids of the greedy continuation of `ids`, of which the cache holds a prefix. `rules` are `generate`'s."""
     prompt = torch.tensor([ids], device=model.device)
-    settings = {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False} | rules
+    settings = GREEDY | {"max_new_tokens": max_new_tokens} | rules
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **settings)
     return out[0, len(ids) :]
 
@@ -160,14 +165,14 @@ def stop_rules(task: Task, tokenizer: PreTrainedTokenizerBase, prompt_tokens: in
 
 def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
     """The measurements of an `Answer`, from the cache's timeline and counters."""
-    rows = cache.counters.rows
+    rows, batch = cache.counters.rows, cache.run.geometry.batch if cache.run.geometry else 1
     steps = len({row.step for row in rows}) or 1
     read = sum(span.bytes for span in cache.timeline.spans if span.kind in ("read", "prefetch", "abstract"))
     return {
         "steps": steps,
         "prefill_ms": prefill_s * 1e3,
         "ms_per_token": decode_s * 1e3 / steps,
-        "attended": cache.counters.total("attended") / max(1, len(rows)),
+        "attended": cache.counters.total("attended") / max(1, len(rows)) / batch,
         "cached": cache.counters.total("cached") / max(1, len(rows)),
         "rates": cache.counters.rates(),
         "drive_bytes_per_token": read / steps,

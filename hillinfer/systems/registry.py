@@ -12,7 +12,6 @@ from hillinfer.errors import UsageError
 from hillinfer.evaluator.policies import POLICIES, Full, TopK
 from hillinfer.evaluator.policy import Policy
 from hillinfer.run import Run
-from hillinfer.seam import enable
 from hillinfer.systems.hillinfer.run import AttendingRun, ScoringRun
 from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.run import LeoAMRun
@@ -113,9 +112,9 @@ def unwrap(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinfer", **options) -> TieredCache:
-    """A cache for `generate`, and the model switched to tiered attention.
+    """A cache for `generate`.
 
-    model    a model, which is switched, also within a wrapper; or its config, and then nothing looks ahead
+    model    a model, also within a wrapper; or its config, and then nothing looks ahead
     options  the fields of `Settings`
     """
     found, settings = find_system(system, options)
@@ -123,7 +122,6 @@ def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinf
     if isinstance(model, PretrainedConfig):
         return TieredCache(model, found.policy, settings, run=run)
     model = unwrap(model)
-    enable(model)
     cache = TieredCache(model.config, found.policy, settings, run=run)
     streams = settings.drive is None or settings.stream is not None
     if settings.lookahead and not (streams or cache.support.exact):

@@ -14,7 +14,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hillinfer.assets import machine
-from hillinfer.seam import disable, enable
 from hillinfer.systems.hillinfer.profile import THIS, Cost, Profile
 from hillinfer.systems.registry import list_systems, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -53,19 +52,15 @@ def random_models() -> list[PreTrainedModel]:
 @torch.inference_mode()
 def record(model: PreTrainedModel, name: str, options: dict, ids: Sequence[int], steps: int = STEPS) -> Timeline:
     """The measured timeline of `steps` decode steps after a prefill of `ids`, fed with the first of `ids`."""
-    before = enable(model)
-    try:
-        with make_cache(model, **options) as cache:
-            model(torch.tensor([list(ids)], device=model.device), past_key_values=cache, logits_to_keep=1)
-            cache.timeline.clear()
-            cache.counters.clear()
-            for token in ids[: steps + 1]:
-                model(torch.tensor([[token]], device=model.device), past_key_values=cache, logits_to_keep=1)
-            width = next(model.parameters()).element_size()
-            cache.timeline.about = recording.describe(cache.run, shape_of(model.config, width), name)
-            return cache.timeline
-    finally:
-        disable(model, before)
+    with make_cache(model, **options) as cache:
+        model(torch.tensor([list(ids)], device=model.device), past_key_values=cache, logits_to_keep=1)
+        cache.timeline.clear()
+        cache.counters.clear()
+        for token in ids[: steps + 1]:
+            model(torch.tensor([[token]], device=model.device), past_key_values=cache, logits_to_keep=1)
+        width = next(model.parameters()).element_size()
+        cache.timeline.about = recording.describe(cache.run, shape_of(model.config, width), name)
+        return cache.timeline
 
 
 def samples(timeline: Timeline) -> pd.DataFrame:

@@ -134,11 +134,13 @@ class Workbench:
         return list_systems()[self.system.value].needs_drive
 
     def show(self) -> w.Widget:
-        """The widget, for the last line of a cell. Re-running the cell stops the run of its previous workbench."""
-        cell = current_cell()
-        if (previous := _displayed.get(cell)) not in (None, self):
-            previous.close()
-        _displayed[cell] = self
+        """The widget, for the last line of a cell. Re-running the cell stops the run of its previous workbench, if the
+        front end names its cells.
+        """
+        if (cell := current_cell()) is not None:
+            if (previous := _displayed.get(cell)) not in (None, self):
+                previous.close()
+            _displayed[cell] = self
         stop_on_interrupt(self)
         columns = [
             [self.task, self.tokens, self.seed, self.text, self.question, self.new_tokens, self.session],

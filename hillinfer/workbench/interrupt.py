@@ -13,14 +13,14 @@ _watched: "weakref.WeakSet" = weakref.WeakSet()  # objects with a `stop` method
 _wired = False
 
 
-def current_cell() -> str:
-    """Id of the notebook cell being executed; "here" outside a notebook."""
+def current_cell() -> str | None:
+    """Id of the notebook cell being executed; None where the front end sends none (Colab, a plain console)."""
     try:
         from IPython import get_ipython
 
         return get_ipython().get_parent()["metadata"]["cellId"]
     except (ImportError, AttributeError, KeyError, TypeError):
-        return "here"
+        return None
 
 
 def stop_on_interrupt(workbench) -> None:

@@ -14,7 +14,6 @@ from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import decode, feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
-from hillinfer.seam import disable, enable
 from hillinfer.session import open_session, save_session, session_ids
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
@@ -24,7 +23,6 @@ from hillinfer.whatif.recording import describe
 from hillinfer.workbench.observe import AttentionRecord
 
 CHUNK = 1024  # tokens per prefill chunk; the stop event is checked in between
-TAIL = 8  # tokens decoded together to obtain the text of the last one
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,6 @@ class LiveRun:
         )
 
     def _work(self) -> None:
-        before = enable(self.model)
         try:
             with torch.inference_mode(), self._cache() as cache:
                 self._run(cache)
@@ -172,7 +169,6 @@ class LiveRun:
             self.error, self.phase = error, "failed"
         finally:
             self._ended = self._ended or time.perf_counter()
-            disable(self.model, before)
             self._finished.set()
 
     def _cache(self) -> TieredCache:
@@ -209,15 +205,16 @@ class LiveRun:
 
     def _decode(self, cache: TieredCache) -> None:
         context, question = self.case.context, self.case.question
+        asked = _Growing(self.tokenizer, special=True)
         for token in question[:-1]:
             if self._stop.is_set():
                 return
             feed(self.model, cache, [token])
-            self._add_token(cache, self.tokenizer.decode([token]), True)
+            self._add_token(cache, asked.add(token), True)
         if self._stop.is_set():
             return
         ids, new = context + question, self.case.max_new_tokens
-        watch = StoppingCriteriaList([_EachToken(self, cache, len(ids))])
+        watch = StoppingCriteriaList([_EachToken(self, cache)])
         decode(self.model, cache, ids, new, stopping_criteria=watch)
 
     def _add_token(self, cache: TieredCache, text: str, asked: bool) -> None:
@@ -227,15 +224,38 @@ class LiveRun:
             self.memory = cache.memory()
 
 
+class _Growing:
+    """Text of tokens that come one by one, as decoding them together gives it.
+
+    A character of several tokens (CJK, emoji) appears with the last of them; a special token completes any text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: bool):
+        self.tokenizer, self.special, self.ends = tokenizer, special, set(tokenizer.all_special_ids)
+        self.ids: list[int] = []
+        self.context = self.shown = 0  # the text of ids up to `shown` is out; decoding begins at `context`
+
+    def add(self, token: int, last: bool = False) -> str:
+        """The text that this token completes; with `last`, also of a character without its end."""
+        self.ids.append(token)
+        before, text = self._text(self.shown), self._text(len(self.ids))
+        if text.endswith("\ufffd") and not last and token not in self.ends:
+            return ""
+        self.context, self.shown = self.shown, len(self.ids)
+        return text[len(before) :]
+
+    def _text(self, end: int) -> str:
+        return self.tokenizer.decode(self.ids[self.context : end], skip_special_tokens=not self.special)
+
+
 class _EachToken(StoppingCriteria):
     """Adds each generated token to the run, and stops the generation on request."""
 
-    def __init__(self, run: LiveRun, cache: TieredCache, prompt: int):
-        self.run, self.cache, self.prompt = run, cache, prompt
+    def __init__(self, run: LiveRun, cache: TieredCache):
+        self.run, self.cache, self.text = run, cache, _Growing(run.tokenizer, special=False)
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        tail = input_ids[0, max(self.prompt, input_ids.shape[1] - TAIL) :].tolist()
-        decode = self.run.tokenizer.decode
-        before, text = decode(tail[:-1], skip_special_tokens=True), decode(tail, skip_special_tokens=True)
-        self.run._add_token(self.cache, text[len(before) :], False)
-        return torch.full((len(input_ids),), self.run._stop.is_set(), device=input_ids.device)
+        stop = self.run._stop.is_set()
+        last = stop or len(self.text.ids) + 1 == self.run.case.max_new_tokens
+        self.run._add_token(self.cache, self.text.add(int(input_ids[0, -1]), last), False)
+        return torch.full((len(input_ids),), stop, device=input_ids.device)

@@ -169,11 +169,12 @@ def main() -> int:
     known = names()
     if unknown := set(args.names) - {*known, *CLASSES}:
         parser.error(f"no family {', '.join(sorted(unknown))}")
-    again = [name for name in known if name in args.names or last.get(name) in args.names]
+    named = [name for name in args.names if name in known] + [name for name in known if last.get(name) in args.names]
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    sweep(again if args.names else [name for name in known if name not in last], args.jobs, args.limit)
+    chosen = [*dict.fromkeys(named)] if args.names else [name for name in known if name not in last]
+    sweep(chosen, args.jobs, args.limit)
     write(args.page)
     return int(any(verdict(outcome)[0] in ("WRONG", "CRASH") for outcome in results().values()))
 

@@ -9,16 +9,20 @@ from itertools import pairwise
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
-from hillinfer.evaluator.policies import TopK
+from hillinfer.evaluator.policies import Full, TopK
 from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
+from hillinfer.models.layers import TieredLayer, exact_layer
+from hillinfer.models.support import Support, check_selects, check_supported
 from hillinfer.run import Run
-from hillinfer.seam import check_supported, install, probe_query
+from hillinfer.seam import install, probe_query
 from hillinfer.timeline import Counters, Timeline
+
+KV = ("keys", "values")  # of a layer of transformers' own
 
 
 def chunk_ends(n: int, chunk: int | None) -> list[int]:
@@ -26,77 +30,11 @@ def chunk_ends(n: int, chunk: int | None) -> list[int]:
     return [0, *(range(chunk, n - 1, chunk) if chunk else ()), n]
 
 
-class TieredLayer(CacheLayerMixin):
-    """A `Layer` in the form that transformers expects."""
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, layer: Layer):
-        super().__init__()
-        self.layer = layer
-
-    def lazy_initialization(self, key_states, value_states) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.is_initialized = True
-        first = self.layer.n == 0
-        self.layer.append(key_states, value_states)
-        if key_states.shape[2] == 1 or (not first and self.layer.in_parts):
-            return self.layer, self.layer
-        keys, values = (key_states, value_states) if first else self.layer.everything()
-        keys.tiered = True  # the attention function refuses what a later step could not do
-        if self.layer.policy.watches:
-            keys.watcher = self.layer  # the attention function shows it the queries
-        return keys, values
-
-    def fill(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
-        """Append keys and values computed elsewhere: see `Layer.append`."""
-        self.is_initialized = True
-        self.layer.append(keys, values, kv)
-
-    def get_seq_length(self, *args) -> int:
-        return self.layer.n
-
-    def get_mask_sizes(self, query_length) -> tuple[int, int]:
-        # Releases before 5.6 pass the positions of the queries and not their number.
-        new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
-        return self.layer.n + new, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens: that many if negative, all but that many if positive (the older form)."""
-        self.layer.crop(self.layer.n + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
-        if self.layer.index == self.layer.run.layers - 1:
-            self.layer.run.owner.free()
-
-    def reset(self) -> None:
-        self.layer.reset()
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.layer.reorder(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.layer.n:
-            self.layer.reorder(torch.arange(self.layer.store.geometry.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.layer.reorder(indices)
-
-
 class TieredCache(Cache):
     """A cache for `model.generate(..., past_key_values=cache)` over device, host memory and a drive.
 
-    Layers with a sliding window or other state keep transformers' own cache. `close()`,
-    leaving a `with` block, or garbage collection frees the drive's space. `make_cache` opens the named systems.
+    Layers with a sliding window or other state keep transformers' own cache. `close()`, leaving a
+    `with` block, or garbage collection frees the drive's space. `make_cache` opens the named systems.
     """
 
     def __init__(
@@ -110,10 +48,14 @@ class TieredCache(Cache):
         install(config)
         layers = DynamicCache(config=config).layers
         only_sliding = all(getattr(layer, "is_sliding", False) for layer in layers)
-        tiered = [] if sliding_ok and only_sliding else check_supported(config)
-        self.config, self.run = config, run(settings or Settings(), len(tiered), policy)
-        for order, index in enumerate(tiered):
-            layers[index] = TieredLayer(Layer(order, policy(), self.run))
+        settings = settings or Settings()
+        self.support = Support([], len(layers)) if sliding_ok and only_sliding else check_supported(config)
+        check_selects(self.support, config, policy.selects, settings.alpha)
+        policy = Full if self.support.exact else policy
+        self.config, self.run = config, run(settings, len(self.support.tiered), policy)
+        for order, index in enumerate(self.support.tiered):
+            layer = Layer(order, policy(), self.run)
+            layers[index] = exact_layer(layers[index], layer) if self.support.exact else TieredLayer(layer)
         super().__init__(layers=layers)
         self._hooks: list = []
         weakref.finalize(self, _release, self.run, self._hooks)
@@ -142,7 +84,7 @@ class TieredCache(Cache):
             self.run.settings = replace(self.run.settings, lookahead=False)
             warnings.warn(f"no looking ahead: {type(model).__name__} has no list of decoder layers", stacklevel=3)
         weak, seen = weakref.ref(self), {}
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(blocks[:-1]):
             hook = partial(_look_ahead, weak, blocks, index, seen)
             self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -173,6 +115,9 @@ class TieredCache(Cache):
             if not isinstance(layer, TieredLayer):  # a sliding window has dropped its past: copy its state
                 self.layers[index] = copy.deepcopy(source.layers[index])
                 continue
+            if self.support.exact:  # what the layer's own class stores beside K and V
+                state = {name: value for name, value in vars(source.layers[index]).items() if name not in KV}
+                vars(layer).update(copy.deepcopy(state))
             for policy in getattr(source, "learned", {}).get(index, ()):
                 if type(policy) is type(layer.layer.policy):
                     layer.layer.policy = copy.deepcopy(policy)
@@ -233,12 +178,11 @@ def _look_ahead(weak: weakref.ref, blocks: list, index: int, seen: dict, block, 
     if isinstance(cache.layers[index], TieredLayer):
         own = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "hidden_states")}
         seen.update(args=args[1:], kwargs=own)  # without the cache, which the hooks must not keep alive
-    if index + 1 == len(blocks):
-        seen.clear()
-    elif seen and isinstance(following := cache.layers[index + 1], TieredLayer) and following.layer.looks_ahead:
+    if seen and isinstance(following := cache.layers[index + 1], TieredLayer) and following.layer.looks_ahead:
         given = ((hidden, *seen["args"]), seen["kwargs"]) if args else ((), seen["kwargs"] | {"hidden_states": hidden})
         try:
-            following.layer.speculate(*probe_query(blocks[index + 1], *given).args)
+            layer = following.layer
+            layer.speculate(*probe_query(blocks[index + 1], *given, layer.n).args)
         except Exception as error:
             cache.run.stop_guessing(error)
 

@@ -95,6 +95,16 @@ class Layer:
         kv = self.store.all()[0].permute(2, 0, 3, 1, 4)
         return _narrowed(kv[0], self.dims[0]), _narrowed(kv[1], self.dims[1])
 
+    def read(self, step: bool) -> torch.Tensor:
+        """A copy of all records, (B, N, 2, Hkv, D), for attention outside of here; a decode `step` is counted."""
+        kv, served = self.store.all()
+        kv = kv.clone()  # the store may reuse its buffers
+        swapped = self.store.settle()
+        if step:
+            self.track.count(self.n, self.n * len(kv), served, swapped)
+            self.run.end_layer()
+        return kv
+
     def records(self) -> Iterator[torch.Tensor]:
         """All records in order, (B, n, 2, Hkv, D) at a time."""
         return self.store.parts()

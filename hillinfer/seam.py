@@ -1,4 +1,4 @@
-"""The seam with transformers: attention functions that hand a query to a `Layer`, the query probe, what is supported.
+"""The seam with transformers: attention functions that hand a query to a `Layer`, and the query probe.
 
 A model keeps its own attention function under its own name. A decode step of one token gets the layer object itself in
 place of keys and values, and the registered function asks it to attend; tensors go to the model's own function. A step
@@ -8,14 +8,15 @@ of several tokens (prefill, a new turn) is exact: it gets tensors where all are 
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hillinfer.errors import UsageError
 from hillinfer.layer import Layer
+from hillinfer.models.support import check_supported
 
 # Arguments of attention functions that a layer needs not know: without effect in inference, or expressed by the mask.
 HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "output_attentions"}
@@ -32,19 +33,25 @@ class QueryCaptured(Exception):
 
 
 class QueryProbe:
-    """Takes a cache's place in a decoder layer's forward pass, to capture its query."""
+    """Takes the place of a cache of `n` tokens in a decoder layer's forward pass, to capture its query."""
+
+    def __init__(self, n: int = 0):
+        self.n = n
+
+    def get_seq_length(self, *args) -> int:
+        return self.n
 
     def update(self, key_states, value_states, *args, **kwargs):
         return self, self
 
 
-def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict) -> QueryCaptured:
+def probe_query(decoder_layer: torch.nn.Module, args: tuple, kwargs: dict, n: int = 0) -> QueryCaptured:
     """The query that a decoder layer forms from this input: its own forward pass, aborted where attention begins.
 
     Exact for any family, since no layer is rewritten: given the layer's true input it is its true query to the bit.
     """
     try:
-        decoder_layer.forward(*args, **(kwargs | {"past_key_values": QueryProbe()}))  # forward: hooks do not run again
+        decoder_layer.forward(*args, **(kwargs | {"past_key_values": QueryProbe(n)}))  # forward: hooks do not run again
     except QueryCaptured as captured:
         return captured
     raise UsageError(f"{type(decoder_layer).__name__} never reached attention; turn lookahead off")
@@ -64,8 +71,8 @@ def install(config: PretrainedConfig) -> str:
     used = config.get_text_config(decoder=True)._attn_implementation
     for name in {"sdpa", "eager", used} - {None}:
         function = ALL_ATTENTION_FUNCTIONS.get(name)
-        if not getattr(function, "takes_layers", False):
-            AttentionInterface.register(name, _taking_layers(function))
+        if not (isinstance(function, partial) and function.func is attention):
+            AttentionInterface.register(name, partial(attention, function))
     return used
 
 
@@ -73,32 +80,27 @@ def disable(model: PreTrainedModel, before: str | None = None) -> None:
     """Nothing is left to undo; kept for callers of earlier versions."""
 
 
-def _taking_layers(function: Callable | None) -> Callable:
-    """The attention function `function`, or a module's own eager one for None, that also takes a `Layer` for keys."""
-
-    def attention(module, query, key, value, attention_mask=None, **kwargs):
-        given, own = kwargs.get("scaling"), isinstance(key, Layer)
-        scaling = query.shape[-1] ** -0.5 if given is None else given
-        if isinstance(key, QueryProbe):
-            raise QueryCaptured(query, attention_mask, scaling)
-        if own or hasattr(key, "tiered"):
-            odd = [name for name, value in kwargs.items() if value is not None and name not in KNOWN]
-            if odd:
-                raise UsageError(
-                    f"{type(module).__name__} passes {', '.join(odd)} to attention, which a selection of tokens does "
-                    "not have: use system full, flexgen or dualblade"
-                )
-        if hasattr(key, "watcher"):
-            key.watcher.observe(query, key, attention_mask, scaling)
-        if own:
-            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-            if query.shape[2] == 1 or (softcap is None and sinks is None):
-                return key.attend(query, attention_mask, scaling, softcap or 0.0, sinks), None
-            key, value = key.everything()
-        return (function or _eager(module))(module, query, key, value, attention_mask, **kwargs)
-
-    attention.takes_layers = True
-    return attention
+def attention(function: Callable | None, module, query, key, value, attention_mask=None, **kwargs):
+    """An attention function, or a module's own eager one for None, that also takes a `Layer` for keys."""
+    given, own = kwargs.get("scaling"), isinstance(key, Layer)
+    scaling = query.shape[-1] ** -0.5 if given is None else given
+    if isinstance(key, QueryProbe):
+        raise QueryCaptured(query, attention_mask, scaling)
+    if own or hasattr(key, "tiered"):
+        odd = [name for name, value in kwargs.items() if value is not None and name not in KNOWN]
+        if odd:
+            raise UsageError(
+                f"{type(module).__name__} passes {', '.join(odd)} to attention, which a selection of tokens does "
+                "not have: use system full, flexgen or dualblade"
+            )
+    if hasattr(key, "watcher"):
+        key.watcher.observe(query, key, attention_mask, scaling)
+    if own:
+        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        if query.shape[2] == 1 or (softcap is None and sinks is None):
+            return key.attend(query, attention_mask, scaling, softcap or 0.0, sinks), None
+        key, value = key.everything()
+    return (function or _eager(module))(module, query, key, value, attention_mask, **kwargs)
 
 
 def _eager(module: torch.nn.Module) -> Callable:
@@ -108,17 +110,3 @@ def _eager(module: torch.nn.Module) -> Callable:
         if (found := names.get("eager_attention_forward")) is not None:
             return found
     raise UsageError(f"{type(module).__name__} has no eager attention function; load the model with sdpa attention")
-
-
-def check_supported(config: PretrainedConfig) -> list[int]:
-    """Indices of the layers that can be tiered. UsageError for a family that does not fit the seam."""
-    if config.is_encoder_decoder or getattr(config, "is_decoder", True) is False:
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
-        raise UsageError(f"{config.model_type} is {kind} model; tiered KV needs a decoder-only one, such as Llama")
-    tiered = [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
-    if not tiered:
-        raise UsageError(
-            f"every layer of this {config.model_type} model attends to a sliding window only, so its KV stays small "
-            "and there is nothing to tier; use its own cache, or a model with full attention"
-        )
-    return tiered

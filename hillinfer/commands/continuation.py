@@ -11,7 +11,7 @@ from hillinfer.cache import TieredCache
 from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
-from hillinfer.seam import check_supported
+from hillinfer.models.support import check_supported
 from hillinfer.session import keep_session, session_ids
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache

@@ -13,7 +13,7 @@ def describe(name: str, chat: bool | None) -> dict:
     """Manifest entry of a model. Raises UsageError if its config or tokenizer shows that it cannot be evaluated."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from hillinfer.seam import check_supported
+    from hillinfer.models.support import check_supported
 
     path = model_path(name)
     offline = Path(path).is_dir() or not hub_reachable()

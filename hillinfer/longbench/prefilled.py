@@ -9,7 +9,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from hillinfer.attention import attendable
 from hillinfer.evaluator.policy import Policy
-from hillinfer.seam import check_supported
+from hillinfer.models.support import check_supported
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Prefilled(DynamicCache):
     def __init__(self, config: PretrainedConfig, policies: Iterable[type[Policy]] = ()):
         super().__init__(config=config)
         self.seconds = dict.fromkeys(policies, 0.0)  # observation time by policy class
-        self.learned = {index: [kind() for kind in self.seconds] for index in check_supported(config)}
+        self.learned = {index: [kind() for kind in self.seconds] for index in check_supported(config).tiered}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         policies, first = self.learned.get(layer_idx, ()), self.get_seq_length(layer_idx) == 0

@@ -7,8 +7,8 @@ from transformers import PretrainedConfig
 
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
+from hillinfer.models.support import check_supported
 from hillinfer.pipeline.memory import FIX, needs, refuse
-from hillinfer.seam import check_supported
 from hillinfer.systems.registry import run_for
 from hillinfer.systems.shapes import shape_of
 from hillinfer.tiers.geometry import Geometry
@@ -25,7 +25,7 @@ def plan(
     Raises UsageError for an unsupported family, a sequence longer than the model's window, a budget that is too small,
     a full drive, or a run that needs more host memory than the process may use.
     """
-    text, layers = config.get_text_config(decoder=True), len(check_supported(config))
+    text, layers = config.get_text_config(decoder=True), len(check_supported(config).tiered)
     window = getattr(text, "max_position_embeddings", None)
     if window and tokens > window:
         raise UsageError(f"{tokens:,} tokens exceed the model's window of {window:,}: shorten the prompt or the answer")

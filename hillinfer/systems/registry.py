@@ -108,6 +108,7 @@ def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinf
         return TieredCache(model, found.policy, settings, run=run)
     enable(model)
     cache = TieredCache(model.config, found.policy, settings, run=run)
-    if settings.lookahead and settings.drive is not None and settings.stream is None:
+    streams = settings.drive is None or settings.stream is not None
+    if settings.lookahead and not (streams or cache.support.exact):
         cache.attach(model)
     return cache

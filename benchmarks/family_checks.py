@@ -57,7 +57,7 @@ class Script:
     steps: int = 24
     turn: int = 16
     more: int = 4
-    crop: int = 30
+    crop: int = 18
     padding: int = 60  # of the second prompt in the batch
 
     @property
@@ -134,6 +134,8 @@ class Family:
 
         yield "prefill", read(script.prompt)
         yield "steps", read(1, script.steps)
+        if hasattr(cache, "activate_past_recording"):  # without, only full attention can be cropped
+            cache.activate_past_recording()
         yield "turn", read(script.turn)
         yield "more", read(1, script.more)
         cache.crop(-script.crop)

@@ -1,7 +1,6 @@
 """Twelve unlike model families with every system; `make families` runs all that transformers has."""
 
 import pytest
-import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.families import verdict

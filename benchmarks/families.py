@@ -36,7 +36,14 @@ CLASSES = ("equal", "refused", "not tested", "WRONG", "CRASH")
 def run_family(name: str, path: Path) -> None:
     """A child process: the family's outcome as JSON, written again after each system."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    path.write_text(json.dumps(check(name, save=lambda outcome: path.write_text(json.dumps(outcome))), indent=1))
+    save(path, check(name, save=lambda outcome: save(path, outcome)))
+
+
+def save(path: Path, outcome: dict) -> None:
+    """Replace the file at once: the process may be killed at any time."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(outcome, indent=1))
+    part.replace(path)
 
 
 def sweep(chosen: list[str], jobs: int, limit: float) -> None:
@@ -60,14 +67,15 @@ def sweep(chosen: list[str], jobs: int, limit: float) -> None:
             outcome = json.loads(path.read_text())
             if outcome["stage"] != "done":
                 outcome["ended"] = f"{f'after {limit:g} s' if late else f'exit code {child.exitcode}'}"
-                path.write_text(json.dumps(outcome, indent=1))
+                save(path, outcome)
             took = f"{time.monotonic() - started:6.0f} s, {len(waiting)} to go"
             print(f"{took:24} {path.stem:28} {' '.join(verdict(outcome))}"[:200], flush=True)
 
 
 def results() -> dict[str, dict]:
-    """The last outcomes by family."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))}
+    """The last outcomes by family, without those that an interrupted sweep left unfinished."""
+    outcomes = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
+    return {found["family"]: found for found in outcomes if found["stage"] == "done" or "ended" in found}
 
 
 def verdict(outcome: dict) -> tuple[str, str]:

@@ -1,0 +1,54 @@
+"""Twelve unlike model families with every system; `make families` runs all that transformers has."""
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from benchmarks.families import verdict
+from benchmarks.family_checks import Family, Script, SystemCheck, check
+from benchmarks.tiny_models import names, table
+
+SHORT = Script(prompt=60, steps=6, turn=5, more=2, crop=6, padding=20)
+FAMILIES = (
+    "llama",
+    "qwen3_moe",
+    "qwen3_next",  # gated delta-net layers between
+    "gemma3_text",
+    pytest.param(
+        "gemma4_text",  # layers of unequal head dims
+        marks=pytest.mark.xfail(strict=True, reason="plan asks for one head_dim"),
+    ),
+    "gpt_oss",  # attention sinks
+    pytest.param(
+        "deepseek_v3",  # latent attention
+        marks=pytest.mark.xfail(strict=True, reason="plan does not know which systems select"),
+    ),
+    "ministral@mixed",
+    "olmo3",
+    pytest.param("gpt2", marks=pytest.mark.xfail(strict=True, reason="plan does not know its field names yet")),
+    "qwen2_5_vl",
+    "granitemoehybrid",
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name):
+    if name.partition("@")[0] not in CONFIG_MAPPING:
+        pytest.skip("not in this release of transformers")
+    outcome = check(name, SHORT)
+    assert verdict(outcome)[0] == "equal", verdict(outcome)[1]
+    hillinfer = outcome["exact"]["hillinfer"]
+    assert hillinfer["drive"] > 0.8  # so the equality is about the drive
+    assert not hillinfer["said"], "looking ahead turned itself off"
+
+
+def test_the_checks_notice_a_lost_token():
+    """A selection's logits are not those of full attention, so the tolerance is not too wide."""
+    family = Family("llama", SHORT)
+    selecting = SystemCheck(family, "streaming", 0.2, {})
+    selecting.exact = True
+    assert any("WRONG" in fault for fault in selecting.run()["faults"])
+
+
+def test_overrides_name_registered_families():
+    unknown = {name for name in table()["overrides"] if name.partition("@")[0] not in CONFIG_MAPPING}
+    assert not unknown and len(names()) > 200

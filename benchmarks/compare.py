@@ -49,7 +49,7 @@ def main() -> int:
         print(__doc__.strip().split("\n")[0], file=sys.stderr)
         return 2
     try:
-        before, after = (json.loads(Path(name).read_text()) for name in sys.argv[1:])
+        before, after = (json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:])
     except (OSError, ValueError) as error:
         print(f"error: {error}; name two JSON files that a benchmark wrote with --out", file=sys.stderr)
         return 2

@@ -82,7 +82,7 @@ def decode(stream: str, tokens: int, drive: Path, pipelining: str = "intra", bud
 
 def _storage_bytes() -> int:
     """Bytes that this process has read from storage, excluding page-cache hits."""
-    lines = (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    lines = (line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
     return int(dict(lines)["read_bytes"])
 
 

@@ -170,7 +170,7 @@ def resources(folder: Path | None = None) -> tuple:
     children = ""
     for path in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-            children += path.read_text()
+            children += path.read_text(encoding="utf-8")
     files = sorted(os.listdir(folder)) if folder else []  # noqa: PTH208
     return threads, children, len(os.listdir("/proc/self/fd")), files  # noqa: PTH208
 
@@ -245,7 +245,7 @@ def table(path: Path) -> int:
 def write(path: Path, rows: list[list[str]]) -> None:
     header = ["system, drive", *FAULTS, "a following run"]
     lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
-    path.write_text(PAGE.format(table="\n".join(lines)))
+    path.write_text(PAGE.format(table="\n".join(lines)), encoding="utf-8")
 
 
 PAGE = """# Faults

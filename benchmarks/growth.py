@@ -70,7 +70,7 @@ def main() -> None:
     figure.write_html(words.out.with_suffix(".html"))
     table = [{"system": name, "slope": slope} for name, slope in found.items()]
     about = facts(STEPS) | {"shape": f"{words.shape}, alpha {ALPHA}"}
-    words.out.write_text(json.dumps({"facts": about, "rows": rows, "slopes": table}, indent=1))
+    words.out.write_text(json.dumps({"facts": about, "rows": rows, "slopes": table}, indent=1), encoding="utf-8")
     print(f"plot: {words.out.with_suffix('.html')}")
 
 

@@ -17,7 +17,7 @@ class MemoryCgroup:
         self.folder = parent / f"hillinfer-{os.getpid()}-{time.monotonic_ns()}"
         try:
             self.folder.mkdir()
-            (self.folder / limit_file).write_text(str(limit))
+            (self.folder / limit_file).write_text(str(limit), encoding="utf-8")
         except OSError as error:
             if self.folder.exists():
                 self.folder.rmdir()
@@ -26,11 +26,11 @@ class MemoryCgroup:
             ) from None
 
     def join(self) -> None:
-        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8")
 
     def stat(self, name: str) -> int:
         """A field of memory.stat; 0 if this kernel lacks it."""
-        lines = (line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
+        lines = (line.split() for line in (self.folder / "memory.stat").read_text(encoding="utf-8").splitlines())
         return int(dict(lines).get(name, 0))
 
     def __enter__(self) -> "MemoryCgroup":
@@ -47,15 +47,15 @@ class MemoryCgroup:
 
 def _parent() -> tuple[Path, str, str]:
     """Folder of the outermost memory cgroup, its version, and the name of its limit file."""
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _, folder, kind, options = line.split()[:4]
         if kind == "cgroup" and "memory" in options.split(","):
             return Path(folder), "v1", "memory.limit_in_bytes"
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _, folder, kind, _ = line.split()[:4]
-        if kind == "cgroup2" and "memory" in Path(folder, "cgroup.controllers").read_text().split():
+        if kind == "cgroup2" and "memory" in Path(folder, "cgroup.controllers").read_text(encoding="utf-8").split():
             try:
-                Path(folder, "cgroup.subtree_control").write_text("+memory")
+                Path(folder, "cgroup.subtree_control").write_text("+memory", encoding="utf-8")
             except OSError as error:
                 raise CgroupError(f"{folder} does not allow memory limits ({error.strerror}); run as root") from None
             return Path(folder), "v2", "memory.max"

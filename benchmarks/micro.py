@@ -244,7 +244,7 @@ def keep(path: Path | None, result: dict) -> None:
     """Write the result to `path`, if given, for `benchmarks.compare`."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1))
+        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def refusal() -> Claim:
     """The command on this machine, without a card."""
     with tempfile.TemporaryDirectory() as folder:
         prompt = Path(folder) / "prompt.txt"
-        prompt.write_text("Once upon a time")
+        prompt.write_text("Once upon a time", encoding="utf-8")
         command = [sys.executable, "-m", "hillinfer", "run", "--model", "embedded", "--prompt-file", prompt]
         command += ["--system", "hillinfer", "--drive", folder, "--drive-kind", "xrt"]
         done = subprocess.run(command, capture_output=True, text=True)

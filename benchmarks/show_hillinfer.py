@@ -130,7 +130,7 @@ def memory() -> Claim:
     )
     with tempfile.TemporaryDirectory() as folder:
         prompt, drive = Path(folder) / "prompt.txt", Path(folder) / "drive"
-        prompt.write_text(text)
+        prompt.write_text(text, encoding="utf-8")
         drive.mkdir()
         common = ["--model", "embedded", "--prompt-file", str(prompt), "--dtype", "float32", "--prefill-chunk", "512"]
         tiered = ["--alpha", "0.05", "--host-budget", str(kv // 10), "--drive", str(drive)]

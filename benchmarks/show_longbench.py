@@ -194,12 +194,12 @@ def whole_table(folder: Path) -> list[Claim]:
     table = pd.read_csv(out / "scores.csv")
     average = table[table.task == "average"]
     systems, bounded = set(average.system), average.low.notna().all() and average.p.notna().all()
-    figures = (out / "report.html").read_text().count("plotly-graph-div")
+    figures = (out / "report.html").read_text(encoding="utf-8").count("plotly-graph-div")
     text = (
         f"{len(read(out))} answers of {len(systems)} systems on {table.task.nunique() - 1} own tasks, n={SAMPLES} each"
     )
     met = seconds <= 60 * MINUTES and systems == set(list_systems()) and bounded and figures >= 3
-    print((out / "report.md").read_text().partition("\n| ")[2].partition("\n\n")[0])
+    print((out / "report.md").read_text(encoding="utf-8").partition("\n| ")[2].partition("\n\n")[0])
     figure = f"{seconds / 60:.1f} minutes, {figures} figures, {'all' if bounded else 'not all'} with intervals"
     if earlier:
         figure += f"; {earlier / 60:.1f} of the minutes are half of what the answers found in {out} had taken"

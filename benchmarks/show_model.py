@@ -40,8 +40,8 @@ def measured(script: str, kept: str, *arguments: str) -> list[str]:
         out = Path(folder) / "out.json"
         command = [sys.executable, str(ROOT / "data" / script), "--json", str(out), *arguments]
         subprocess.run(command, check=True, cwd=ROOT)
-        lines = out.read_text().splitlines()
-    with (KEPT / kept).open("a") as file:
+        lines = out.read_text(encoding="utf-8").splitlines()
+    with (KEPT / kept).open("a", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
     return lines
 

@@ -143,7 +143,7 @@ def main() -> int:
         print(
             "not measured here: transformers' offloaded cache and hillinfer on a GPU (python -m benchmarks.gpu): no GPU"
         )
-    Path("out/speed.json").write_text(json.dumps(result, indent=1))
+    Path("out/speed.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     return verdict(claims)
 
 

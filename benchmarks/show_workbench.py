@@ -43,7 +43,7 @@ def canvas() -> list[Claim]:
     paints, zooms = [], []
     with tempfile.TemporaryDirectory() as folder:
         page_file = Path(folder) / "board.html"
-        page_file.write_text(show_timeline(big_timeline()).html())
+        page_file.write_text(show_timeline(big_timeline()).html(), encoding="utf-8")
         for _ in range(5):
             with chromium() as page:
                 page.goto(f"file://{page_file}")
@@ -178,10 +178,10 @@ def sizes() -> list[Claim]:
     """Committed notebooks and the gallery."""
     books = sorted((ROOT / "notebooks").glob("*.ipynb"))
     largest = max(book.stat().st_size for book in books)
-    text = [book.read_text() for book in books]
+    text = [book.read_text(encoding="utf-8") for book in books]
     state = sum('"widgets"' in one or '"application/vnd.jupyter.widget-state+json"' in one for one in text)
     pages = list((ROOT / "docs" / "gallery").glob("*.md"))
-    script = sum("<script" in page.read_text() for page in pages)
+    script = sum("<script" in page.read_text(encoding="utf-8") for page in pages)
     return [
         Claim(f"largest of {len(books)} notebooks", f"{largest:,} bytes", "1 MB", largest < 1e6).show(),
         Claim("notebooks with widget state", str(state), "0", state == 0).show(),

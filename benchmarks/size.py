@@ -12,7 +12,7 @@ APART = ("workbench", "longbench")  # not counted in the package's size
 
 def lines(path: Path) -> tuple[int, int]:
     """Raw and code lines of one module."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = set()
     for node in ast.walk(ast.parse(text)):

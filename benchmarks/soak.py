@@ -66,11 +66,11 @@ def usage() -> tuple[int, int, int]:
     """Resident bytes, threads and descriptors of this process, after freed memory is returned to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    resident = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGESIZE")
     items = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has just exited
-            items.append((task / "comm").read_text())
+            items.append((task / "comm").read_text(encoding="utf-8"))
     items = [name for name in items if not name.startswith("iou-")]  # io_uring's kernel threads exit when idle
     return resident, len(items), len(list(Path("/proc/self/fd").iterdir()))
 

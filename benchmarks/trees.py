@@ -30,7 +30,7 @@ def run(tree: Path, part: str, folder: Path) -> dict:
     command = [sys.executable, "-m", f"benchmarks.{part}", *options, "--out", str(out)]
     out.unlink(missing_ok=True)  # `check` is off: a missed bar is no failure, a missing result is
     subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, check=False)
-    return json.loads(out.read_text())
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def times(result: dict, part: str) -> dict[tuple, float]:

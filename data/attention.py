@@ -175,7 +175,7 @@ def main() -> None:
         print("{task:9} 20% window that holds the fact, without and with the first tokens: exact match {exact}, "
               "loss of the answer {loss}, difference {difference}".format(**row), flush=True)  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps(found))
+        args.json.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
 
     def lines(path: Path) -> list[dict]:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     state = torch.load(args.out / "last.pt", weights_only=True)
     rows = {
@@ -119,7 +119,7 @@ def main() -> None:
     order = {name: i for i, name in enumerate((*syn.TASKS, "LongEval"))}
     answers = sorted(rows.values(), key=lambda r: (order[r["name"].rpartition("_")[0] or r["name"]], r["longest"]))
     again = {row["name"]: row for row in lines(args.again)} if args.again else {}
-    attention = json.loads((args.measured / "attention.json").read_text())
+    attention = json.loads((args.measured / "attention.json").read_text(encoding="utf-8"))
     curve = list({row["step"]: row for row in lines(args.out / "curve.jsonl")}.values())
     fields = {
         "PARAMETERS": f"{sum(v.numel() for k, v in state['model'].items() if k != 'lm_head.weight') / 1e6:.1f}",
@@ -127,13 +127,13 @@ def main() -> None:
         "STEPS": str(state["step"]), "TABLE": answers_part(answers, again), "DEPTHS": depths_part(answers),
         "RESTRICTED": restricted_part(attention), "FIRST": first_part(attention), "HEADS": heads_part(attention),
     }  # fmt: skip
-    text = (ROOT / "data" / "card.md").read_text()
+    text = (ROOT / "data" / "card.md").read_text(encoding="utf-8")
     for name, value in fields.items():
         text = text.replace("{" + name + "}", value)
-    (args.model / "README.md").write_text(text)
+    (args.model / "README.md").write_text(text, encoding="utf-8")
     measured = {"answers": answers, "attention": attention, "curve": curve, "trained again": [*again.values()]}
     rounded = json.loads(json.dumps(measured), parse_float=lambda x: round(float(x), 4))
-    (args.model / "measured.json").write_text(json.dumps(rounded) + "\n")
+    (args.model / "measured.json").write_text(json.dumps(rounded) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

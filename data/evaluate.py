@@ -125,11 +125,11 @@ def main() -> None:
             floor = sum(map(syn.partial_key_floor, records)) / len(records)
             rows.append(measure(reader, f"{task}_{length // 1024}k", cases, floor, args.show))
     if args.longeval:
-        cases = [json.loads(line) for line in args.longeval.read_text().splitlines()]
+        cases = [json.loads(line) for line in args.longeval.read_text(encoding="utf-8").splitlines()]
         cases = [(*split(case["prompt"], ">\n"), str(case["expected_number"]), None) for case in cases]
         rows.append(measure(reader, "LongEval", cases, None, args.show))
     if args.json:
-        with args.json.open("a") as file:
+        with args.json.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 

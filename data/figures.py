@@ -50,11 +50,13 @@ def heads(rows: list[list[float]]) -> list[go.Figure]:
 
 
 def main() -> None:
-    measured = json.loads((ROOT / "data" / "model" / "measured.json").read_text())
+    measured = json.loads((ROOT / "data" / "model" / "measured.json").read_text(encoding="utf-8"))
     parts = [f.to_html(full_html=False, include_plotlyjs=not i) for i, f in enumerate(figures(measured))]
     out = ROOT / "out" / "model.html"
     out.parent.mkdir(exist_ok=True)
-    out.write_text("<!doctype html><meta charset=utf-8><title>The embedded model</title>\n" + "\n".join(parts))
+    out.write_text(
+        "<!doctype html><meta charset=utf-8><title>The embedded model</title>\n" + "\n".join(parts), encoding="utf-8"
+    )
     print(f"open {out.relative_to(ROOT)} in a browser")
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for (task, tokens), n in FILES.items():
         rows = [json.dumps(record) + "\n" for record in syn.make_records(task, tokens, n, SEED)]
-        (folder / f"{task}_{tokens // 1024}k.jsonl").write_text("".join(rows))
+        (folder / f"{task}_{tokens // 1024}k.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def work(rank: int, args, settings: dict) -> None:
             figures = " ".join(f"{name} {value:.3f}" for name, value in sorted(mean.items()))
             print(f"[{'#' * (20 * step // total):20}] {step}/{total} n {stage['length']} {tokens / 1e6:.2f} M tokens "
                   f"{seconds:.0f} s  {figures}", flush=True)  # fmt: skip
-            with (args.out / "curve.jsonl").open("a") as file:
+            with (args.out / "curve.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "length": stage["length"], **mean}) + "\n")
         if rank == 0 and (step % train["checkpoint_steps"] == 0 or step == total):
             state = {"step": step, "seconds": seconds, "tokens": tokens, "model": model.state_dict()}
@@ -176,7 +176,7 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "passive"}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "meet").unlink(missing_ok=True)
-    settings = tomllib.loads(args.settings.read_text())
+    settings = tomllib.loads(args.settings.read_text(encoding="utf-8"))
     if args.workers > 1:
         torch.multiprocessing.spawn(work, (args, settings), args.workers)
     else:

@@ -105,7 +105,7 @@ class Timeline:
         """A timeline from a file that `save` wrote; times start at the first span. ValueError or OSError otherwise."""
         timeline = cls()
         try:
-            trace = json.loads(Path(path).read_text())
+            trace = json.loads(Path(path).read_text(encoding="utf-8"))
             timeline.source, timeline.about = (trace["otherData"][name] for name in ("times", "about"))
             for event in trace["traceEvents"]:
                 if event["ph"] == "X":

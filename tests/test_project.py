@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def pins(path: str) -> list[tuple[str, str]]:
-    found = re.findall(r"^\s*-?\s*([\w.-]+)==([\w.]+)\s*$", (ROOT / path).read_text(), re.M)
+    found = re.findall(r"^\s*-?\s*([\w.-]+)==([\w.]+)\s*$", (ROOT / path).read_text(encoding="utf-8"), re.M)
     return [(name.lower().replace("_", "-"), version) for name, version in found]
 
 
 def test_environment_and_constraints_are_in_step():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = {
         re.match(r"[\w.-]+", line)[0].lower() for line in project["dependencies"] + extras["lab"] + extras["longbench"]
@@ -78,7 +78,7 @@ WINGS = ("hillinfer", "leoam", "lossless")  # of systems
 def imports(path: Path) -> set[str]:
     """Modules of this package that a module imports, in whatever way."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "hillinfer"}
@@ -101,7 +101,7 @@ def test_no_circle_of_modules():
     graph = {}
     for path in size.modules():
         name = ".".join(("hillinfer", *path.with_suffix("").parts)).removesuffix(".__init__")
-        tree = ast.parse((size.PACKAGE / path).read_text())
+        tree = ast.parse((size.PACKAGE / path).read_text(encoding="utf-8"))
         own = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         graph[name] = {alias.name for node in own if isinstance(node, ast.Import) for alias in node.names}
         for node in own:
@@ -131,7 +131,7 @@ def test_commands_stand_apart():
 def test_layer_names_no_store():
     names = {name for name in imports(size.PACKAGE / "layer.py") if name.startswith("hillinfer.tiers")}
     assert names == {"hillinfer.tiers.geometry", "hillinfer.tiers.store"}
-    assert "isinstance(self.store" not in (size.PACKAGE / "layer.py").read_text()
+    assert "isinstance(self.store" not in (size.PACKAGE / "layer.py").read_text(encoding="utf-8")
 
 
 def test_each_paper_has_one_folder():
@@ -147,7 +147,7 @@ def test_each_paper_has_one_folder():
 
 def strip_text(path: Path) -> str:
     """The code of a module: no docstrings, no comments."""
-    return ast.unparse(_without_docstrings(ast.parse((size.PACKAGE / path).read_text())))
+    return ast.unparse(_without_docstrings(ast.parse((size.PACKAGE / path).read_text(encoding="utf-8"))))
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -181,7 +181,7 @@ def test_only_the_seam_knows_transformers_internals():
 
 def test_tracked_text_names_no_machine_paths():
     for path in [*ROOT.glob("*.md"), *(ROOT / "hillinfer").rglob("*.py"), *(ROOT / "data").glob("*.py")]:
-        assert not re.search(r"/(root|home)/\w", path.read_text()), path
+        assert not re.search(r"/(root|home)/\w", path.read_text(encoding="utf-8")), path
 
 
 TYPED = {"empty", "ones", "zeros", "rand", "randn"}  # torch's functions whose dtype is the process's default
@@ -200,3 +200,10 @@ def test_no_tensor_takes_the_default_dtype_or_device():
             if (name in PLACED and "device" not in said) or (name in TYPED and "dtype" not in said):
                 found.add((str(path), ast.unparse(node)))
     assert not {place for place in found if place[0] not in UNSETTLED}, found
+
+
+def test_no_text_is_read_by_the_locale():
+    for path in [*(ROOT / "hillinfer").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "read_text":
+                assert node.args or any(keyword.arg == "encoding" for keyword in node.keywords), (path, node.lineno)

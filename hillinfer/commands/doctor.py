@@ -223,6 +223,6 @@ def rate(nbytes: int, work: Callable[[], object], seconds: float) -> float:
 def _text(path: str) -> str:
     """The text of a kernel file such as /proc/mounts; empty if it does not exist."""
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""

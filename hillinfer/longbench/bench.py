@@ -79,7 +79,7 @@ def reset_peak() -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return read_fields(STATUS)["VmRSS"] * 1024
 
 

@@ -16,7 +16,7 @@ ROWS |= {"multifieldqa_en_e": 150, "qasper_e": 224, "multi_news_e": 294}
 @cache
 def published() -> dict[str, tuple[str, dict[str, float]]]:
     """Maps a model's name to its source and its scores by task."""
-    file = tomllib.loads(Path(__file__).with_name("reference.toml").read_text())
+    file = tomllib.loads(Path(__file__).with_name("reference.toml").read_text(encoding="utf-8"))
     return {
         m["name"]: (m["source"], {t: s for t, s in zip(file["tasks"], m["scores"], strict=True) if not np.isnan(s)})
         for m in file["model"]

@@ -120,7 +120,7 @@ def read(folder: Path) -> list[dict]:
 
 def read_manifest(folder: Path) -> dict:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if not all(isinstance(manifest[name], kind) for name, kind in (("settings", dict), ("sources", list))):
             raise TypeError("not a manifest")
         return manifest

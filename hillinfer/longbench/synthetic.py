@@ -285,4 +285,4 @@ def partial_key_floor(record: dict) -> float:
 
 
 def load_records(path: str | Path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

@@ -45,7 +45,7 @@ def read_memory(root: Path = Path("/")) -> Memory:
         names, anonymous, shmem = LIMITS[version]
         for file in (group / name for name in names):
             try:
-                limit, stat = file.read_text().strip(), read_fields(group / "memory.stat")
+                limit, stat = file.read_text(encoding="utf-8").strip(), read_fields(group / "memory.stat")
             except OSError:
                 continue  # the root group of v2 has no limits
             if limit != "max" and int(limit) < UNLIMITED:
@@ -56,13 +56,13 @@ def read_memory(root: Path = Path("/")) -> Memory:
 def _groups(root: Path) -> Iterator[tuple[str, Path]]:
     """This process's memory cgroup and its parents, as (version, folder)."""
     mounts = {}
-    for line in (root / "proc/self/mounts").read_text().splitlines():
+    for line in (root / "proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _, folder, kind, options = line.split()[:4]
         if kind == "cgroup2":
             mounts["cgroup v2"] = folder
         elif kind == "cgroup" and "memory" in options.split(","):
             mounts["cgroup v1"] = folder
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         version = "cgroup v1" if "memory" in controllers.split(",") else None if controllers else "cgroup v2"
         if version not in mounts:
@@ -78,7 +78,7 @@ def _groups(root: Path) -> Iterator[tuple[str, Path]]:
 
 def read_fields(path: Path) -> dict[str, int]:
     """The numbers in lines of `name number` or `name: number kB`."""
-    lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    lines = (line.replace(":", " ").split() for line in path.read_text(encoding="utf-8").splitlines())
     return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 

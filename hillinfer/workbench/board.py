@@ -42,8 +42,8 @@ class Board(anywidget.AnyWidget):
     parts  names of the views to show, from PARTS
     """
 
-    _esm = (STATIC / "timeline.js").read_text() + (STATIC / "board.js").read_text()
-    _css = (STATIC / "board.css").read_text()
+    _esm = (STATIC / "timeline.js").read_text(encoding="utf-8") + (STATIC / "board.js").read_text(encoding="utf-8")
+    _css = (STATIC / "board.css").read_text(encoding="utf-8")
     parts = traitlets.List().tag(sync=True)
     palette = traitlets.Dict().tag(sync=True)
     cursor = traitlets.Dict().tag(sync=True)
@@ -176,7 +176,7 @@ class Board(anywidget.AnyWidget):
             message |= {"state": self.state, "detail": self.detail}
             message["tokens"] = [list(token) for token in source.tokens]
         data = json.dumps({"traits": traits, "message": message, "buffers": parts}).replace("<", "\\u003c")
-        page = (STATIC / "page.html").read_text()
+        page = (STATIC / "page.html").read_text(encoding="utf-8")
         parts = dict(TITLE=escape(title), CSS=self._css, DATA=data, ESM=self._esm)
         return re.sub(
             r"/\*(TITLE|CSS|DATA|ESM)\*/", lambda mark: parts[mark[1]], page

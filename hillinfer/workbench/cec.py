@@ -17,7 +17,7 @@ DEVICE = {"LUT": 522_720, "FF": 1_045_440, "DSP": 1_968, "BRAM36": 984, "URAM": 
 
 def tools() -> dict[str, str]:
     """Provenance of the table: tool versions, and the digest of the kernel's source."""
-    return json.loads(TABLE.read_text())["tools"]
+    return json.loads(TABLE.read_text(encoding="utf-8"))["tools"]
 
 
 def token_bytes(kernel: Configuration) -> int:

@@ -137,7 +137,7 @@ def explained(text: str):
 
 def check_card(path: str | Path | None, index: int = 0) -> tuple:
     """The kernel's file, by setting or environment, pyxrt, and its device. DriveError names the missing piece."""
-    vendors = [vendor.read_text().strip() for vendor in Path("/sys/bus/pci/devices").glob("*/vendor")]
+    vendors = [vendor.read_text(encoding="utf-8").strip() for vendor in Path("/sys/bus/pci/devices").glob("*/vendor")]
     found = f"PCI functions by Xilinx (vendor 10ee) on this machine: {vendors.count('0x10ee')}"
     try:
         import pyxrt

@@ -52,7 +52,7 @@ class Configuration:
 @functools.cache
 def configurations() -> tuple[Configuration, ...]:
     """All measured configurations."""
-    return tuple(Configuration(**row) for row in json.loads(TABLE.read_text())["rows"])
+    return tuple(Configuration(**row) for row in json.loads(TABLE.read_text(encoding="utf-8"))["rows"])
 
 
 def choose(bits: int, head_dim: int) -> Configuration:

@@ -28,8 +28,8 @@ class NvmeDevice(BlockDevice):
     def __init__(self, path: str | Path, threads: int = 16, **options):
         self.path = Path(path)
         block, queue = check_namespace(self.path)
-        self.lba = int((queue / "logical_block_size").read_text())
-        self.max_bytes = int((queue / "max_hw_sectors_kb").read_text()) * 1024  # of one command (MDTS)
+        self.lba = int((queue / "logical_block_size").read_text(encoding="utf-8"))
+        self.max_bytes = int((queue / "max_hw_sectors_kb").read_text(encoding="utf-8")) * 1024  # of one command (MDTS)
         super().__init__(block, threads, **options | {"engine": "threads"})
         try:
             self.engine.close()
@@ -91,7 +91,7 @@ def check_namespace(path: str | Path, root: Path = Path("/")) -> tuple[Path, Pat
     if not system.exists() or not block.exists():
         raise UsageError(f"{path} has no block device {block} to check; name a block device, or nothing")
     metadata = system / "metadata_bytes"
-    if metadata.exists() and int(metadata.read_text()):
+    if metadata.exists() and int(metadata.read_text(encoding="utf-8")):
         raise UsageError(f"{path} is formatted with metadata in each block; use the block device {block}")
     return block, system / "queue"
 

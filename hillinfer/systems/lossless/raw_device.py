@@ -58,10 +58,10 @@ def _objections(path: Path, root: Path) -> Iterator[str]:
         yield f"has partitions ({partitions[0].parent.name}); name an empty device"
     if holders := sorted(entry.name for entry in (system / "holders").glob("*")):
         yield f"is held by {', '.join(holders)}; release it, or name another device"
-    for words in map(str.split, (root / "proc/self/mountinfo").read_text().splitlines()):
+    for words in map(str.split, (root / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines()):
         if words[2] == name:
             yield f"is mounted on {words[4]}; unmount it, or name another device"
-    swaps = [Path(line.split()[0]) for line in (root / "proc/swaps").read_text().splitlines()[1:]]
+    swaps = [Path(line.split()[0]) for line in (root / "proc/swaps").read_text(encoding="utf-8").splitlines()[1:]]
     if any(swap.exists() and swap.stat().st_rdev == number for swap in swaps):
         yield "is swap space in use; name another device"
     try:

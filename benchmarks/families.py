@@ -42,7 +42,7 @@ def run_family(name: str, path: Path) -> None:
 def save(path: Path, outcome: dict) -> None:
     """Replace the file at once: the process may be killed at any time."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(outcome, indent=1))
+    part.write_text(json.dumps(outcome, indent=1), encoding="utf-8")
     part.replace(path)
 
 
@@ -64,7 +64,7 @@ def sweep(chosen: list[str], jobs: int, limit: float) -> None:
             child.kill()
             child.join()
             del running[sentinel]
-            outcome = json.loads(path.read_text())
+            outcome = json.loads(path.read_text(encoding="utf-8"))
             if outcome["stage"] != "done":
                 outcome["ended"] = f"{f'after {limit:g} s' if late else f'exit code {child.exitcode}'}"
                 save(path, outcome)
@@ -74,7 +74,7 @@ def sweep(chosen: list[str], jobs: int, limit: float) -> None:
 
 def results() -> dict[str, dict]:
     """The last outcomes by family, without those that an interrupted sweep left unfinished."""
-    outcomes = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
+    outcomes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(OUT.glob("*.json"))]
     return {found["family"]: found for found in outcomes if found["stage"] == "done" or "ended" in found}
 
 
@@ -139,7 +139,7 @@ def write(path: Path) -> None:
             [row(outcomes[name]) for name in worst_first],
         ),
     )
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
     print("\n".join(" ".join(cells) for cells in counts))
 
 

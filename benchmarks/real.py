@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from benchmarks.micro import facts, keep
 from hillinfer.assets import load_embedded
+from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.systems.registry import make_cache
 
@@ -43,9 +44,8 @@ def prefill(n: int) -> tuple[DynamicCache, int]:
     return cache, int(logits[0, -1].argmax())
 
 
-def cut(source: DynamicCache, n: int, config) -> DynamicCache:
-    """A copy of the cache's first n tokens, equal to a prefill of these tokens alone."""
-    cache = DynamicCache(config=config)
+def cut(source: DynamicCache, n: int, cache: DynamicCache) -> DynamicCache:
+    """The source's first n tokens in an empty cache, equal to a prefill of these tokens alone."""
     for index, layer in enumerate(source.layers):
         cache.update(layer.keys[:, :, :n].clone(), layer.values[:, :, :n].clone(), index)
     return cache
@@ -59,11 +59,12 @@ def measure(contexts: tuple[int, ...], folder: Path, ways: dict = WAYS, steps: i
         models, caches = {}, {}
         for name, way in ways.items():
             models[name] = load_embedded()[0]  # a separate model each: lookahead installs hooks
-            caches[name] = cut(source, n, models[name].config)
+            kind = DynamicCache if way is None else Prefilled
+            caches[name] = cut(source, n, kind(config=models[name].config))
             if way is not None:
                 system, options = way[0], {"alpha": ALPHA} | way[1]
                 cache = make_cache(models[name], system, **options | ({"drive": folder} if "drive" in options else {}))
-                cache.fill(caches[name], torch.device("cpu"))
+                caches[name].fill(cache, torch.device("cpu"))
                 caches[name] = cache
         wall, cpu = {name: [] for name in ways}, {name: [] for name in ways}
         try:

@@ -65,7 +65,7 @@ def ask_all(model, tokenizer, records: list[dict], ways: dict):
         answers = {}
         for name, (policy, settings) in ways.items():
             with TieredCache(model.config, policy, settings) as cache:
-                cache.fill(source, model.device)
+                source.fill(cache, model.device)
                 answers[name] = answer_to(model, tokenizer, task, prompt, cache, 0.0)
         yield record, answers
 

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.trace import Trace
 from hillinfer.longbench.runner import in_memory
-from hillinfer.seam import attention
+from hillinfer.models.seam import attention
 from hillinfer.systems.lossless.tensors import Tensors
 from hillinfer.systems.registry import make_cache
 from hillinfer.tiers.block_file import BlockFile

@@ -26,7 +26,7 @@ TEXT = ("text", "decoder", "llm", "language")  # a sub-config with none of these
 @cache
 def table() -> dict[str, Any]:
     """The sizes, and the overrides by family."""
-    read = tomllib.loads(TABLE.read_text())
+    read = tomllib.loads(TABLE.read_text(encoding="utf-8"))
     overrides: dict[str, dict] = {}
     for entry in read["override"]:
         for name in entry.pop("families").split():

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from hillinfer.errors import DriveError, UsageError
     from hillinfer.evaluator.policies import POLICIES
     from hillinfer.evaluator.policy import Policy, Step
-    from hillinfer.seam import disable, enable
+    from hillinfer.models.seam import disable, enable
     from hillinfer.session import keep_session, open_session, save_session
     from hillinfer.systems.registry import list_systems, make_cache
 
@@ -23,8 +23,8 @@ _HOME = {
     "Step": "evaluator.policy",
     "TieredCache": "cache",
     "UsageError": "errors",
-    "disable": "seam",
-    "enable": "seam",
+    "disable": "models.seam",
+    "enable": "models.seam",
     "keep_session": "session",
     "list_systems": "systems.registry",
     "make_cache": "systems.registry",

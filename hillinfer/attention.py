@@ -32,8 +32,9 @@ def over_records(
     in fp32.
     """
     batch, heads, _, dim = query.shape
-    whole, out = query.float().reshape(batch, heads, dim), torch.empty((batch, 1, heads, dim))
-    lse, threads = torch.empty((batch, heads)), torch.get_num_threads()
+    whole, threads = query.float().reshape(batch, heads, dim), torch.get_num_threads()
+    shapes = (batch, 1, heads, dim), (batch, heads)
+    out, lse = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
     native.attend(whole.contiguous(), rows, DTYPES[query.dtype], kv_heads, scaling, out, lse, threads, side, softcap)
     return out.to(query.dtype), lse
 
@@ -121,7 +122,7 @@ def attention_weights(
     softcap: float = 0.0,
 ) -> np.ndarray:
     """query (H, D), keys (k, Hkv, D), valid (k,) or None -> softmax weights (H, k) float32."""
-    shown = None if valid is None else torch.as_tensor(valid)[None]
+    shown = None if valid is None else torch.as_tensor(valid, device=query.device)[None]
     return logits(query[None, :, None], keys[None], shown, scaling, softcap).softmax(-1).flatten(0, 2).cpu().numpy()
 
 

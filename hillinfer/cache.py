@@ -1,12 +1,9 @@
 """`TieredCache`, a transformers cache over the tiers, and its layers."""
 
-import copy
 import warnings
 import weakref
 from dataclasses import replace
-from itertools import pairwise
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -17,12 +14,10 @@ from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
 from hillinfer.models.layers import TieredLayer, exact_layer
 from hillinfer.models.lookahead import look_ahead
+from hillinfer.models.seam import install
 from hillinfer.models.support import Support, check_selects, check_supported
 from hillinfer.run import Run
-from hillinfer.seam import install
 from hillinfer.timeline import Counters, Timeline
-
-KV = ("keys", "values")  # of a layer of transformers' own
 
 
 def chunk_ends(n: int, chunk: int | None) -> list[int]:
@@ -93,26 +88,6 @@ class TieredCache(Cache):
             layer.take_over(policy())
         changed = dict(alpha=settings.alpha, sinks=settings.sinks, recent=settings.recent)
         self.run.settings = replace(self.run.settings, **changed)
-
-    def fill(self, source: DynamicCache, device: torch.device, chunk: int | None = None) -> None:
-        """Copy the KV of an ordinary cache of this model, to the bit as a (chunked) prefill on `device` would leave it.
-
-        A policy that watches the prefill must have been shown the source's (`Prefilled`).
-        """
-        for start, end in pairwise(chunk_ends(source.get_seq_length(), chunk)):
-            for layer, other in zip(self.layers, source.layers, strict=True):
-                if isinstance(layer, TieredLayer):
-                    layer.fill(*(part[:, :, start:end].to(device) for part in (other.keys, other.values)))
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, TieredLayer):  # a sliding window has dropped its past: copy its state
-                self.layers[index] = copy.deepcopy(source.layers[index])
-                continue
-            if self.support.exact:  # what the layer's own class stores beside K and V
-                state = {name: value for name, value in vars(source.layers[index]).items() if name not in KV}
-                vars(layer).update(copy.deepcopy(state))
-            for policy in getattr(source, "learned", {}).get(index, ()):
-                if type(policy) is type(layer.layer.policy):
-                    layer.layer.policy = copy.deepcopy(policy)
 
     def why_split(self) -> str:
         """Where the KV is and why, in one line; and which layers are not tiered."""

@@ -36,7 +36,7 @@ def save(path: Path, layers: Iterable[Iterable[torch.Tensor]], shape: tuple[int,
     text += b" " * (-len(text) % 8)
     with files.replacing(path, 0o600) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        sums = torch.zeros(count, -(-shape[2] // PART), dtype=torch.int64)
+        sums = torch.zeros(count, -(-shape[2] // PART), dtype=torch.int64, device="cpu")
         for index, layer in enumerate(layers):
             written = 0
             for number, part in enumerate(_rechunked(layer, PART)):
@@ -96,13 +96,13 @@ class Saved:
         end = self.start + expected["crc32"]["data_offsets"][1]
         if size != end:
             raise ValueError(f"{size:,} bytes, not {end:,}")
-        self.sums = torch.empty(expected["crc32"]["shape"], dtype=torch.int64)
+        self.sums = torch.empty(expected["crc32"]["shape"], dtype=torch.int64, device="cpu")
         self._fill(self.sums, end - self.sums.nbytes)
 
     def read(self, layer: int, start: int, end: int) -> torch.Tensor:
         """Verified records (1, end - start, 2, Hkv, D)."""
         first, last = start // PART * PART, min(-(-end // PART) * PART, self.n)
-        out = torch.empty((1, last - first, *self.shape[2:]), dtype=self.dtype)
+        out = torch.empty((1, last - first, *self.shape[2:]), dtype=self.dtype, device="cpu")
         self._fill(out, self.start + (layer * self.n + first) * math.prod(self.shape[2:]) * self.dtype.itemsize)
         for number, part in enumerate(out.split(PART, 1), first // PART):
             if zlib.crc32(_bytes(part)) != self.sums[layer, number]:

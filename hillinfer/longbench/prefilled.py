@@ -1,16 +1,20 @@
-"""One prefill shared by several systems: a standard cache that `TieredCache.fill` copies from."""
+"""One prefill shared by several systems: a standard cache that `fill` copies to a `TieredCache`."""
 
+import copy
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
 
 from hillinfer.attention import attendable
+from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.evaluator.policy import Policy
+from hillinfer.models.layers import TieredLayer
+from hillinfer.models.seam import install
 from hillinfer.models.support import check_supported
-from hillinfer.seam import install
 
 
 @dataclass
@@ -29,7 +33,7 @@ class PolicyObserver:
 
 
 class Prefilled(DynamicCache):
-    """A standard cache that `TieredCache.fill` copies from.
+    """A standard cache that `fill` copies to a `TieredCache`.
 
     Policies that observe the prefill (such as H2O and SnapKV) run here, one instance per policy class and layer. `fill`
     copies their state.
@@ -58,3 +62,24 @@ class Prefilled(DynamicCache):
         for layer in (self.layers[index] for index in self.learned):
             layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
         return self
+
+    def fill(self, cache: TieredCache, device: torch.device, chunk: int | None = None) -> None:
+        """Copy this KV into an empty cache, to the bit as a (chunked) prefill on `device` would leave it.
+
+        A policy that watches the prefill must have been one of this one's.
+        """
+        pairs = list(zip(cache.layers, self.layers, strict=True))
+        for start, end in pairwise(chunk_ends(self.get_seq_length(), chunk)):
+            for layer, own in pairs:
+                if isinstance(layer, TieredLayer):
+                    layer.fill(*(part[:, :, start:end].to(device) for part in (own.keys, own.values)))
+        for index, (layer, own) in enumerate(pairs):
+            if not isinstance(layer, TieredLayer):  # a sliding window has dropped its past: copy its state
+                cache.layers[index] = copy.deepcopy(own)
+                continue
+            if cache.support.exact:  # what the layer's own class stores beside K and V
+                state = {name: value for name, value in vars(own).items() if name not in ("keys", "values")}
+                vars(layer).update(copy.deepcopy(state))
+            for policy in self.learned.get(index, ()):
+                if type(policy) is type(layer.layer.policy):
+                    layer.layer.policy = copy.deepcopy(policy)

@@ -110,7 +110,7 @@ def ask_each(
     answers = {}
     for name, (policy, settings) in variants.items():
         with TieredCache(model.config, policy, settings) as cache:
-            cache.fill(source, model.device)
+            source.fill(cache, model.device)
             answers[name] = answer(model, tokenizer, task, prompt, cache, prefill_s)
     return answers
 

@@ -67,7 +67,8 @@ class TieredLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.layer.n:
-            self.layer.reorder(torch.arange(self.layer.store.geometry.batch).repeat_interleave(repeats))
+            rows = torch.arange(self.layer.store.geometry.batch, device="cpu")
+            self.layer.reorder(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.layer.reorder(indices)

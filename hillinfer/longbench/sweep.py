@@ -182,7 +182,7 @@ def run_job(job: Job) -> list[dict]:
                     source, paid_s = timed(runner.prefill, model, prompt, job.settings.prefill_chunk, observers)
                     plain_s = paid_s - sum(source.seconds.values())
                 prefill_s = plain_s + source.seconds.get(policy, 0.0)
-                _, fill_s = timed(cache.fill, source, model.device, job.settings.prefill_chunk)
+                _, fill_s = timed(source.fill, cache, model.device, job.settings.prefill_chunk)
             else:
                 document = prompt.ids[: prompt.document]
                 _, paid_s = timed(runner.feed, model, cache, document, job.settings.prefill_chunk)

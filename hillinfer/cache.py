@@ -126,6 +126,25 @@ class TieredCache(Cache):
     def __exit__(self, *exc) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict) -> "TieredCache":
+        """An independent cache of the same tokens, in memory: prefill once, ask often. UsageError on a drive."""
+        run, new = self.run, object.__new__(type(self))
+        if run.settings.drive is not None:
+            raise UsageError(
+                "a cache on a drive cannot be copied: keep its document with save_session once, and open it with "
+                "open_session for each copy"
+            )
+        memo |= {id(self): new, id(run.owner): type(run.owner)(run.layers), id(self._hooks): []}
+        memo |= {id(shared): shared for shared in (self.config, run.observer)}
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
+    def __reduce_ex__(self, protocol):
+        raise UsageError(
+            "a cache cannot be pickled: keep its document with save_session, or copy a cache in memory by copy.deepcopy"
+        )
+
 
 def _release(run: Run, hooks: list) -> None:
     run.stop()

@@ -117,7 +117,9 @@ class Timeline:
                     span = Span(LANES[event["pid"]], str(event["name"]), *own[:2], start, end, own[2], detail, own[3])
                     timeline.spans.append(span)
         except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a trace of this project ({error!r})") from None
+            raise ValueError(
+                f"{path} is not a trace of this project ({type(error).__name__}: {str(error)[:200]})"
+            ) from None
         timeline.spans.sort(key=lambda span: span.end_ns)
         return timeline
 

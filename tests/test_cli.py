@@ -166,6 +166,15 @@ def test_beams_with_a_drive(prompt_file, drive):
     check(run(prompt_file, "--num-beams", 3, "--drive", drive), "--num-beams 1")
 
 
+@pytest.mark.parametrize("name", ["[run]1", "a [/b]", "[red]"])
+def test_square_brackets_in_paths_are_printed_as_they_are(prompt_file, tmp_path, name):
+    trace = tmp_path / name / "t.json"
+    result = run(prompt_file, "--system", "topk", "--max-new-tokens", 1, "--trace", trace)
+    assert result.exit_code == 0 and str(trace) in result.stderr
+    missing = tmp_path / name / "no model"
+    assert str(missing) in run(prompt_file, "--system", "topk", model=missing).stderr
+
+
 def test_beams_in_memory_work(prompt_file):
     result = run(prompt_file, "--system", "topk", "--num-beams", 3, "--max-new-tokens", 4)
     assert result.exit_code == 0, result.output

@@ -103,6 +103,20 @@ def test_the_chat_template_comes_after_the_cut_and_not_for_all_tasks(tokenizer):
             assert len(prompt.ids) - prompt.document > len(plain.ids) - plain.document  # what follows the turn is fed
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "half a surrogate pair"])
+def test_rows_in_another_encoding_are_one_short_line(tmp_path, encoding):
+    row = dict(input="Wer hütet?", context="Die Lampe glüht. " * 2000, answers=["Marlo"], length=240)
+    row |= dict(dataset="hotpotqa", language="de", all_classes=None, _id="a")
+    if encoding.startswith("half"):
+        raw = json.dumps(row | {"context": "\ud83d x " * 2000}).encode()
+    else:
+        raw = json.dumps(row, ensure_ascii=False).encode(encoding)
+    (tmp_path / "hotpotqa.jsonl").write_bytes(raw)
+    with pytest.raises(UsageError, match=r"hotpotqa\.jsonl.*UTF-8") as caught:
+        load(longbench()["hotpotqa"], [tmp_path])
+    assert len(str(caught.value)) < 500
+
+
 def test_limits_by_window():
     assert [official_max_length(k << 10) for k in (4, 8, 16, 32, 128)] == [3500, 7500, 15500, 31500, 127500]
     with pytest.raises(UsageError, match="--max-length"):

@@ -7,9 +7,9 @@ from pathlib import Path
 import typer
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from hillinfer.errors import UsageError
 
@@ -26,7 +26,7 @@ def clear_errors() -> Iterator[None]:
         err.print("stopped; the drive's space is free again")
         raise typer.Exit(130) from None
     except (UsageError, OSError) as error:
-        err.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(Text.assemble(("error:", "red"), " ", str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
 
@@ -38,17 +38,17 @@ def say(*lines: str, to: Console = out) -> None:
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """Print a table, its first column left-aligned and the others right-aligned."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title and Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(escape(name), justify="right" if index else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))
     Console(width=max(out.width, WIDTH)).print(table)
 
 
 def progress() -> Progress:
     """A progress bar on stderr that disappears when done; use it in a `with` block."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True)
 
 

@@ -58,7 +58,12 @@ def load(task: Task, data: Sequence[Path] = (), revision: str = "main") -> tuple
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{source.path} has no rows of {task.name} ({error!r}); use the official file") from None
+        if isinstance(error, UnicodeError):  # its repr would hold the whole file
+            raise UsageError(
+                f"{source.path} is no UTF-8 text ({error}); convert it, or use the official file"
+            ) from None
+        reason = repr(error)[:200]
+        raise UsageError(f"{source.path} has no rows of {task.name} ({reason}); use the official file") from None
     if not records:
         raise UsageError(f"{source.path} is empty; use the official file of {task.name}")
     return _with_unique_ids(records), replace(source, sha256=hashlib.sha256(content).hexdigest())

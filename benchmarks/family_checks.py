@@ -128,7 +128,9 @@ class Family:
             for _ in range(times):
                 ids = self.ids[:, at : at + count]
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache, at = out.past_key_values, at + count
+                cache, at = getattr(out, "past_key_values", None), at + count
+                if cache is None:
+                    raise ValueError("the model returns no cache of keys and values")
                 found.append(out.logits.float())
             return torch.cat(found, 1)
 

@@ -223,8 +223,9 @@ class SystemCheck:
     def _plan(self) -> None:
         """What `plan` says, from the config alone."""
         try:
-            settings = find_system(self.system, self.options)[1]
-            plan(self.family.model.config, settings, self.family.script.tokens, torch.float32)
+            system, settings = find_system(self.system, self.options)
+            tokens = self.family.script.tokens
+            plan(self.family.model.config, settings, tokens, torch.float32, policy=system.policy)
         except UsageError as error:
             self.outcome["planned"] = str(error)
         except Exception as error:

@@ -130,10 +130,13 @@ def write(path: Path) -> None:
     for name, kind in classes.items():
         count["@" in name][kind] += 1
     counts = [[kind, f"{count[False][kind]}", f"{count[True][kind]}"] for kind in CLASSES]
+    refused = [[run.get("refused") for run in outcome["selective"].values()] for outcome in outcomes.values()]
+    exact_only = sum(kind == "equal" and all(reasons) for kind, reasons in zip(classes.values(), refused, strict=True))
     worst_first = sorted(outcomes, key=lambda name: (-CLASSES.index(classes[name]), name))
     page = PAGE.format(
         versions=f"transformers {transformers.__version__}, torch {torch.__version__}",
         counts=table(["class", "families", "variants"], counts),
+        exact_only=exact_only,
         families=table(
             ["family", "layers", "class", "exact", "at 0.2", "largest difference", "notes"],
             [row(outcomes[name]) for name in worst_first],
@@ -149,15 +152,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 PAGE = """# Families
 
-Every decoder family of {versions}, measured by `make families`, which writes this page: tiny random models in float32,
-text only, each with every system.
+Every decoder family of {versions}, measured by `make families`, which writes this page:
+tiny random models in float32, text only, each with every system.
 
 {counts}
 
 - **equal**: at alpha 1, `full`, `flexgen`, `dualblade` and `hillinfer` (from the drive, looking ahead) give the logits
   of transformers' own cache within 1e-4 in a prefill of 200 tokens, 24 steps, a second turn of 16, 4 more steps, and 4
   after a crop of 18; the same 24 greedy tokens; and the logits of a left-padded batch of two. At alpha 0.2 the nine
-  selective systems run. A system that cannot refuses in one line before anything runs, and is then named in the notes.
+  selective systems run. A system that cannot refuses in one line before anything runs, and is then named in the notes;
+  {exact_only} families and variants are equal at alpha 1 and allow no selection.
 - **refused**: no system takes the family, and each says so in one line before anything runs.
 - **not tested**: transformers itself cannot build or run the tiny model from text alone.
 - **WRONG**: other logits or tokens. **CRASH**: a traceback, a refusal in mid-run, or a `plan` (what `hillinfer run`

@@ -1,7 +1,6 @@
 """What a model family must do with every system: the logits and tokens of transformers' own cache, or a clear refusal.
 
-`check` runs one family; the outcome is plain data. `benchmarks.families` runs it over all families, and
-tests/test_families.py over a few.
+`check` runs one family; the outcome is plain data. `benchmarks.families` runs all, tests/test_families.py a few.
 """
 
 import tempfile
@@ -31,10 +30,7 @@ EXACT = {  # at alpha 1
     "hillinfer": dict(drive=True, lookahead=True) | COLD,
 }
 SELECTIVE = {  # at alpha 0.2
-    "hillinfer": dict(drive=True),
-    "leoam": dict(drive=True),
-    "quest": dict(drive=True),
-    "lru": dict(drive=True),
+    **{name: dict(drive=True) for name in ("hillinfer", "leoam", "quest", "lru")},
     **{name: {} for name in ("snapkv", "h2o", "streaming", "topk", "infinigen")},
 }
 PADDED = ("hillinfer", "h2o")  # selective systems that see the padded batch, too: one on the drive, one in memory
@@ -128,7 +124,9 @@ class Family:
             for _ in range(times):
                 ids = self.ids[:, at : at + count]
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache, at = out.past_key_values, at + count
+                cache, at = getattr(out, "past_key_values", None), at + count
+                if cache is None:
+                    raise ValueError("the model returns no cache of keys and values")
                 found.append(out.logits.float())
             return torch.cat(found, 1)
 
@@ -144,8 +142,9 @@ class Family:
     def generate(self, prompt: torch.Tensor, cache: Cache | None, forced: torch.Tensor | None = None):
         """The new tokens (B, N) and their logits (B, N, V)."""
         _forget_positions(self.model)
-        given = {} if forced is None else {"logits_processor": LogitsProcessorList([Forced(forced, prompt.shape[1])])}
-        given |= {} if cache is None else {"past_key_values": cache}
+        given = {} if cache is None else {"past_key_values": cache}
+        if forced is not None:
+            given["logits_processor"] = LogitsProcessorList([Forced(forced, prompt.shape[1])])
         out = self.model.generate(prompt, attention_mask=(prompt != 0).long(), **given)
         return out.sequences[:, prompt.shape[1] :], torch.stack(out.logits, 1).float()
 
@@ -224,8 +223,8 @@ class SystemCheck:
         """What `plan` says, from the config alone."""
         try:
             system, settings = find_system(self.system, self.options)
-            tokens = self.family.script.tokens
-            plan(self.family.model.config, settings, tokens, torch.float32, policy=system.policy)
+            config, tokens = self.family.model.config, self.family.script.tokens
+            plan(config, settings, tokens, torch.float32, policy=system.policy)
         except UsageError as error:
             self.outcome["planned"] = str(error)
         except Exception as error:

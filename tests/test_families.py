@@ -13,18 +13,12 @@ FAMILIES = (
     "qwen3_moe",
     "qwen3_next",  # gated delta-net layers between
     "gemma3_text",
-    pytest.param(
-        "gemma4_text",  # layers of unequal head dims
-        marks=pytest.mark.xfail(strict=True, reason="plan asks for one head_dim"),
-    ),
+    "gemma4_text",  # layers of unequal head dims
     "gpt_oss",  # attention sinks
-    pytest.param(
-        "deepseek_v3",  # latent attention
-        marks=pytest.mark.xfail(strict=True, reason="plan does not know which systems select"),
-    ),
+    "deepseek_v3",  # latent attention
     "ministral@mixed",
     "olmo3",
-    pytest.param("gpt2", marks=pytest.mark.xfail(strict=True, reason="plan does not know its field names yet")),
+    "gpt2",
     "qwen2_5_vl",
     "granitemoehybrid",
 )

@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz soak show-trust faults show-speed bench trees families
+.PHONY: demo test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-speed bench trees families
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -85,8 +85,14 @@ audit: $(VENV)/.ready ## known weaknesses of the installed packages; needs the n
 	$(BIN)/pip install -q -c constraints.txt -e '.[audit]'
 	$(BIN)/python -m benchmarks.audit
 
-fuzz: $(VENV)/.ready ## a million broken inputs for everything that is parsed; CASES=n for fewer
+fuzz: $(VENV)/.ready ## random calls at every cache, and a million broken inputs for all that is parsed; SEQUENCES, CASES=n for fewer
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz_cache --sequences $(or $(SEQUENCES),3000)
 	$(BIN)/python -m benchmarks.fuzz --cases $(or $(CASES),1000000)
+
+sanitize: $(VENV)/.ready ## kernels with AddressSanitizer and UBSan under the tests that reach them; TESTS=... for others
+	HILLINFER_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(BIN)/python -m pytest \
+		-p no:faulthandler --capture=sys -m '' -x $(or $(TESTS),$(addprefix tests/test_,native.py stores.py pool.py checksums.py stress.py))
 
 soak: $(VENV)/.ready ## a thousand generations with random systems and settings; RUNS=n for fewer
 	$(BIN)/python -m benchmarks.soak --runs $(or $(RUNS),1000)

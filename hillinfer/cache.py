@@ -1,9 +1,9 @@
 """`TieredCache`, a transformers cache over the tiers, and its layers."""
 
-import warnings
+import copy
 import weakref
-from dataclasses import replace
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -70,24 +70,7 @@ class TieredCache(Cache):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Look one layer ahead in each decode step, by hooks on the model's decoder layers until `close`."""
-        if not (hooks := look_ahead(self, model)):
-            self.run.settings = replace(self.run.settings, lookahead=False)
-            warnings.warn(f"no looking ahead: {type(model).__name__} has no list of decoder layers", stacklevel=3)
-        self._hooks += hooks
-
-    def use(self, policy: type[Policy], settings: Settings) -> None:
-        """Continue with another policy, alpha or window over the same KV, which stays where it is."""
-        precision = self.run.settings.precision
-        for layer in self.tiered:
-            if layer.n and policy.needs_codes and layer.codes is None:
-                raise UsageError(f"{policy.__name__} needs key codes, which this cache was started without")
-            if layer.n and policy.needs_codes and settings.precision != precision:
-                raise UsageError(f"keys are coded in {precision} here, not {settings.precision}")
-            if layer.n and not policy.late:
-                raise UsageError(f"{policy.__name__} must see the prefill: give it a cache of its own")
-            layer.take_over(policy())
-        changed = dict(alpha=settings.alpha, sinks=settings.sinks, recent=settings.recent)
-        self.run.settings = replace(self.run.settings, **changed)
+        self._hooks += look_ahead(self, model)
 
     def why_split(self) -> str:
         """Where the KV is and why, in one line; and which layers are not tiered."""

@@ -63,7 +63,7 @@ class Layer:
                 f"and was given keys {tuple(keys.shape)} and values {tuple(values.shape)}, {keys.dtype}: "
                 "use a new cache for another batch or model"
             )
-        run.owner.take(self.index, new)
+        run.owner.take(self.index)
         if self.store is None:
             self.dims = dims
             self._start(geometry, new)
@@ -147,14 +147,9 @@ class Layer:
         """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""
         visible = None if mask is None else mask[:, :, -1:]  # the newest query sees all but padding
         with self.track.span("cpu", "observe", queries.nbytes):
-            self.policy.observe(queries.detach(), keys.detach(), self._valid(visible, len(queries)), scaling)
-
-    def take_over(self, policy: Policy) -> None:
-        """Continue with another policy, which is given all keys there are."""
-        self.policy = policy
-        if self.store is not None:
-            self._start_policy(self.run.geometry)
-            policy.append(self.everything()[0])
+            dim = self.store.geometry.head_dim  # as `append` shows it keys
+            queries, keys = (attention.padded(part.detach(), dim) for part in (queries, keys))
+            self.policy.observe(queries, keys, self._valid(visible, len(queries)), scaling)
 
     def select(
         self, query: torch.Tensor, valid, scaling: float, kind: str = "select", share: float = 1.0
@@ -217,12 +212,9 @@ class Layer:
     def _finish_guess(self) -> None:
         """Wait for the guess, if there is one. A guess that failed ends looking ahead, a drive that failed the run."""
         guess, self.guess = self.guess, None
-        try:
-            if guess is not None:
-                guess.result()
-        except DriveError:
-            raise
-        except Exception as error:
+        if guess is not None and (error := guess.exception()) is not None:
+            if isinstance(error, DriveError) or not isinstance(error, Exception):
+                raise error
             self.run.stop_guessing(error)
 
     def _watch(self, query: torch.Tensor, picks: list, valid: torch.Tensor | None, scaling: float):

@@ -131,17 +131,3 @@ def test_the_drive_attends_exactly(models, prompt, tmp_path, dtype):
         out["full"],
         **dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.1, atol=0.1),
     )
-
-
-def test_one_that_must_see_the_prefill_cannot_take_over(models, prompt):
-    model = models("llama")
-    with hillinfer.make_cache(model, "topk") as cache, torch.inference_mode():
-        model(prompt, past_key_values=cache)
-        for name in ("h2o", "snapkv", "infinigen"):
-            with pytest.raises(hillinfer.UsageError, match="must see the prefill"):
-                cache.use(hillinfer.POLICIES[name], hillinfer.Settings())
-        cache.use(hillinfer.list_systems()["leoam"].policy, hillinfer.Settings(alpha=0.2))  # this one is given the keys
-        turn = torch.cat((prompt, prompt[:, :1]), 1)
-        model.generate(turn, past_key_values=cache, **NEW)
-    with hillinfer.make_cache(model, "leoam", alpha=0.2) as cache:
-        model.generate(turn, past_key_values=cache, **NEW)

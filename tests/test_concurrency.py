@@ -113,14 +113,14 @@ def test_a_thread_may_go_on_where_another_has_ended(both, prompt, tmp_path):
 
 
 @pytest.mark.parametrize("system", ["topk", "hillinfer"])
-def test_one_conversation_may_hop_over_the_threads_of_a_pool(enabled, prompt, tmp_path, system):
+def test_one_conversation_may_hop_over_the_threads_of_a_pool(both, prompt, tmp_path, system):
     options = dict(alpha=0.3) | ({"drive": tmp_path} if system == "hillinfer" else {})
     answers = []
     for pools in ([ThreadPoolExecutor(1)], [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]):
-        with hillinfer.make_cache(enabled[0], system, **options) as cache:
+        with hillinfer.make_cache(both[0], system, **options) as cache:
             out = prompt
             for i in range(NEW):
-                more = pools[i % len(pools)].submit(generate, enabled[0], cache, out, new=1).result()
+                more = pools[i % len(pools)].submit(generate, both[0], cache, out, new=1).result()
                 out = torch.cat((out, torch.tensor([more])), 1)
             answers.append(out.tolist())
     assert answers[0] == answers[1]

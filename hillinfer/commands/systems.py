@@ -12,5 +12,5 @@ def systems():
 
     table = Table(box=None, show_header=False)
     for name, system in list_systems().items():
-        table.add_row(name, escape(system.about) + (" [dim](needs --drive)[/]" if system.needs_drive else ""))
+        table.add_row(escape(name), escape(system.about) + (" [dim](needs --drive)[/]" if system.needs_drive else ""))
     out.print(table)

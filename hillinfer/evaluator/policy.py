@@ -43,11 +43,10 @@ class Step:
 
     def accepts(self, picked) -> bool:
         """Whether a selection is None, for all tokens, or sorted, distinct positions within the budget."""
-        if picked is None:
-            return True
-        if not isinstance(picked, np.ndarray) or picked.ndim != 1 or not 0 < len(picked) <= self.budget:
-            return False
-        return bool(picked[0] >= 0 and picked[-1] < self.n and (picked[1:] > picked[:-1]).all())
+        if not isinstance(picked, np.ndarray) or picked.ndim != 1:
+            return picked is None
+        inside = 0 < len(picked) <= self.budget and picked[0] >= 0 and picked[-1] < self.n
+        return bool(inside and (picked[1:] > picked[:-1]).all())
 
 
 class Policy:

@@ -1,9 +1,12 @@
 """Layers of the cache in the form that transformers expects; exact ones leave attention to the model's own code."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
+from hillinfer.errors import UsageError
 from hillinfer.layer import Layer
 
 
@@ -22,8 +25,9 @@ class TieredLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        self.is_initialized = True
-        first = self.layer.n == 0
+        if key_states.dim() != 4 or value_states.dim() != 4:
+            raise UsageError(f"keys and values must be (B, Hkv, n, D), not {key_states.shape}, {value_states.shape}")
+        self.is_initialized, first = True, self.layer.n == 0
         self.layer.append(key_states, value_states)
         if key_states.shape[2] == 1 or (not first and self.layer.in_parts):
             return self.layer, self.layer
@@ -54,7 +58,8 @@ class TieredLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens: that many if negative, all but that many if positive (the older form)."""
-        self.layer.crop(self.layer.n + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
+        kept = self.layer.n + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        self.layer.crop(max(0, kept))
         if self.layer.index == self.layer.run.layers - 1:
             self.layer.run.owner.free()
 
@@ -63,15 +68,22 @@ class TieredLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.layer.reorder(beam_idx)
+        self._reorder(lambda rows: rows[beam_idx.to("cpu")])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.layer.n:
-            rows = torch.arange(self.layer.store.geometry.batch, device="cpu")
-            self.layer.reorder(rows.repeat_interleave(repeats))
+        self._reorder(lambda rows: rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.layer.reorder(indices)
+        self._reorder(lambda rows: rows[indices.to("cpu")])
+
+    def _reorder(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Take the sequences that `choose` picks of all, by number, place from the end or mask."""
+        if self.layer.n:
+            batch = self.layer.store.geometry.batch
+            try:
+                self.layer.reorder(choose(torch.arange(batch, device="cpu")))
+            except IndexError as error:
+                raise UsageError(f"no such sequences in a batch of {batch}: {error}") from None
 
 
 class ExactLayer(TieredLayer):

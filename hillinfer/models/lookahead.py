@@ -4,6 +4,7 @@ The residual stream changes slowly, so a layer's input predicts the next layer's
 while this layer computes (InfiniGen's rehearsal; HillInfer APP). A guess that fails turns looking ahead off.
 """
 
+import warnings
 import weakref
 from functools import partial
 
@@ -51,6 +52,8 @@ def look_ahead(cache, model: torch.nn.Module) -> list:
     cache  `TieredCache`; the hooks do not keep it alive
     """
     blocks, weak, seen = _blocks(model, len(cache.layers)), weakref.ref(cache), {}
+    if not blocks:
+        warnings.warn(f"no looking ahead: {type(model).__name__} has no list of decoder layers", stacklevel=4)
     return [
         block.register_forward_pre_hook(partial(_look_ahead, weak, blocks, index, seen), with_kwargs=True)
         for index, block in enumerate(blocks[:-1])

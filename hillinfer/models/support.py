@@ -10,10 +10,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from hillinfer.errors import UsageError
 
 # Families whose code computes on keys and values, or asks for their shape, after the cache has returned them.
-COMPUTE_ON_KV = {"jetmoe", "diffllama", "doge", "git", "diffusion_gemma", "minimax_m3_vl", "minimax_m3_vl_text"}
+COMPUTE_ON_KV = {"jetmoe", "diffllama", "doge", "git", "minimax_m3_vl", "minimax_m3_vl_text"}
 REFUSED = {  # families that no cache of another class can serve, and why
     **dict.fromkeys(("minimax", "deepseek_v4", "unlimited_ocr"), "insists on a cache class of its own"),
-    **dict.fromkeys(("mllama", "mllama_text_model", "glm5_next"), "reads the tensors of transformers' own cache"),
+    **dict.fromkeys(
+        ("mllama", "mllama_text_model", "glm5_next", "diffusion_gemma", "diffusion_gemma_text"),
+        "reads the tensors of transformers' own cache",
+    ),
     "mistral_large4": "has layers of records of different sizes",
     "xlstm": "keeps a state of fixed size",
 }
@@ -69,7 +72,8 @@ def check_selects(support: Support, config: PretrainedConfig, selects: bool, alp
 
 
 def _why_exact(text: PretrainedConfig, kind: type | None, kinds: set[type]) -> str | None:
-    if getattr(text, "kv_lora_rank", None):
+    each = getattr(text, "per_layer_config", None) or (text,)
+    if any(getattr(config, "kv_lora_rank", None) for config in each):
         return "caches latents that it expands in each step (MLA)"
     if kinds:
         return f"keeps more than keys and values in a layer ({', '.join(sorted(k.__name__ for k in kinds))})"

@@ -21,6 +21,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FLAGS = "-O3 -std=gnu11 -fPIC -shared -pthread -fopenmp-simd -fno-math-errno -fno-trapping-math".split()
 OFF = "HILLINFER_NATIVE"  # 0 turns the kernels off
+SANITIZE = "HILLINFER_SANITIZE"  # 1 builds them with AddressSanitizer and UBSan, for `make sanitize`
+CHECKED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1".split()
 
 
 class Unavailable(Exception):
@@ -38,12 +40,12 @@ def compiler() -> list[str] | None:
 
 def build(command: list[str], folder: Path) -> Path:
     """Compile the library into `folder` unless it exists. Safe for concurrent processes: the last rename wins."""
-    sources = sorted(HERE.glob("*.c"))
+    sources, flags = sorted(HERE.glob("*.c")), FLAGS + CHECKED if os.environ.get(SANITIZE) == "1" else FLAGS
     digest = hashlib.sha256()
     for path in [*sources, *sorted(HERE.glob("*.h"))]:
         digest.update(path.read_bytes())
     about = Path(command[0]).resolve().stat()
-    digest.update(repr((command, about.st_size, about.st_mtime_ns, FLAGS, platform.machine())).encode())
+    digest.update(repr((command, about.st_size, about.st_mtime_ns, flags, platform.machine())).encode())
     target = folder / f"kernels-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -53,7 +55,7 @@ def build(command: list[str], folder: Path) -> Path:
     try:
         with tempfile.TemporaryDirectory(suffix=".tmp", dir=folder) as work:
             draft = Path(work) / target.name
-            words = [*command, *FLAGS, *map(str, sources), "-o", str(draft), "-lm"]
+            words = [*command, *flags, *map(str, sources), "-o", str(draft), "-lm"]
             done = subprocess.run(words, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
             if done.returncode:
                 raise Unavailable(f"{command[0]} cannot compile the kernels: {(done.stderr.splitlines() or ['?'])[0]}")

@@ -30,7 +30,7 @@ INLINE void generic_rows(const struct score *s, int head, int64_t from, int64_t 
                 for (int d = 0; d < s->row; d++) sum += (int32_t)q[d] * k[d];
             else
                 for (int d = 0; d < s->row; d++)
-                    sum += (int32_t)q[d] * ((int8_t)(uint8_t)(k[d] << 4) >> 4) + (int32_t)q[s->half + d] * (k[d] >> 4);
+                    sum += (int32_t)q[d] * ((int8_t)((uint8_t)k[d] << 4) >> 4) + (int32_t)q[s->half + d] * (k[d] >> 4);
             best = sum > best ? sum : best;
         }
         s->out[head * s->out_stride + i] = best;

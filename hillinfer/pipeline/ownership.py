@@ -26,7 +26,7 @@ class CacheOwner:
         """Drop the claim: an unfinished step is abandoned."""
         self._owner, self._reached = None, self.layers - 1
 
-    def take(self, layer: int, tokens: int = 0) -> None:
+    def take(self, layer: int) -> None:
         """Claim the cache before tokens enter a layer. UsageError, with nothing changed, if it is in use."""
         if not self.here:
             raise UsageError("this cache was made before a fork, by another process: make or open one in this process")

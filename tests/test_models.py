@@ -22,6 +22,7 @@ from hillinfer.layer import Layer
 from hillinfer.models import lookahead
 from hillinfer.models.support import check_supported
 from hillinfer.run import Run
+from hillinfer.systems.planning import plan
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
@@ -115,6 +116,7 @@ MLA = dict(
 def test_exact_families_run_exactly_and_refuse_a_selection(tmp_path):
     config = DeepseekV3Config(**TINY, **MLA, num_key_value_heads=4, max_position_embeddings=512)
     assert "MLA" in check_supported(config).exact
+    assert plan(config, Settings(), 100, torch.float32) == 2 * 100 * (16 + 8) * 4  # of latents, not of heads
     torch.manual_seed(0)
     model = hillinfer_model(config)
     ids = torch.randint(2, 97, (2, 50))

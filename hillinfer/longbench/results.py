@@ -37,6 +37,8 @@ class Results:
         except BlockingIOError:
             self.file.close()
             raise UsageError(f"another eval is writing to {self.folder}; wait for it, or name another --out") from None
+        except OSError:
+            pass  # a file system without locks
         self.file.seek(0)
         content = self.file.read()
         complete = content.rfind(b"\n") + 1  # a run killed during a write leaves a partial line

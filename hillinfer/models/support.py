@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from hillinfer.errors import UsageError
 
 # Families whose code computes on keys and values, or asks for their shape, after the cache has returned them.
-COMPUTE_ON_KV = {"jetmoe", "diffllama", "doge", "git", "minimax_m3_vl", "minimax_m3_vl_text"}
+COMPUTE_ON_KV = {"jetmoe", "diffllama", "doge", "git"}
 REFUSED = {  # families that no cache of another class can serve, and why
     **dict.fromkeys(("minimax", "deepseek_v4", "unlimited_ocr"), "insists on a cache class of its own"),
     **dict.fromkeys(
@@ -26,12 +26,14 @@ REFUSED = {  # families that no cache of another class can serve, and why
 class Support:
     """The layers of a model that are tiered, by index, of all its `layers`.
 
-    exact  why only attention over all tokens is possible, by the model's own code; None where a selection is as well
+    exact    why only attention over all tokens is possible, by the model's own code; None where a selection is as well
+    latents  values that a token's record holds in place of keys and values (MLA); 0 elsewhere
     """
 
     tiered: list[int]
     layers: int
     exact: str | None = None
+    latents: int = 0
 
     def __str__(self) -> str:
         few = f"{len(self.tiered)} of {self.layers} layers are tiered"
@@ -49,7 +51,12 @@ def check_supported(config: PretrainedConfig, model_class: type | None = None) -
         raise UsageError(f"{config.model_type} is {what} model; tiered KV needs a decoder-only one, such as Llama")
     if why := REFUSED.get(text.model_type) or REFUSED.get(config.model_type):
         raise UsageError(f"{text.model_type} {why}, which cannot be tiered; use its own cache")
-    layers = DynamicCache(config=config).layers
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception as error:  # of its config's own
+        raise UsageError(
+            f"transformers has no cache for {config.model_type} ({type(error).__name__}: {error})"
+        ) from None
     tiered = [i for i, layer in enumerate(layers) if isinstance(layer, DynamicLayer) and not _slides(layer, text)]
     if not tiered:
         slides = any(getattr(layer, "is_sliding", False) for layer in layers)
@@ -59,7 +66,8 @@ def check_supported(config: PretrainedConfig, model_class: type | None = None) -
             "tier; use its own cache, or a model with full attention"
         )
     kinds = {type(layers[i]) for i in tiered} - {DynamicLayer, DynamicSlidingWindowLayer}
-    return Support(tiered, len(layers), _why_exact(text, kind, kinds))
+    latents = max(map(_latents, getattr(text, "per_layer_config", None) or (text,)))
+    return Support(tiered, len(layers), _why_exact(text, kind, kinds, latents), latents)
 
 
 def check_selects(support: Support, config: PretrainedConfig, selects: bool, alpha: float) -> None:
@@ -71,9 +79,13 @@ def check_selects(support: Support, config: PretrainedConfig, selects: bool, alp
         )
 
 
-def _why_exact(text: PretrainedConfig, kind: type | None, kinds: set[type]) -> str | None:
-    each = getattr(text, "per_layer_config", None) or (text,)
-    if any(getattr(config, "kv_lora_rank", None) for config in each):
+def _latents(config: PretrainedConfig) -> int:
+    rank = getattr(config, "kv_lora_rank", None)
+    return rank + getattr(config, "qk_rope_head_dim", 0) if rank else 0
+
+
+def _why_exact(text: PretrainedConfig, kind: type | None, kinds: set[type], latents: int) -> str | None:
+    if latents:
         return "caches latents that it expands in each step (MLA)"
     if kinds:
         return f"keeps more than keys and values in a layer ({', '.join(sorted(k.__name__ for k in kinds))})"

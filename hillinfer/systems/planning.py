@@ -38,7 +38,8 @@ def plan(
         raise UsageError(f"{tokens:,} tokens exceed the model's window of {window:,}: shorten the prompt or the answer")
     shape, run = shape_of(text, dtype.itemsize), run_for(settings)(settings, len(support.tiered))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run.geometry = Geometry(1, shape.kv_heads, shape.head_dim, dtype, device)
+    record = (1, -(-support.latents // 2)) if support.latents else (shape.kv_heads, shape.head_dim)
+    run.geometry = Geometry(1, *record, dtype, device)
     run.check(tokens)
     need = run.layers * tokens * run.geometry.record_bytes
     if settings.drive is not None and (free := shutil.disk_usage(settings.drive).free) < need:

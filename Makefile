@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-speed bench trees families
+.PHONY: demo test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-speed bench trees families pretrained
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -102,6 +102,9 @@ show-trust: $(VENV)/.ready ## every claim about faults, memory and trust, measur
 
 faults: $(VENV)/.ready ## docs/faults.md: every fault x every system, run now
 	$(BIN)/python -m benchmarks.faults --table docs/faults.md
+
+pretrained: $(VENV)/.ready ## real weights against transformers' own cache: make pretrained MODELS="FOLDER_OR_HUB_ID ..."
+	$(BIN)/python -m benchmarks.pretrained $(MODELS)
 
 families: $(VENV)/.ready ## docs/families.md: every decoder family of transformers with every system; AGAIN="llama CRASH" for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families --jobs $(or $(JOBS),2) $(AGAIN)

@@ -8,7 +8,10 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-speed bench trees families pretrained
+EXTRAS = dev,lab
+PIP = $(BIN)/pip install -q --no-compile -c constraints.txt# modules are compiled when they are first imported
+
+.PHONY: demo install test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-speed bench trees families pretrained
 
 demo: $(VENV)/.ready
 	$(BIN)/hillinfer demo
@@ -16,6 +19,8 @@ demo: $(VENV)/.ready
 test: smoke ## JOBS=n for more processes, each with one thread for torch
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(JOBS),2) --dist loadgroup --no-loadscope-reorder \
 		-m 'not smoke and not slow and not browser'
+
+install: $(VENV)/.longbench ## all that the tests use
 
 smoke: $(VENV)/.longbench ## every part once, in seconds
 	$(BIN)/pytest -m smoke
@@ -130,8 +135,8 @@ clean:
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hillinfer needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,lab]'
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/.browser: $(VENV)/.ready
@@ -139,6 +144,7 @@ $(VENV)/.browser: $(VENV)/.ready
 	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
 	@touch $@
 
+$(VENV)/.longbench: EXTRAS = dev,lab,longbench,cluster
 $(VENV)/.longbench: $(VENV)/.ready
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,lab,longbench,cluster]'
+	$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@

@@ -139,7 +139,7 @@ class Stack:
             if index + 1 < len(self.layers) and self.layers[index + 1].looks_ahead:
                 self.layers[index + 1].speculate(guess, None, scaling)
             keys, values = self.cache.update(made[0], made[1], index)
-            attention(self.module, query, keys, values, None, scaling)
+            attention(None, self.module, query, keys, values, None, scaling=scaling)
         if self.field.device != "cpu":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)

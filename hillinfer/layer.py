@@ -86,6 +86,7 @@ class Layer:
         with self.track.span("cpu", "append", kv.nbytes):
             self.store.append(kv, codes)
         self.pieces.append(new)
+        run.owner.entered = self.index
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (B, Hkv, N, D)."""

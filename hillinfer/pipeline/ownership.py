@@ -24,7 +24,7 @@ class CacheOwner:
 
     def free(self) -> None:
         """Drop the claim: an unfinished step is abandoned."""
-        self._owner, self._reached = None, self.layers - 1
+        self._owner, self._reached, self.entered = None, self.layers - 1, self.layers - 1
 
     def take(self, layer: int) -> None:
         """Claim the cache before tokens enter a layer. UsageError, with nothing changed, if it is in use."""
@@ -32,7 +32,7 @@ class CacheOwner:
             raise UsageError("this cache was made before a fork, by another process: make or open one in this process")
         with self._lock:
             self._refuse_others()
-            if layer == 0 and self._reached < self.layers - 1:
+            if layer == 0 and self.entered < self.layers - 1:  # the last layer that took in tokens
                 raise UsageError(
                     "the last step was interrupted, and its token is in some layers only: go back to the tokens before "
                     "it with cache.crop(n), or reset the cache"

@@ -1,4 +1,4 @@
-"""The seam with transformers: attention functions that hand a query to a `Layer`, and the query probe.
+"""The seam with transformers: attention functions that hand a query to a `Layer`.
 
 A model keeps its own attention function under its own name. A decode step of one token gets the layer object itself in
 place of keys and values, and the registered function asks it to attend; tensors go to the model's own function. A step

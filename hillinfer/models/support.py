@@ -40,12 +40,9 @@ class Support:
         return few + "; the others keep a window or a state of fixed size" * (len(self.tiered) < self.layers)
 
 
-def check_supported(config: PretrainedConfig, model_class: type | None = None) -> Support:
-    """UsageError, with the reason, for a family whose KV cannot be tiered.
-
-    model_class  by default the class that transformers' auto classes would load
-    """
-    kind, text = model_class or _model_class(config), config.get_text_config(decoder=True)
+def check_supported(config: PretrainedConfig) -> Support:
+    """UsageError, with the reason, for a family whose KV cannot be tiered."""
+    kind, text = _model_class(config), config.get_text_config(decoder=True)
     if config.is_encoder_decoder or _encodes(text, kind):
         what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
         raise UsageError(f"{config.model_type} is {what} model; tiered KV needs a decoder-only one, such as Llama")

@@ -123,7 +123,7 @@ def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinf
         return TieredCache(model, found.policy, settings, run=run)
     model = unwrap(model)
     cache = TieredCache(model.config, found.policy, settings, run=run)
-    streams = settings.drive is None or settings.stream is not None
-    if settings.lookahead and not (streams or cache.support.exact):
+    reads_records = settings.drive is not None and settings.stream is None and not cache.support.exact
+    if settings.lookahead and reads_records:
         cache.attach(model)
     return cache

@@ -5,7 +5,8 @@ selection, its store. Outputs equal those of a decode alone up to the rounding o
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers.cache_utils import Cache
@@ -18,28 +19,27 @@ from hillinfer.models.layers import TieredLayer
 class RowsLayer(Layer):
     """One decoder layer of several caches, for steps of one token."""
 
-    def __init__(self, layers: list[Layer], ended: torch.Tensor):
-        self.layers, self.ended = layers, ended
+    def __init__(self, layers: list[Layer], rows: "Rows"):
+        self.layers, self.rows = layers, rows
 
     @property
     def n(self) -> int:
         return max(layer.n for layer in self.layers)
 
-    def active(self) -> Iterator[tuple[slice, Layer]]:
-        for row, (layer, ended) in enumerate(zip(self.layers, self.ended.tolist(), strict=True)):
-            if not ended:
-                yield slice(row, row + 1), layer
-
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
-        for row, layer in self.active():
-            layer.append(keys[row], values[row], kv)
+        self.new = keys, values  # each row's worker appends them before it attends
 
     def attend(self, query, mask, scaling, softcap=0.0, sinks=None) -> torch.Tensor:
-        out = None
-        for row, layer in self.active():
-            own = layer.attend(query[row], None if mask is None else mask[row], scaling, softcap, sinks)
-            out = own.new_zeros(len(query), *own.shape[1:]) if out is None else out
-            out[row] = own
+        def step(row: int) -> torch.Tensor:
+            own, layer = slice(row, row + 1), self.layers[row]
+            layer.append(*(part[own] for part in self.new))
+            return layer.attend(query[own], None if mask is None else mask[own], scaling, softcap, sinks)
+
+        done = self.rows.each(step)
+        shape = next(iter(done.values())).shape[1:]
+        out = query.new_zeros(len(query), *shape)
+        for row, found in done.items():
+            out[row] = found[0]
         return out
 
 
@@ -51,14 +51,30 @@ class Rows(Cache):
 
     def __init__(self, caches: Sequence[Cache]):
         self.ended = torch.zeros(len(caches), dtype=torch.bool, device="cpu")
+        threads = torch.get_num_threads()  # that a matrix product uses; a row's small operations gain from none but one
+        self.workers = [
+            ThreadPoolExecutor(1, "hillinfer-row", torch.set_num_threads, (1,))
+            for _ in range(min(threads, len(caches)))
+        ]
         layers = []
         for index, layer in enumerate(caches[0].layers):
             if isinstance(layer, TieredLayer):
-                layers.append(TieredLayer(RowsLayer([cache.layers[index].layer for cache in caches], self.ended)))
+                layers.append(TieredLayer(RowsLayer([cache.layers[index].layer for cache in caches], self)))
             else:
                 layers.append(copy.deepcopy(layer))
                 layers[-1].reorder_cache(torch.zeros(len(caches), dtype=torch.long, device="cpu"))
         super().__init__(layers=layers)
+
+    def each(self, step: Callable[[int], torch.Tensor]) -> dict[int, torch.Tensor]:
+        """`step` of each row that has not ended. A row keeps its worker: a step of a cache belongs to one thread."""
+        ended, inference = self.ended.tolist(), torch.is_inference_mode_enabled()
+
+        def work(first: int) -> dict[int, torch.Tensor]:
+            with torch.inference_mode(inference), torch.no_grad():
+                return {row: step(row) for row in range(first, len(ended), len(self.workers)) if not ended[row]}
+
+        running = [worker.submit(work, first) for first, worker in enumerate(self.workers)]
+        return {row: out for future in running for row, out in future.result().items()}
 
 
 def as_batch(caches: Sequence[Cache]) -> Cache:

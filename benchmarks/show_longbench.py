@@ -24,7 +24,8 @@ from benchmarks.claims import Claim, tests, verdict
 from hillinfer.assets import data_folder
 from hillinfer.longbench import prompts, sources, sweep
 from hillinfer.longbench.metrics import score
-from hillinfer.longbench.models import load_model, model_path
+from hillinfer.loading import model_path
+from hillinfer.longbench.models import load_model
 from hillinfer.longbench.results import KEY, read
 from hillinfer.longbench.tasks import find_task, longbench
 from hillinfer.systems.registry import list_systems

@@ -22,9 +22,9 @@ from transformers.utils import logging
 
 from benchmarks.claims import Claim, tests, verdict
 from hillinfer.assets import data_folder
+from hillinfer.loading import model_path
 from hillinfer.longbench import prompts, sources, sweep
 from hillinfer.longbench.metrics import score
-from hillinfer.loading import model_path
 from hillinfer.longbench.models import load_model
 from hillinfer.longbench.results import KEY, read
 from hillinfer.longbench.tasks import find_task, longbench

@@ -64,14 +64,14 @@ def read(path: Path) -> Header:
     """The header. UsageError if the file is no GGUF file, is damaged, or is of another version."""
     try:
         with path.open("rb") as file:
-            if (start := file.read(4)) != b"GGUF":
-                raise UsageError(f"{path} is no GGUF file (it begins with {start!r}); give a .gguf file or a folder")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data).header()
+            if (start := file.read(4)) == b"GGUF":
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    return _Reader(data).header()
     except (struct.error, ValueError, TypeError, ArithmeticError) as error:
         raise UsageError(f"{path} is damaged: its header cannot be read ({error}); {AGAIN}") from None
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}); name a readable .gguf file") from None
+    raise UsageError(f"{path} is no GGUF file (it begins with {start!r}); give a .gguf file or a folder")
 
 
 class _Reader:
@@ -101,11 +101,9 @@ class _Reader:
         return count
 
     def text(self) -> str:
-        return self.skip(self.count()).decode("utf-8")
-
-    def skip(self, size: int) -> bytes:
-        start, self.at = self.at, self.at + size
-        return self.data[start : self.at]
+        size = self.count()
+        self.at += size
+        return self.data[self.at - size : self.at].decode("utf-8")
 
     def value(self, kind: int) -> str | float:
         if kind == STRING:
@@ -115,9 +113,10 @@ class _Reader:
         kind, count = self.number("<I"), self.count()
         if kind == STRING:
             for _ in range(count):
-                self.skip(self.count())
+                size = self.count()
+                self.at += size
         else:
-            self.skip(count * struct.calcsize(self.scalar(kind)))
+            self.at += count * struct.calcsize(self.scalar(kind))
         return count
 
     def scalar(self, kind: int) -> str:

@@ -29,8 +29,8 @@ def load_model(name: str, dtype: "torch.dtype | str" = "auto") -> "tuple[PreTrai
     name   embedded, a folder, a hub id, a GGUF file, or a GGUF file of the hub as `hub-id:file.gguf`
     dtype  of the weights, such as float32; `auto` as in `choose_dtype`
 
-    Weights in GGUF blocks are unpacked: transformers computes with blocks only for three families, and only by a
-    kernel that it downloads. Raises UsageError as `load_pretrained`.
+    Weights in GGUF blocks are unpacked into dense ones: transformers computes with blocks for three families only, on a
+    GPU, with a kernel that it downloads. Raises UsageError as `load_pretrained`.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -60,26 +60,26 @@ def load_pretrained(loader, name: str, **options):
     Raises UsageError if the files are missing, unreachable, damaged or not of a known architecture.
     """
     path = Path(model_path(name))
-    hub = not path.exists()
-    online = hub and hub_reachable()
-    expected, fix = (OSError, ValueError, KeyError), "give a folder with config.json, or a reachable hub id"
+    local = path.exists()
+    online = not local and hub_reachable()
+    expected, fix = (OSError, ValueError, KeyError), "give a folder with config.json, a hub id, or hub-id:file.gguf"
     try:
-        if hub and ":" in name:
-            path, hub = _download(name, online), False
+        if not local and path.suffix == ".gguf":
+            path = _download(str(name), online)
         if path.is_file():
             gguf_file.check(path)
-            # On a damaged or unknown file transformers raises whatever comes.
+            # On an unknown or damaged file transformers raises whatever comes.
             expected, fix = Exception, "give the .gguf file of a text model that transformers knows, or its folder"
             options |= {"gguf_file": path.name} | _unpack(loader)
             path = path.parent
-        elif files := _only_gguf(path):
+        elif not (path / "config.json").exists() and (files := sorted(file.name for file in path.glob("*.gguf"))):
             raise UsageError(f"{name} has no config.json; name one of its files: {', '.join(files)}")
-        options |= {"local_files_only": not online}
-        return loader.from_pretrained(name if hub else path, trust_remote_code=False, **options)
+        return loader.from_pretrained(str(path), trust_remote_code=False, local_files_only=not online, **options)
     except UsageError:
         raise
     except expected as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = reason if local or online else "no network, and not in the hub's cache"
         raise UsageError(f"cannot load model '{name}' ({reason}); {fix}") from None
 
 
@@ -87,7 +87,9 @@ def _download(name: str, online: bool) -> Path:
     """The local path of `hub-id:file.gguf`."""
     from huggingface_hub import hf_hub_download
 
-    repository, _, file = name.partition(":")
+    repository, colon, file = name.partition(":")
+    if not colon:
+        raise UsageError(f"there is no file {name}; give another path, or hub-id:file.gguf")
     return Path(hf_hub_download(repository, file, local_files_only=not online))
 
 
@@ -97,11 +99,6 @@ def _unpack(loader) -> dict:
 
     dense = loader is transformers.AutoModelForCausalLM and hasattr(transformers, "GgufConfig")
     return {"quantization_config": transformers.GgufConfig(dequantize=True)} if dense else {}
-
-
-def _only_gguf(folder: Path) -> list[str]:
-    """The GGUF files of a folder that has no config."""
-    return [] if (folder / "config.json").exists() else sorted(path.name for path in folder.glob("*.gguf"))
 
 
 def hub_reachable(wait_s: float = 3.0) -> bool:

@@ -50,6 +50,10 @@ def test_a_gguf_file_is_the_model_it_was_written_from(source, tmp_path, kind, er
         want, got = source(IDS).logits, model(IDS).logits
     assert got.dtype == torch.float32 and (got - want).abs().max() < error * want.abs().max()
     assert tokenizer.decode(tokenizer("the other" + END).input_ids) == "the other" + END
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    dense, same = hillinfer.load_model(str(tmp_path / "dense"), "float32")
+    assert torch.equal(dense(IDS).logits, got) and same.get_vocab() == tokenizer.get_vocab()
     assert len(tokenizer("the").input_ids) == 1 and tokenizer.eos_token_id == 258
 
 

@@ -1,5 +1,6 @@
 """Models as people have them: GGUF files load to the model they were written from; a broken one is one clear line."""
 
+import json
 import random
 import re
 import sys
@@ -86,7 +87,14 @@ def test_run_answers_and_continues_a_session_with_a_gguf_file(file, tmp_path):
     assert first.stdout == second.stdout != "" and "weights in float32 on" in first.stderr
 
 
-def test_an_eval_tells_two_files_apart_and_names_the_dtype(file, source, tmp_path):
+def test_an_eval_takes_a_gguf_file_and_names_its_dtype(file, tmp_path):
+    words = ["eval", "--model", file, "--tasks", "lines_2k", "--systems", "full", "--samples", 1, "--max-length", 200]
+    result = CliRunner().invoke(app, list(map(str, [*words, "--dtype", "float32", "--out", tmp_path])))
+    assert result.exit_code == 0 and f"Weights of {file}: float32." in result.stdout, result.output
+    assert json.loads((tmp_path / "manifest.json").read_text())["models"][str(file)]["dtype"] == "float32"
+
+
+def test_an_eval_tells_two_files_apart(file, source, tmp_path):
     one, other = describe(str(file), None), describe(str(write(tmp_path / "other.gguf", source, "Q4_0")), None)
     assert one["fingerprint"] != other["fingerprint"] and one["dtype"] in ("float32", "bfloat16")
     with pytest.raises(UsageError, match="lower --max-length"):

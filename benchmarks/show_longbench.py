@@ -22,10 +22,11 @@ from transformers.utils import logging
 
 from benchmarks.claims import Claim, tests, verdict
 from hillinfer.assets import data_folder
+from hillinfer.loading import model_path
 from hillinfer.longbench import prompts, sources, sweep
 from hillinfer.longbench.job import EvalSettings, Job, run_job
 from hillinfer.longbench.metrics import score
-from hillinfer.longbench.models import load_model, model_path
+from hillinfer.longbench.models import load_model
 from hillinfer.longbench.results import KEY, read
 from hillinfer.longbench.tasks import find_task, longbench
 from hillinfer.systems.registry import list_systems

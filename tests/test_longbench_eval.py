@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from hillinfer import list_systems
 from hillinfer.commands.app import app
+from hillinfer.loading import model_path
 from hillinfer.longbench import reference, report, sweep
 from hillinfer.longbench.job import EvalSettings, Job, run_job
-from hillinfer.longbench.models import model_path
 from hillinfer.longbench.results import Results, read, read_manifest
 from hillinfer.longbench.statistics import interval, paired
 from hillinfer.longbench.tasks import find_task, longbench

@@ -18,7 +18,7 @@ GROUPS = "own, longbench, longbench-en, longbench-e, longbench-v2, quest, auto, 
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folders or hub ids, comma-separated, or embedded.")] = "embedded",
+    model: Annotated[str, typer.Option(help="Folders, .gguf files or hub ids, by commas; or embedded.")] = "embedded",
     tasks: Annotated[str, typer.Option(help=GROUPS)] = "own",
     systems: Annotated[str, typer.Option(help="By commas, or all; full is always added.")] = "streaming,topk,hillinfer",
     alpha: Annotated[str, typer.Option(help="Values of alpha, separated by commas.")] = "0.2",
@@ -61,7 +61,8 @@ def evaluate(
     for value in (alphas := split_list(alpha, float)):
         Settings(alpha=value, **options)  # refuse bad input before torch loads
     check_folder(drive)
-    from hillinfer.assets import machine, model_path
+    from hillinfer.assets import machine
+    from hillinfer.loading import model_path
     from hillinfer.longbench import metrics, report, sources, sweep
     from hillinfer.longbench.job import EvalSettings, Job
     from hillinfer.longbench.models import describe
@@ -87,7 +88,7 @@ def evaluate(
         share_prefill=share_prefill,
     )
     tokens = max_length + max(task.max_new_tokens for task, _, _ in loaded) if max_length else 0
-    models = {name: describe(name, chat, tokens) for name in split_list(model)}
+    models = {name: describe(name, chat, tokens, dtype) for name in split_list(model)}
     drawn = [(task, sweep.sample(records, samples, seed)) for task, records, _ in loaded]
     place = drive or (None if cluster else folder)  # the machines of a cluster may not have this folder
     jobs = [  # one sample of each task, then the next: an early estimate of the time, and a balanced half when stopped
@@ -109,6 +110,7 @@ def evaluate(
                 bars.advance(bar, len(answers))
     table, cost, facts = report.write(folder)
     summary = report.summary(table, cost)
+    facts += [f"Weights of {name}: {about['dtype']}." for name, about in models.items()]
     page = write_page(folder, table, cost, summary, facts)
     say(*facts)
     show_table(list(summary), format_rows(summary))

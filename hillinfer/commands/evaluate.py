@@ -33,6 +33,7 @@ def evaluate(
     chat: Annotated[bool | None, typer.Option(help="Chat template; by default if the tokenizer has one.")] = None,
     question: Annotated[str, typer.Option(help="stepwise, prefilled with the document, or both.")] = "stepwise",
     fidelity: Annotated[str, typer.Option(help="Teacher-forced against full: reference, own, or both.")] = "",
+    answers: Annotated[bool, typer.Option(help="Without answers, only fidelity is measured.")] = True,
     times: Annotated[bool, typer.Option(help="Decode one system at a time, to measure its time.")] = False,
     drive: Annotated[Path | None, typer.Option(help="By default --out; on a cluster, a temporary folder.")] = None,
     drive_kind: Annotated[str | None, typer.Option(help="ssd or emulated.")] = None,
@@ -56,6 +57,8 @@ def evaluate(
         raise UsageError(f"question is {', '.join(QUESTIONS)}, dtype {', '.join(DTYPES)}; not {question} and {dtype}")
     if fidelity not in FIDELITY:
         raise UsageError(f"no fidelity '{fidelity}'; choose reference, own or both")
+    if not (answers or fidelity):
+        raise UsageError("without answers there is nothing to measure: add --fidelity reference")
     options = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
     options = {name: value for name, value in options.items() if value is not None}
     for value in (alphas := split_list(alpha, float)):
@@ -82,6 +85,7 @@ def evaluate(
         prefill_chunk=prefill_chunk,
         threads=threads,
         seed=seed,
+        answers=answers,
         fidelity=FIDELITY[fidelity],
         options=tuple(options.items()),
         times=times,
@@ -105,13 +109,15 @@ def evaluate(
         missing, total = sum(len(job.variants) for job in left), len(jobs) * len(variants)
         with progress() as bars:
             bar = bars.add_task("answers", total=total, completed=total - missing)
-            for answers in sweep.run_all(left, workers, cluster):
-                results.append(answers)
-                bars.advance(bar, len(answers))
-    table, cost, facts = report.write(folder)
+            for rows in sweep.run_all(left, workers, cluster):
+                results.append(rows)
+                bars.advance(bar, len(rows))
+    table, cost, close, facts = report.write(folder)
     summary = report.summary(table, cost)
     facts += [f"Weights of {name}: {about['dtype']}." for name, about in models.items()]
     page = write_page(folder, table, cost, summary, facts)
     say(*facts)
-    show_table(list(summary), format_rows(summary))
+    for shown in (summary, close):
+        if not shown.empty:
+            show_table(list(shown), format_rows(shown))
     say(f"{folder}: report.md, {page.name}, scores.csv, costs.csv, results.jsonl, manifest.json")

@@ -12,7 +12,7 @@ def fidelity(frame: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
     """A row for each model, question, forced answer, system and alpha; empty if nothing was measured.
 
     frame     as from `report.frame_of`
-    baseline  the system to compare with at each alpha; None takes hillinfer, or else the first that selects
+    baseline  the system to compare with at each alpha; None takes hillinfer, topk, or the first that selects
 
     kl (nats), agree (%), nll (nats) and their 95 % bootstrap intervals are means over samples; kl_p95 is over answer
     tokens; mass and attended are in %. to_baseline is the paired difference in kl, with its interval and p.
@@ -21,7 +21,7 @@ def fidelity(frame: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
     if samples.empty:
         return samples
     selecting = samples[samples.attended < 1].system
-    names = [baseline or "hillinfer", *selecting]
+    names = [baseline or "hillinfer", "topk", *selecting]
     baseline = next((name for name in names if name in set(samples.system)), names[0])
     base = samples[samples.system == baseline].set_index([*BY[:3], "alpha", "task", "id"]).kl_mean
     rows = []
@@ -57,6 +57,8 @@ def _samples(frame: pd.DataFrame) -> pd.DataFrame:
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """The table as text, for reports and terminals."""
+    if table.empty:
+        return table
     out = table[[*BY, "samples", "tokens"]].copy()
     out["KL to full"] = [f"{r.kl:.4f} [{r.kl_low:.4f}, {r.kl_high:.4f}]" for r in table.itertuples()]
     out["p95"] = table.kl_p95.map("{:.3f}".format)

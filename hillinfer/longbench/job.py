@@ -23,6 +23,8 @@ from hillinfer.systems.registry import list_systems, make_cache
 from hillinfer.systems.shapes import shape_of, window_of
 
 QUESTIONS = ("stepwise", "prefilled")
+MEASURED = "pred score new_tokens attended cached rates prefill_ms paid_ms fill_ms ms_per_token drive_bytes_per_token"
+MEASURED = (*MEASURED.split(), "kv_bytes_per_token", "memory_bytes")  # fields of a row, None without an answer
 SEED = 42
 
 
@@ -51,6 +53,7 @@ class EvalSettings:
     prefill_chunk: int | None = None
     threads: int = 1
     seed: int = SEED
+    answers: bool = True  # False: fidelity alone
     fidelity: tuple[str, ...] = ()  # answers to teacher-force: reference, own (of `full`)
     options: tuple[tuple[str, object], ...] = ()  # further fields of `Settings`
     times: bool = False  # one variant at a time, so that its time is its own
@@ -97,7 +100,6 @@ class Asker:
     """Asks a sample's question over one exact prefill, which is copied into the cache of each variant."""
 
     def __init__(self, model, tokenizer, job: Job):
-
         self.model, self.tokenizer, self.job, systems = model, tokenizer, job, list_systems()
         self.policies = {variant: systems[variant.system].policy for variant in (*job.variants, FULL)}
         able = [v for v in job.variants if (policy := self.policies[v]).watches or policy.late]
@@ -107,7 +109,6 @@ class Asker:
 
     def groups(self, variants: list[Variant], prompt: Prompt) -> list[list[Variant]]:
         """Variants that decode together: as many as half of the free memory holds, one if times are to be measured."""
-
         config, size = self.model.config, 1
         if not (self.job.settings.times or check_supported(config).exact):
             shape = shape_of(config.get_text_config(decoder=True), self.model.dtype.itemsize)
@@ -142,11 +143,7 @@ class Asker:
 
     def answer(self, group: list[Variant], prompt: Prompt) -> list[dict]:
         """A row of results for each variant."""
-        job, shape = self.job, self.model.config.get_text_config(decoder=True)
-        with self.opened(group, prompt) as (caches, seconds):
-            prefills = [prefill for prefill, _, _ in seconds]
-            answers = answer(self.model, self.tokenizer, job.task, prompt, caches, prefills)
-            record_bytes = [cache.run.geometry.record_bytes for cache in caches]
+        job = self.job
         common = dict(model=job.model, task=job.task.name, id=job.record["_id"], suite=job.task.suite)
         common |= {name: job.record[name] for name in ("answers", "all_classes", "length")}
         common |= dict(
@@ -154,27 +151,37 @@ class Asker:
             original_tokens=prompt.original,
             truncated=prompt.truncated,
             cut_again=prompt.recut,
+            prompt_tokens=len(prompt.ids),
             question_tokens=len(prompt.ids) - prompt.document,
         )
-        rows = []
-        for variant, answered, (_, paid, copied), size in zip(group, answers, seconds, record_bytes, strict=True):
-            rows.append(common | asdict(variant) | {
-                "pred": answered.text,
-                "score": score(job.task, answered.text, job.record["answers"], job.record["all_classes"]),
-                "prompt_tokens": answered.prompt_tokens, "new_tokens": answered.new_tokens,
-                "attended": answered.attended, "cached": answered.cached, "rates": answered.rates,
-                "shared": variant in self.sharing,
-                "prefill_ms": answered.prefill_ms, "paid_ms": paid * 1e3, "fill_ms": copied * 1e3,
-                "ms_per_token": answered.ms_per_token if len(group) == 1 else None,
-                "drive_bytes_per_token": answered.drive_bytes_per_token,
-                "kv_bytes_per_token": answered.attended * size * shape.num_hidden_layers,
-                "memory_bytes": answered.memory_bytes,
-                "fidelity": {},
-            })  # fmt: skip
+        measured = self.answers(group, prompt) if job.settings.answers else [dict.fromkeys(MEASURED)] * len(group)
+        rows = [
+            common | asdict(variant) | {"shared": variant in self.sharing, "fidelity": {}} | own
+            for variant, own in zip(group, measured, strict=True)
+        ]
         for kind in job.settings.fidelity:
             for row, found in zip(rows, self.fidelity(kind, group, prompt), strict=True):
                 row["fidelity"][kind] = found
         return rows
+
+    def answers(self, group: list[Variant], prompt: Prompt) -> list[dict]:
+        """Answer, score and cost of each variant."""
+        record, task = self.job.record, self.job.task
+        layers, found = self.model.config.get_text_config(decoder=True).num_hidden_layers, []
+        with self.opened(group, prompt) as (caches, seconds):
+            answers = answer(self.model, self.tokenizer, task, prompt, caches, [prefill for prefill, _, _ in seconds])
+            for cache, each, (_, paid, copied) in zip(caches, answers, seconds, strict=True):
+                found.append({
+                    "pred": each.text, "score": score(task, each.text, record["answers"], record["all_classes"]),
+                    "new_tokens": each.new_tokens,
+                    "attended": each.attended, "cached": each.cached, "rates": each.rates,
+                    "prefill_ms": each.prefill_ms, "paid_ms": paid * 1e3, "fill_ms": copied * 1e3,
+                    "ms_per_token": each.ms_per_token if len(group) == 1 else None,
+                    "drive_bytes_per_token": each.drive_bytes_per_token,
+                    "kv_bytes_per_token": each.attended * cache.run.geometry.record_bytes * layers,
+                    "memory_bytes": each.memory_bytes,
+                })  # fmt: skip
+        return found
 
     def fidelity(self, kind: str, group: list[Variant], prompt: Prompt) -> list[dict]:
         """How closely each variant follows `full`, on the reference answer or on `full`'s own."""

@@ -18,6 +18,7 @@ from hillinfer.longbench.statistics import interval, paired
 from hillinfer.longbench.tasks import find_task
 
 VARIANT = ["model", "question", "system", "alpha"]
+COSTS = ("_ms", "_per_token", "_bytes")
 AVERAGE, CATEGORIES = "average", "average of categories"
 INTRO = (
     "Scores are in per cent with 95 % bootstrap intervals over samples; the average is the mean over tasks. The "
@@ -36,7 +37,8 @@ def frame_of(rows: list[dict]) -> pd.DataFrame:
         raise UsageError("there are no results yet: run `hillinfer eval` first")
     frame = pd.DataFrame(rows)
     frame["alpha"] = frame["alpha"].astype(float).fillna(1.0)
-    frame["ms_per_token"] = frame["ms_per_token"].astype(float)  # none where systems shared a decode
+    numbers = frame.columns.intersection(["score", "attended", "cached", *(n for n in frame if n.endswith(COSTS))])
+    frame[numbers] = frame[numbers].astype(float)  # None, without an answer or a time of its own, becomes NaN
     return frame.sort_values([*VARIANT, "task", "id"], ignore_index=True)
 
 
@@ -55,7 +57,7 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
             for task, bucket, groups, weights in _cuts(part):
                 row = dict(zip(VARIANT, (model, question, system, alpha), strict=True), task=task, bucket=bucket)
                 out.append(row | _measures(groups, weights))
-    return pd.DataFrame(out)
+    return pd.DataFrame(out).dropna(subset="score", ignore_index=True)
 
 
 def _cuts(part: pd.DataFrame):
@@ -98,7 +100,7 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
 
 def prefill_saving(frame: pd.DataFrame) -> str:
     """Measured time of the shared prefills, and the estimated time of one prefill per answer."""
-    shared = frame[frame.shared]
+    shared = frame[frame.shared & frame.paid_ms.notna()]
     if shared.empty:
         return "no prefill was shared"
     paid, copied, each = (shared[name].sum() / 1e3 for name in ("paid_ms", "fill_ms", "prefill_ms"))
@@ -150,8 +152,11 @@ def _cell(value) -> str:
     return text.replace("|", "\\|")
 
 
-def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Write scores.csv, costs.csv and report.md for a results folder. Returns both tables and the report's notes."""
+def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[str]]:
+    """Write scores.csv, costs.csv, fidelity.csv and report.md for a results folder.
+
+    Returns scores, costs, fidelity as text, and the report's notes.
+    """
     manifest, frame = read_manifest(folder), frame_of(read(folder))
     table, cost, close = scores(frame), costs(frame), fidelity(frame)
     last = manifest["runs"][-1]
@@ -169,12 +174,12 @@ def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     if not close.empty:
         files.write_text(folder / "fidelity.csv", close.to_csv(index=False))
         facts.append(FIDELITY)
-    tables = [summary(table, cost), *([] if close.empty else [shown(close)]), wide(table)]
+    tables = [part for part in (summary(table, cost), shown(close), wide(table)) if not part.empty]
     if (buckets := table[table.bucket != ""]).size:
         tables.append(buckets[[*VARIANT, "task", "bucket", "n", "score", "low", "high"]])
     text = ["# hillinfer eval", *facts, *map(markdown, tables)]
     files.write_text(folder / "report.md", "\n\n".join(text) + "\n")
-    return table, cost, facts
+    return table, cost, shown(close), facts
 
 
 def compare(one: Path, other: Path) -> tuple[pd.DataFrame, list[str]]:

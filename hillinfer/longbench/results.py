@@ -13,7 +13,7 @@ from pathlib import Path
 from hillinfer import files
 from hillinfer.errors import UsageError
 
-KEY = ("model", "task", "id", "system", "alpha")  # identifies a result
+KEY = ("model", "task", "id", "system", "alpha", "question")  # identifies a result
 LIBRARIES = "hillinfer torch transformers tokenizers numpy datasets rapidfuzz rouge jieba joblib dask ray".split()
 
 

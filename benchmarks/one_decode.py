@@ -73,8 +73,8 @@ def main() -> None:
     found = measure(model, tokenizer, words.rows, words.task, words.tokens, words.turns, words.new_tokens)
     ratios = [alone / together for together, alone in zip(found["together"], found["one by one"], strict=True)]
     print(
-        f"{found['ways']} ways, {found['tokens']:,} tokens: one by one over together, median {statistics.median(ratios):.1f} "
-        f"({min(ratios):.1f} to {max(ratios):.1f}) of {len(ratios)} turns; {found['differ']} answers differ"
+        f"{found['ways']} ways, {found['tokens']:,} tokens: one by one over together, median of {len(ratios)} turns "
+        f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}); {found['differ']} answers differ"
     )
     print(f"{words.model} in {model.dtype}; {machine()}")
 

@@ -22,13 +22,13 @@ TASK = Task(
     "needles", BUNDLED, "Read the text and remember the codes in it.\n\n{context}\n\n{input}\n", 8, "exact", "needles"
 )
 FLOOR = 0.5  # expected accuracy of guessing among the codes that share half of the name
-FRAME, LEAST = 110, 600  # tokens of question and facts; the shortest prompt with sentences between the facts
+FRAME, LEAST = 140, 600  # tokens of question and facts; the shortest prompt with sentences between the facts
 SENTENCE = re.compile(r'(?<=[a-z]{3}[.!?] )(?=[A-Z"])|(?<=\n\n)')  # each keeps the space after it; no end at "Mr. "
 FACT = "The code of the {} is {}."
 
 
 def make_needles(tokenizer: PreTrainedTokenizerBase, tokens: int, n: int, seed: int = 0) -> list[dict]:
-    """`n` records with prompts of about `tokens` tokens: LongBench's fields, and the `key` that is asked for.
+    """`n` records with prompts of at most `tokens` tokens: LongBench's fields, and the `key` that is asked for.
 
     Each starts at a random sentence of the novel. The fact asked for lies at a depth of 5 %, 35 %, 65 %, 95 %, 25 %
     and so on.

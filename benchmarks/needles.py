@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from hillinfer.assets import machine, model_path
+from hillinfer.assets import machine
 from hillinfer.commands.console import split_list
 from hillinfer.errors import UsageError
 from hillinfer.longbench.forced import Forced, force_each
@@ -25,6 +25,7 @@ from hillinfer.longbench.needles import TASK, make_needles, needle_prompt
 from hillinfer.longbench.results import Results
 from hillinfer.longbench.sweep import Variant
 from hillinfer.systems.registry import list_systems
+from hillinfer.systems.shapes import window_of
 
 VARIANTS = [Variant("full", None), Variant("hillinfer", 0.1), Variant("hillinfer", 0.05)]
 VARIANTS += [Variant(name, 0.1) for name in ("leoam", "quest", "streaming")]
@@ -48,7 +49,11 @@ def row_of(forced: Forced, variant: Variant, model: str, record: dict, tokens: i
 
 def measure(name: str, lengths: list[int], n: int, results: Results, drive: Path) -> None:
     """Answer what `results` lacks, a length's questions in turn; a line for each question."""
-    model, tokenizer = load_model(model_path(name), "auto", torch.get_num_threads(), SEED)
+    model, tokenizer = load_model(name, "auto", torch.get_num_threads(), SEED)
+    if (window := window_of(model.config)) and max(lengths) + TASK.max_new_tokens > window:
+        raise UsageError(
+            f"{max(lengths):,} tokens and an answer exceed the window of {name}, {window:,}: lower --tokens"
+        )
     jobs = [(tokens, record) for tokens in lengths for record in make_needles(tokenizer, tokens, n, SEED)]
     for i, (tokens, record) in enumerate(jobs, 1):
         keys = {variant: (name, TASK.name, record["_id"], *astuple(variant)) for variant in VARIANTS}
@@ -91,9 +96,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/needles"))
     words = parser.parse_args()
     lengths = split_list(words.tokens, int)
-    models = {words.model: describe(words.model, None, max(lengths) + TASK.max_new_tokens)}
     with Results(words.out) as results, tempfile.TemporaryDirectory(dir=words.drive) as drive:
-        results.begin({"seed": SEED}, models, [], sys.argv, machine())
+        results.begin({"seed": SEED}, {words.model: describe(words.model, None)}, [], sys.argv, machine())
         measure(words.model, lengths, words.n, results, Path(drive))
         table = table_of(results.rows)
     print(table.to_string(index=False, float_format="%.3g"))

@@ -50,11 +50,10 @@ def demo(
     else:
         import torch
 
-        from hillinfer.assets import model_path
         from hillinfer.longbench.models import load_model
         from hillinfer.longbench.needles import FLOOR, make_needles
 
-        loaded, ask = load_model(model_path(model), "auto", torch.get_num_threads(), 0), compare_forced
+        loaded, ask = load_model(model, "auto", torch.get_num_threads(), 0), compare_forced
         records, about = make_needles(loaded[1], tokens := tokens or TOKENS, questions or QUESTIONS), f"{tokens} tokens"
         names, guess = dict.fromkeys(("full", *names)), FLOOR
     with progress() as bars:

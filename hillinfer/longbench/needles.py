@@ -22,7 +22,7 @@ TASK = Task(
     "needles", BUNDLED, "Read the text and remember the codes in it.\n\n{context}\n\n{input}\n", 8, "exact", "needles"
 )
 FLOOR = 0.5  # expected accuracy of guessing among the codes that share half of the name
-FRAME, LEAST = 140, 600  # tokens of question and facts; the shortest prompt with sentences between the facts
+FRAME, LEAST = 140, 800  # tokens of question and facts; the shortest prompt with sentences between the facts
 SENTENCE = re.compile(r'(?<=[a-z]{3}[.!?] )(?=[A-Z"])|(?<=\n\n)')  # each keeps the space after it; no end at "Mr. "
 FACT = "The code of the {} is {}."
 
@@ -65,8 +65,10 @@ def _record(name: str, rng: random.Random, text: list[str], depth: float) -> dic
 
 
 def needle_prompt(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[Prompt, list[int]]:
-    """The prompt, up to "The code of the ... is" at the head of the answer; and the tokens of the code."""
+    """The prompt, up to "The code of the ... is" at the head of the answer; and the tokens that complete it."""
     prompt = build(TASK, record, tokenizer, max_length=1 << 40, chat=bool(tokenizer.chat_template))
     before, after = FACT.split(" {}.")[0].format(record["key"]), f" {record['answers'][0]}"
     head, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (before, before + after))
-    return replace(prompt, ids=prompt.ids + head), whole[len(head) :]
+    differing = (i for i, pair in enumerate(zip(head, whole, strict=False)) if pair[0] != pair[1])
+    same = next(differing, len(head))  # some tokenizers write "is" and the space after it as one token
+    return replace(prompt, ids=prompt.ids + whole[:same]), whole[same:]

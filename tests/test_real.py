@@ -6,13 +6,11 @@ HILLINFER_REAL_MODEL names the model, a folder, a hub id or a GGUF file; `.ci/ru
 import os
 
 import pytest
-import torch
 from transformers import DynamicCache
 
-from hillinfer import make_cache, open_session, save_session
+from hillinfer import load_model, make_cache, open_session, save_session
 from hillinfer.assets import data_folder
 from hillinfer.longbench.forced import force_each
-from hillinfer.longbench.models import load_model
 from hillinfer.longbench.prompts import Prompt
 from hillinfer.longbench.runner import decode, feed
 
@@ -23,7 +21,7 @@ pytestmark = pytest.mark.skipif(not NAME, reason="HILLINFER_REAL_MODEL names no 
 
 @pytest.fixture(scope="module")
 def real():
-    return load_model(NAME, "float32", torch.get_num_threads(), 0)
+    return load_model(NAME, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def test_fidelity_has_its_order(real, ids):
     """The exact weights choose best, then their INT8 codes, then a window that sees neither."""
     prompt = Prompt(ids[:-32], len(ids) - 48, len(ids), truncated=False)
     ways = {name: (name, {"alpha": 0.1}) for name in ("full", "oracle", "topk", "streaming")}
-    kl = {forced.variant: forced.kl for forced in force_each(*real, prompt, ids[-32:], ways)}
+    kl = {forced.variant: forced.kl for forced in force_each(*real, prompt, ids[-32:], ways, together=True)}
     assert kl["full"] == 0 < kl["oracle"] < kl["topk"] < kl["streaming"], kl
 
 

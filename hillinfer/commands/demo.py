@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import progress, say, show_table, split_list
+from hillinfer.commands.console import progress, say, show_table, split_list, working
 from hillinfer.commands.options import Alpha, Drive, DriveKind, HostBudget, Precision
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
@@ -15,7 +15,7 @@ TOKENS, QUESTIONS = 1500, 4  # of a real model: minutes on two cores with 0.5 B 
 
 def demo(
     model: Annotated[
-        str, typer.Option(help="Folder or hub id of a real model, asked for codes in a novel.")
+        str, typer.Option(help="Folder, hub id or GGUF file of a real model, which is asked for codes in a novel.")
     ] = "embedded",
     tokens: Annotated[int | None, typer.Option(help=f"A real model's prompt, in tokens; by default {TOKENS}.")] = None,
     questions: Annotated[int | None, typer.Option(min=1, help=f"To a real model; by default {QUESTIONS}.")] = None,
@@ -48,12 +48,11 @@ def demo(
         loaded, records, ask, about = load_embedded(), demo_records(), compare, "2K to 4K tokens"
         guess = floor(records)
     else:
-        import torch
-
-        from hillinfer.longbench.models import load_model
+        from hillinfer.loading import load_model
         from hillinfer.longbench.needles import FLOOR, make_needles
 
-        loaded, ask = load_model(model, "auto", torch.get_num_threads(), 0), compare_forced
+        with working(f"loading {model}"):
+            loaded, ask = load_model(model), compare_forced
         records, about = make_needles(loaded[1], tokens := tokens or TOKENS, questions or QUESTIONS), f"{tokens} tokens"
         names, guess = dict.fromkeys(("full", *names)), FLOOR
     with progress() as bars:

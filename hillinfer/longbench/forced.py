@@ -1,25 +1,28 @@
-"""Teacher forcing: the reference answer fed token by token to several systems over one shared prefill."""
+"""A reference answer forced on several systems over one prefill: would each give it, how closely, at what cost?"""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hillinfer.cache import TieredCache
+from hillinfer.longbench.fidelity import closeness
 from hillinfer.longbench.prompts import Prompt
-from hillinfer.longbench.runner import Answer, measured, prefill
-from hillinfer.longbench.sweep import timed
+from hillinfer.longbench.runner import Answer, feed, measured, prefill
+from hillinfer.models.rows import as_batch
 from hillinfer.systems.registry import list_systems, make_cache
 
 
 @dataclass(frozen=True)
 class Forced:
-    """What one system makes of a reference answer of A tokens.
+    """One system on an answer of A tokens.
 
     right     every token of the answer is the most likely one: a greedy answer begins with it
-    kl        KL divergence of the first variant's next-token distribution to this one's, mean over the A tokens
-    agree     share of the A tokens at which the most likely token is the first variant's
+    kl        KL divergence of the first variant's next-token distribution to this one's in nats, mean over A
+    agree     share of A at which the most likely token is the first variant's
     cache     closed, with its timeline and counters
     """
 
@@ -31,40 +34,49 @@ class Forced:
     cache: TieredCache
 
 
-@torch.inference_mode()
-def force(model: PreTrainedModel, cache: TieredCache, question: list[int], gold: list[int]) -> torch.Tensor:
-    """Log-probabilities (A, vocabulary) of the tokens after the question, the answer `gold` forced upon the model."""
-    logits = []
-    for token in question + gold[:-1]:
-        step = torch.tensor([[token]], device=model.device)
-        logits.append(model(step, past_key_values=cache).logits[0, -1])
-    return torch.stack(logits[-len(gold) :]).float().log_softmax(-1)
-
-
 def force_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     gold: list[int],
     variants: dict[str, tuple[str, dict]],
+    together: bool = False,
 ) -> Iterator[Forced]:
     """One answer forced on every variant, a system and its options. The first is what the others are compared with.
 
-    The document is prefilled once, exactly; each variant then takes the question token by token.
+    The document is prefilled once, exactly; the question is fed token by token. One variant after the other has times
+    of its own; `together`, as rows of one decode, they take a fraction of the time.
     """
-    policies = {list_systems()[system].policy for system, _ in variants.values()}
-    source, prefill_s = timed(prefill, model, prompt, None, [policy for policy in policies if policy.watches])
-    ids, first = torch.tensor(gold, device=model.device), None
-    for name, (system, options) in variants.items():
-        with make_cache(model, system, **options) as cache:
-            source.fill(cache, model.device)
-            cache.timeline.clear()  # the figures cover decode steps only
-            cache.counters.clear()
-            logp, decode_s = timed(force, model, cache, prompt.ids[prompt.document :], gold)
-            figures = measured(cache, prefill_s, decode_s)
-        first = logp if first is None else first
-        likely = logp.argmax(-1)
-        answer = Answer(tokenizer.decode(likely), len(prompt.ids), len(gold), **figures)
-        kl = (first.exp() * (first - logp)).sum(-1).mean().item()
-        agree = (likely == first.argmax(-1)).float().mean().item()
-        yield Forced(name, answer, torch.equal(likely, ids), kl, agree, cache)
+    policies, start = {list_systems()[system].policy for system, _ in variants.values()}, time.perf_counter()
+    source = prefill(model, prompt, policies=[policy for policy in policies if policy.watches])
+    prefill_s, wanted, first = time.perf_counter() - start, torch.tensor(gold, device=model.device), None
+    for group in [list(variants)] if together else [[name] for name in variants]:
+        found = []
+        with ExitStack() as stack:
+            caches = [stack.enter_context(make_cache(model, variants[name][0], **variants[name][1])) for name in group]
+            for cache in caches:
+                source.fill(cache, model.device)
+                cache.timeline.clear()  # the figures cover decode steps only
+                cache.counters.clear()
+            start = time.perf_counter()
+            logp = _force(model, caches, prompt.ids[prompt.document :], gold)
+            decode_s, first = time.perf_counter() - start, logp[0] if first is None else first
+            likely, (kl, agree) = logp.argmax(-1), closeness(first, logp)
+            for row, (name, cache) in enumerate(zip(group, caches, strict=True)):
+                figures = measured(cache, prefill_s, decode_s)
+                answer = Answer(tokenizer.decode(likely[row]), len(prompt.ids), len(gold), **figures)
+                close = kl[row].mean().item(), agree[row].float().mean().item()
+                found.append(Forced(name, answer, torch.equal(likely[row], wanted), *close, cache))
+        yield from found
+
+
+@torch.inference_mode()
+def _force(model: PreTrainedModel, caches: Sequence[TieredCache], question: list[int], gold: list[int]) -> torch.Tensor:
+    """Log-probabilities (B, A, V) of the tokens after the question, in all B caches."""
+    rows, logp = as_batch(caches), []
+    for token in question[:-1]:
+        feed(model, rows, [token], batch=len(caches))
+    for token in [question[-1], *gold[:-1]]:
+        step = torch.full((len(caches), 1), token, dtype=torch.long, device=model.device)
+        logp.append(model(step, past_key_values=rows).logits[:, -1].float().log_softmax(-1))
+    return torch.stack(logp, 1)

@@ -48,12 +48,15 @@ def demo(
         loaded, records, ask, about = load_embedded(), demo_records(), compare, "2K to 4K tokens"
         guess = floor(records)
     else:
-        from hillinfer.loading import load_model
+        from transformers import AutoTokenizer
+
+        from hillinfer.loading import load_model, load_pretrained
         from hillinfer.longbench.needles import FLOOR, make_needles
 
+        tokens = tokens or TOKENS
+        records = make_needles(load_pretrained(AutoTokenizer, model), tokens, questions or QUESTIONS)
         with working(f"loading {model}"):
-            loaded, ask = load_model(model), compare_forced
-        records, about = make_needles(loaded[1], tokens := tokens or TOKENS, questions or QUESTIONS), f"{tokens} tokens"
+            loaded, ask, about = load_model(model), compare_forced, f"{tokens} tokens"
         names, guess = dict.fromkeys(("full", *names)), FLOOR
     with progress() as bars:
         tasks = {name: bars.add_task(name, total=len(records)) for name in names}

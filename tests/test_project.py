@@ -62,7 +62,7 @@ MAY = {
     "systems": CORE_PARTS | {"layer", "models", "cache"},
     "fingerprint": {"errors"},
     "session_file": {"errors", "files"},
-    "session": {"cache", "errors", "fingerprint", "session_file", "systems"},
+    "session": {"cache", "errors", "fingerprint", "models", "session_file", "systems"},
     "longbench": CORE_PARTS | {"assets", "cache", "models", "systems"},
     "whatif": CORE_PARTS | {"assets", "cache", "models", "systems"},
     "workbench": CORE_PARTS | {"assets", "cache", "longbench", "models", "session", "systems", "whatif"},

@@ -11,8 +11,7 @@ from hillinfer.cache import TieredCache
 from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
-from hillinfer.models.support import check_supported
-from hillinfer.session import keep_session, session_ids
+from hillinfer.session import check_keeps, keep_session, session_ids
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -44,13 +43,13 @@ def continue_text(
     """
     found, settings = find_system(system, options)
     config = load_pretrained(AutoConfig, name)
-    check_supported(config)
     if dtype not in DTYPES:
         raise UsageError(f"no dtype '{dtype}'; choose {', '.join(DTYPES)}")
     weights = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
     tokenizer = load_pretrained(AutoTokenizer, name)
     before = tokenizer(document).input_ids if document is not None else []
     if session is not None:
+        check_keeps(config, system, options)
         before = session_ids(session, before)
     ids = before + tokenizer(text, add_special_tokens=not before).input_ids
     total = len(ids) + max_new_tokens

@@ -14,9 +14,9 @@ pytest.importorskip("ipywidgets")
 ROOT = Path(__file__).parents[1]
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Smaller parameters than a reader's: every cell still runs.
-SMALL = dict.fromkeys(("00", "01", "02", "03"), "tokens = 1024")
-SMALL |= {"04": 'tasks = {"lines_1k": 1}', "05": 'tasks = {"lines_1k": 1, "needle_1k": 1}'}
-SMALL |= {"08": 'tasks, alpha, samples = "lines_1k,needle_1k", "0.2", 1'}
+SMALL = dict.fromkeys(("00", "01", "02", "03", "06"), 'task, tokens = "lines", 1024')  # short answers
+SMALL |= {"04": 'tasks, systems = {"lines_1k": 1}, ["full", "topk", "hillinfer"]', "05": 'tasks = {"lines_1k": 1}'}
+SMALL |= {"07": 'task, length = "lines", 1024', "08": 'tasks, alpha, samples = "lines_1k,needle_1k", "0.2", 1'}
 
 
 def test_all_notebooks_are_here():

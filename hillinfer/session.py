@@ -136,8 +136,11 @@ def check_keeps(config: PretrainedConfig, system: str, options: dict) -> None:
 
 
 def _check_layers(support: Support) -> None:
-    if len(support.tiered) < support.layers:
-        raise UsageError("layers with a sliding window cannot be saved; keep the prompt and prefill again")
+    if support.more or len(support.tiered) < support.layers:
+        raise UsageError(
+            "a session holds the keys and values of all tokens, and layers of this model keep a window or a state; "
+            "keep the prompt and prefill again"
+        )
 
 
 def _flat(ids: Sequence[int]) -> list[int]:

@@ -28,12 +28,14 @@ class Support:
 
     exact    why only attention over all tokens is possible, by the model's own code; None where a selection is as well
     latents  values that a token's record holds in place of keys and values (MLA); 0 elsewhere
+    more     True if tiered layers keep more than records, such as an indexer's keys
     """
 
     tiered: list[int]
     layers: int
     exact: str | None = None
     latents: int = 0
+    more: bool = False
 
     def __str__(self) -> str:
         few = f"{len(self.tiered)} of {self.layers} layers are tiered"
@@ -64,7 +66,7 @@ def check_supported(config: PretrainedConfig) -> Support:
         )
     kinds = {type(layers[i]) for i in tiered} - {DynamicLayer, DynamicSlidingWindowLayer}
     latents = max(map(_latents, getattr(text, "per_layer_config", None) or (text,)))
-    return Support(tiered, len(layers), _why_exact(text, kind, kinds, latents), latents)
+    return Support(tiered, len(layers), _why_exact(text, kind, kinds, latents), latents, bool(kinds))
 
 
 def check_selects(support: Support, config: PretrainedConfig, selects: bool, alpha: float) -> None:

@@ -98,8 +98,9 @@ def report_record(task):
 
 
 def test_every_task_runs_to_the_end(place, tmp_path):
+    model = write_model(tmp_path / "model", ends=16)
     hillinfer(
-        *("--model", place / "model", "--data", place / "rows", "--out", tmp_path, "--max-length", 256),
+        *("--model", model, "--data", place / "rows", "--out", tmp_path, "--max-length", 256),
         *("--tasks", "longbench,lcc_e,lines_1k", "--systems", "full", "--samples", 1),
     )
     found = read(tmp_path)

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from hillinfer import gguf_file
 from hillinfer.errors import UsageError
 from hillinfer.longbench import results, sources
 from hillinfer.longbench.tasks import find_task
@@ -112,8 +114,9 @@ def parsers(folder: Path) -> list[Parser]:
 
     return [
         Parser("session", _sessions(folder), on_file("doc.kv", session), (UsageError,), 0.2),
-        Parser("device profile", _profiles(folder), on_file("p.toml", profile), (UsageError,), 0.25),
-        Parser("trace", _traces(folder), on_file("t.json", load_run), (UsageError,), 0.2),
+        Parser("GGUF header", _headers(), on_file("m.gguf", gguf_file.read), (UsageError,), 0.1),
+        Parser("device profile", _profiles(folder), on_file("p.toml", profile), (UsageError,), 0.2),
+        Parser("trace", _traces(folder), on_file("t.json", load_run), (UsageError,), 0.15),
         Parser("task rows, LongBench v2", _rows("v2"), rows("longbench-v2"), (UsageError,), 0.07),
         Parser("task rows, LongEval", _rows("longeval"), rows("longeval_200"), (UsageError,), 0.07),
         Parser("task rows, RULER", _rows("ruler"), rows("ruler_niah_single_1"), (UsageError,), 0.07),
@@ -130,6 +133,17 @@ def _sessions(folder: Path) -> list[bytes]:
         out.append(path.read_bytes())
         path.unlink()
     return out
+
+
+def _headers() -> list[bytes]:
+    def text(word: bytes) -> bytes:
+        return struct.pack("<Q", len(word)) + word
+
+    keys = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
+    keys += text(b"tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 3) + text(b"the") * 3
+    keys += text(b"tokenizer.ggml.scores") + struct.pack("<IIQ3f", 9, 6, 3, 1, 2, 3)
+    tensor = text(b"token_embd.weight") + struct.pack("<IQQIQ", 2, 8, 3, 0, 0)
+    return [b"GGUF" + struct.pack("<IQQ", 3, 1, 3) + keys + tensor]
 
 
 def _profiles(folder: Path) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Pretrained models answer as with transformers' own cache: python -m benchmarks.pretrained FOLDER_OR_HUB_ID ...
+"""Pretrained models answer as with transformers' own cache: python -m benchmarks.pretrained MODEL ...
 
 At the full budget `full`, and `hillinfer` from the drive and looking ahead, must give the same greedy tokens; at alpha
 0.2 every system must run, and the table says for how many tokens it agrees. The prompt is this project's README.
@@ -11,10 +11,10 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from benchmarks.claims import Claim, verdict
-from hillinfer import list_systems, make_cache
+from hillinfer import list_systems, load_model, make_cache
 from hillinfer.errors import UsageError
 
 TOKENS, NEW = 1500, 40
@@ -41,12 +41,11 @@ def agreement(model, ids: torch.Tensor, want: list[int], system: str, options: d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", help="folders or hub ids")
+    parser.add_argument("models", nargs="+", help="folders, hub ids or .gguf files")
     words, claims = parser.parse_args(), []
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8") * 3
     for name in words.models:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        model, tokenizer = load_model(name, "float32")
         ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
         want = answer(model, ids, DynamicCache(config=model.config))
         for system, options in EXACT.items():

@@ -22,9 +22,11 @@ from transformers.utils import logging
 
 from benchmarks.claims import Claim, tests, verdict
 from hillinfer.assets import data_folder
+from hillinfer.loading import model_path
 from hillinfer.longbench import prompts, sources, sweep
+from hillinfer.longbench.job import EvalSettings, Job, run_job
 from hillinfer.longbench.metrics import score
-from hillinfer.longbench.models import load_model, model_path
+from hillinfer.longbench.models import load_model
 from hillinfer.longbench.results import KEY, read
 from hillinfer.longbench.tasks import find_task, longbench
 from hillinfer.systems.registry import list_systems
@@ -126,10 +128,10 @@ def saving() -> Claim:
     for name in ("lines_2k", "lines_4k"):
         task, times, answers = find_task(name), [], []
         for share in (True, False):
-            settings = sweep.EvalSettings(share_prefill=share)
-            job = sweep.Job("embedded", model_path("embedded"), task, sources.load(task)[0][0], variants, settings)
+            settings = EvalSettings(share_prefill=share)
+            job = Job("embedded", model_path("embedded"), task, sources.load(task)[0][0], variants, settings)
             load_model(job.path, settings.dtype, settings.threads, settings.seed)  # not in the time
-            rows = sweep.run_job(job)
+            rows = run_job(job)
             times.append(sum(row["seconds"] for row in rows))
             answers.append([row["pred"] for row in rows])
         different += sum(a != b for a, b in zip(*answers, strict=True))

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from hillinfer.errors import DriveError, UsageError
     from hillinfer.evaluator.policies import POLICIES
     from hillinfer.evaluator.policy import Policy, Step
+    from hillinfer.loading import load_model
     from hillinfer.models.seam import disable, enable
     from hillinfer.session import keep_session, open_session, save_session
     from hillinfer.systems.registry import list_systems, make_cache
@@ -27,6 +28,7 @@ _HOME = {
     "enable": "models.seam",
     "keep_session": "session",
     "list_systems": "systems.registry",
+    "load_model": "loading",
     "make_cache": "systems.registry",
     "open_session": "session",
     "save_session": "session",

@@ -51,7 +51,7 @@ from hillinfer.longbench import report
 from hillinfer.longbench.results import read
 from hillinfer.workbench.evaluation import budget_figure, bytes_figure, tasks_figure
 
-table, cost, facts = report.write(folder)
+table, cost, _, facts = report.write(folder)
 asked = len({(row["task"], row["id"]) for row in read(folder)})
 budget_figure(table, f"{model} model, {asked} questions: accuracy by budget")
 
@@ -94,7 +94,7 @@ answers.sort_values(["score", "task", "id"]).head(8).style.hide(axis="index").fo
 before = len(read(folder))
 # !{python} -m hillinfer eval {setting} --samples {samples + 1} > {folder}/second.log 2>&1
 print(f"{before} answers were there, now {len(read(folder))}")
-table, cost, facts = report.write(folder)
+table, cost, _, facts = report.write(folder)
 report.summary(table, cost)[["system", "alpha", "n", "score", "to full"]].style.hide(axis="index")
 
 # %% [markdown]

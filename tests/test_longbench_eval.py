@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from hillinfer import list_systems
 from hillinfer.commands.app import app
+from hillinfer.loading import model_path
 from hillinfer.longbench import reference, report, sweep
-from hillinfer.longbench.models import model_path
+from hillinfer.longbench.job import EvalSettings, Job, run_job
 from hillinfer.longbench.results import Results, read, read_manifest
 from hillinfer.longbench.statistics import interval, paired
 from hillinfer.longbench.tasks import find_task, longbench
@@ -66,9 +67,9 @@ def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system)
     record = report_record(task)
     answers = {}
     for share in (True, False):
-        settings = sweep.EvalSettings(share_prefill=share, max_length=600)
-        job = sweep.Job("m", model_path(str(place / "model")), task, record, tuple(variants), settings, str(place))
-        results = sweep.run_job(job)
+        settings = EvalSettings(share_prefill=share, max_length=600)
+        job = Job("m", model_path(str(place / "model")), task, record, tuple(variants), settings, str(place))
+        results = run_job(job)
         assert {row["shared"] for row in results} == {share and len(variants) > 1}
         answers[share] = [  # what streams everything may take it from where there is room at the time
             (row["system"], row["alpha"], row["pred"], row["attended"], row["rates"] if row["alpha"] else None)
@@ -83,9 +84,9 @@ def test_a_shared_prefill_in_chunks_is_shown_to_those_that_look(place):
     variants, task = sweep.variants_of(["h2o", "snapkv", "infinigen"], [0.1, 0.4], {})[1:], find_task("needle_1k")
     answers = []
     for share in (True, False):
-        settings = sweep.EvalSettings(share_prefill=share, max_length=600, prefill_chunk=200)
-        job = sweep.Job("m", model_path(str(place / "model")), task, report_record(task), tuple(variants), settings)
-        results = sweep.run_job(job)
+        settings = EvalSettings(share_prefill=share, max_length=600, prefill_chunk=200)
+        job = Job("m", model_path(str(place / "model")), task, report_record(task), tuple(variants), settings)
+        results = run_job(job)
         answers.append([(row["pred"], row["attended"]) for row in results])
         assert sum(row["paid_ms"] > 0 for row in results) == (1 if share else len(variants))
     assert answers[0] == answers[1]

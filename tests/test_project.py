@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 3_000, 7_456
+CORE_LINES, PACKAGE_LINES = 3_000, 7_761
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -51,6 +51,8 @@ MAY = {
     "timeline": {"files"},
     "config": {"errors", "files"},
     "assets": {"errors"},
+    "gguf_file": {"errors"},
+    "loading": {"assets", "errors", "gguf_file"},
     "attention": {"native"},
     "evaluator": {"growable", "native"},
     "pipeline": {"config", "errors"},
@@ -63,11 +65,12 @@ MAY = {
     "fingerprint": {"errors"},
     "session_file": {"errors", "files"},
     "session": {"cache", "errors", "fingerprint", "models", "session_file", "systems"},
-    "longbench": CORE_PARTS | {"assets", "cache", "models", "systems"},
+    "longbench": CORE_PARTS | {"assets", "cache", "loading", "models", "systems"},
     "whatif": CORE_PARTS | {"assets", "cache", "models", "systems"},
     "workbench": CORE_PARTS | {"assets", "cache", "longbench", "models", "session", "systems", "whatif"},
-    "commands": CORE_PARTS | {"assets", "cache", "longbench", "models", "session", "systems", "whatif", "workbench"},
-    "__init__": {"cache", "errors", "config", "evaluator", "models", "session", "systems"},
+    "commands": CORE_PARTS
+    | {"assets", "cache", "loading", "longbench", "models", "session", "systems", "whatif", "workbench"},
+    "__init__": {"cache", "errors", "config", "evaluator", "loading", "models", "session", "systems"},
     "__main__": {"commands"},
 }
 WINGS = ("hillinfer", "leoam", "lossless")  # of systems

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hillinfer import files
-from hillinfer.commands.console import say, show_table, split_list
+from hillinfer.commands.console import say, show_table, split_list, working
 from hillinfer.commands.options import Alpha, Drive, HostBudget
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
@@ -39,7 +39,8 @@ def bench(
 
     with tempfile.TemporaryDirectory(dir=out_dir) as folder:
         options = dict(alpha=alpha, host_budget=host_budget, drive=drive or folder)
-        frame, left_out = measure(split_list(systems), task, context, n, options, seen)
+        with working("asking every system in turn"):
+            frame, left_out = measure(split_list(systems), task, context, n, options, seen)
     table = summary(frame)
     where = "in the prefill" if seen else "token by token after the prefill"
     facts = [

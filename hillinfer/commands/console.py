@@ -1,5 +1,7 @@
-"""The terminal: consoles, one-line errors, tables and progress bars."""
+"""The terminal: consoles, one-line errors, tables and progress, as bars or (into a file) as plain lines."""
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from hillinfer.errors import UsageError
 
 out, err = Console(), Console(stderr=True)
 WIDTH = 200  # columns at which table cells fold; a narrower terminal wraps lines, and nothing is cut
+LINE_S, IDLE_LINES = 3.0, 20  # seconds between plain lines of progress; how many are left out while nothing moves
 
 
 @contextmanager
@@ -46,10 +49,49 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str 
     Console(width=max(out.width, WIDTH)).print(table)
 
 
-def progress() -> Progress:
-    """A progress bar on stderr that disappears when done; use it in a `with` block."""
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Progress bars on stderr that disappear when done. Where stderr is no terminal, plain lines instead."""
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True)
+    columns += TimeElapsedColumn(), TimeRemainingColumn()
+
+    def line() -> str:
+        return ", ".join(f"{task.description} {task.completed:,.0f}/{task.total:,.0f}" for task in bars.tasks)
+
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars, _lines(line):
+        yield bars
+
+
+@contextmanager
+def working(text: str) -> Iterator[Callable[[str], None]]:
+    """Say on stderr what is being done, as `progress` does. Call the result with what is done next."""
+    with err.status(Text(text), refresh_per_second=4) as status, _lines(lambda: str(status.status)):
+        yield lambda text: status.update(Text(text))
+
+
+@contextmanager
+def _lines(text: Callable[[], str]) -> Iterator[None]:
+    """Where stderr is no terminal, print `text()` now and then: while it changes, and now and again while not."""
+    done, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        last, idle = "", 0
+        while not done.wait(LINE_S):
+            idle = idle + 1 if (now := text()) == last else 0
+            if idle % IDLE_LINES == 0:
+                minutes, seconds = divmod(int(time.monotonic() - start), 60)
+                say(f"{now}, {minutes}:{seconds:02} elapsed", to=err)
+            last = now
+
+    teller = threading.Thread(target=tell, name="hillinfer-progress", daemon=True)
+    if not err.is_terminal:
+        teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if teller.ident is not None:
+            teller.join()
 
 
 def split_list(text: str, kind: Callable = str) -> list:

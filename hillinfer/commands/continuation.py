@@ -3,13 +3,13 @@
 import time
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from hillinfer.assets import load_pretrained
 from hillinfer.cache import TieredCache
+from hillinfer.commands.console import working
 from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
+from hillinfer.loading import choose_dtype, load_pretrained, load_weights
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
 from hillinfer.session import check_keeps, keep_session, session_ids
 from hillinfer.systems.planning import plan
@@ -42,11 +42,12 @@ def continue_text(
     Raises UsageError before the weights are loaded if the model's config or tokenizer rules the run out.
     """
     found, settings = find_system(system, options)
-    config = load_pretrained(AutoConfig, name)
     if dtype not in DTYPES:
         raise UsageError(f"no dtype '{dtype}'; choose {', '.join(DTYPES)}")
-    weights = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-    tokenizer = load_pretrained(AutoTokenizer, name)
+    with working(f"loading the tokenizer of {name}"):
+        config = load_pretrained(AutoConfig, name)
+        tokenizer = load_pretrained(AutoTokenizer, name)
+    weights = choose_dtype(name, config, dtype)
     before = tokenizer(document).input_ids if document is not None else []
     if session is not None:
         check_keeps(config, system, options)
@@ -56,23 +57,26 @@ def continue_text(
     plan(config, settings, total, weights, chunk, found.policy)
     if settings.stream is not None:
         options = options | {"max_tokens": total}
-    model = load_pretrained(AutoModelForCausalLM, name, dtype=weights).eval()
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with working(f"loading {name}"):
+        model = load_weights(name, config, weights)
     start = time.perf_counter()
     if session is None:
         cache = make_cache(model, system, **options)
     else:
         cache = keep_session(session, model, before, system, tokenizer, chunk, **options)
     with cache:
-        for end in (len(before), len(ids) - 1):  # the last prompt token is a decode step like those after it
-            if (part := ids[cache.get_seq_length() : end]) and num_beams == 1:
-                feed(model, cache, part, chunk)
+        with working(f"prefill, {len(ids):,} tokens"):
+            for end in (len(before), len(ids) - 1):  # the last prompt token is a decode step like those after it
+                if (part := ids[cache.get_seq_length() : end]) and num_beams == 1:
+                    feed(model, cache, part, chunk)
         prefilled = time.perf_counter()
         cache.timeline.clear()
         cache.counters.clear()
-        out = decode(model, cache, ids, max_new_tokens, num_beams=num_beams)
+        with working(f"decode, up to {max_new_tokens} tokens"):
+            out = decode(model, cache, ids, max_new_tokens, num_beams=num_beams)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.why_split()]
+        facts.append(f"weights in {str(model.dtype).removeprefix('torch.')} on {model.device.type}")
         cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), weights.itemsize), system)
     return tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline
 

@@ -12,12 +12,13 @@ from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
 
 OUT = Path("out/eval")
-QUESTIONS = ("stepwise", "prefilled")
+QUESTIONS = {"stepwise": ["stepwise"], "prefilled": ["prefilled"], "both": ["stepwise", "prefilled"]}
+FIDELITY = {"": (), "reference": ("reference",), "own": ("own",), "both": ("reference", "own")}
 GROUPS = "own, longbench, longbench-en, longbench-e, longbench-v2, quest, auto, or names of tasks."
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folders or hub ids, comma-separated, or embedded.")] = "embedded",
+    model: Annotated[str, typer.Option(help="Folders, .gguf files or hub ids, by commas; or embedded.")] = "embedded",
     tasks: Annotated[str, typer.Option(help=GROUPS)] = "own",
     systems: Annotated[str, typer.Option(help="By commas, or all; full is always added.")] = "streaming,topk,hillinfer",
     alpha: Annotated[str, typer.Option(help="Values of alpha, separated by commas.")] = "0.2",
@@ -30,7 +31,10 @@ def evaluate(
     cluster: Annotated[str | None, typer.Option(help="dask:HOST:PORT, ray or ray:ADDRESS.")] = None,
     max_length: Annotated[int | None, typer.Option(min=16, help="Prompt limit in tokens; default LongBench's.")] = None,
     chat: Annotated[bool | None, typer.Option(help="Chat template; by default if the tokenizer has one.")] = None,
-    question: Annotated[str, typer.Option(help="stepwise, or prefilled with the document.")] = "stepwise",
+    question: Annotated[str, typer.Option(help="stepwise, prefilled with the document, or both.")] = "stepwise",
+    fidelity: Annotated[str, typer.Option(help="Teacher-forced against full: reference, own, or both.")] = "",
+    answers: Annotated[bool, typer.Option(help="Without answers, only fidelity is measured.")] = True,
+    times: Annotated[bool, typer.Option(help="Decode one system at a time, to measure its time.")] = False,
     drive: Annotated[Path | None, typer.Option(help="By default --out; on a cluster, a temporary folder.")] = None,
     drive_kind: Annotated[str | None, typer.Option(help="ssd or emulated.")] = None,
     host_budget: HostBudget = None,
@@ -50,32 +54,49 @@ def evaluate(
         say(f"A is {compare[0]}, B is {compare[1]}.", *facts)
         return show_table(list(table), format_rows(table))
     if question not in QUESTIONS or dtype not in DTYPES:
-        raise UsageError(f"question is {' or '.join(QUESTIONS)}, dtype {', '.join(DTYPES)}; not {question} and {dtype}")
+        raise UsageError(f"question is {', '.join(QUESTIONS)}, dtype {', '.join(DTYPES)}; not {question} and {dtype}")
+    if fidelity not in FIDELITY:
+        raise UsageError(f"no fidelity '{fidelity}'; choose reference, own or both")
+    if not (answers or fidelity):
+        raise UsageError("without answers there is nothing to measure: add --fidelity reference")
     options = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
     options = {name: value for name, value in options.items() if value is not None}
     for value in (alphas := split_list(alpha, float)):
         Settings(alpha=value, **options)  # refuse bad input before torch loads
     check_folder(drive)
-    from hillinfer.assets import machine, model_path
+    from hillinfer.assets import machine
+    from hillinfer.loading import model_path
     from hillinfer.longbench import metrics, report, sources, sweep
+    from hillinfer.longbench.job import EvalSettings, Job
     from hillinfer.longbench.models import describe
     from hillinfer.longbench.results import Results
     from hillinfer.systems.registry import list_systems
     from hillinfer.workbench.evaluation import write_page
     from hillinfer.workbench.report import format_rows
 
-    variants = sweep.variants_of(list_systems() if systems == "all" else split_list(systems), alphas, options)
+    names = list_systems() if systems == "all" else split_list(systems)
+    variants = sweep.variants_of(names, alphas, options, QUESTIONS[question])
     loaded = sources.load_all(split_list(tasks), data or [], revision)
     metrics.check_libraries([task for task, _, _ in loaded])
-    settings = sweep.EvalSettings(
-        max_length, chat, question, dtype, prefill_chunk, threads, seed, share_prefill, tuple(options.items())
+    settings = EvalSettings(
+        max_length=max_length,
+        chat=chat,
+        dtype=dtype,
+        prefill_chunk=prefill_chunk,
+        threads=threads,
+        seed=seed,
+        answers=answers,
+        fidelity=FIDELITY[fidelity],
+        options=tuple(options.items()),
+        times=times,
+        share_prefill=share_prefill,
     )
     tokens = max_length + max(task.max_new_tokens for task, _, _ in loaded) if max_length else 0
-    models = {name: describe(name, chat, tokens) for name in split_list(model)}
+    models = {name: describe(name, chat, tokens, dtype) for name in split_list(model)}
     drawn = [(task, sweep.sample(records, samples, seed)) for task, records, _ in loaded]
     place = drive or (None if cluster else folder)  # the machines of a cluster may not have this folder
     jobs = [  # one sample of each task, then the next: an early estimate of the time, and a balanced half when stopped
-        sweep.Job(name, model_path(name), task, records[i], tuple(variants), settings, place and str(place.resolve()))
+        Job(name, model_path(name), task, records[i], tuple(variants), settings, place and str(place.resolve()))
         for name in models
         for i in range(max(len(records) for _, records in drawn))
         for task, records in drawn
@@ -88,12 +109,15 @@ def evaluate(
         missing, total = sum(len(job.variants) for job in left), len(jobs) * len(variants)
         with progress() as bars:
             bar = bars.add_task("answers", total=total, completed=total - missing)
-            for answers in sweep.run_all(left, workers, cluster):
-                results.append(answers)
-                bars.advance(bar, len(answers))
-    table, cost, facts = report.write(folder)
+            for rows in sweep.run_all(left, workers, cluster):
+                results.append(rows)
+                bars.advance(bar, len(rows))
+    table, cost, close, facts = report.write(folder)
     summary = report.summary(table, cost)
+    facts += [f"Weights of {name}: {about['dtype']}." for name, about in models.items()]
     page = write_page(folder, table, cost, summary, facts)
     say(*facts)
-    show_table(list(summary), format_rows(summary))
+    for shown in (summary, close):
+        if not shown.empty:
+            show_table(list(shown), format_rows(shown))
     say(f"{folder}: report.md, {page.name}, scores.csv, costs.csv, results.jsonl, manifest.json")

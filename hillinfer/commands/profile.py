@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import err, say
+from hillinfer.commands.console import say, working
 from hillinfer.config import check_folder
 
 
@@ -24,8 +24,8 @@ def profile(
     from hillinfer.whatif.calibrate import calibrate
     from hillinfer.whatif.measure import DIM, HEADS, RECORD_BYTES, SELECTED
 
-    with err.status("measuring ...") as status:
-        found = calibrate(folder, paced, device, lambda text: status.update(f"measuring: {text}"))
+    with working("measuring") as tell:
+        found = calibrate(folder, paced, device, lambda text: tell(f"measuring: {text}"))
     found.save(out_file)
     works = {"cpu.score": "host scores key codes", "emulated.score": "drive scores key codes"}
     works |= {"cpu.gather": "host gathers records", "emulated.fetch": "drive fetches records"}

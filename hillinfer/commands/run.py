@@ -13,7 +13,7 @@ from hillinfer.pipeline.memory import check_libraries
 
 
 def run(
-    model: Annotated[str, typer.Option(help="Folder or hub id of a decoder-only model; 'embedded' ships.")],
+    model: Annotated[str, typer.Option(help="Folder, .gguf file, hub id or hub-id:file.gguf; 'embedded' ships.")],
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue, instead of --prompt-file.")] = None,
     document: Annotated[Path | None, typer.Option(help="File with a text that precedes the prompt.")] = None,

@@ -8,8 +8,9 @@ import pandas as pd
 import torch
 from transformers import AutoConfig
 
-from hillinfer.assets import load_embedded, load_pretrained
+from hillinfer.assets import load_embedded
 from hillinfer.errors import UsageError
+from hillinfer.loading import load_pretrained
 from hillinfer.longbench.comparison import Result, compare
 from hillinfer.longbench.synthetic import PROMPTS, make_records
 from hillinfer.pipeline.memory import read_fields

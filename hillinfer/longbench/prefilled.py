@@ -57,10 +57,11 @@ class Prefilled(DynamicCache):
             keys.watcher = PolicyObserver(policies, self.seconds)
         return keys, values
 
-    def to_host(self) -> "Prefilled":
-        """Move the layers that `fill` converts to host memory. Other layers are copied unchanged."""
+    def to(self, device: torch.device | str) -> "Prefilled":
+        """Move the layers that `fill` converts: to host memory to keep them, back to the model's to go on."""
         for layer in (self.layers[index] for index in self.learned):
-            layer.keys, layer.values = layer.keys.cpu(), layer.values.cpu()
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
         return self
 
     def fill(self, cache: TieredCache, device: torch.device, chunk: int | None = None) -> None:

@@ -32,7 +32,7 @@ def find(model: str) -> str | None:
 
 def warnings_of(frame: pd.DataFrame, table: pd.DataFrame, manifest: dict) -> list[str]:
     """Caveats for the report, and a comparison with published scores."""
-    lines, settings = [], manifest["settings"]
+    lines = []
     long = frame[frame.suite.str.startswith("longbench")]
     counts = long[long.system == "full"].groupby(["model", "task"]).size().groupby("task").max()
     whole = {task: ROWS.get(task, 300 if task.endswith("_e") else 200) for task in counts.index}
@@ -51,7 +51,7 @@ def warnings_of(frame: pd.DataFrame, table: pd.DataFrame, manifest: dict) -> lis
             f"{recut} prompts were still too long for the model after LongBench's truncation (chat template, or "
             "multi-token characters) and were truncated again, by tokens."
         )
-    if settings["question"] == "prefilled" and frame.system.nunique() > 1:
+    if (frame.question == "prefilled").any() and frame.system.nunique() > 1:
         lines.append(
             "The question was prefilled with full attention: the first answer token favours every selective system."
         )

@@ -11,16 +11,23 @@ import pandas as pd
 
 from hillinfer import files
 from hillinfer.errors import UsageError
+from hillinfer.longbench.fidelity_table import fidelity, shown
 from hillinfer.longbench.reference import warnings_of
 from hillinfer.longbench.results import read, read_manifest
 from hillinfer.longbench.statistics import interval, paired
 from hillinfer.longbench.tasks import find_task
 
-VARIANT = ["model", "system", "alpha"]
+VARIANT = ["model", "question", "system", "alpha"]
+COSTS = ("_ms", "_per_token", "_bytes")
 AVERAGE, CATEGORIES = "average", "average of categories"
 INTRO = (
     "Scores are in per cent with 95 % bootstrap intervals over samples; the average is the mean over tasks. The "
     "difference to full is paired by sample; p is from a sign-flip permutation test, uncorrected for multiple tests."
+)
+
+FIDELITY = (
+    "Fidelity is teacher-forced: KL(full, system) in nats, agreement on the most likely token, change of the answer's "
+    "negative log-likelihood, attention mass kept; means over samples with 95 % bootstrap intervals, p95 over tokens."
 )
 
 
@@ -30,25 +37,27 @@ def frame_of(rows: list[dict]) -> pd.DataFrame:
         raise UsageError("there are no results yet: run `hillinfer eval` first")
     frame = pd.DataFrame(rows)
     frame["alpha"] = frame["alpha"].astype(float).fillna(1.0)
+    numbers = frame.columns.intersection(["score", "attended", "cached", *(n for n in frame if n.endswith(COSTS))])
+    frame[numbers] = frame[numbers].astype(float)  # None, without an answer or a time of its own, becomes NaN
     return frame.sort_values([*VARIANT, "task", "id"], ignore_index=True)
 
 
 def scores(frame: pd.DataFrame) -> pd.DataFrame:
-    """Long-form table: model, system, alpha, task, bucket, n, score, low, high, diff, diff_low, diff_high, p.
+    """Long-form table: model, question, system, alpha, task, bucket, n, score, low, high, diff, diff_low, diff_high, p.
 
     Each task is followed by its buckets, if any; the averages come last. `diff` is the difference to `full` over the
     same samples, NaN if `full` has not answered all of them.
     """
     out = []
-    for model, of_model in frame.groupby("model"):
-        full = of_model[of_model.system == "full"].set_index(["task", "id"]).score
-        for (system, alpha), part in of_model.groupby(["system", "alpha"]):
+    for (model, question), asked in frame.groupby(["model", "question"]):
+        full = asked[asked.system == "full"].set_index(["task", "id"]).score
+        for (system, alpha), part in asked.groupby(["system", "alpha"]):
             base = full.reindex(pd.MultiIndex.from_frame(part[["task", "id"]])).to_numpy()
             part = part.assign(diff=part.score.to_numpy() - base)
             for task, bucket, groups, weights in _cuts(part):
-                row = dict(model=model, system=system, alpha=alpha, task=task, bucket=bucket)
+                row = dict(zip(VARIANT, (model, question, system, alpha), strict=True), task=task, bucket=bucket)
                 out.append(row | _measures(groups, weights))
-    return pd.DataFrame(out)
+    return pd.DataFrame(out).dropna(subset="score", ignore_index=True)
 
 
 def _cuts(part: pd.DataFrame):
@@ -91,7 +100,7 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
 
 def prefill_saving(frame: pd.DataFrame) -> str:
     """Measured time of the shared prefills, and the estimated time of one prefill per answer."""
-    shared = frame[frame.shared]
+    shared = frame[frame.shared & frame.paid_ms.notna()]
     if shared.empty:
         return "no prefill was shared"
     paid, copied, each = (shared[name].sum() / 1e3 for name in ("paid_ms", "fill_ms", "prefill_ms"))
@@ -120,7 +129,7 @@ def summary(table: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     ]
     out["to full"] = [_to_full(row) for row in rows.itertuples()]
     for name in ("attended_%", "ms_per_token", "drive_KiB_per_token", "KV_attended_KiB_per_token", "memory_KiB"):
-        out[name.replace("_", " ")] = rows[name].map("{:,.1f}".format)
+        out[name.replace("_", " ")] = ["" if np.isnan(value) else f"{value:,.1f}" for value in rows[name]]
     return out
 
 
@@ -143,14 +152,17 @@ def _cell(value) -> str:
     return text.replace("|", "\\|")
 
 
-def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Write scores.csv, costs.csv and report.md for a results folder. Returns both tables and the report's notes."""
+def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[str]]:
+    """Write scores.csv, costs.csv, fidelity.csv and report.md for a results folder.
+
+    Returns scores, costs, fidelity as text, and the report's notes.
+    """
     manifest, frame = read_manifest(folder), frame_of(read(folder))
-    table, cost = scores(frame), costs(frame)
+    table, cost, close = scores(frame), costs(frame), fidelity(frame)
     last = manifest["runs"][-1]
     facts = [
         INTRO,
-        f"Costs are measured on {last['hardware']}; times are medians over samples.",
+        f"Costs are measured on {last['hardware']}; times are medians, absent where systems shared a decode.",
         f"Settings: {', '.join(f'{k} {v}' for k, v in manifest['settings'].items())}.",
         f"Total: {len(frame)} answers took {frame.seconds.sum() / 60:.1f} minutes, summed over processes.",
         f"Prefill: {prefill_saving(frame)}.",
@@ -159,12 +171,15 @@ def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     ]
     files.write_text(folder / "scores.csv", table.to_csv(index=False))
     files.write_text(folder / "costs.csv", cost.to_csv(index=False))
-    tables = [summary(table, cost), wide(table)]
+    if not close.empty:
+        files.write_text(folder / "fidelity.csv", close.to_csv(index=False))
+        facts.append(FIDELITY)
+    tables = [part for part in (summary(table, cost), shown(close), wide(table)) if not part.empty]
     if (buckets := table[table.bucket != ""]).size:
         tables.append(buckets[[*VARIANT, "task", "bucket", "n", "score", "low", "high"]])
     text = ["# hillinfer eval", *facts, *map(markdown, tables)]
     files.write_text(folder / "report.md", "\n\n".join(text) + "\n")
-    return table, cost, facts
+    return table, cost, shown(close), facts
 
 
 def compare(one: Path, other: Path) -> tuple[pd.DataFrame, list[str]]:

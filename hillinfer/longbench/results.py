@@ -13,7 +13,7 @@ from pathlib import Path
 from hillinfer import files
 from hillinfer.errors import UsageError
 
-KEY = ("model", "task", "id", "system", "alpha")  # identifies a result
+KEY = ("model", "task", "id", "system", "alpha", "question")  # identifies a result
 LIBRARIES = "hillinfer torch transformers tokenizers numpy datasets rapidfuzz rouge jieba joblib dask ray".split()
 
 
@@ -142,11 +142,11 @@ def environment(command: list[str], hardware: str) -> dict:
     }
 
 
-def fingerprint(folder: Path) -> str:
-    """Short hash of a model folder: name, size and first MiB of each file."""
+def fingerprint(model: Path) -> str:
+    """Short hash of a model's folder or GGUF file: name, size and first MiB of each file."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".model", ".jinja") and path.is_file():
+    for path in sorted(model.iterdir()) if model.is_dir() else [model]:
+        if path == model or (path.suffix in (".json", ".safetensors", ".model", ".jinja") and path.is_file()):
             with path.open("rb") as file:
                 digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
     return digest.hexdigest()[:16]

@@ -5,12 +5,13 @@ the answer with its own selection. (A prefill that includes the question would l
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.config import Settings
@@ -20,6 +21,7 @@ from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.prompts import Prompt, build
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, PROMPTS
 from hillinfer.longbench.tasks import BUNDLED, Task
+from hillinfer.models.rows import as_batch
 from hillinfer.timeline import LANES
 
 
@@ -71,13 +73,14 @@ GREEDY |= dict(guidance_scale=None, prompt_lookup_num_tokens=None, cache_impleme
 
 
 @torch.inference_mode()
-def feed(model: PreTrainedModel, cache: TieredCache | Prefilled, ids: list[int], chunk: int | None = None) -> None:
+def feed(model: PreTrainedModel, cache: Cache, ids: list[int], chunk: int | None = None, batch: int = 1) -> None:
     """Append tokens to the cache. Several tokens use exact attention; a single token is a decode step.
 
-    `chunk` bounds the tokens per forward pass: prefill then needs less memory, but each chunk re-reads the cache.
+    chunk  bounds the tokens per forward pass: prefill then needs less memory, but each chunk re-reads the cache
+    batch  rows of the cache, all fed alike
     """
     for start, end in pairwise(chunk_ends(len(ids), chunk)):
-        part = torch.tensor([ids[start:end]], device=model.device)
+        part = torch.tensor([ids[start:end]] * batch, device=model.device)
         model(part, past_key_values=cache, logits_to_keep=1)
 
 
@@ -93,7 +96,7 @@ def ask(
         prompt = replace(prompt, document=len(prompt.ids) - 1)
     start = time.perf_counter()
     feed(model, cache, prompt.ids[: prompt.document])
-    return answer(model, tokenizer, task, prompt, cache, time.perf_counter() - start)
+    return answer(model, tokenizer, task, prompt, [cache], [time.perf_counter() - start])[0]
 
 
 def ask_each(
@@ -102,17 +105,18 @@ def ask_each(
     record: dict,
     variants: dict[str, tuple[type[Policy], Settings]],
 ) -> dict[str, Answer]:
-    """Answer one question with several policies over one shared prefill, all KV in memory."""
+    """Answer one question with several policies over one shared prefill and in one decode, all KV in memory."""
     task, prompt = synthetic_prompt(tokenizer, record)
     start = time.perf_counter()
     source = prefill(model, prompt, policies=[policy for policy, _ in variants.values() if policy.watches])
-    prefill_s = time.perf_counter() - start
-    answers = {}
-    for name, (policy, settings) in variants.items():
-        with TieredCache(model.config, policy, settings) as cache:
+    prefill_s = [time.perf_counter() - start] * len(variants)
+    with ExitStack() as stack:
+        caches = [
+            stack.enter_context(TieredCache(model.config, policy, settings)) for policy, settings in variants.values()
+        ]
+        for cache in caches:
             source.fill(cache, model.device)
-            answers[name] = answer(model, tokenizer, task, prompt, cache, prefill_s)
-    return answers
+        return dict(zip(variants, answer(model, tokenizer, task, prompt, caches, prefill_s), strict=True))
 
 
 def prefill(
@@ -124,7 +128,7 @@ def prefill(
     """
     source = Prefilled(model.config, policies)
     feed(model, source, prompt.ids[: prompt.document], chunk)
-    return source.to_host()
+    return source.to("cpu")
 
 
 def answer(
@@ -132,27 +136,67 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     prompt: Prompt,
-    cache: TieredCache,
-    prefill_s: float,
-) -> Answer:
-    """Feed the question to a cache that contains the document, and decode greedily. `prefill_s` is only reported."""
-    cache.timeline.clear()  # the figures cover decode steps only
-    cache.counters.clear()
-    start = time.perf_counter()
+    caches: Sequence[TieredCache],
+    prefill_s: Sequence[float],
+) -> list[Answer]:
+    """Feed the question to caches that contain the document, and decode greedily, all as rows of one batch.
+
+    Times are a system's own with one cache only. `prefill_s`, one for each cache, are only reported.
+    """
+    for cache in caches:
+        cache.timeline.clear()  # the figures cover decode steps only
+        cache.counters.clear()
+    start, rows = time.perf_counter(), as_batch(caches)
     for token in prompt.ids[prompt.document : -1]:
-        feed(model, cache, [token])
+        feed(model, rows, [token], batch=len(caches))
     rules = stop_rules(task, tokenizer, len(prompt.ids))
-    out = decode(model, cache, prompt.ids, task.max_new_tokens, **rules)
-    text = tokenizer.decode(out, skip_special_tokens=True)
-    return Answer(text, len(prompt.ids), len(out), **measured(cache, prefill_s, time.perf_counter() - start))
+    out = decode_rows(model, rows, prompt.ids, len(caches), task.max_new_tokens, **rules)
+    took, texts = time.perf_counter() - start, [tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
+    return [
+        Answer(text, len(prompt.ids), len(ids), **measured(cache, before, took))
+        for text, ids, cache, before in zip(texts, out, caches, prefill_s, strict=True)
+    ]
+
+
+class RowEnds(StoppingCriteria):
+    """Marks rows that have come to their end, so that their caches take no further part."""
+
+    def __init__(self, ended: torch.Tensor, ends: Iterable[int]):
+        self.ended, self.ends = ended, torch.tensor([*ends], dtype=torch.long, device="cpu")
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self.ended |= torch.isin(input_ids[:, -1].cpu(), self.ends)
+        return self.ended.to(input_ids.device)
 
 
 def decode(model: PreTrainedModel, cache: TieredCache, ids: list[int], max_new_tokens: int, **rules) -> torch.Tensor:
     """Token ids of the greedy continuation of `ids`, of which the cache holds a prefix. `rules` are `generate`'s."""
-    prompt = torch.tensor([ids], device=model.device)
+    return decode_rows(model, cache, ids, 1, max_new_tokens, **rules)[0]
+
+
+def decode_rows(
+    model: PreTrainedModel, cache: Cache, ids: list[int], batch: int, max_new_tokens: int, **rules
+) -> list[torch.Tensor]:
+    """`decode` of `batch` rows with the same prompt, each up to its own end."""
+    prompt = torch.tensor([ids] * batch, device=model.device)
     settings = GREEDY | {"max_new_tokens": max_new_tokens} | rules
+    ends = ends_of(model, **rules)
+    if batch > 1:
+        settings["stopping_criteria"] = StoppingCriteriaList([RowEnds(cache.ended, ends)])
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **settings)
-    return out[0, len(ids) :]
+    return [_to_end(row, ends) for row in out[:, len(ids) :]]
+
+
+def ends_of(model: PreTrainedModel, **rules) -> list[int]:
+    """Token ids that end an answer under these rules of `generate`."""
+    ends = rules.get("eos_token_id", model.generation_config.eos_token_id)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _to_end(ids: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+    """Token ids up to the first end, which is kept."""
+    stops = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device)).nonzero()
+    return ids[: int(stops[0]) + 1] if len(stops) else ids
 
 
 def stop_rules(task: Task, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> dict:

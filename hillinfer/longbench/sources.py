@@ -8,15 +8,14 @@ copies do not contain the raw rows.
 import hashlib
 import json
 import os
-import socket
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from hillinfer.assets import data_folder
 from hillinfer.errors import UsageError
+from hillinfer.loading import hub_reachable
 from hillinfer.longbench.tasks import BUNDLED, Task, find_tasks
 
 HUB = {"longbench": ("zai-org/LongBench", "data.zip"), "longbench-e": ("zai-org/LongBench", "data.zip")}
@@ -148,21 +147,6 @@ def _hub(task: Task, revision: str) -> tuple[Source, bytes]:
     if content is None:
         raise UsageError(f"{repository}'s {name} at {revision} has no {task.name}; choose another --revision")
     return Source(task.name, "hub", f"{repository}@{revision}/{name}", ""), content
-
-
-def hub_reachable(wait_s: float = 3.0) -> bool:
-    """True if a download can succeed. Without this check, an unreachable Hub is retried for 23 s (measured)."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        port = url.port or (443 if url.scheme == "https" else 80)
-        socket.create_connection((url.hostname, port), wait_s).close()
-        return True
-    except OSError:
-        return False
 
 
 def _rows(content: bytes) -> list[dict]:

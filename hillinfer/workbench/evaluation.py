@@ -13,9 +13,10 @@ from hillinfer.workbench.report import write_report
 def write_page(folder: Path, table: pd.DataFrame, cost: pd.DataFrame, summary: pd.DataFrame, facts: list[str]) -> Path:
     """Write `report.html` to the folder; `table` and `cost` come from longbench/report.py."""
     figures = []
-    for model, rows in table.groupby("model"):
-        figures += [budget_figure(rows, f"{model}: accuracy by budget"), tasks_figure(rows, f"{model}: scores by task")]
-        figures.append(bytes_figure(rows.merge(cost), f"{model}: accuracy by attended KV"))
+    for (model, question), rows in table.groupby(["model", "question"]):
+        name = f"{model}, question {question}"
+        figures += [budget_figure(rows, f"{name}: accuracy by budget"), tasks_figure(rows, f"{name}: scores by task")]
+        figures.append(bytes_figure(rows.merge(cost), f"{name}: accuracy by attended KV"))
     header, rows = list(summary.columns), [[str(cell) for cell in row] for row in summary.itertuples(index=False)]
     return write_report(folder / "report.html", "hillinfer eval", facts, header, rows, figures)
 

@@ -1,0 +1,111 @@
+"""How closely systems follow `full`: teacher-forced on the same answer, all as rows of one decode.
+
+Scores give one noisy number per sample; here every token of an answer is a paired measurement.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hillinfer.attention import attention_weights
+from hillinfer.cache import TieredCache
+from hillinfer.longbench.prompts import Prompt
+from hillinfer.longbench.runner import ends_of, feed
+from hillinfer.longbench.tasks import Task
+from hillinfer.models.rows import as_batch
+
+TOKENS = 64  # of an answer, at most
+EVERY = 4  # steps between two for which the attention mass is measured, which reads all KV
+
+
+@dataclass
+class Fidelity:
+    """One system on one answer; the lists hold a value per answer token."""
+
+    kl: list[float] = field(default_factory=list)  # KL(full || system) of the next token's distribution, nats
+    agree: list[int] = field(default_factory=list)  # 1 if the most likely token is full's
+    nll: list[float] = field(default_factory=list)  # change of the answer token's negative log-likelihood, nats
+    mass: float = 1.0  # attention mass on the attended tokens, mean over layers, heads and measured steps
+    attended: float = 1.0  # attended tokens over cached ones
+
+
+class Mass:
+    """Observer of a run: the share of each head's exact attention mass that the attended tokens hold."""
+
+    def __init__(self):
+        self.first: int | None = None
+        self.shares: list[float] = []
+
+    def should_observe(self, layer: int, step: int) -> bool:
+        self.first = step if self.first is None else self.first
+        return (step - self.first) % EVERY == 0
+
+    def observe(
+        self,
+        layer: int,
+        step: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        pick: np.ndarray | None,
+        n: int,
+        scaling: float,
+        visible: torch.Tensor | None,
+        everything: Callable[[], torch.Tensor],
+    ) -> None:
+        """`pick` (k,) of the n cached tokens, or None for all. Logits are taken without a model's soft cap."""
+        weights = attention_weights(
+            query, everything(), scaling, None if visible is None else visible.numpy(force=True)
+        )
+        self.shares.append(1.0 if pick is None else float(weights[:, pick].sum(1).mean()))
+
+
+def reference_ids(
+    tokenizer: PreTrainedTokenizerBase, task: Task, prompt: Prompt, answers: Sequence[str], tokens: int = TOKENS
+) -> list[int]:
+    """Token ids of the first reference answer, as it would follow the prompt."""
+    last = tokenizer.decode(prompt.ids[-1:])
+    space = " " if task.language == "en" and last and not last[-1].isspace() else ""
+    return tokenizer(space + answers[0], add_special_tokens=False).input_ids[:tokens]
+
+
+def force(
+    model: PreTrainedModel,
+    caches: Sequence[TieredCache],
+    ids: Sequence[int],
+    gold: Sequence[int] | None,
+    tokens: int = TOKENS,
+) -> list[Fidelity]:
+    """Feed the rest of a prompt and an answer to all caches alike, and compare each step with the first cache's.
+
+    caches  that hold the prompt up to `ids`; the first is the reference
+    gold    token ids of the answer; None takes the reference system's own greedy one, up to its end
+    """
+    rows, batch = as_batch(caches), len(caches)
+    for token in ids[:-1]:
+        feed(model, rows, [token], batch=batch)
+    watchers, found, ends = [Mass() for _ in caches], [Fidelity() for _ in caches], ends_of(model)
+    for cache, watcher in zip(caches, watchers, strict=True):
+        cache.counters.clear()
+        if cache.run.policy.selects:
+            cache.run.observer = watcher
+    token, wanted = ids[-1], tokens if gold is None else min(tokens, len(gold))
+    for step in range(wanted):
+        part = torch.full((batch, 1), token, dtype=torch.long, device=model.device)
+        logp = model(part, past_key_values=rows, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+        token = int(logp[0].argmax()) if gold is None else gold[step]
+        kl = (logp[0].exp() * (logp[0] - logp)).sum(-1)
+        agree, nll = logp.argmax(-1) == logp[0].argmax(), logp[0, token] - logp[:, token]
+        for row, each in enumerate(found):
+            each.kl.append(round(float(kl[row]), 6))
+            each.agree.append(int(agree[row]))
+            each.nll.append(round(float(nll[row]), 6))
+        if gold is None and token in ends:
+            break
+    for each, cache, watcher in zip(found, caches, watchers, strict=True):
+        cache.run.observer = None
+        each.mass = sum(watcher.shares) / len(watcher.shares) if watcher.shares else 1.0
+        each.attended = cache.counters.total("attended") / max(1, cache.counters.total("cached"))
+    return found

@@ -29,6 +29,8 @@ from hillinfer.native.ring import Namespace, Rings
 from hillinfer.tiers.block_file import aligned
 from hillinfer.tiers.checksums import BLOCK, Checksums
 
+if os.environ.get(builder.SANITIZE) == "1":
+    assert native.available(), native.why_not()  # a checked run without what it checks would pass
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_not()}")
 EACH = dict(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -139,7 +139,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[$(EXTRAS)]'
 	@$(COMPILE)
-	@touch $@
+	@echo $(EXTRAS) > $@
 
 $(VENV)/.browser: $(VENV)/.ready
 	@command -v chromium google-chrome chromium-browser >/dev/null || { echo "Chromium is missing: apt-get install chromium"; exit 1; }
@@ -148,6 +148,5 @@ $(VENV)/.browser: $(VENV)/.ready
 
 $(VENV)/.longbench: EXTRAS = dev,lab,longbench,cluster,gguf
 $(VENV)/.longbench: $(VENV)/.ready
-	$(PIP) -e '.[$(EXTRAS)]'
-	@$(COMPILE)
+	@grep -qx $(EXTRAS) $< || { $(PIP) -e '.[$(EXTRAS)]' || exit 1; $(COMPILE); } # .ready notes what it installed
 	@touch $@

@@ -12,11 +12,12 @@ from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.errors import UsageError
 from hillinfer.fingerprint import fingerprint, tokens_fingerprint
+from hillinfer.models.support import Support, check_supported
 from hillinfer.session_file import Saved, check_session, save
 from hillinfer.systems.registry import find_system, make_cache, unwrap
 
@@ -33,7 +34,7 @@ def save_session(
     Raises UsageError if the cache cannot be saved or `path` is a file but not a session, and OSError if writing fails.
     Either leaves an earlier session unchanged.
     """
-    _check_layers(cache)
+    _check_layers(cache.support)
     layers, geometry, ids = cache.tiered, cache.run.geometry, _flat(ids)
     if not layers or geometry is None or geometry.batch != 1:
         raise UsageError("a session is one sequence: prefill one document, without padding, and save it")
@@ -59,8 +60,8 @@ def open_session(
 
     Raises UsageError if the file is not a session, belongs to another model or tokenizer, or is damaged.
     """
-    _check_system(system, options)
     model = unwrap(model)
+    check_keeps(model.config, system, options)
     with closing(Saved(Path(path))) as file:
         ids, pieces = _checked(file, model, tokenizer)
         with _new_cache(model, system, options) as cache:
@@ -109,16 +110,15 @@ def keep_session(
 
     Raises UsageError as `save_session` and `open_session` do, and if the session is of another document.
     """
-    _check_system(system, options)
     model, path = unwrap(model), Path(path).expanduser()
+    check_keeps(model.config, system, options)
     document = session_ids(path, _flat(document))
     if path.exists():
         return open_session(path, model, system, tokenizer, **options)[0]
     if max(document) >= (known := model.config.get_text_config(decoder=True).vocab_size):
         raise UsageError(f"the document has token {max(document)}, but the model knows {known}: use its own tokenizer")
+    fingerprint(model)  # refuses what could not be saved, before the work
     with _new_cache(model, system, options) as cache:
-        _check_layers(cache)
-        fingerprint(model)  # refuses what could not be saved, before the work
         for start, end in pairwise(chunk_ends(len(document), chunk)):
             part = torch.tensor([document[start:end]], device=model.device)
             model(part, past_key_values=cache, logits_to_keep=1)
@@ -126,18 +126,21 @@ def keep_session(
     return cache
 
 
-def _check_system(system: str, options: dict) -> None:
-    """UsageError for a system that cannot continue from a session."""
+def check_keeps(config: PretrainedConfig, system: str, options: dict) -> None:
+    """UsageError if the system cannot continue from a session, or if the model has layers that none can hold."""
     if not find_system(system, options)[0].policy.late:
         raise UsageError(
             f"{system} selects by the prompt's queries, which sessions do not keep: prefill again, without a session"
         )
+    _check_layers(check_supported(config))
 
 
-def _check_layers(cache: TieredCache) -> None:
-    """UsageError for a cache with layers that cannot be saved."""
-    if len(cache.tiered) < len(cache.layers):
-        raise UsageError("layers with a sliding window cannot be saved; keep the prompt and prefill again")
+def _check_layers(support: Support) -> None:
+    if support.more or len(support.tiered) < support.layers:
+        raise UsageError(
+            "a session holds the keys and values of all tokens, and layers of this model keep a window or a state; "
+            "keep the prompt and prefill again"
+        )
 
 
 def _flat(ids: Sequence[int]) -> list[int]:

@@ -22,7 +22,8 @@ shape = "llama-3.1-8b"  # hillinfer.systems.shapes.SHAPES has the others
 contexts = "4k..128k"  # doubles from the first to the last
 systems = ["full", "flexgen", "dualblade", "infinigen", "leoam", "hillinfer"]
 alpha = 0.2
-drive = "/tmp"  # a folder on the drive, for the recorded run
+task, tokens = "chain", 2048  # of the recorded run
+drive = "/tmp"  # a folder on the drive, for the same
 
 # %% [markdown]
 # ## The machines
@@ -51,7 +52,7 @@ from hillinfer.workbench import Case, LiveRun, show_timeline
 
 logging.disable_progress_bar()
 model, tokenizer = load_embedded()
-run = LiveRun(model, tokenizer, Case.task(tokenizer, "chain", 2048, 2), "hillinfer", dict(alpha=alpha, drive=drive))
+run = LiveRun(model, tokenizer, Case.task(tokenizer, task, tokens, 2), "hillinfer", dict(alpha=alpha, drive=drive))
 run.start().result()
 print(f"measured on {machine()}: {run.figures['ms_per_token']:.1f} ms per token")
 

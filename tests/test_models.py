@@ -151,7 +151,7 @@ def test_support_is_said_from_the_config_alone():
     [
         (T5Config(), "encoder-decoder"),
         (BertConfig(), "an encoder"),
-        (MambaConfig(num_hidden_layers=2), "state of fixed size"),
+        (MambaConfig(num_hidden_layers=2), "state of fixed size|cache class of its own"),
         (MistralConfig(**TINY, sliding_window=16), "sliding window only"),
     ],
 )

@@ -2,21 +2,24 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="pip install 'hillinfer[lab]'")
 nbclient = pytest.importorskip("nbclient", reason="pip install 'hillinfer[lab]'")
+KernelManager = pytest.importorskip("jupyter_client", reason="pip install 'hillinfer[lab]'").KernelManager
 pytest.importorskip("ipywidgets")
 
 ROOT = Path(__file__).parents[1]
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Smaller parameters than a reader's: every cell still runs.
-SMALL = dict.fromkeys(("00", "01", "02", "03"), "tokens = 1024")
-SMALL |= {"04": 'tasks = {"lines_1k": 1}', "05": 'tasks = {"lines_1k": 1, "needle_1k": 1}'}
-SMALL |= {"08": 'tasks, alpha, samples = "lines_1k,needle_1k", "0.2", 1'}
+SMALL = dict.fromkeys(("00", "01", "02", "03", "06"), 'task, tokens = "lines", 1024')  # short answers
+SMALL |= {"04": 'tasks, systems = {"lines_1k": 1}, ["full", "topk", "hillinfer"]', "05": 'tasks = {"lines_1k": 1}'}
+SMALL |= {
+    "07": 'task, length = "lines", 1024',
+    "08": 'tasks, systems, alpha, samples = "lines_1k", "topk,hillinfer", "0.2", 1',
+}
 
 
 def test_all_notebooks_are_here():
@@ -58,19 +61,27 @@ def test_gallery_shows_all_of_it(path):
     assert "Traceback" not in page and "Warning" not in page and page.startswith(book.cells[0].source.split("\n")[0])
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """One kernel for all notebooks of this process: each would load torch again."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
+        patch.setenv("TMPDIR", str(folder))
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel(cwd=str(folder))
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
-def test_runs(path, tmp_path, monkeypatch, record_property):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_runs(path, kernel):
     book = nbformat.read(path, 4)
     place = next(i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
     book.cells[place].source += "\n" + SMALL.get(path.stem[:2], "")
-    start = time.monotonic()
-    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", store_widget_state=False).execute(
-        cwd=str(tmp_path)
-    )
-    record_property("seconds", time.monotonic() - start)
+    book.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # no names of the notebook before
+    nbclient.NotebookClient(book, kernel, timeout=300, store_widget_state=False).execute()
     printed = [out.text for cell in book.cells for out in cell.get("outputs", []) if out.output_type == "stream"]
     assert not any("Traceback" in text for text in printed)
     shown = [key for cell in book.cells for out in cell.get("outputs", []) for key in out.get("data", {})]

@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 3_000, 7_773
+CORE_LINES, PACKAGE_LINES = 3_000, 7_775
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -64,7 +64,7 @@ MAY = {
     "systems": CORE_PARTS | {"layer", "models", "cache"},
     "fingerprint": {"errors"},
     "session_file": {"errors", "files"},
-    "session": {"cache", "errors", "fingerprint", "session_file", "systems"},
+    "session": {"cache", "errors", "fingerprint", "models", "session_file", "systems"},
     "longbench": CORE_PARTS | {"assets", "cache", "loading", "models", "systems"},
     "whatif": CORE_PARTS | {"assets", "cache", "models", "systems"},
     "workbench": CORE_PARTS | {"assets", "cache", "longbench", "models", "session", "systems", "whatif"},

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+from transformers import FalconH1Config, Zamba2Config
 
 import hillinfer
 from hillinfer import UsageError, open_session, save_session
 from hillinfer.fingerprint import fingerprint
 from hillinfer.longbench.runner import feed
+from hillinfer.session import check_keeps
 from hillinfer.session_file import PART, Saved
 
 ALL = hillinfer.list_systems()
@@ -206,6 +208,11 @@ class TestRefused:
             with hook, pytest.raises(UsageError, match="prefill again"):
                 hillinfer.keep_session(tmp_path / "doc.kv", model, prompt[0].tolist(), system)
             assert not passes and not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("config", [FalconH1Config, Zamba2Config])
+    def test_layers_that_keep_more_than_keys_and_values(self, config):
+        with pytest.raises(UsageError, match=r"a window or a state|cache class of its own"):
+            check_keeps(config(), "full", {})
 
     @pytest.mark.parametrize("document", [[], torch.ones(1, 5).long(), [[5, 6]], "text", None, [5, -1], [5, 97], [0.5]])
     def test_documents_that_are_no_token_ids(self, model, tmp_path, document):

@@ -94,12 +94,16 @@ def test_own_text(embedded):
         Case.text(embedded[1], " ", "", 4)
 
 
-def test_what_cannot_run_is_refused_before_it_starts(embedded, case):
+def test_what_cannot_run_is_refused_before_it_starts(embedded, models, case, tmp_path):
     with pytest.raises(UsageError, match="window of 8,192"):
         LiveRun(*embedded, Case("long", [5] * 9000, [5], 4), "full", {}).start()
     with pytest.raises(UsageError, match="drive"):
         LiveRun(*embedded, case, "hillinfer", {}).start()
-    assert ours() == []
+    short = Case("short", [5] * 90, [5], 4)
+    for model, system in ((embedded[0], "h2o"), (models("qwen2-mixed"), "topk")):
+        with pytest.raises(UsageError, match="prefill again"):
+            LiveRun(model, embedded[1], short, system, {}, session=tmp_path / "document.kv").start()
+    assert ours() == [] and not list(tmp_path.iterdir())
 
 
 def test_differences_are_those_of_the_figures(ended):

@@ -11,8 +11,7 @@ from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
 from hillinfer.loading import choose_dtype, load_pretrained, load_weights
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
-from hillinfer.models.support import check_supported
-from hillinfer.session import keep_session, session_ids
+from hillinfer.session import check_keeps, keep_session, session_ids
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -47,11 +46,11 @@ def continue_text(
         raise UsageError(f"no dtype '{dtype}'; choose {', '.join(DTYPES)}")
     with working(f"loading the tokenizer of {name}"):
         config = load_pretrained(AutoConfig, name)
-        check_supported(config)
         tokenizer = load_pretrained(AutoTokenizer, name)
     weights = choose_dtype(name, config, dtype)
     before = tokenizer(document).input_ids if document is not None else []
     if session is not None:
+        check_keeps(config, system, options)
         before = session_ids(session, before)
     ids = before + tokenizer(text, add_special_tokens=not before).input_ids
     total = len(ids) + max_new_tokens

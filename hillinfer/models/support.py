@@ -11,8 +11,9 @@ from hillinfer.errors import UsageError
 
 # Families whose code computes on keys and values, or asks for their shape, after the cache has returned them.
 COMPUTE_ON_KV = {"jetmoe", "diffllama", "doge", "git"}
+OWN_CACHE = "insists on a cache class of its own"
 REFUSED = {  # families that no cache of another class can serve, and why
-    **dict.fromkeys(("minimax", "deepseek_v4", "unlimited_ocr"), "insists on a cache class of its own"),
+    **dict.fromkeys(("deepseek_v4", "unlimited_ocr"), OWN_CACHE),
     **dict.fromkeys(
         ("mllama", "mllama_text_model", "glm5_next", "diffusion_gemma", "diffusion_gemma_text"),
         "reads the tensors of transformers' own cache",
@@ -28,12 +29,14 @@ class Support:
 
     exact    why only attention over all tokens is possible, by the model's own code; None where a selection is as well
     latents  values that a token's record holds in place of keys and values (MLA); 0 elsewhere
+    more     True if tiered layers keep more than records, such as an indexer's keys
     """
 
     tiered: list[int]
     layers: int
     exact: str | None = None
     latents: int = 0
+    more: bool = False
 
     def __str__(self) -> str:
         few = f"{len(self.tiered)} of {self.layers} layers are tiered"
@@ -46,7 +49,7 @@ def check_supported(config: PretrainedConfig) -> Support:
     if config.is_encoder_decoder or _encodes(text, kind):
         what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
         raise UsageError(f"{config.model_type} is {what} model; tiered KV needs a decoder-only one, such as Llama")
-    if why := REFUSED.get(text.model_type) or REFUSED.get(config.model_type):
+    if why := REFUSED.get(text.model_type) or REFUSED.get(config.model_type) or _own_cache(kind):
         raise UsageError(f"{text.model_type} {why}, which cannot be tiered; use its own cache")
     try:
         layers = DynamicCache(config=config).layers
@@ -64,7 +67,7 @@ def check_supported(config: PretrainedConfig) -> Support:
         )
     kinds = {type(layers[i]) for i in tiered} - {DynamicLayer, DynamicSlidingWindowLayer}
     latents = max(map(_latents, getattr(text, "per_layer_config", None) or (text,)))
-    return Support(tiered, len(layers), _why_exact(text, kind, kinds, latents), latents)
+    return Support(tiered, len(layers), _why_exact(text, kind, kinds, latents), latents, bool(kinds))
 
 
 def check_selects(support: Support, config: PretrainedConfig, selects: bool, alpha: float) -> None:
@@ -91,6 +94,12 @@ def _why_exact(text: PretrainedConfig, kind: type | None, kinds: set[type], late
     if kind is not None and hasattr(kind, "_can_set_attn_implementation") and not kind._can_set_attn_implementation():
         return "computes attention by code of its own, not through transformers' AttentionInterface"
     return None
+
+
+def _own_cache(kind: type | None) -> str | None:
+    """Why models of this class take no other cache, by transformers' own answer; None if they do."""
+    takes = getattr(kind, "_supports_default_dynamic_cache", None)
+    return OWN_CACHE if takes and not takes() else None
 
 
 def _slides(layer: DynamicLayer, text: PretrainedConfig) -> bool:

@@ -56,7 +56,7 @@ def build(command: list[str], folder: Path) -> Path:
         with tempfile.TemporaryDirectory(suffix=".tmp", dir=folder) as work:
             draft = Path(work) / target.name
             words = [*command, *flags, *map(str, sources), "-o", str(draft), "-lm"]
-            done = subprocess.run(words, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+            done = subprocess.run(words, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
             if done.returncode:
                 raise Unavailable(f"{command[0]} cannot compile the kernels: {(done.stderr.splitlines() or ['?'])[0]}")
             draft.replace(target)

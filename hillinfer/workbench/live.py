@@ -14,7 +14,7 @@ from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import decode, feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
-from hillinfer.session import open_session, save_session, session_ids
+from hillinfer.session import check_keeps, open_session, save_session, session_ids
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -104,6 +104,7 @@ class LiveRun:
         total = len(self.case.context) + len(self.case.question) + self.case.max_new_tokens
         plan(self.model.config, settings, total, self.model.dtype, policy=system.policy)
         if self.session is not None:
+            check_keeps(self.model.config, self.system, self.options)
             session_ids(self.session, self.case.context)
 
     def start(self) -> "LiveRun":

@@ -24,7 +24,8 @@ import torch
 
 from hillinfer.assets import machine
 from hillinfer.evaluator.codes import KeyCodes
-from hillinfer.evaluator.topk import merge_heads
+from hillinfer.evaluator.ranks import head_ranks
+from hillinfer.evaluator.topk import topk
 from hillinfer.systems.hillinfer.balance import SelectionRates
 from hillinfer.systems.hillinfer.drive import EmulatedDrive
 from hillinfer.systems.hillinfer.profile import THIS, Profile
@@ -69,11 +70,12 @@ def step_ms(folder: Path, n: int, share: float, alpha: float, rate: float = math
         drive.report()  # waits for the writes
         times = []
         for _ in range(REPEATS + 1):
-            query = codes.query(torch.randn(HEADS * GROUP, DIM), 0)
+            query, unit = codes.query(torch.randn(HEADS * GROUP, DIM), 0)
             start = time.perf_counter()
             score = paced(lambda hot, query=query: codes.scores(query, 0, hot), rate)
             scores = store.scores(0, query, score, codes.nbytes)
-            store.fetch(0, merge_heads(scores, int(alpha * n)))
+            best = topk(head_ranks(scores, np.repeat(unit * DIM**-0.5, GROUP)), int(alpha * n))
+            store.fetch(0, np.sort(best))
             times.append((time.perf_counter() - start) * 1e3)
             store.missed.clear()  # nothing is promoted: the share stays
         return statistics.median(times[1:])

@@ -21,9 +21,10 @@ import torch
 from hillinfer import native
 from hillinfer.assets import machine
 from hillinfer.config import Settings
-from hillinfer.evaluator.codes import group_scores_torch
+from hillinfer.evaluator.codes import head_scores_torch
 from hillinfer.evaluator.policies import POLICIES
-from hillinfer.evaluator.topk import merge_heads_reference
+from hillinfer.evaluator.ranks import head_ranks_reference
+from hillinfer.evaluator.topk import topk, topk_reference
 from hillinfer.layer import Layer
 from hillinfer.native import ring
 from hillinfer.run import Run
@@ -92,9 +93,11 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     for bits in (8, 4):
         name, size = f"score int{bits}", coded[bits].nbytes
         rows.append(Row(name, size, lambda b=bits: native.score(query, coded[b], b), core))
-        rows.append(Row(name + torch_too, size, lambda b=bits: group_scores_torch(plain, stored[b], b)))
-    rows.append(Row("top-k of all heads", scores.nbytes, lambda: native.merge_heads(scores, CHOSEN), core))
-    rows.append(Row("top-k of all heads, numpy", scores.nbytes, lambda: merge_heads_reference(scores, CHOSEN)))
+        rows.append(Row(name + torch_too, size, lambda b=bits: head_scores_torch(plain, stored[b], b)))
+    steps = np.full(HEADS * GROUP, 0.4, np.float32)
+    rows.append(Row("top-k of all heads", scores.nbytes, lambda: topk(native.head_ranks(scores, steps), CHOSEN), core))
+    reference = lambda: topk_reference(head_ranks_reference(scores, steps), CHOSEN)  # noqa: E731
+    rows.append(Row("top-k of all heads, numpy", scores.nbytes, reference))
     encode = Row("code 512 keys", keys.nbytes, lambda: native.encode(keys, 8, scale, codes, 0), core)
     return [*rows, *attend, encode]
 
@@ -143,7 +146,7 @@ def seam(system: str, n: int, steps: int = 200) -> dict:
     heads, group, dim = 4, 2, 64
     layer = Layer(0, POLICIES[system](), Run(Settings(alpha=ALPHA), 1))
     layer.append(*torch.randn(2, 1, heads, n, dim))
-    whole, kernels, names = [], [], ("encode", "quantise_query", "score", "merge_heads", "attend")
+    whole, kernels, names = [], [], ("encode", "quantise_query", "score", "head_ranks", "topk", "attend")
     real, spent = {name: getattr(native, name) for name in names}, [0]
 
     def timed(call: Callable) -> Callable:

@@ -3,7 +3,7 @@
     python -m benchmarks.selection --n 8
 
 This bypasses the package's own path: all KV is in memory, and decode steps attend under a mask. `per head` selects the
-best alpha*N tokens of each KV head; `per layer` selects the same alpha*N for all heads (`merge_heads`, as in the
+best alpha*N tokens of each KV head; `per layer` selects the same alpha*N for all heads (`head_ranks`, as in the
 package). A record holds the K and V of all heads, so the tokens read are the union over heads.
 """
 
@@ -21,7 +21,8 @@ from transformers.utils import logging
 from hillinfer.assets import load_embedded
 from hillinfer.config import Settings
 from hillinfer.evaluator.codes import KeyCodes
-from hillinfer.evaluator.topk import merge_heads, topk
+from hillinfer.evaluator.ranks import head_ranks
+from hillinfer.evaluator.topk import topk
 from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.runner import feed, is_right, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS
@@ -46,7 +47,7 @@ class Study:
         if query.shape[2] > 1:
             return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling, **kwargs)
         logits = torch.einsum("hgd,hnd->hgn", query[0, :, 0].view(kv_heads, -1, dim).float(), keys[0].float()) * scaling
-        chosen, best, k = self.choose(codes, query[0, :, 0], n)
+        chosen, best, k = self.choose(codes, query[0, :, 0], n, scaling)
         true = logits.amax(1).topk(k, 1).indices
         recall = torch.gather(best, 1, true).float().mean()
         weights = logits.softmax(2)
@@ -57,9 +58,13 @@ class Study:
         out = torch.einsum("hgn,hnd->hgd", weights, values[0].float()).to(query.dtype)
         return out.reshape(1, 1, -1, dim), None
 
-    def choose(self, codes: KeyCodes, query: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def choose(
+        self, codes: KeyCodes, query: torch.Tensor, n: int, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Selected keys (Hkv, n) bool, each head's best keys by codes (Hkv, n) bool, and their number per head."""
-        settings, scores = self.settings, codes.scores(codes.query(query, 0), 0)
+        settings, (coded, unit) = self.settings, codes.query(query, 0)
+        every = codes.scores(coded, 0)
+        scores = every.reshape(*coded.shape[:2], n).max(1)
         budget = settings.budget(n)
         near = np.zeros(n, bool)
         near[: settings.sinks] = near[-settings.recent :] = True
@@ -73,7 +78,8 @@ class Study:
             for head, row in enumerate(scores):
                 chosen[head, torch.from_numpy(far[topk(row[far], k)])] = True
         else:
-            chosen[:, torch.from_numpy(far[merge_heads(scores[:, far], k)])] = True
+            ranks = head_ranks(every, np.repeat(unit * np.float32(scaling), coded.shape[1]))
+            chosen[:, torch.from_numpy(far[topk(ranks[far], k)])] = True
         return chosen, best, budget
 
 

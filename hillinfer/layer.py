@@ -9,8 +9,9 @@ import torch
 
 from hillinfer import attention
 from hillinfer.errors import DriveError, UsageError
-from hillinfer.evaluator.codes import KeyCodes, group_scores
+from hillinfer.evaluator.codes import KeyCodes, head_scores
 from hillinfer.evaluator.policy import Policy, Step
+from hillinfer.evaluator.ranks import head_ranks
 from hillinfer.run import Run
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.store import Store
@@ -168,7 +169,7 @@ class Layer:
         sizes = n, budget, settings.sinks, settings.recent, self.index, self.run.timeline.step
         for row in range(len(query)):
             own, visible = query[row, :, 0], None if shown is None else shown[row]
-            scores = partial(self._scores, own, row, visible)
+            scores = partial(self._scores, own, row, visible, scaling)
             weights = partial(self._weights, own, row, visible, scaling)
             step = Step(*sizes, scores, weights, own, scaling, row, visible, guess=kind == "guess")
             with self.track.span("cpu", kind) as detail:
@@ -181,15 +182,15 @@ class Layer:
             picks.append(picked)
         return picks
 
-    def _scores(self, query: torch.Tensor, row: int, valid: np.ndarray | None) -> np.ndarray:
-        """Integer scores of all keys, (Hkv, n) int32, wherever they are computed. query (H, D)."""
-        size, coded = self.run.geometry, self.codes.query(query, row)
+    def _scores(self, query: torch.Tensor, row: int, valid: np.ndarray | None, scaling: float) -> np.ndarray:
+        """Ranks of all keys by their codes, int32 (n,), wherever these are scored. query (H, D)."""
+        size, (coded, unit) = self.run.geometry, self.codes.query(query, row)
         scanned = self.n * size.kv_heads * size.head_dim * self.run.settings.bits // 8
-        score = partial(group_scores, coded, self.codes.codes.view()[row], self.codes.bits)
+        score = partial(head_scores, coded, self.codes.codes.view()[row], self.codes.bits)
         result = self.store.scores(row, coded, score, scanned)
         if valid is not None:
             result[:, ~valid] = NEVER
-        return result
+        return head_ranks(result, np.repeat(unit * np.float32(scaling), coded.shape[1]))
 
     def _weights(self, query: torch.Tensor, row: int, valid: np.ndarray | None, scaling: float) -> np.ndarray:
         """Exact attention weights of all keys, (H, n) float32."""

@@ -10,13 +10,15 @@ from hillinfer.evaluator.codes import (
     EXACT_FP32_DIM,
     TOP,
     KeyCodes,
-    group_scores,
-    group_scores_reference,
-    group_scores_torch,
+    head_scores,
+    head_scores_reference,
+    head_scores_torch,
     pack,
     unpack,
 )
+from hillinfer.evaluator.ranks import STEPS, head_ranks
 from hillinfer.evaluator.topk import merge_heads, merge_heads_reference, topk, topk_reference
+from hillinfer.layer import NEVER
 
 
 @given(
@@ -39,15 +41,15 @@ def test_scores_equal_the_numpy_reference(bits, heads, group, dim, n, extreme, s
     query, codes = draw(TOP[8], heads, group, dim), draw(TOP[bits], heads, n, dim)
     stored = pack(torch.from_numpy(codes), bits)
     assert stored.shape[2] == dim * bits // 8 and np.array_equal(unpack(stored, bits).numpy(), codes)
-    got = group_scores_torch(torch.from_numpy(query), stored, bits, block=128)
+    got = head_scores_torch(torch.from_numpy(query), stored, bits, block=128)
     assert got.dtype == np.int32
-    assert np.array_equal(got, group_scores_reference(query, codes))
+    assert np.array_equal(got, head_scores_reference(query, codes))
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_largest_scores_are_exact(sign):
     query = np.full((1, 1, EXACT_FP32_DIM), TOP[8], np.int8)
-    for scores in (group_scores_torch, group_scores):
+    for scores in (head_scores_torch, head_scores):
         got = scores(torch.from_numpy(query), torch.from_numpy(sign * query))
         assert got.item() == sign * TOP[8] ** 2 * EXACT_FP32_DIM
 
@@ -95,9 +97,12 @@ def test_scores_rank_as_the_true_dot_products_do(bits, least):
     keys, query = torch.randn(1, 2, 500, 64), torch.randn(4, 64)
     codes = KeyCodes(1, 2, 64, bits)
     codes.append(keys)
-    got = codes.scores(codes.query(query, 0), 0)
-    want = torch.einsum("hgd,hnd->hgn", query.view(2, 2, 64), keys[0]).amax(1)
-    for head in range(2):
+    coded, unit = codes.query(query, 0)
+    got = codes.scores(coded, 0)
+    want = torch.einsum("hgd,hnd->hgn", query.view(2, 2, 64), keys[0]).flatten(0, 1)
+    errors = torch.from_numpy(got * unit.repeat(2)[:, None]) - want
+    assert errors.std() < (0.1 if bits == 8 else 1.5)  # of dot products with a standard deviation of 8
+    for head in range(4):
         assert len(set(topk(got[head], 50)) & set(want[head].topk(50).indices.tolist())) >= least
 
 
@@ -149,3 +154,36 @@ def test_merged_heads_are_the_best_ranks(heads, n, k, seed):
     outside = np.setdiff1d(np.arange(n), got)
     if len(got) and len(outside):
         assert ranks[got].max() <= ranks[outside].min()
+
+
+@given(
+    heads=st.integers(1, 9),
+    n=st.integers(1, 400),
+    spread=st.sampled_from([1, 100, 10**4, 2**22]),
+    scale=st.floats(1e-6, 30),
+    hidden=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None)
+def test_ranks_are_log_probabilities(heads, n, spread, scale, hidden, seed):
+    """To a tenth of a factor of two at most, as long as a token matters to some head."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(-spread, spread + 1, (heads, n)).astype(np.int32)
+    unit = (scale / spread * (0.5 + rng.random(heads))).astype(np.float32)
+    if hidden and n > 1:
+        scores[:, :: n - 1] = NEVER
+        scores[:, 0] = 0
+    logits = scores.astype(float) * unit[:, None]
+    best = (logits - np.logaddexp.reduce(logits, 1)[:, None]).max(0) / np.log(2)
+    got = head_ranks(scores, unit) / STEPS
+    near = best > -1000
+    np.testing.assert_allclose(got[near], best[near], atol=0.09, rtol=1e-5)
+
+
+def test_ranks_do_not_depend_on_the_scale_of_a_head():
+    """A flat head with large scores has no more say than a sharp one with small ones: unlike the raw maximum."""
+    flat, sharp = np.full(100, 5000, np.int32), np.zeros(100, np.int32)
+    flat[::2] += 1
+    sharp[7] = 12
+    order = topk(head_ranks(np.stack((flat, sharp)), np.array([1, 1], np.float32)), 100)
+    assert order[0] == 7 and (flat[order[1:50]] == 5001).all()

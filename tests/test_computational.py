@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from benchmarks.faulty_drive import FaultyDrive
 from hillinfer import native
 from hillinfer.errors import DriveError
-from hillinfer.evaluator.codes import KeyCodes, group_scores_reference
+from hillinfer.evaluator.codes import KeyCodes, head_scores_reference
 from hillinfer.native import ring
 from hillinfer.systems.hillinfer import worker
 from hillinfer.systems.hillinfer.drive import EmulatedDrive
@@ -70,7 +70,7 @@ def check_blocks(blocks: list, model: Model, query: np.ndarray, block: int) -> N
         wanted = cold[at * block : (at + 1) * block]
         assert part.positions.dtype == part.scores.dtype == np.int32
         np.testing.assert_array_equal(part.positions, wanted)
-        np.testing.assert_array_equal(part.scores, group_scores_reference(query, model.codes[:, wanted]))
+        np.testing.assert_array_equal(part.scores, head_scores_reference(query, model.codes[:, wanted]))
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_rescaled_codes_follow_key_codes(open_drive):
         drive.write(0, n, np.zeros((90, 256), np.uint8), host.codes.view()[0, :, n:].numpy())
     n = host.codes.n
     drive.hold(0, np.arange(n), False)
-    query = host.query(torch.randn(4, 16), 0)
+    query = host.query(torch.randn(4, 16), 0)[0]
     (block,) = drive.begin_evaluate(0, query.numpy())
     np.testing.assert_array_equal(block.scores, host.scores(query, 0))
 

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 from hillinfer import native
 from hillinfer.evaluator.boxes import bounds
-from hillinfer.evaluator.codes import TOP, KeyCodes, group_scores_reference, pack
+from hillinfer.evaluator.codes import TOP, KeyCodes, head_scores_reference, pack
+from hillinfer.evaluator.ranks import head_ranks_reference
 from hillinfer.evaluator.topk import merge_heads_reference, topk_reference
+from hillinfer.layer import NEVER
 from hillinfer.native import build as builder
 from hillinfer.native import ring
 from hillinfer.native.ring import Namespace, Rings
@@ -68,12 +70,35 @@ def test_scores(isa, bits, group, dim, n, extreme, threads, seed):
         some = native.score(torch.from_numpy(query), stored, bits, rows, threads)
     finally:
         native.SPLIT = native_threads
-    want = group_scores_reference(query, codes[:, :n])
+    want = head_scores_reference(query, codes[:, :n])
     assert got.dtype == np.int32 and np.array_equal(got, want) and np.array_equal(some, want[:, rows])
+
+
+@given(
+    heads=st.integers(1, 5),
+    n=st.integers(1, 3000),
+    spread=st.sampled_from([0, 3, 10**4, 2**22]),
+    unit=st.floats(0, 1e5),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+)
+@settings(**EACH)
+def test_ranks(isa, heads, n, spread, unit, threads, seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(-spread, spread + 1, (heads, n)).astype(np.int32)
+    scores[rng.random((heads, n)) < 0.1] = NEVER
+    steps = (unit * rng.random(heads)).astype(np.float32)
+    native_split, native.SPLIT = native.SPLIT, 64
+    try:
+        got = native.head_ranks(scores, steps, threads)
+    finally:
+        native.SPLIT = native_split
+    assert np.array_equal(got, head_ranks_reference(scores, steps))
 
 
 F32, I8, I64 = torch.ones(2, 1, 16), np.zeros((2, 10, 16), np.int8), np.zeros(2, np.int64)
 QUERY, KEYS, SCORES, ROOM = I8[:, :1].copy(), torch.ones(1, 2, 3, 16), np.zeros((2, 9), np.int32), torch.zeros(4, 8)
+UNIT = np.ones(2, np.float32)
 RECORDS = torch.ones(2, 2, 1, 16)  # K and V of one head
 AT = RECORDS.data_ptr() + np.arange(2) * 128
 BLOCKS, READ_ONLY = aligned(2 * BLOCK), np.zeros(2, np.uint32)
@@ -119,6 +144,8 @@ WRONG = [
     (score, ValueError, dict(positions=[[1]])),
     (native.topk, TypeError, dict(scores=SCORES[0].astype(float), k=1), dict(scores=SCORES[0], k=1.5)),
     (native.topk, ValueError, dict(scores=SCORES, k=1), dict(scores=SCORES[0], k=-1)),
+    (native.head_ranks, TypeError, dict(scores=SCORES.astype(np.int64), steps=UNIT), dict(scores=SCORES, steps=I64)),
+    (native.head_ranks, ValueError, dict(scores=SCORES[:0], steps=UNIT[:0]), dict(scores=SCORES, steps=UNIT[:1])),
     (native.merge_heads, TypeError, dict(scores=SCORES.astype(np.int64), k=1)),
     (native.merge_heads, ValueError, dict(scores=SCORES[0], k=1), dict(scores=SCORES[:0], k=1)),
     (native.merge_heads, ValueError, dict(scores=SCORES, k=-1)),
@@ -323,7 +350,8 @@ def test_quantised_queries(heads, group, dim, seed):
     codes.append(torch.randn(2, heads, 9, dim) * torch.rand(dim) ** 8)
     query = torch.randn(heads * group, dim) * 10.0 ** (seed % 7 - 3)
     for wanted in (query, query * 0, query.to(torch.bfloat16)):
-        assert torch.equal(codes.query(wanted, 1), codes.query_reference(wanted.float(), 1))
+        (coded, unit), (want, step) = codes.query(wanted, 1), codes.query_reference(wanted.float(), 1)
+        assert torch.equal(coded, want) and np.array_equal(unit, step)
 
 
 def test_the_library_is_private_and_built_once(tmp_path, monkeypatch):

@@ -279,12 +279,12 @@ def test_a_step_reaches_its_kernels_through_few_functions(models, prompt, monkey
 
         return spy
 
-    for name in ("attend", "score", "merge_heads", "quantise_query", "encode"):
+    for name in ("attend", "score", "head_ranks", "quantise_query", "encode"):
         monkeypatch.setattr(native, name, spied(getattr(native, name)))
     with hillinfer.make_cache(model, "topk", alpha=0.2) as cache:
         model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False)
     met = {way[0]: way for way in ways if len(way) > 1}
-    assert {"attend", "score", "merge_heads", "quantise_query"} <= set(met)
+    assert {"attend", "score", "head_ranks", "quantise_query"} <= set(met)
     assert max(len(way) for way in ways) <= 8, max(ways, key=len)
     assert met["attend"] == ["attend", "over_records", "Store.attend", "Layer.attend", "attention"]
 

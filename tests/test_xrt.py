@@ -16,7 +16,7 @@ from fpga.sim import kernel as sim
 from fpga.sim.kernel import Config, Kernel
 from hillinfer.commands.app import app
 from hillinfer.errors import DriveError
-from hillinfer.evaluator.codes import group_scores_reference
+from hillinfer.evaluator.codes import head_scores_reference
 from hillinfer.systems.hillinfer.card import Xrt
 from hillinfer.systems.hillinfer.protocol import Shape
 from hillinfer.systems.hillinfer.xrt import XrtDrive
@@ -42,7 +42,8 @@ def by_numpy(config: Config):
         raw = raw[:, first * config.token_bytes : (first + n) * config.token_bytes].reshape(heads, n, -1)
         codes = raw if config.bits == 8 else np.stack(((raw << 4) >> 4, raw >> 4), -1).reshape(heads, n, -1)
         size = heads * config.group * config.head_dim
-        scores = group_scores_reference(memory[query][:size].view(np.int8).reshape(heads, config.group, -1), codes)
+        asked = memory[query][:size].view(np.int8).reshape(heads, config.group, -1)
+        scores = head_scores_reference(asked, codes).reshape(heads, config.group, -1).max(1)
         for head in range(heads):
             region = memory[out][head * out_stride : (head + 1) * out_stride].view(np.int32)
             region[:4] = n, 0, 0, 1

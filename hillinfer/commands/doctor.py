@@ -156,7 +156,7 @@ def memory_speeds(seconds: float) -> Iterator[Check]:
     import torch
 
     from hillinfer import native
-    from hillinfer.evaluator.codes import group_scores
+    from hillinfer.evaluator.codes import head_scores
 
     words, threads = np.ones(8 << 20, np.uint64), torch.get_num_threads()
     read = native.read if native.available() else lambda words, threads=1: words.sum()
@@ -164,7 +164,7 @@ def memory_speeds(seconds: float) -> Iterator[Check]:
     yield Check("memory", f"{one:.1f} GB/s one core, {every:.1f} with {threads} threads")
     rng = np.random.default_rng(0)
     codes, query = (torch.from_numpy(rng.integers(-127, 128, (8, n, 128), np.int8)) for n in (16_384, 4))
-    speed = rate(codes.nbytes, lambda: group_scores(query, codes), seconds)
+    speed = rate(codes.nbytes, lambda: head_scores(query, codes), seconds)
     step = CONTEXT * 32 * 1024 / speed / 1e6  # 32 layers
     slow = f"{speed / every:.0%} of memory bandwidth: {step:,.0f} ms per step of a Llama-3-8B at {CONTEXT:,} tokens"
     fix = "see compiler and instructions"

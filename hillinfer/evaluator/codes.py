@@ -1,7 +1,7 @@
 """INT8 and INT4 key codes and their exact scores (HillInfer CEC: low precision for scoring only).
 
 The channel scales are folded into the query, which is then quantised as well, so that a score is an integer dot
-product: bit-identical in numpy, torch, the emulated drive and hardware. Scoring needs no softmax and no scaling.
+product: bit-identical in numpy, torch, the emulated drive and hardware. `ranks` compares scores of different heads.
 """
 
 import numpy as np
@@ -64,31 +64,29 @@ class KeyCodes:
         """Codes of the last n keys, int8 (B, Hkv, n, D), for a drive that scores."""
         return unpack(self.codes.view()[:, :, self.codes.n - n :], self.bits)
 
-    def query(self, query: torch.Tensor, row: int) -> torch.Tensor:
-        """Fold the scales into a query (H, D) and quantise it to INT8: (Hkv, G, D).
-
-        All query heads of a group share one step size, so that their scores are comparable.
+    def query(self, query: torch.Tensor, row: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Fold the scales into a query (H, D) and quantise it to INT8: (Hkv, G, D). All heads of a group share one step
+        size; the step sizes, float32 (Hkv,), turn scores into dot products.
         """
         query, scale = query.to("cpu", torch.float32), self.scale[row]
         if not native.available():
             return self.query_reference(query, row)
         out = torch.empty((len(scale), len(query) // len(scale), scale.shape[2]), dtype=torch.int8, device="cpu")
-        native.quantise_query(query.contiguous(), scale, out)
-        return out
+        return out, native.quantise_query(query.contiguous(), scale, out)
 
-    def query_reference(self, query: torch.Tensor, row: int) -> torch.Tensor:
+    def query_reference(self, query: torch.Tensor, row: int) -> tuple[torch.Tensor, np.ndarray]:
         """`query` in torch, for fp32 in host memory."""
         scale = self.scale[row]  # (Hkv, 1, D)
         folded = query.view(scale.shape[0], -1, scale.shape[2]) * scale
         step = (folded.abs().amax((1, 2), keepdim=True) / TOP[8]).clamp(min=TINY)
-        return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8)
+        return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8), step.flatten().numpy()
 
     def scores(self, query: torch.Tensor, row: int, positions: np.ndarray | None = None) -> np.ndarray:
         """Scores of a quantised query (Hkv, G, D) against a row's keys, or the keys at positions (n,) only.
 
-        int32 (Hkv, n), the maximum over the query heads of each group.
+        int32 (Hkv*G, n).
         """
-        return group_scores(query, self.codes.view()[row], self.bits, positions)
+        return head_scores(query, self.codes.view()[row], self.bits, positions)
 
     def truncate(self, n: int) -> None:
         self.codes.truncate(n)
@@ -114,31 +112,31 @@ def unpack(stored: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack(((stored << 4) >> 4, stored >> 4), -1).flatten(-2)  # arithmetic shifts extend the sign
 
 
-def group_scores(
+def head_scores(
     query: torch.Tensor, stored: torch.Tensor, bits: int = 8, positions: np.ndarray | None = None
 ) -> np.ndarray:
     """Scores of query int8 (Hkv, G, D) against stored codes (Hkv, n, D or D/2), optionally at positions (m,) only.
 
-    int32 (Hkv, n or m), the maximum over each group.
+    int32 (Hkv*G, n or m).
     """
     if native.available():
         return native.score(query, stored, bits, positions, torch.get_num_threads())
-    return group_scores_torch(query, stored if positions is None else stored[:, torch.from_numpy(positions)], bits)
+    return head_scores_torch(query, stored if positions is None else stored[:, torch.from_numpy(positions)], bits)
 
 
-def group_scores_torch(query: torch.Tensor, stored: torch.Tensor, bits: int = 8, block: int = 4096) -> np.ndarray:
-    """`group_scores` of all keys in torch.
+def head_scores_torch(query: torch.Tensor, stored: torch.Tensor, bits: int = 8, block: int = 4096) -> np.ndarray:
+    """`head_scores` of all keys in torch.
 
     fp32 is exact: every partial sum is an integer below 2**24. `block` keys at a time fit into the processor's cache.
     """
-    query = query.float().transpose(1, 2)  # (Hkv, D, G)
-    out = torch.empty(stored.shape[:2], dtype=torch.int32, device="cpu")
+    out = torch.empty((*query.shape[:2], stored.shape[1]), dtype=torch.int32, device="cpu")
     for start in range(0, stored.shape[1], block):
         part = unpack(stored[:, start : start + block], bits).float()
-        out[:, start : start + block] = torch.matmul(part, query).amax(2).to(torch.int32)
-    return out.numpy()
+        out[:, :, start : start + block] = torch.matmul(query.float(), part.transpose(1, 2)).to(torch.int32)
+    return out.flatten(0, 1).numpy()
 
 
-def group_scores_reference(query: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def head_scores_reference(query: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """The definition, in int64 numpy over unpacked codes. Every other implementation must equal it exactly."""
-    return np.einsum("hgd,hnd->hgn", query.astype(np.int64), codes.astype(np.int64)).max(1).astype(np.int32)
+    scores = np.einsum("hgd,hnd->hgn", query.astype(np.int64), codes.astype(np.int64))
+    return scores.reshape(query.shape[0] * query.shape[1], codes.shape[1]).astype(np.int32)

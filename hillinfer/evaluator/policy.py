@@ -17,7 +17,9 @@ class Step:
     recent: int  # last tokens, kept on the device
     layer: int
     step: int
-    scores: Callable[[], np.ndarray]  # INT8 scores of all keys, (Hkv, n) int32, lowest for padding; scans all codes
+    scores: Callable[
+        [], np.ndarray
+    ]  # ranks of all keys by their codes, int32 (n,), the higher the better; scans all codes
     weights: Callable[[], np.ndarray]  # exact attention weights (H, n) float32; reads all KV: for studies only
     query: torch.Tensor | None = None  # (H, D), of this layer and sequence
     scaling: float = 1.0  # of the logits

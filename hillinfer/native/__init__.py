@@ -27,7 +27,8 @@ _SIGNATURES = {
     "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, ctypes.c_float, _P, _P, _I]),
     "hi_bounds": (_I, [_I, _P, _P, _P, _L, _P, _I, _I, _I, ctypes.c_float, _P, _P, _P, _I]),
     "hi_copy": (_I, [_P, _P, _P, _L, _L, _L, _I]),
-    "hi_query": (None, [_P, _P, _I, _I, _I, _P]),
+    "hi_query": (None, [_P, _P, _I, _I, _I, _P, _P]),
+    "hi_ranks": (None, [_I, _P, _I, _L, _P, _P, _I]),
     "hi_read": (ctypes.c_uint64, [_I, _P, _L, _I]),
     "hi_ring_open": (_P, [_I, _I, _P]),
     "hi_ring_close": (None, [_P]),
@@ -113,7 +114,7 @@ def read(words: np.ndarray, threads: int = 1) -> int:
 def score(query, stored, bits: int, positions: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
     """Scores of a quantised query int8 (Hkv, G, D) against codes (Hkv, n, D*bits/8), at all or at given positions (m,).
 
-    Returns int32 (Hkv, n or m), the maximum over each group; defined by `evaluator.codes.group_scores_reference`.
+    Returns int32 (Hkv*G, n or m), defined by `evaluator.codes.head_scores_reference`.
     """
     heads, group, dim = query.shape
     (by_head,), n = _codes(stored, [heads], dim, bits)
@@ -121,7 +122,7 @@ def score(query, stored, bits: int, positions: np.ndarray | None = None, threads
     if positions is not None:
         positions = integers(positions)
         n = len(positions)
-    out = np.empty((heads, n), np.int32)
+    out = np.empty((heads * group, n), np.int32)
     shape = heads, group, dim, pointer(positions), n, pointer(out), n, _share(heads * n * dim * bits // 8, threads)
     _check(library.hi_score(library.isa, bits, pointer(stored), by_head, held, asked, *shape), f"positions < {held}")
     return out
@@ -239,13 +240,26 @@ def encode(keys, bits: int, scale, codes, at: int) -> np.ndarray:
     return doublings
 
 
-def quantise_query(query, scale, out) -> None:
+def quantise_query(query, scale, out) -> np.ndarray:
     """As `evaluator.codes.KeyCodes.query`: fold scale fp32 (Hkv, 1, D) into query fp32 (H, D) and quantise the product
-    to out int8 (Hkv, G, D). All contiguous.
+    to out int8 (Hkv, G, D). All contiguous. Returns the step size of each group, fp32 (Hkv,).
     """
     heads, group, dim = out.shape
     asked, folded = address(query, "float32", heads * group * dim), address(scale, "float32", heads * dim)
-    library.hi_query(asked, folded, heads, group, dim, address(out, "int8", heads * group * dim, True))
+    unit, write = np.empty(heads, np.float32), address(out, "int8", heads * group * dim, True)
+    library.hi_query(asked, folded, heads, group, dim, write, pointer(unit))
+    return unit
+
+
+def head_ranks(scores: np.ndarray, steps: np.ndarray, threads: int = 1) -> np.ndarray:
+    """As `evaluator.ranks.head_ranks_reference`: ranks int32 (n,) by int32 scores (H, n) and steps fp32 (H,)."""
+    heads, n = scores.shape
+    if not heads:
+        raise ValueError("scores of no head")
+    threads = min(heads, _share(scores.nbytes, threads))
+    out, where = np.empty((threads, n), np.int32), address(scores, "int32", heads * n)
+    library.hi_ranks(library.isa, where, heads, n, address(steps, "float32", heads), pointer(out), threads)
+    return out[0]
 
 
 def checksums(write: bool, offsets, addresses, lengths, sums: np.ndarray) -> int:

@@ -79,7 +79,7 @@ int hi_encode(int dtype, const char *keys, int64_t by_row, int64_t by_head, int6
 
 /* Folds the channel scales (heads, dim) into a query fp32 (heads, group, dim) and quantises it to INT8 with one step
  * size per group. */
-void hi_query(const float *query, const float *scale, int heads, int group, int dim, int8_t *out) {
+void hi_query(const float *query, const float *scale, int heads, int group, int dim, int8_t *out, float *unit) {
     const float tiny = 1.17549435e-38f;
     for (int h = 0; h < heads; h++) {
         const float *q = query + (int64_t)h * group * dim, *s = scale + (int64_t)h * dim;
@@ -92,6 +92,7 @@ void hi_query(const float *query, const float *scale, int heads, int group, int 
             }
         float step = most / 127;
         step = step < tiny ? tiny : step;
+        unit[h] = step;
         for (int g = 0; g < group; g++)
             for (int d = 0; d < dim; d++) {
                 float code = rintf(q[g * dim + d] * s[d] / step);

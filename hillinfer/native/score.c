@@ -1,4 +1,4 @@
-/* Integer scores of key codes: out[h][i] = max over the group's queries g of  sum_d query[h][g][d] * code[h][i][d]. */
+/* Integer scores of key codes: out[h][g][i] = sum_d query[h][g][d] * code[h][i][d]. */
 #include "common.h"
 
 struct score {
@@ -7,7 +7,7 @@ struct score {
     int64_t head_stride;
     const int64_t *positions;  /* n rows, or NULL for rows 0..n-1 */
     int64_t n;
-    int32_t *out;  /* (heads, out_stride) */
+    int32_t *out;  /* (heads * group, out_stride) */
     int64_t out_stride;
     int8_t *query;   /* (heads, padded group, width); for INT4, even channels before odd ones */
     int32_t *excess; /* (heads, padded group): the sum's excess from the offset of unsigned keys */
@@ -22,7 +22,6 @@ INLINE const int8_t *row_of(const struct score *s, int head, int64_t i) {
 INLINE void generic_rows(const struct score *s, int head, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
         const int8_t *k = row_of(s, head, i);
-        int32_t best = INT32_MIN;
         for (int g = 0; g < s->group; g++) {
             const int8_t *q = s->query + ((int64_t)head * s->padded + g) * s->width;
             int32_t sum = 0;
@@ -31,9 +30,8 @@ INLINE void generic_rows(const struct score *s, int head, int64_t from, int64_t 
             else
                 for (int d = 0; d < s->row; d++)
                     sum += (int32_t)q[d] * ((int8_t)((uint8_t)k[d] << 4) >> 4) + (int32_t)q[s->half + d] * (k[d] >> 4);
-            best = sum > best ? sum : best;
+            s->out[((int64_t)head * s->group + g) * s->out_stride + i] = sum;
         }
-        s->out[head * s->out_stride + i] = best;
     }
 }
 
@@ -55,9 +53,11 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
     const int8_t *base = s->codes + head * s->head_stride, *queries = s->query + (int64_t)head * s->padded * s->width;
     const int64_t *positions = s->positions;  /* locals, so that the compiler need not assume `out` aliases them */
     const int32_t *excess = s->excess + head * s->padded;
-    const int padded = s->padded, width = s->width, half = s->half;
+    const int padded = s->padded, width = s->width, half = s->half, group = s->group;
     const int64_t bytes = s->n * row;
-    int32_t *out = s->out + head * s->out_stride;
+    const int64_t stride = s->out_stride;
+    int32_t *out = s->out + (int64_t)head * s->group * stride;
+    const __m512i by_query = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const __m512i flip = _mm512_set1_epi8((char)(bits == 8 ? 0x80 : 0x88)), low = _mm512_set1_epi8(15);
     for (int64_t i = from; i < to; i += 4) {
         const int8_t *k[4];
@@ -66,7 +66,7 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
             k[t] = base + (positions ? positions[which] : which) * row;
         }
         const int inside = !positions && (i + 4) * row + 64 <= bytes;  /* full loads stay within this head's rows */
-        __m512i best = _mm512_set1_epi32(INT32_MIN);
+        const __mmask8 kept = to - i >= 4 ? 15 : (1 << (to - i)) - 1;
         for (int g = 0; g < padded; g += 4) {
             const int8_t *q = queries + g * width;
             __m512i a[4][4];
@@ -95,14 +95,13 @@ AVX512 INLINE void avx512_rows(const struct score *s, int head, int64_t from, in
             for (int t = 0; t < 4; t++) u[t] = sums4(a[t][0], a[t][1], a[t][2], a[t][3]);
             __m512i all = lanes2(lanes2(u[0], u[1]), lanes2(u[2], u[3]));  /* lane t: key t's four sums */
             __m128i over = _mm_loadu_si128((const __m128i *)(excess + g));
-            best = _mm512_max_epi32(best, _mm512_sub_epi32(all, _mm512_broadcast_i32x4(over)));
+            all = _mm512_permutexvar_epi32(by_query, _mm512_sub_epi32(all, _mm512_broadcast_i32x4(over)));
+            int32_t *at = out + g * stride + i;
+            _mm_mask_storeu_epi32(at, kept, _mm512_castsi512_si128(all));
+            if (g + 1 < group) _mm_mask_storeu_epi32(at + stride, kept, _mm512_extracti32x4_epi32(all, 1));
+            if (g + 2 < group) _mm_mask_storeu_epi32(at + 2 * stride, kept, _mm512_extracti32x4_epi32(all, 2));
+            if (g + 3 < group) _mm_mask_storeu_epi32(at + 3 * stride, kept, _mm512_extracti32x4_epi32(all, 3));
         }
-        best = _mm512_max_epi32(best, _mm512_shuffle_epi32(best, 0x4e));
-        best = _mm512_max_epi32(best, _mm512_shuffle_epi32(best, 0xb1));
-        __m512i order = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
-        __m128i four = _mm512_castsi512_si128(_mm512_permutexvar_epi32(order, best));
-        __mmask8 kept = to - i >= 4 ? 15 : (1 << (to - i)) - 1;
-        _mm_mask_storeu_epi32(out + i, kept, four);
     }
 }
 
@@ -124,7 +123,6 @@ AVX2 INLINE void avx2_rows(const struct score *s, int head, int64_t from, int64_
     const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)0x88);
     for (int64_t i = from; i < to; i += 2) {
         const int8_t *k[2] = {row_of(s, head, i), row_of(s, head, i + 1 < to ? i + 1 : i)};
-        __m128i best[2] = {_mm_set1_epi32(INT32_MIN), _mm_set1_epi32(INT32_MIN)};
         for (int g = 0; g < s->padded; g += 4) {
             const int8_t *q = s->query + ((int64_t)head * s->padded + g) * s->width;
             __m256i a[2][4];
@@ -153,17 +151,15 @@ AVX2 INLINE void avx2_rows(const struct score *s, int head, int64_t from, int64_
                     }
                 }
             __m128i excess = _mm_loadu_si128((const __m128i *)(s->excess + head * s->padded + g));
-            for (int t = 0; t < 2; t++) {
+            for (int t = 0; t < 2 && i + t < to; t++) {
                 __m256i ab = _mm256_hadd_epi32(a[t][0], a[t][1]), cd = _mm256_hadd_epi32(a[t][2], a[t][3]);
                 __m256i all = _mm256_hadd_epi32(ab, cd);
                 __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-                best[t] = _mm_max_epi32(best[t], _mm_sub_epi32(four, excess));
+                int32_t sums[4];
+                _mm_storeu_si128((__m128i *)sums, _mm_sub_epi32(four, excess));
+                for (int j = 0; j < 4 && g + j < s->group; j++)
+                    s->out[((int64_t)head * s->group + g + j) * s->out_stride + i + t] = sums[j];
             }
-        }
-        for (int t = 0; t < 2 && i + t < to; t++) {
-            __m128i m = _mm_max_epi32(best[t], _mm_shuffle_epi32(best[t], 0x4e));
-            m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
-            s->out[head * s->out_stride + i + t] = _mm_cvtsi128_si32(m);
         }
     }
 }
@@ -175,7 +171,6 @@ AVX2 static void avx2_int4(const struct score *s, int h, int64_t a, int64_t b) {
 static void neon_rows(const struct score *s, int head, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
         const int8_t *k = row_of(s, head, i);
-        int32_t best = INT32_MIN;
         for (int g = 0; g < s->group; g++) {
             const int8_t *q = s->query + ((int64_t)head * s->padded + g) * s->width;
             int32x4_t sum = vdupq_n_s32(0);
@@ -192,10 +187,8 @@ static void neon_rows(const struct score *s, int head, int64_t from, int64_t to)
                 sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(odd), vget_low_s8(x)));
                 sum = vpadalq_s16(sum, vmull_s8(vget_high_s8(odd), vget_high_s8(x)));
             }
-            int32_t all = vaddvq_s32(sum);
-            best = all > best ? all : best;
+            s->out[((int64_t)head * s->group + g) * s->out_stride + i] = vaddvq_s32(sum);
         }
-        s->out[head * s->out_stride + i] = best;
     }
 }
 #endif
@@ -245,7 +238,7 @@ int hi_score(int isa, int bits, const int8_t *codes, int64_t head_stride, int64_
     }
     int32_t offset = bits == 8 ? (isa == ISA_AVX512 ? 128 : 0) : 8;
     for (int h = 0; h < heads; h++)
-        for (int g = 0; g < s.padded; g++) {  /* padding repeats the last query: the maximum is unchanged */
+        for (int g = 0; g < s.padded; g++) {  /* padding repeats the last query; its sums are not stored */
             const int8_t *from = query + ((int64_t)h * group + (g < group ? g : group - 1)) * dim;
             int8_t *to = s.query + ((int64_t)h * s.padded + g) * s.width;
             int32_t sum = 0;

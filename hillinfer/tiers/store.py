@@ -82,7 +82,7 @@ class Store:
         """Start to read what only the drive has of these positions, for the coming step. Any thread may call it."""
 
     def scores(self, row: int, query: torch.Tensor, score: Callable, scanned: int) -> np.ndarray:
-        """Scores of a sequence's tokens, int32 (Hkv, n), for a quantised query int8 (Hkv, G, D).
+        """Scores of a sequence's tokens, int32 (Hkv*G, n), for a quantised query int8 (Hkv, G, D).
 
         score(positions)  the host's own scores of these (m,), or of all for None; `scanned` bytes for all
         """

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hillinfer.evaluator.codes import group_scores
+from hillinfer.evaluator.codes import head_scores
 from hillinfer.systems.hillinfer.drive import EmulatedDrive
 from hillinfer.systems.hillinfer.profile import Rate
 from hillinfer.systems.hillinfer.protocol import Emulation, Shape
@@ -53,7 +53,7 @@ def measure_scoring(folder: Path, paced: bool = False) -> dict[str, dict[str, Ra
         drive.report()  # waits for the writes
         score = _time(codes.nbytes, lambda: list(drive.begin_evaluate(0, query.numpy())), note=note)
         emulated = {"score": score, "fetch": _time(nbytes, lambda: drive.fetch(0, selected), note=note)}
-    score = _time(codes.nbytes, lambda: group_scores(query, codes))
+    score = _time(codes.nbytes, lambda: head_scores(query, codes))
     host = {"score": score, "gather": _time(nbytes, lambda: records.index_select(0, index))}
     return {"cpu": host, "emulated": emulated}
 

@@ -1,13 +1,13 @@
-"""The device window and the tokens whose INT8 scores are highest (HillInfer section 1.3; exact top-k of coded keys)."""
+"""The device window and the tokens whose coded keys rank highest (HillInfer section 1.3)."""
 
 import numpy as np
 
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.evaluator.topk import merge_heads
+from hillinfer.evaluator.topk import topk
 
 
 class TopK(Policy):
-    """The device window and the tokens whose key codes score highest."""
+    """The device window and the tokens that some head gives most, by their key codes."""
 
     can_speculate = True
 
@@ -16,5 +16,5 @@ class TopK(Policy):
             return None
         first = min(step.sinks, step.n)
         last = max(first, step.n - step.recent)  # candidates are first..last-1
-        chosen = first + merge_heads(step.scores()[:, first:last], step.budget - first - step.n + last)
+        chosen = first + np.sort(topk(step.scores()[first:last], step.budget - first - step.n + last))
         return np.concatenate((np.arange(first), chosen, np.arange(last, step.n)))

@@ -8,14 +8,14 @@ import numpy as np
 
 from hillinfer import native
 from hillinfer.errors import DriveError
-from hillinfer.evaluator.codes import group_scores_reference
+from hillinfer.evaluator.codes import head_scores_reference
 from hillinfer.systems.hillinfer.protocol import Shape
 from hillinfer.tiers.block_file import BLOCK, aligned
 from hillinfer.tiers.record_file import RecordFile
 
 
 class Scored(NamedTuple):
-    """Scores (Hkv, m) int32, the bytes read from the file for them, and the bytes of codes read from memory."""
+    """Scores (Hkv*G, m) int32, the bytes read from the file for them, and the bytes of codes read from memory."""
 
     scores: np.ndarray
     read: int
@@ -126,7 +126,7 @@ class CodeMemory:
 
 
 def _scores(query: np.ndarray, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Scores (Hkv, m) int32 of these rows of a page, max over G, on one thread: the others belong to the model."""
+    """Scores (Hkv*G, m) int32 of these rows of a page, on one thread: the others belong to the model."""
     if native.available():
         return native.score(query, codes, 8, rows)
-    return group_scores_reference(query, codes[:, rows])
+    return head_scores_reference(query, codes[:, rows])

@@ -63,7 +63,7 @@ class ComputationalDrive:
         """Start scoring the stream's cold tokens, `block` at a time in ascending order, and return at once. Iterate
         over the result for its ScoreBlocks.
 
-        query (Hkv, G, D) int8 has the scales folded in (`KeyCodes.query`). Scores equal `group_scores_reference` to the
+        query (Hkv, G, D) int8 has the scales folded in (`KeyCodes.query`). Scores equal `head_scores_reference` to the
         bit; there is no softmax and no scaling (CEC). Later calls of `hold` and `write` do not change the result.
         """
         _check("query", query, (self.shape.kv_heads, max(1, query.shape[1]), self.shape.head_dim), np.int8)

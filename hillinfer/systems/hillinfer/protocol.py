@@ -58,7 +58,7 @@ class Emulation:
 
 
 class ScoreBlock(NamedTuple):
-    """Positions (m,) int32, ascending, and their scores (Hkv, m) int32: the group's best dot product of codes."""
+    """Positions (m,) int32, ascending, and their scores (Hkv*G, m) int32: dot products of codes."""
 
     positions: np.ndarray
     scores: np.ndarray

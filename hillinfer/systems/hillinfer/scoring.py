@@ -78,7 +78,7 @@ class ScoringStore(TieredStore):
         log = self.logs[row]
         blocks = log.drive.begin_evaluate(log.stream, query.numpy(), self.block)
         start, hot = time.perf_counter_ns(), np.flatnonzero(self.hot[row])
-        out = np.empty((query.shape[0], len(self.hot[row])), np.int32)
+        out = np.empty((query.shape[0] * query.shape[1], len(self.hot[row])), np.int32)
         out[:, hot] = score(hot)
         scored = self.track.add("cpu", "score", start, query.shape[0] * query.shape[2] * len(hot))
         sent = 0

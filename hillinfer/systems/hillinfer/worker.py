@@ -172,7 +172,7 @@ class Worker:
         meter.move(link=query.nbytes)
         meter.free["kernel"] = self.settings.rates.call
         cold = np.flatnonzero(~self.hot[stream]).astype(np.int32)
-        ready, done = np.empty((self.shape.kv_heads, 0), np.int32), 0  # scores to send, and the number sent
+        ready, done = np.empty((query.shape[0] * query.shape[1], 0), np.int32), 0  # scores to send, and the number sent
         read = codes = 0
         for part in self.codes.scores(stream, query, cold, block):  # parts end at pages, score blocks do not
             ready, read, codes = np.concatenate((ready, part.scores), 1), read + part.read, codes + part.codes

@@ -54,7 +54,16 @@ class CardMemory(CodeMemory):
         self._push(stream, n // self.page * self.page)  # the last page may have been loaded from the drive
 
     def scores(self, stream: int, query: np.ndarray, positions: np.ndarray, block: int) -> Iterator[Scored]:
-        """See `CodeMemory.scores`; each part is a page."""
+        """See `CodeMemory.scores`; each part is a page.
+
+        The kernel sends the best of a group's heads, so it runs once for each head of a group.
+        """
+        by_head = [[*self._of_head(stream, query[:, g : g + 1], positions)] for g in range(query.shape[1])]
+        for parts in zip(*by_head, strict=True):
+            scores = np.stack([part.scores for part in parts], 1).reshape(-1, parts[0].scores.shape[1])
+            yield Scored(scores, sum(part.read for part in parts), sum(part.codes for part in parts))
+
+    def _of_head(self, stream: int, query: np.ndarray, positions: np.ndarray) -> Iterator[Scored]:
         self.card.set_query(query)
         running = None
         for number, (index, rows) in enumerate(self.by_page(stream, positions)):

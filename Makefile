@@ -14,8 +14,8 @@ COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # 
 
 .PHONY: demo install test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-speed bench trees families pretrained
 
-demo: $(VENV)/.ready
-	$(BIN)/hillinfer demo
+demo: $(VENV)/.ready ## offline, in seconds; MODEL=FOLDER_OR_HUB_ID asks a real model, in minutes
+	$(BIN)/hillinfer demo $(if $(MODEL),--model $(MODEL))
 
 test: smoke ## JOBS=n for more processes, each with one thread for torch
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(JOBS),2) --dist loadgroup --no-loadscope-reorder \

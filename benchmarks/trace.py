@@ -34,17 +34,7 @@ def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) 
         for number in range(documents):
             text = make_records("chain", TOKENS, 1, SEED + number)[0]
             ids = tokenizer(prompt_of(text)).input_ids
-            with tempfile.TemporaryDirectory() as folder:  # lookahead needs a drive
-                settings = Settings(alpha=alpha, drive=folder, lookahead=True)
-                with TieredCache(model.config, TopK, settings) as cache:
-                    cache.attach(model)
-                    notes = [_Noted() for _ in cache.layers]
-                    for layer, noted in zip(cache.layers, notes, strict=True):
-                        layer.layer.policy = noted
-                    feed(model, cache, ids[:-1])
-                    logits = model(_column(ids[-1]), past_key_values=cache).logits
-                    for _ in range(steps):
-                        logits = model(_column(int(logits[0, -1].argmax())), past_key_values=cache).logits
+            notes, _ = selections(model, ids, steps, alpha)
             for index, noted in enumerate(notes):
                 for kind, kept in noted.kept.items():
                     for step, positions in enumerate(kept):
@@ -53,6 +43,22 @@ def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) 
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **picks)
     return Trace(path)
+
+
+def selections(model, ids: list[int], steps: int, alpha: float, chunk: int | None = None) -> tuple[list, list[int]]:
+    """What each layer selects, and is guessed to, in greedy decode steps after `ids`; and the tokens of these steps."""
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():  # lookahead needs a drive
+        settings = Settings(alpha=alpha, drive=folder, lookahead=True)
+        with TieredCache(model.config, TopK, settings) as cache:
+            cache.attach(model)
+            notes, tokens = [_Noted() for _ in cache.tiered], [ids[-1]]
+            for layer, noted in zip(cache.tiered, notes, strict=True):
+                layer.policy = noted
+            feed(model, cache, ids[:-1], chunk)
+            for _ in range(steps + 1):
+                logits = model(_column(tokens[-1]), past_key_values=cache, logits_to_keep=1).logits
+                tokens.append(int(logits[0, -1].argmax()))
+    return notes, tokens[1:-1]
 
 
 class _Noted(TopK):

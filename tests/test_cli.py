@@ -1,6 +1,7 @@
 """The command line: invalid input is a one-line error that names the fix, exit code 2, and leaves nothing behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,6 +86,16 @@ def test_systems_are_listed_with_what_they_are():
 def test_alpha_out_of_range(prompt_file, alpha):
     check(run(prompt_file, "--alpha", alpha), "alpha", "up to 1")
     check(hillinfer("demo", "--alpha", alpha, "--out", prompt_file.parent / "out"), "alpha")
+
+
+def test_the_demo_asks_any_model_for_codes_in_a_novel(tmp_path):
+    check(hillinfer("demo", "--tokens", "900", "--out", tmp_path), "--model")
+    words = ("demo", "--model", data_folder("model"), "--out", tmp_path, "--systems", "streaming")
+    check(hillinfer(*words, "--tokens", "99"), "800")
+    result = hillinfer(*words, "--tokens", "900", "--questions", "1")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^ *full .* 0 +100% *$", result.stdout, re.M) and "streaming" in result.stdout
+    assert (tmp_path / "report.html").exists() and not list((tmp_path / "drive").iterdir())
 
 
 def test_a_system_that_lacks_its_drive(prompt_file):

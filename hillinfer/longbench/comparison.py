@@ -8,6 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hillinfer.assets import data_folder
 from hillinfer.cache import TieredCache
+from hillinfer.longbench.forced import force_each
+from hillinfer.longbench.needles import needle_prompt
 from hillinfer.longbench.runner import Answer, ask, is_right, synthetic_prompt
 from hillinfer.longbench.synthetic import load_records, partial_key_floor
 from hillinfer.systems.planning import plan
@@ -19,11 +21,13 @@ QUESTIONS = {"lines_2k": 12, "needle_2k": 8, "lines_4k": 4}  # task file: number
 
 @dataclass
 class Result:
-    """One system's answers. `right[i]` says whether `answers[i]` is correct."""
+    """One system's answers. `right[i]` says whether `answers[i]` is correct; `kl` and `agree` are those of `Forced`."""
 
     system: str
     answers: list[Answer] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    agree: list[float] = field(default_factory=list)
     cache: TieredCache | None = None  # cache of the last question: closed, with its timeline and counters
 
     @property
@@ -70,10 +74,7 @@ def compare(
     """
     chosen = {name: options_of(name, settings) for name in systems}
     prompts = [synthetic_prompt(tokenizer, record) for record in records]
-    longest = max(len(prompt.ids) + task.max_new_tokens for task, prompt in prompts)
-    for name, options in chosen.items():
-        system, plain = find_system(name, options)
-        plan(model.config, plain, longest, model.dtype, policy=system.policy)
+    _plan(model, chosen, max(len(prompt.ids) + task.max_new_tokens for task, prompt in prompts))
     results = [Result(name) for name in chosen]
     for record in records:
         for result in results:
@@ -83,6 +84,40 @@ def compare(
             result.right.append(is_right(record, answer.text))
             each(result)
     return results
+
+
+def compare_forced(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[dict],
+    systems: Iterable[str],
+    settings: dict,
+    each: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """`compare` for records of `make_needles`: all systems answer over one prefill, and their fidelity is measured.
+
+    `full`, which the others are compared with, comes first, named or not.
+    """
+    chosen = {name: options_of(name, settings) for name in ("full", *systems)}
+    prompts = [needle_prompt(tokenizer, record) for record in records]
+    _plan(model, chosen, max(len(prompt.ids) + len(gold) for prompt, gold in prompts))
+    results = {name: Result(name) for name in chosen}
+    for prompt, gold in prompts:
+        for forced in force_each(model, tokenizer, prompt, gold, {name: (name, chosen[name]) for name in chosen}):
+            result = results[forced.variant]
+            result.cache = forced.cache
+            for name in ("right", "kl", "agree"):
+                getattr(result, name).append(getattr(forced, name))
+            result.answers.append(forced.answer)
+            each(result)
+    return list(results.values())
+
+
+def _plan(model: PreTrainedModel, chosen: dict[str, dict], tokens: int) -> None:
+    """UsageError if one of the systems, given its options, cannot run with that many tokens."""
+    for name, options in chosen.items():
+        system, settings = find_system(name, options)
+        plan(model.config, settings, tokens, model.dtype, policy=system.policy)
 
 
 def floor(records: Sequence[dict]) -> float:

@@ -71,6 +71,11 @@ def reference_ids(
     return tokenizer(space + answers[0], add_special_tokens=False).input_ids[:tokens]
 
 
+def closeness(full: torch.Tensor, logp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(full || system) in nats, and whether the most likely token is the same, from log-probabilities (..., V)."""
+    return (full.exp() * (full - logp)).sum(-1), logp.argmax(-1) == full.argmax(-1)
+
+
 def force(
     model: PreTrainedModel,
     caches: Sequence[TieredCache],
@@ -96,8 +101,8 @@ def force(
         part = torch.full((batch, 1), token, dtype=torch.long, device=model.device)
         logp = model(part, past_key_values=rows, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
         token = int(logp[0].argmax()) if gold is None else gold[step]
-        kl = (logp[0].exp() * (logp[0] - logp)).sum(-1)
-        agree, nll = logp.argmax(-1) == logp[0].argmax(), logp[0, token] - logp[:, token]
+        kl, agree = closeness(logp[0], logp)
+        nll = logp[0, token] - logp[:, token]
         for row, each in enumerate(found):
             each.kl.append(round(float(kl[row]), 6))
             each.agree.append(int(agree[row]))

@@ -72,7 +72,7 @@ tasks_figure(table, f"{model} model: scores by task, in per cent")
 # Medians over samples, measured in this run.
 
 # %%
-cost.drop(columns=["model", "truncated"]).set_index(["system", "alpha"]).style.format("{:,.1f}")
+cost.drop(columns=["model", "question", "truncated"]).set_index(["system", "alpha"]).style.format("{:,.1f}")
 
 # %% [markdown]
 # ## What was answered

@@ -81,7 +81,11 @@ def test_runs(path, kernel):
     place = next(i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
     book.cells[place].source += "\n" + SMALL.get(path.stem[:2], "")
     book.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # no names of the notebook before
-    nbclient.NotebookClient(book, kernel, timeout=300, store_widget_state=False).execute()
+    client = nbclient.NotebookClient(book, kernel, timeout=300, store_widget_state=False)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()
     printed = [out.text for cell in book.cells for out in cell.get("outputs", []) if out.output_type == "stream"]
     assert not any("Traceback" in text for text in printed)
     shown = [key for cell in book.cells for out in cell.get("outputs", []) for key in out.get("data", {})]

@@ -301,7 +301,7 @@ def test_pacing_changes_time_and_no_bits(open_drive):
             assert getattr(free, name) == getattr(paced, name)
         assert free.measured_s != paced.measured_s
     work = reports[0]["evaluate"]
-    assert work.link_bytes == 2 * 3 * 16 + 1000 * 4 * (1 + 2)
+    assert work.link_bytes == 2 * 3 * 16 + 1000 * 4 * (1 + 2 * 3)
     parts = work.nand_bytes / SLOW.nand_read, work.dram_bytes / SLOW.dram_read, work.link_bytes / SLOW.link
     assert max(parts) <= work.modelled_s <= sum(parts)
     assert reports[0]["rescale"].calls == 0

@@ -77,21 +77,19 @@ def test_a_wrong_selection_is_an_error_that_names_the_policy(models, prompt, bad
 
 
 def step_with(scores: np.ndarray, budget: int) -> hillinfer.Step:
-    return hillinfer.Step(
-        scores.shape[1], budget, sinks=2, recent=3, layer=0, step=0, scores=lambda: scores, weights=None
-    )
+    return hillinfer.Step(len(scores), budget, sinks=2, recent=3, layer=0, step=0, scores=lambda: scores, weights=None)
 
 
 def test_topk_takes_the_window_and_the_best_of_the_rest():
-    scores = np.zeros((2, 20), np.int32)
-    scores[0, 7], scores[1, 11] = 9, 5
+    scores = np.zeros(20, np.int32)
+    scores[7], scores[11] = 9, 5
     picked = hillinfer.POLICIES["topk"]().select(step_with(scores, 8))
     assert picked.tolist() == [0, 1, 2, 7, 11, 17, 18, 19]  # 2: the tie goes to the lowest position
     assert hillinfer.POLICIES["topk"]().select(step_with(scores, 20)) is None
 
 
 def test_streaming_takes_sinks_and_the_newest():
-    picked = hillinfer.POLICIES["streaming"]().select(step_with(np.zeros((1, 20), np.int32), 8))
+    picked = hillinfer.POLICIES["streaming"]().select(step_with(np.zeros(20, np.int32), 8))
     assert picked.tolist() == [0, 1, 14, 15, 16, 17, 18, 19]
 
 

@@ -55,7 +55,7 @@ class Card:
         self.page = max(2, min(settings.page_bytes // (self.heads * self.token_bytes), nmax) // 2 * 2)  # tokens
         self.slot = -(-self.page * self.heads * self.token_bytes // BLOCK) * BLOCK  # bytes of a page's buffer
         self.out_stride = HEADER + -(-8 * self.page // 64) * 64
-        self.query = self.buffer(self.heads * self.group * self.head_dim, "normal", 1)
+        self.queries: list[Buffer] = []  # by head of a group
         self.outs = [self.buffer(self.heads * self.out_stride, "normal", 2) for _ in range(2)]
         self.stages = [self.buffer(self.slot, "p2p", 0) for _ in range(2)]
         self.runs = [self.xrt.run(self.kernel) for _ in range(2)]
@@ -76,25 +76,26 @@ class Card:
         buffer.bo.sync(self.xrt.xclBOSyncDirection.XCL_BO_SYNC_BO_TO_DEVICE, end - start, start)
 
     def set_query(self, query: np.ndarray) -> None:
-        """Set the query (Hkv, G, D) int8 of the next runs. A group smaller than the kernel's repeats its heads."""
+        """Set the query (Hkv, G, D) int8 of the next runs, each of which takes one head of every group."""
         heads, group, dim = query.shape
-        if group > self.group:
-            most = f"{self.name} scores groups of {self.group} query heads and this model has {group}"
-            raise DriveError(f"{most}: link a kernel for them (make -C fpga link GROUP={group})")
-        whole = self.query.view(np.int8).reshape(heads, self.group, self.head_dim)
-        whole[:] = 0
-        whole[:, :, :dim] = query[:, np.arange(self.group) % group]
-        self.push(self.query, 0, len(self.query))
+        while len(self.queries) < group:
+            self.queries.append(self.buffer(heads * self.group * self.head_dim, "normal", 1))
+        for number, buffer in enumerate(self.queries[:group]):
+            whole = buffer.view(np.int8).reshape(heads, self.group, self.head_dim)
+            whole[:] = 0
+            whole[:, :, :dim] = query[:, number : number + 1]  # all of the kernel's group alike: the best is any
+            self.push(buffer, 0, len(buffer))
 
-    def start(self, slot: int, keys: "Buffer", first: int, n: int) -> None:
-        """Start scoring n tokens of a page from `first` on, in run `slot`, 0 or 1."""
+    def start(self, slot: int, keys: "Buffer", head: int, first: int, n: int) -> None:
+        """Start scoring n tokens of a page from `first` on, by this head of each group, in run `slot`, 0 or 1."""
         out, run = self.outs[slot], self.runs[slot]
-        for head in range(self.heads):  # so that no stale header passes for this run's
-            at = head * self.out_stride
+        for at in range(
+            0, self.heads * self.out_stride, self.out_stride
+        ):  # no stale header may pass for this run's
             out[at : at + 16] = 0xFF
             out.bo.sync(self.xrt.xclBOSyncDirection.XCL_BO_SYNC_BO_TO_DEVICE, HEADER, at)
         scalars = (first, n, n, self.heads, ALL, self.page * self.token_bytes, self.out_stride)
-        for index, argument in enumerate((keys.bo, self.query.bo, out.bo, *map(int, scalars))):
+        for index, argument in enumerate((keys.bo, self.queries[head].bo, out.bo, *map(int, scalars))):
             run.set_arg(index, argument)
         run.start()
 

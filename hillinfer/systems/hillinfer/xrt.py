@@ -56,36 +56,34 @@ class CardMemory(CodeMemory):
     def scores(self, stream: int, query: np.ndarray, positions: np.ndarray, block: int) -> Iterator[Scored]:
         """See `CodeMemory.scores`; each part is a page.
 
-        The kernel sends the best of a group's heads, so it runs once for each head of a group.
+        The kernel sends the best score of a group, so that it runs once for each head of the group.
         """
-        by_head = [[*self._of_head(stream, query[:, g : g + 1], positions)] for g in range(query.shape[1])]
-        for parts in zip(*by_head, strict=True):
-            scores = np.stack([part.scores for part in parts], 1).reshape(-1, parts[0].scores.shape[1])
-            yield Scored(scores, sum(part.read for part in parts), sum(part.codes for part in parts))
-
-    def _of_head(self, stream: int, query: np.ndarray, positions: np.ndarray) -> Iterator[Scored]:
         self.card.set_query(query)
-        running = None
+        group, running, done = query.shape[1], None, []
         for number, (index, rows) in enumerate(self.by_page(stream, positions)):
-            slot, first = number % 2, int(rows[0]) // 2 * 2  # even, because two INT4 tokens may share a beat
+            first = int(rows[0]) // 2 * 2  # even, because two INT4 tokens may share a beat
             n = int(rows[-1]) + 1 - first
-            read = self._start(slot, stream, index, first, n)
-            if running:
-                yield self._finish(*running)
-            running = slot, rows - first, n, read
+            keys, read = self._keys(number % 2, stream, index)
+            for head in range(group):
+                slot = (number * group + head) % 2
+                self.card.start(slot, keys, head, first, n)
+                if running:
+                    done.append(self._finish(*running))
+                running = slot, rows - first, n, 0 if head else read
+                if len(done) == group:
+                    yield _by_head(done)
+                    done = []
         if running:
-            yield self._finish(*running)
+            yield _by_head([*done, self._finish(*running)])
 
-    def _start(self, slot: int, stream: int, index: int, first: int, n: int) -> int:
-        """Start a run over n tokens of a page. Returns the bytes read from the drive."""
+    def _keys(self, stage: int, stream: int, index: int) -> tuple[Buffer, int]:
+        """A page's codes on the card, and the bytes read from the drive for them."""
         page = self.pages[stream][index]
         if not isinstance(page, int):
-            self.card.start(slot, page, first, n)
-            return 0
-        stage = self.card.stages[slot]
-        self.file.transfer("read", pieces(page, stage), stream, index * self.page, verify=False)  # stays on the card
-        self.card.start(slot, stage, first, n)
-        return self.slot
+            return page, 0
+        buffer = self.card.stages[stage]
+        self.file.transfer("read", pieces(page, buffer), stream, index * self.page, verify=False)  # stays on the card
+        return buffer, self.slot
 
     def _finish(self, slot: int, rows: np.ndarray, n: int, read: int) -> Scored:
         return Scored(self.card.finish(slot, n)[:, rows], read, n * self.shape.code_bytes)
@@ -105,6 +103,12 @@ class CardMemory(CodeMemory):
     def _pack(self, codes: np.ndarray) -> np.ndarray:
         wide = np.pad(codes, ((0, 0), (0, 0), (0, self.card.head_dim - codes.shape[2])))
         return pack(torch.from_numpy(wide), self.card.bits).numpy()
+
+
+def _by_head(parts: list[Scored]) -> Scored:
+    """Scores (Hkv*G, m) of runs of one head of each group, (Hkv, m) each."""
+    scores = np.stack([part.scores for part in parts], 1).reshape(-1, parts[0].scores.shape[1])
+    return Scored(scores, sum(part.read for part in parts), sum(part.codes for part in parts))
 
 
 class XrtDrive(ComputationalDrive):

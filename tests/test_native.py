@@ -26,7 +26,7 @@ from hillinfer.evaluator.ranks import head_ranks_reference
 from hillinfer.evaluator.topk import merge_heads_reference, topk_reference
 from hillinfer.layer import NEVER
 from hillinfer.native import build as builder
-from hillinfer.native import ring
+from hillinfer.native import fence, ring
 from hillinfer.native.ring import Namespace, Rings
 from hillinfer.tiers.block_file import aligned
 from hillinfer.tiers.checksums import BLOCK, Checksums
@@ -164,7 +164,7 @@ WRONG = [
     (copy, TypeError, dict(slots=[0.0, 1.0]), dict(addresses=AT.astype(float))),
     (encode, ValueError, dict(keys=KEYS.half()), dict(keys=KEYS[:, :, :, ::2]), dict(bits=4), dict(keys=KEYS[0])),
     (encode, ValueError, dict(scale=torch.ones(1, 2, 1, 15)), dict(codes=torch.zeros(1, 2, 9, 15, dtype=torch.int8))),
-    (encode, ValueError, dict(keys=torch.ones(1, 1, 1, native.MAX_CODED + 8)), dict(keys=KEYS.to("meta"))),
+    (encode, ValueError, dict(keys=torch.ones(1, 1, 1, fence.MAX_CODED + 8)), dict(keys=KEYS.to("meta"))),
     (encode, TypeError, dict(scale=torch.ones(1, 2, 1, 16, dtype=torch.float64))),
     (encode, IndexError, dict(at=-1), dict(at=7)),
     (quantise, ValueError, dict(query=F32[:, :, :8]), dict(scale=F32[:1])),

@@ -11,11 +11,11 @@ import threading
 import numpy as np
 
 from hillinfer.native.build import Unavailable, load
-from hillinfer.native.fence import NAMES, address, integers, pointer
+from hillinfer.native.fence import NAMES, address, code_rows, integers, pointer
 
 ISAS = ("generic", "neon", "avx2", "avx512-vnni")  # slowest first, as in common.h
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-MAX_DIM, MAX_CODED = 1024, 1040  # largest head dimension of `attend` and `bounds`; of key codes: as in common.h
+MAX_DIM = 1024  # largest head dimension of `attend` and `bounds`, as in common.h
 BLOCK, MOST = 4096, 2**63 - 1  # bytes: of a checksum; of a file
 SPLIT = 1 << 20  # bytes of keys or records per thread; with fewer, another thread does not pay
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -117,7 +117,7 @@ def score(query, stored, bits: int, positions: np.ndarray | None = None, threads
     Returns int32 (Hkv*G, n or m), defined by `evaluator.codes.head_scores_reference`.
     """
     heads, group, dim = query.shape
-    (by_head,), n = _codes(stored, [heads], dim, bits)
+    (by_head,), n = code_rows(stored, [heads], dim, bits)
     asked, held = address(query, "int8", heads * group * dim), n
     if positions is not None:
         positions = integers(positions)
@@ -231,7 +231,7 @@ def encode(keys, bits: int, scale, codes, at: int) -> np.ndarray:
     kind, (by_row, by_head, by_token, by_channel) = NAMES[keys.dtype], keys.stride()
     if kind not in ("float32", "bfloat16") or by_channel != 1 or not keys.is_cpu:
         raise ValueError("keys must be fp32 or bf16 in host memory, the channels of each contiguous")
-    by_codes, capacity = _codes(codes, [batch, heads], dim, bits)
+    by_codes, capacity = code_rows(codes, [batch, heads], dim, bits)
     if not 0 <= at <= capacity - n:
         raise IndexError(f"tokens {at} to {at + n} of {capacity}")
     doublings = np.empty((batch, heads, dim), np.uint8)
@@ -280,20 +280,6 @@ def pieces(offsets, addresses, lengths, unit=1, least=0, most=MOST, end=MOST) ->
     if wrong >= 0:
         raise ValueError(f"piece {wrong} is not of whole {unit} bytes in [0, {end}), or its address or length is wrong")
     return parts
-
-
-def _codes(stored, lead: list[int], dim: int, bits: int) -> tuple[tuple[int, ...], int]:
-    """Strides in bytes and tokens n of codes int8 (*lead, n, D*bits/8), whose rows are contiguous in host memory."""
-    plain, (row, odd) = isinstance(stored, np.ndarray), divmod(dim * bits, 8)
-    strides, (*dims, n, width) = stored.strides if plain else stored.stride(), stored.shape
-    if bits not in (4, 8) or odd or not 0 < dim <= MAX_CODED or not (plain or stored.is_cpu):
-        raise ValueError(f"no codes of {dim} channels in {bits} bits, or not in host memory")
-    if NAMES[stored.dtype] != "int8" or dims != lead or width != row or strides[-2:] != (row, 1):
-        raise ValueError(
-            f"codes must be contiguous rows of {row} bytes, int8 ({lead}, n, {row}), "
-            f"not {stored.dtype} {tuple(stored.shape)} with strides {strides}"
-        )
-    return strides[:-2], n
 
 
 def _share(nbytes: int, threads: int) -> int:

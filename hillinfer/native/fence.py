@@ -10,6 +10,7 @@ import ctypes
 import numpy as np
 
 SIZES = {"bool": 1, "int8": 1, "int32": 4, "int64": 8, "uint32": 4, "uint64": 8, "float32": 4}  # bytes of an element
+MAX_CODED = 1040  # largest head dimension of key codes, as in common.h
 
 
 class _Names(dict):
@@ -68,3 +69,17 @@ def integers(array, n: int | None = None) -> np.ndarray:
     if array.ndim != 1 or n not in (None, len(array)):
         raise ValueError(f"one row of {'whole' if n is None else n} numbers is needed, not {array.shape}")
     return np.ascontiguousarray(array, np.int64)
+
+
+def code_rows(stored, lead: list[int], dim: int, bits: int) -> tuple[tuple[int, ...], int]:
+    """Strides in bytes and tokens n of codes int8 (*lead, n, D*bits/8), whose rows are contiguous in host memory."""
+    plain, (row, odd) = isinstance(stored, np.ndarray), divmod(dim * bits, 8)
+    strides, (*dims, n, width) = stored.strides if plain else stored.stride(), stored.shape
+    if bits not in (4, 8) or odd or not 0 < dim <= MAX_CODED or not (plain or stored.is_cpu):
+        raise ValueError(f"no codes of {dim} channels in {bits} bits, or not in host memory")
+    if NAMES[stored.dtype] != "int8" or dims != lead or width != row or strides[-2:] != (row, 1):
+        raise ValueError(
+            f"codes must be contiguous rows of {row} bytes, int8 ({lead}, n, {row}), "
+            f"not {stored.dtype} {tuple(stored.shape)} with strides {strides}"
+        )
+    return strides[:-2], n

@@ -16,10 +16,10 @@ from hillinfer.assets import load_embedded, machine
 from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
 from hillinfer.evaluator.boxes import bounds, sortable
-from hillinfer.evaluator.policies import Quest
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.longbench.runner import ask
 from hillinfer.longbench.synthetic import make_records
+from hillinfer.systems.baselines import Quest
 from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES
 

@@ -22,12 +22,12 @@ from hillinfer import native
 from hillinfer.assets import machine
 from hillinfer.config import Settings
 from hillinfer.evaluator.codes import head_scores_torch
-from hillinfer.evaluator.policies import POLICIES
 from hillinfer.evaluator.ranks import head_ranks_reference
 from hillinfer.evaluator.topk import topk, topk_reference
 from hillinfer.layer import Layer
 from hillinfer.native import ring
 from hillinfer.run import Run
+from hillinfer.systems.registry import POLICIES
 from hillinfer.tiers.block_file import MAX_READ, aligned
 from hillinfer.tiers.record_file import RecordFile
 

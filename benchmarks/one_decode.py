@@ -19,11 +19,11 @@ import torch
 from hillinfer.assets import machine
 from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
-from hillinfer.evaluator.policies import POLICIES
 from hillinfer.loading import load_model
 from hillinfer.longbench.job import EvalSettings, Job, prompt_of
 from hillinfer.longbench.runner import answer, prefill
 from hillinfer.longbench.sources import load_all
+from hillinfer.systems.registry import POLICIES
 
 SYSTEMS = ("topk", "quest", "h2o", "snapkv", "infinigen", "streaming", "oracle", "random")
 ALPHAS = (0.2, 0.1, 0.05)

@@ -17,11 +17,11 @@ from benchmarks.claims import Claim, tests, verdict
 from hillinfer.assets import load_embedded
 from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
-from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.runner import answer as answer_to
 from hillinfer.longbench.runner import is_right, prefill, synthetic_prompt
 from hillinfer.longbench.synthetic import make_records, prompt_of
+from hillinfer.systems.registry import POLICIES
 
 N = int(os.environ.get("N", "40"))
 TASKS = {4096: ("lines", "needle", "passage", "two_hop", "chain", "majority"), 8192: ("lines", "needle", "chain")}

@@ -18,9 +18,9 @@ from pathlib import Path
 from benchmarks.claims import ROOT, Claim, verdict
 from hillinfer.assets import load_embedded
 from hillinfer.config import Settings
-from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask_each, is_right
 from hillinfer.longbench.synthetic import in_window
+from hillinfer.systems.registry import POLICIES
 
 sys.path.append(str(ROOT / "data"))
 from card import bar_of

@@ -16,12 +16,11 @@ from benchmarks import chunks
 from benchmarks.claims import Claim, tests, verdict
 from hillinfer.assets import load_embedded
 from hillinfer.config import Settings
-from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.runner import ask, ask_each, is_right
 from hillinfer.longbench.synthetic import make_records
 from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.tree import LEAF, PAGE
-from hillinfer.systems.registry import make_cache
+from hillinfer.systems.registry import POLICIES, make_cache
 
 N = int(os.environ.get("N", "20"))
 TASKS = {"lines": 2048, "needle": 2048, "two_hop": 1024, "passage": 1024, "majority": 1024, "chain": 1024}

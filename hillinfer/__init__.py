@@ -7,17 +7,16 @@ if TYPE_CHECKING:
     from hillinfer.cache import TieredCache
     from hillinfer.config import Settings
     from hillinfer.errors import DriveError, UsageError
-    from hillinfer.evaluator.policies import POLICIES
     from hillinfer.evaluator.policy import Policy, Step
     from hillinfer.loading import load_model
     from hillinfer.models.seam import disable, enable
     from hillinfer.session import keep_session, open_session, save_session
-    from hillinfer.systems.registry import list_systems, make_cache
+    from hillinfer.systems.registry import POLICIES, list_systems, make_cache
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "POLICIES": "evaluator.policies",
+    "POLICIES": "systems.registry",
     "DriveError": "errors",
     "Policy": "evaluator.policy",
     "Settings": "config",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import hillinfer
-from hillinfer.evaluator.policies import H2O, InfiniGen, Quest, SnapKV
+from hillinfer.systems.baselines import H2O, InfiniGen, Quest, SnapKV
 
 NEW = dict(max_new_tokens=16, do_sample=False, num_beams=1)
 

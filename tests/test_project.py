@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 3_000, 7_785
+CORE_LINES, PACKAGE_LINES = 2_834, 7_824
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -73,7 +73,7 @@ MAY = {
     "__init__": {"cache", "errors", "config", "evaluator", "loading", "models", "session", "systems"},
     "__main__": {"commands"},
 }
-WINGS = ("hillinfer", "leoam", "lossless")  # of systems
+WINGS = ("baselines", "hillinfer", "leoam", "lossless")  # of systems
 
 
 def imports(path: Path) -> set[str]:
@@ -139,6 +139,7 @@ def test_each_paper_has_one_folder():
     """Beside its folder, a paper's classes are named in the registry only."""
     wings = {"LeoAM": "leoam", "ChunkTree": "leoam", "PackedStore": "leoam", "StreamedRun": "lossless"}
     wings |= {"TensorStore": "lossless", "ScoringStore": "hillinfer", "AttendingStore": "hillinfer"}
+    wings |= dict.fromkeys(("Eviction", "H2O", "InfiniGen", "Quest", "SnapKV"), "baselines")
     for path in size.modules():
         text = strip_text(path)
         for word, wing in wings.items():

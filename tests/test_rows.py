@@ -10,13 +10,13 @@ from benchmarks.tiny_models import build
 from hillinfer import Settings, make_cache
 from hillinfer.assets import load_embedded
 from hillinfer.cache import TieredCache
-from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.fidelity import force, reference_ids
 from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.runner import ask_each, feed, prefill, synthetic_prompt
 from hillinfer.longbench.synthetic import make_records
 from hillinfer.longbench.tasks import find_task
 from hillinfer.models.rows import as_batch
+from hillinfer.systems.registry import POLICIES
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import torch
 
 from hillinfer import Settings, make_cache
 from hillinfer.assets import load_embedded
-from hillinfer.evaluator.policies import POLICIES
 from hillinfer.longbench.comparison import demo_records
 from hillinfer.longbench.runner import ask, ask_each, decode, feed, is_right, measured, synthetic_prompt
 from hillinfer.longbench.synthetic import prompt_of
+from hillinfer.systems.registry import POLICIES
 
 
 @pytest.fixture(scope="module")

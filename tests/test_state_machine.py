@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 import hillinfer
 from hillinfer import open_session, save_session
-from hillinfer.evaluator.policies import POLICIES
+from hillinfer.systems.registry import POLICIES
 from hillinfer.tiers.tiered_store import TieredStore as DriveStore
 
 HEADS, DIM = 2, 16  # of the tiny model

@@ -12,10 +12,13 @@ from hillinfer.errors import UsageError
 from hillinfer.evaluator.policies import POLICIES, Full, TopK
 from hillinfer.evaluator.policy import Policy
 from hillinfer.run import Run
+from hillinfer.systems.baselines import BASELINES
 from hillinfer.systems.hillinfer.run import AttendingRun, ScoringRun
 from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.run import LeoAMRun
 from hillinfer.systems.lossless.run import StreamedRun
+
+POLICIES |= BASELINES  # the one dict of all policies, which users extend
 
 
 @dataclass(frozen=True)

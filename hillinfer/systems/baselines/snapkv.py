@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hillinfer.evaluator.policies.eviction import Eviction, causal_weights
 from hillinfer.evaluator.policy import Step
+from hillinfer.systems.baselines.eviction import Eviction, causal_weights
 
 
 class SnapKV(Eviction):

@@ -6,8 +6,8 @@ The paper has one set per head; here the heads of a layer share one, by the sum 
 import numpy as np
 import torch
 
-from hillinfer.evaluator.policies.eviction import Eviction, causal_weights
 from hillinfer.evaluator.policy import Step
+from hillinfer.systems.baselines.eviction import Eviction, causal_weights
 
 
 class H2O(Eviction):

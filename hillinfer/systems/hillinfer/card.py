@@ -89,9 +89,7 @@ class Card:
     def start(self, slot: int, keys: "Buffer", head: int, first: int, n: int) -> None:
         """Start scoring n tokens of a page from `first` on, by this head of each group, in run `slot`, 0 or 1."""
         out, run = self.outs[slot], self.runs[slot]
-        for at in range(
-            0, self.heads * self.out_stride, self.out_stride
-        ):  # no stale header may pass for this run's
+        for at in range(0, self.heads * self.out_stride, self.out_stride):  # no stale header may pass for this run's
             out[at : at + 16] = 0xFF
             out.bo.sync(self.xrt.xclBOSyncDirection.XCL_BO_SYNC_BO_TO_DEVICE, HEADER, at)
         scalars = (first, n, n, self.heads, ALL, self.page * self.token_bytes, self.out_stride)

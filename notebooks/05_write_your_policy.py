@@ -22,9 +22,10 @@ compared_with = ["full", "streaming", "topk"]
 # %% [markdown]
 # ## The policy
 #
-# `step.n` tokens are cached and `step.budget` of them may be chosen; `step.scores()` gives INT8 scores of all
-# keys, `(Hkv, n)`; `step.near()` the tokens that the device holds anyway. Return sorted, distinct positions. This
-# one selects whole blocks of sixteen neighbours: fewer and larger reads from a drive, if the answers stay correct.
+# `step.n` tokens are cached and `step.budget` of them may be chosen; `step.scores()` ranks all keys by their
+# INT8 codes, `(n,)`, higher is better; `step.near()` gives the tokens that the device holds anyway. Return sorted,
+# distinct positions. This one selects whole blocks of sixteen neighbours: fewer and larger reads from a drive, if the
+# answers stay correct.
 
 # %%
 import numpy as np
@@ -35,15 +36,13 @@ BLOCK = 16
 
 
 class Blocks(hillinfer.Policy):
-    """Whole blocks of sixteen tokens, by their best INT8 score over all heads."""
+    """Whole blocks of sixteen tokens, by their best token."""
 
     def select(self, step: hillinfer.Step) -> np.ndarray | None:
         if step.budget >= step.n:
             return None
         near = step.near()[-step.budget :]
-        scores = step.scores().astype(np.float64)
-        scores /= np.abs(scores).max(1, keepdims=True)  # heads have different scales
-        best = np.maximum.reduceat(scores.max(0), np.arange(0, step.n, BLOCK))
+        best = np.maximum.reduceat(step.scores(), np.arange(0, step.n, BLOCK))
         order = (np.argsort(-best)[:, None] * BLOCK + np.arange(BLOCK)).ravel()
         order = order[(order < step.n) & ~np.isin(order, near)]
         return np.sort(np.concatenate((near, order[: step.budget - len(near)])))

@@ -1,5 +1,6 @@
 """Several ways as rows of one decode: each goes its own way, as if alone; and fidelity, measured on such rows."""
 
+import threading
 from contextlib import ExitStack
 
 import pytest
@@ -26,17 +27,24 @@ def embedded():
 
 @pytest.fixture(scope="module")
 def record():
-    return make_records("chain", 512, 1, seed=5)[0]  # long answers: ways part, and end at different steps
+    return make_records("chain", 384, 1, seed=5)[0]  # long answers: ways part, and end at different steps
 
 
-WAYS = {f"{name} {alpha}": (POLICIES[name], Settings(alpha=alpha)) for name in POLICIES for alpha in (0.1, 0.4)}
+WAYS = {
+    f"{name} {alpha}": (POLICIES[name], Settings(alpha=alpha))
+    for name in POLICIES
+    for alpha in (0.1, 0.4)
+    if alpha == 0.1 or name in ("topk", "quest", "full")
+}
 
 
 def test_each_row_answers_as_if_alone(embedded, record):
+    before = set(threading.enumerate())
     together = ask_each(*embedded, record, WAYS)
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("hillinfer-row")]
     texts = {answer.text for answer in together.values()}
     assert len(texts) > 3 and len({answer.new_tokens for answer in together.values()}) > 1
-    for name in list(WAYS)[::3]:
+    for name in ("topk 0.1", "h2o 0.1", "quest 0.4"):
         alone = ask_each(*embedded, record, {name: WAYS[name]})[name]
         row = together[name]
         assert (row.text, row.steps, row.attended, row.cached, row.rates) == (
@@ -56,7 +64,7 @@ def test_an_ended_row_stays_as_it_is(embedded, record):
     source = prefill(model, synthetic_prompt(embedded[1], record)[1])
     with ExitStack() as stack, torch.inference_mode():
         caches = open_all(stack, model, source, {name: WAYS[name] for name in ("full 0.1", "topk 0.1", "quest 0.4")})
-        rows, before = as_batch(caches), source.get_seq_length()
+        rows, before = stack.enter_context(as_batch(caches)), source.get_seq_length()
         feed(model, rows, [5], batch=3)
         rows.ended[1] = True
         feed(model, rows, [6, 7][:1], batch=3)
@@ -73,7 +81,7 @@ def test_layers_that_are_not_tiered_have_a_row_each_too(family):
     with torch.inference_mode(), ExitStack() as stack:
         model(ids, past_key_values=source)
         ways = {"full": (POLICIES["full"], Settings()), "topk": (POLICIES["topk"], Settings(alpha=1.0))}
-        rows = as_batch(open_all(stack, model, source, ways))
+        rows = stack.enter_context(as_batch(open_all(stack, model, source, ways)))
         for step in range(12):
             tokens = torch.tensor([[7 + step], [90 + step]])
             logits = model(tokens, past_key_values=rows).logits[:, -1]
@@ -126,4 +134,4 @@ def test_full_may_write_its_own_answer(embedded, record):
 def test_exact_fallback_families_step_alone():
     model = build("deepseek_v3")
     with ExitStack() as stack, pytest.raises(Exception, match="one at a time"):
-        as_batch([stack.enter_context(make_cache(model, "full")) for _ in range(2)])
+        stack.enter_context(as_batch([stack.enter_context(make_cache(model, "full")) for _ in range(2)]))

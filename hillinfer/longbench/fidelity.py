@@ -3,12 +3,12 @@
 Scores give one noisy number per sample; here every token of an answer is a paired measurement.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hillinfer.attention import attention_weights
 from hillinfer.cache import TieredCache
@@ -88,29 +88,34 @@ def force(
     caches  that hold the prompt up to `ids`; the first is the reference
     gold    token ids of the answer; None takes the reference system's own greedy one, up to its end
     """
-    rows, batch = as_batch(caches), len(caches)
-    for token in ids[:-1]:
-        feed(model, rows, [token], batch=batch)
     watchers, found, ends = [Mass() for _ in caches], [Fidelity() for _ in caches], ends_of(model)
-    for cache, watcher in zip(caches, watchers, strict=True):
-        cache.counters.clear()
-        if cache.run.policy.selects:
-            cache.run.observer = watcher
-    token, wanted = ids[-1], tokens if gold is None else min(tokens, len(gold))
-    for step in range(wanted):
-        part = torch.full((batch, 1), token, dtype=torch.long, device=model.device)
-        logp = model(part, past_key_values=rows, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
-        token = int(logp[0].argmax()) if gold is None else gold[step]
-        kl, agree = closeness(logp[0], logp)
-        nll = logp[0, token] - logp[:, token]
-        for row, each in enumerate(found):
-            each.kl.append(round(float(kl[row]), 6))
-            each.agree.append(int(agree[row]))
-            each.nll.append(round(float(nll[row]), 6))
-        if gold is None and token in ends:
-            break
+    with as_batch(caches) as rows:
+        for token in ids[:-1]:
+            feed(model, rows, [token], batch=len(caches))
+        for cache, watcher in zip(caches, watchers, strict=True):
+            cache.counters.clear()
+            cache.run.observer = watcher if cache.run.policy.selects else None
+        for logp, token in steps(model, rows, len(caches), ids[-1], gold, tokens):
+            (kl, agree), nll = closeness(logp[0], logp), logp[0, token] - logp[:, token]
+            for row, each in enumerate(found):
+                each.kl.append(round(float(kl[row]), 6))
+                each.agree.append(int(agree[row]))
+                each.nll.append(round(float(nll[row]), 6))
+            if gold is None and token in ends:
+                break
     for each, cache, watcher in zip(found, caches, watchers, strict=True):
         cache.run.observer = None
         each.mass = sum(watcher.shares) / len(watcher.shares) if watcher.shares else 1.0
         each.attended = cache.counters.total("attended") / max(1, cache.counters.total("cached"))
     return found
+
+
+def steps(
+    model: PreTrainedModel, rows: Cache, batch: int, token: int, gold: Sequence[int] | None, tokens: int
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Decode steps of all rows from `token` on: log-probabilities (B, V), and the token that all take next."""
+    for step in range(tokens if gold is None else min(tokens, len(gold))):
+        part = torch.full((batch, 1), token, dtype=torch.long, device=model.device)
+        logp = model(part, past_key_values=rows, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+        token = int(logp[0].argmax()) if gold is None else gold[step]
+        yield logp, token

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hillinfer.cache import TieredCache
-from hillinfer.longbench.fidelity import closeness
+from hillinfer.longbench.fidelity import closeness, steps
 from hillinfer.longbench.prompts import Prompt
 from hillinfer.longbench.runner import Answer, feed, measured, prefill
 from hillinfer.models.rows import as_batch
@@ -73,10 +73,7 @@ def force_each(
 @torch.inference_mode()
 def _force(model: PreTrainedModel, caches: Sequence[TieredCache], question: list[int], gold: list[int]) -> torch.Tensor:
     """Log-probabilities (B, A, V) of the tokens after the question, in all B caches."""
-    rows, logp = as_batch(caches), []
-    for token in question[:-1]:
-        feed(model, rows, [token], batch=len(caches))
-    for token in [question[-1], *gold[:-1]]:
-        step = torch.full((len(caches), 1), token, dtype=torch.long, device=model.device)
-        logp.append(model(step, past_key_values=rows).logits[:, -1].float().log_softmax(-1))
-    return torch.stack(logp, 1)
+    with as_batch(caches) as rows:
+        for token in question[:-1]:
+            feed(model, rows, [token], batch=len(caches))
+        return torch.stack([logp for logp, _ in steps(model, rows, len(caches), question[-1], gold, len(gold))], 1)

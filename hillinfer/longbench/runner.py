@@ -146,11 +146,11 @@ def answer(
     for cache in caches:
         cache.timeline.clear()  # the figures cover decode steps only
         cache.counters.clear()
-    start, rows = time.perf_counter(), as_batch(caches)
-    for token in prompt.ids[prompt.document : -1]:
-        feed(model, rows, [token], batch=len(caches))
-    rules = stop_rules(task, tokenizer, len(prompt.ids))
-    out = decode_rows(model, rows, prompt.ids, len(caches), task.max_new_tokens, **rules)
+    start, rules = time.perf_counter(), stop_rules(task, tokenizer, len(prompt.ids))
+    with as_batch(caches) as rows:
+        for token in prompt.ids[prompt.document : -1]:
+            feed(model, rows, [token], batch=len(caches))
+        out = decode_rows(model, rows, prompt.ids, len(caches), task.max_new_tokens, **rules)
     took, texts = time.perf_counter() - start, [tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
     return [
         Answer(text, len(prompt.ids), len(ids), **measured(cache, before, took))

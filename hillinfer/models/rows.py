@@ -5,8 +5,9 @@ selection, its store. Outputs equal those of a decode alone up to the rounding o
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import Cache
@@ -77,8 +78,17 @@ class Rows(Cache):
         return {row: out for future in running for row, out in future.result().items()}
 
 
-def as_batch(caches: Sequence[Cache]) -> Cache:
+@contextmanager
+def as_batch(caches: Sequence[Cache]) -> Iterator[Cache]:
     """The only cache itself, or all as rows of one batch. UsageError where no selection can serve the attention."""
-    if len(caches) > 1 and caches[0].support.exact:
+    if len(caches) == 1:
+        yield caches[0]
+        return
+    if caches[0].support.exact:
         raise UsageError("the attention of this model takes the keys of one cache: decode one at a time")
-    return caches[0] if len(caches) == 1 else Rows(caches)
+    rows = Rows(caches)
+    try:
+        yield rows
+    finally:
+        for worker in rows.workers:
+            worker.shutdown()

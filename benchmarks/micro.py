@@ -73,7 +73,7 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     where, asked = records.data_ptr() + chosen * RECORD, torch.randn(1, HEADS * GROUP, DIM)
     out, taken = torch.empty_like(asked), torch.from_numpy(chosen)
     keys, codes = torch.randn(1, HEADS, 512, DIM), torch.empty((1, HEADS, 512, DIM), dtype=torch.int8)
-    scale = torch.zeros(1, HEADS, 1, DIM)
+    scale, zero = torch.zeros(2, 1, HEADS, 1, DIM)
     how, everything = ("bfloat16", HEADS, 0.1, out, torch.empty(1, HEADS * GROUP)), (records.data_ptr(), RECORD, TOKENS)
 
     def by_torch() -> None:
@@ -98,7 +98,7 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     rows.append(Row("top-k of all heads", scores.nbytes, lambda: topk(native.head_ranks(scores, steps), CHOSEN), core))
     reference = lambda: topk_reference(head_ranks_reference(scores, steps), CHOSEN)  # noqa: E731
     rows.append(Row("top-k of all heads, numpy", scores.nbytes, reference))
-    encode = Row("code 512 keys", keys.nbytes, lambda: native.encode(keys, 8, scale, codes, 0), core)
+    encode = Row("code 512 keys", keys.nbytes, lambda: native.encode(keys, 8, scale, zero, codes, 0), core)
     return [*rows, *attend, encode]
 
 

@@ -74,11 +74,11 @@ def test_codes_built_in_parts_stay_close_to_the_keys(bits, sizes, grow, seed):
     for part in parts:
         codes.append(part)
     keys = torch.cat(parts, 2)
-    back = unpack(codes.codes.view(), bits).float() * codes.scale
+    back = unpack(codes.codes.view(), bits).float() * codes.scale + codes.zero
     assert codes.codes.n == keys.shape[2]
     assert ((back - keys).abs() <= codes.scale * 1.01).all()
     assert (
-        codes.scale * TOP[bits] <= keys.abs().amax(2, keepdim=True) * 2.01
+        codes.scale * TOP[bits] <= (keys - codes.zero).abs().amax(2, keepdim=True) * 2.01
     ).all()  # no channel wastes more than a bit
 
 
@@ -87,8 +87,19 @@ def test_one_append_is_the_plain_quantisation():
     keys = torch.randn(1, 2, 50, 16)
     codes = KeyCodes(1, 2, 16)
     codes.append(keys)
-    scale = keys.abs().amax(2, keepdim=True) / TOP[8]
-    assert torch.equal(codes.codes.view(), (keys / scale).round().to(torch.int8))
+    zero = (keys.amin(2, keepdim=True) + keys.amax(2, keepdim=True)) / 2
+    scale = (keys - zero).abs().amax(2, keepdim=True) / TOP[8]
+    assert torch.equal(codes.codes.view(), ((keys - zero) / scale).round().to(torch.int8))
+    assert codes.codes.view().amin() == -TOP[8] and codes.codes.view().amax() == TOP[8]
+
+
+def test_an_offset_of_all_keys_changes_no_code():
+    """Keys of real models have channels with large means (a bias, a slow rotary frequency)."""
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 50, 16).mul(64).round()  # whole numbers: exact in fp32 with the offset
+    plain, offset = (KeyCodes(1, 2, 16, 4) for _ in range(2))
+    plain.append(keys), offset.append(keys + torch.arange(16) * 512)
+    assert torch.equal(plain.codes.view(), offset.codes.view())
 
 
 @pytest.mark.parametrize(("bits", "least"), [(8, 47), (4, 38)])
@@ -101,6 +112,7 @@ def test_scores_rank_as_the_true_dot_products_do(bits, least):
     got = codes.scores(coded, 0)
     want = torch.einsum("hgd,hnd->hgn", query.view(2, 2, 64), keys[0]).flatten(0, 1)
     errors = torch.from_numpy(got * unit.repeat(2)[:, None]) - want
+    errors -= errors.mean(1, keepdim=True)  # a zero point shifts all scores of a head
     assert errors.std() < (0.1 if bits == 8 else 1.5)  # of dot products with a standard deviation of 8
     for head in range(4):
         assert len(set(topk(got[head], 50)) & set(want[head].topk(50).indices.tolist())) >= least

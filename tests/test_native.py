@@ -122,9 +122,11 @@ def copy(addresses=AT, out=ROOM, slots=(0, 1)):
     return native.copy(addresses, out, slots)
 
 
-def encode(keys=KEYS, bits=8, scale=None, codes=None, at=0):
+def encode(keys=KEYS, bits=8, scale=None, codes=None, at=0, zero=None):
     scale = torch.ones(1, 2, 1, 16) if scale is None else scale
-    return native.encode(keys, bits, scale, torch.zeros(1, 2, 9, 16, dtype=torch.int8) if codes is None else codes, at)
+    zero = torch.ones(1, 2, 1, 16) if zero is None else zero
+    codes = torch.zeros(1, 2, 9, 16, dtype=torch.int8) if codes is None else codes
+    return native.encode(keys, bits, scale, zero, codes, at)
 
 
 def quantise(query=F32, scale=F32, out=None):
@@ -163,7 +165,8 @@ WRONG = [
     (copy, ValueError, dict(slots=[0]), dict(out=ROOM.T), dict(out=ROOM.to("meta"))),
     (copy, TypeError, dict(slots=[0.0, 1.0]), dict(addresses=AT.astype(float))),
     (encode, ValueError, dict(keys=KEYS.half()), dict(keys=KEYS[:, :, :, ::2]), dict(bits=4), dict(keys=KEYS[0])),
-    (encode, ValueError, dict(scale=torch.ones(1, 2, 1, 15)), dict(codes=torch.zeros(1, 2, 9, 15, dtype=torch.int8))),
+    (encode, ValueError, dict(scale=torch.ones(1, 2, 1, 15)), dict(zero=F32[:1])),
+    (encode, ValueError, dict(codes=torch.zeros(1, 2, 9, 15, dtype=torch.int8))),
     (encode, ValueError, dict(keys=torch.ones(1, 1, 1, fence.MAX_CODED + 8)), dict(keys=KEYS.to("meta"))),
     (encode, TypeError, dict(scale=torch.ones(1, 2, 1, 16, dtype=torch.float64))),
     (encode, IndexError, dict(at=-1), dict(at=7)),

@@ -16,7 +16,9 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class KeyCodes:
-    """Symmetric codes of one layer's keys, per KV head and channel; scale (B, Hkv, 1, D).
+    """Codes of one layer's keys around a zero point, with a scale, both per KV head and channel, (B, Hkv, 1, D).
+
+    The zero point, the middle of the first keys' range, shifts all scores of a head alike: scoring does without it.
 
     `codes` is (B, Hkv, n, D) for INT8, and (B, Hkv, n, D/2) for INT4 with even channels in the low nibbles.
     """
@@ -29,6 +31,7 @@ class KeyCodes:
         self.bits = bits
         self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8)
         self.scale = torch.zeros((batch, kv_heads, 1, head_dim), dtype=torch.float32, device="cpu")
+        self.zero = torch.zeros_like(self.scale)
 
     def append(self, keys: torch.Tensor) -> torch.Tensor:
         """Encode new keys (B, Hkv, n, D). Returns the doublings of each channel's scale, uint8 (B, Hkv, D).
@@ -42,11 +45,14 @@ class KeyCodes:
         if not native.available():
             return self.append_reference(keys.float())
         at = self.codes.extend(keys.shape[2])
-        return torch.from_numpy(native.encode(keys, self.bits, self.scale, self.codes.data, at))
+        return torch.from_numpy(native.encode(keys, self.bits, self.scale, self.zero, self.codes.data, at))
 
     def append_reference(self, keys: torch.Tensor) -> torch.Tensor:
         """`append` in torch, for fp32 keys in host memory."""
         top = TOP[self.bits]
+        if self.codes.n == 0:
+            self.zero = (keys.amin(2, keepdim=True) + keys.amax(2, keepdim=True)) / 2
+        keys = keys - self.zero
         need = keys.abs().amax(2, keepdim=True) / top
         fresh = self.scale == 0
         mantissa, exponent = torch.frexp(need / self.scale)  # exact ceiling of log2
@@ -93,11 +99,11 @@ class KeyCodes:
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.codes.reorder(rows)
-        self.scale = self.scale.index_select(0, rows.to("cpu"))
+        self.scale, self.zero = (part.index_select(0, rows.to("cpu")) for part in (self.scale, self.zero))
 
     @property
     def nbytes(self) -> int:
-        return self.codes.view().nbytes + self.scale.nbytes
+        return self.codes.view().nbytes + 2 * self.scale.nbytes
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ _SIGNATURES = {
     "hi_nvme_entry": (None, [_P, _I, _I, _L, _L, _L, _L, _L]),
     "hi_pieces": (_L, [_L, _P, _P, _P, _L, _L, _L, _L]),
     "hi_checksums": (_L, [_I, _I, _L, _P, _P, _P, _P]),
-    "hi_encode": (_I, [_I, _P, _L, _L, _L, _I, _I, _L, _I, _I, _P, _P, _L, _L, _L, _P]),
+    "hi_encode": (_I, [_I, _P, _L, _L, _L, _I, _I, _L, _I, _I, _P, _P, _P, _L, _L, _L, _P]),
 }
 
 
@@ -221,9 +221,10 @@ def copy(addresses: np.ndarray, out, slots: np.ndarray, threads: int = 1) -> Non
     _check(library.hi_copy(*where, len(slots), room, width, share), f"records, and distinct slots < {room}")
 
 
-def encode(keys, bits: int, scale, codes, at: int) -> np.ndarray:
+def encode(keys, bits: int, scale, zero, codes, at: int) -> np.ndarray:
     """Quantise keys (B, Hkv, n, D), fp32 or bf16, into codes int8 (B, Hkv, capacity, D*bits/8) from token `at` on,
-    bit-identical to `evaluator.codes.KeyCodes` in torch. Doubles scale fp32 (B, Hkv, 1, D) where keys exceed it.
+    bit-identical to `evaluator.codes.KeyCodes` in torch. Doubles scale fp32 (B, Hkv, 1, D) where keys exceed it. The
+    first tokens set zero, of scale's shape.
 
     Returns the doublings of each channel, uint8 (B, Hkv, D).
     """
@@ -235,7 +236,8 @@ def encode(keys, bits: int, scale, codes, at: int) -> np.ndarray:
     if not 0 <= at <= capacity - n:
         raise IndexError(f"tokens {at} to {at + n} of {capacity}")
     doublings = np.empty((batch, heads, dim), np.uint8)
-    where = batch, heads, n, dim, bits, address(scale, "float32", batch * heads * dim, True), pointer(codes), *by_codes
+    kept = (address(part, "float32", batch * heads * dim, True) for part in (scale, zero))
+    where = batch, heads, n, dim, bits, *kept, pointer(codes), *by_codes
     library.hi_encode(DTYPES[kind], pointer(keys), by_row, by_head, by_token, *where, at, pointer(doublings))
     return doublings
 

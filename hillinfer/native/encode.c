@@ -18,17 +18,25 @@ INLINE void set_code(uint8_t *row, int d, int bits, int8_t code) {
     else row[d / 2] = (uint8_t)((row[d / 2] & 0xf0) | ((uint8_t)code & 15));
 }
 
-/* One head: keys (n, dim), `row` elements apart, after `at` tokens already in codes. Returns whether any channel's
- * scale doubled; the channel's older codes are halved as often. */
+/* One head: keys (n, dim), `row` elements apart, after `at` tokens already in codes. The first keys fix the zero point,
+ * the middle of a channel's range. Returns whether any channel's scale doubled; its older codes are halved as often. */
 static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int dim, int bits, float *scale,
-                       uint8_t *codes, int64_t at, uint8_t *doublings, float *need) {
+                       float *zero, uint8_t *codes, int64_t at, uint8_t *doublings, float *need) {
     const float top = bits == 8 ? 127 : 7, tiny = 1.17549435e-38f;
     const int width = dim * bits / 8;
     int any = 0;
+    for (int d = 0; at == 0 && n && d < dim; d++) zero[d] = need[d] = key_at(keys, d, dtype);
+    for (int64_t i = 1; at == 0 && i < n; i++)
+        for (int d = 0; d < dim; d++) {
+            float key = key_at(keys, i * row + d, dtype);
+            zero[d] = key < zero[d] ? key : zero[d];
+            need[d] = key > need[d] ? key : need[d];
+        }
+    for (int d = 0; at == 0 && n && d < dim; d++) zero[d] = (zero[d] + need[d]) / 2;
     memset(need, 0, sizeof(float) * dim);
     for (int64_t i = 0; i < n; i++)
         for (int d = 0; d < dim; d++) {
-            float size = fabsf(key_at(keys, i * row + d, dtype));
+            float size = fabsf(key_at(keys, i * row + d, dtype) - zero[d]);
             need[d] = size > need[d] ? size : need[d];
         }
     for (int d = 0; d < dim; d++) {
@@ -54,7 +62,7 @@ static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int 
     for (int64_t i = 0; i < n; i++) {
         uint8_t *to = codes + (at + i) * width;
         for (int d = 0; d < dim; d++) {
-            float code = rintf(key_at(keys, i * row + d, dtype) / need[d]);
+            float code = rintf((key_at(keys, i * row + d, dtype) - zero[d]) / need[d]);
             code = code > top ? top : code < -top ? -top : code;
             set_code(to, d, bits, (int8_t)code);
         }
@@ -62,9 +70,10 @@ static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int 
     return any != 0;
 }
 
-/* keys: (batch, heads, n, dim), strides in elements. scale, doublings: (batch, heads, dim). codes: strides in bytes. */
+/* keys: (batch, heads, n, dim), strides in elements. scale, zero, doublings: (batch, heads, dim). codes: strides in
+ * bytes. */
 int hi_encode(int dtype, const char *keys, int64_t by_row, int64_t by_head, int64_t by_token, int batch, int heads,
-              int64_t n, int dim, int bits, float *scale, uint8_t *codes, int64_t codes_by_row,
+              int64_t n, int dim, int bits, float *scale, float *zero, uint8_t *codes, int64_t codes_by_row,
               int64_t codes_by_head, int64_t at, uint8_t *doublings) {
     float need[MAX_CODED];
     int any = 0, size = dtype == FP32 ? 4 : 2;
@@ -72,7 +81,7 @@ int hi_encode(int dtype, const char *keys, int64_t by_row, int64_t by_head, int6
         for (int h = 0; h < heads; h++) {
             int64_t which = (int64_t)(b * heads + h) * dim;
             any |= encode_head(keys + (b * by_row + h * by_head) * size, dtype, by_token, n, dim, bits, scale + which,
-                               codes + b * codes_by_row + h * codes_by_head, at, doublings + which, need);
+                               zero + which, codes + b * codes_by_row + h * codes_by_head, at, doublings + which, need);
         }
     return any;
 }

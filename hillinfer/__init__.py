@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hillinfer.loading import load_model
     from hillinfer.models.seam import disable, enable
     from hillinfer.session import keep_session, open_session, save_session
+    from hillinfer.speculative import exact
     from hillinfer.systems.registry import POLICIES, list_systems, make_cache
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ _HOME = {
     "UsageError": "errors",
     "disable": "models.seam",
     "enable": "models.seam",
+    "exact": "speculative",
     "keep_session": "session",
     "list_systems": "systems.registry",
     "load_model": "loading",

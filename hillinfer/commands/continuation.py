@@ -12,6 +12,7 @@ from hillinfer.errors import UsageError
 from hillinfer.loading import choose_dtype, load_pretrained, load_weights
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
 from hillinfer.session import check_keeps, keep_session, session_ids
+from hillinfer.speculative import exact as exact_decoding
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -31,6 +32,7 @@ def continue_text(
     num_beams: int = 1,
     dtype: str = "auto",
     chunk: int | None = None,
+    exact: bool = False,
 ) -> tuple[str, list[str], Timeline]:
     """Greedy continuation by the model `name`: the generated text, the cost of the run in a few lines, its timeline.
 
@@ -38,6 +40,7 @@ def continue_text(
     options   fields of `Settings`
     session   file of the document's KV: opened if it exists, otherwise written from `document`
     chunk     tokens per prefill chunk; None prefills all at once
+    exact     verify what the system's selection drafts
 
     Raises UsageError before the weights are loaded if the model's config or tokenizer rules the run out.
     """
@@ -73,9 +76,16 @@ def continue_text(
         cache.timeline.clear()
         cache.counters.clear()
         with working(f"decode, up to {max_new_tokens} tokens"):
-            out = decode(model, cache, ids, max_new_tokens, num_beams=num_beams)
+            way = {"custom_generate": exact_decoding} if exact else {"num_beams": num_beams}
+            out = decode(model, cache, ids, max_new_tokens, **way)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.why_split()]
+        if rounds := cache.run.rounds:
+            drafted, accepted = map(sum, zip(*rounds, strict=True))
+            facts.append(
+                f"exact: {len(rounds)} passes over all KV gave {len(out)} tokens; {accepted} of {drafted} drafted "
+                f"tokens accepted; {(time.perf_counter() - prefilled) * 1e3 / len(out):.1f} ms per token of the answer"
+            )
         facts.append(f"weights in {str(model.dtype).removeprefix('torch.')} on {model.device.type}")
         cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), weights.itemsize), system)
     return tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline

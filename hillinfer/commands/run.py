@@ -30,6 +30,7 @@ def run(
     prefill_chunk: PrefillChunk = None,
     device: Annotated[Path | None, typer.Option(help="Raw device for dualblade's and flexgen's direct path.")] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams; more than one needs all KV in memory.")] = 1,
+    exact: Annotated[bool, typer.Option(help="Verify drafts with all KV: the full cache's tokens.")] = False,
     dtype: Dtype = "auto",
     trace: Annotated[Path | None, typer.Option(help="Write the timeline here, for ui.perfetto.dev.")] = None,
 ):
@@ -47,7 +48,16 @@ def run(
     text = prompt if prompt_file is None else read_text(prompt_file)
     if not text.strip():
         raise UsageError("the prompt is empty; give the text to continue")
-    job = dict(session=session, max_new_tokens=max_new_tokens, num_beams=num_beams, dtype=dtype, chunk=prefill_chunk)
+    if exact and num_beams > 1:
+        raise UsageError("exact decoding follows one sequence: use --num-beams 1 with --exact")
+    job = dict(
+        exact=exact,
+        session=session,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        dtype=dtype,
+        chunk=prefill_chunk,
+    )
     job["document"] = document and read_text(document)
     check_libraries()
     from hillinfer.commands.continuation import continue_text

@@ -1,0 +1,169 @@
+"""Exact decoding: a selection drafts tokens, all of the KV verifies them, and the output is what `full` would say.
+
+    model.generate(**inputs, past_key_values=cache, custom_generate=hillinfer.exact)
+
+A pass of several tokens is exact in every system, so one pass of gamma + 1 queries checks gamma drafted tokens, and one
+read of all KV serves as many tokens as it accepts (Leviathan et al., arXiv 2211.17192; the draft is the model itself
+with sparse attention). Greedy output equals `full`'s up to rounding; sampled output has the full model's distribution.
+"""
+
+import time
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from hillinfer.cache import TieredCache
+from hillinfer.errors import UsageError
+
+LONGEST = 32  # tokens of a draft
+REST = 16  # rounds without drafts, once these do not pay
+KEEP = 0.8  # weight of the past in running means
+
+
+@dataclass
+class Pace:
+    """Chooses the length of a draft: the least measured time per token, for the acceptance of the last rounds."""
+
+    draft_s: float = 0.0  # of one drafted token
+    verify_s: float = 0.0  # of one pass over all KV
+    accepted: float = 0.9  # share of drafted tokens
+    gamma: int = 8
+    resting: int = 0  # rounds left without drafts
+    said: bool = False
+    rounds: list[tuple[int, int]] = field(default_factory=list)  # drafted and accepted tokens
+
+    def note(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
+        """A round is over: choose the next one's draft."""
+        self.rounds.append((drafted, accepted))
+        self.verify_s = _mean(self.verify_s, verify_s)
+        if drafted:
+            self.draft_s = _mean(self.draft_s, draft_s / drafted)
+            tried = min(drafted, accepted + 1)  # tokens after the first wrong one were not judged
+            self.accepted = KEEP ** (tried / 4) * self.accepted + (1 - KEEP ** (tried / 4)) * accepted / tried
+        if self.resting:
+            self.resting -= 1
+            self.gamma = 0 if self.resting else 2
+            return
+        self.gamma = min(range(LONGEST + 1), key=self.seconds_per_token)
+        if self.gamma == 0:
+            if not self.said:
+                why = f"{self.accepted:.0%} of the drafted tokens are accepted, which does not pay here"
+                warnings.warn(f"{why}: most tokens are now read for one by one", stacklevel=4)
+            self.resting, self.said = REST, True
+
+    def seconds_per_token(self, gamma: int) -> float:
+        share = min(self.accepted, 0.999)
+        return (gamma * self.draft_s + self.verify_s) / ((1 - share ** (gamma + 1)) / (1 - share))
+
+
+def _mean(before: float, new: float) -> float:
+    return KEEP * before + (1 - KEEP) * new if before else new
+
+
+def exact(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    streamer=None,
+    **model_kwargs,
+) -> torch.Tensor:
+    """A decoding method for `generate(custom_generate=...)`; input_ids (1, n), returns the whole sequence.
+
+    streamer  `generate` hands its own to no custom method: `custom_generate=partial(hillinfer.exact, streamer=...)`
+
+    Raises UsageError for a cache or batch whose tokens could not be taken back.
+    """
+    cache = model_kwargs.get("past_key_values")
+    _check(cache, input_ids)
+    rounds = Rounds(model, cache, logits_processor, generation_config.do_sample)
+    ids, done = input_ids, False
+    new, _ = rounds.choose(ids, rounds.verify(ids[0, cache.get_seq_length() :])[-1:])
+    accepted = [new]
+    while not done:
+        for token in accepted:
+            ids = torch.cat((ids, token.view(1, 1)), 1)
+            if streamer is not None:
+                streamer.put(token.view(1).cpu())
+            if done := bool(stopping_criteria(ids, None).all()):
+                break
+        if not done:
+            accepted = rounds.next(ids)
+    if streamer is not None:
+        streamer.end()
+    cache.crop(ids.shape[1] - 1 - cache.get_seq_length())  # as `generate` leaves it: without the newest token
+    cache.run.rounds = rounds.pace.rounds
+    return ids
+
+
+class Rounds:
+    """Drafts and verifies over a cache that holds all tokens but the newest."""
+
+    def __init__(self, model: PreTrainedModel, cache: TieredCache, processor, sample: bool):
+        self.model, self.cache, self.processor, self.sample, self.pace = model, cache, processor, sample, Pace()
+
+    def next(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """The tokens after ids (1, n) that all KV agrees to, at least one."""
+        held, began = self.cache.get_seq_length(), time.perf_counter()
+        drafted, guessed, longer = [], [], ids
+        for _ in range(self.pace.gamma):
+            logits = self.model(longer[:, -1:], past_key_values=self.cache).logits[:, -1]
+            token, probabilities = self.choose(longer, logits)
+            drafted, guessed = [*drafted, token], [*guessed, probabilities]
+            longer = torch.cat((longer, token.view(1, 1)), 1)
+        self.cache.crop(held - self.cache.get_seq_length())
+        middle = time.perf_counter()
+        logits, found = self.verify(longer[0, ids.shape[1] - 1 :]), []
+        for step, (token, probabilities) in enumerate([*zip(drafted, guessed, strict=True), (None, None)]):
+            own, fits = self.judge(longer[:, : ids.shape[1] + step], logits[step : step + 1], token, probabilities)
+            found.append(own)
+            if not fits:
+                break
+        self.cache.crop(held + len(found) - self.cache.get_seq_length())
+        self.pace.note(len(drafted), len(found) - 1, middle - began, time.perf_counter() - middle)
+        return found
+
+    def verify(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Exact logits (k, V) after each of k tokens, which the cache holds from now on."""
+        fed = tokens if len(tokens) > 1 else tokens.repeat(2)  # a single token would be a step of the selection
+        logits = self.model(fed[None], past_key_values=self.cache).logits[0]
+        self.cache.crop(len(tokens) - len(fed))
+        return logits[: len(tokens)]
+
+    def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next token after ids by logits (1, V), and what it was drawn from."""
+        scores = self.processor(ids, logits.float())
+        if not self.sample:
+            return scores.argmax(-1)[0], None
+        probabilities = scores.softmax(-1)[0]
+        return probabilities.multinomial(1)[0], probabilities
+
+    def judge(self, ids: torch.Tensor, logits: torch.Tensor, drafted, guessed) -> tuple[torch.Tensor, bool]:
+        """The full model's token after ids, and whether it is the drafted one: by rejection sampling if it samples."""
+        token, true = self.choose(ids, logits)
+        if drafted is None:
+            return token, False
+        if true is None:
+            return token, bool(token == drafted)
+        if torch.rand((), dtype=true.dtype, device=true.device) * guessed[drafted] <= true[drafted]:
+            return drafted, True
+        return (true - guessed).clamp(min=0).multinomial(1)[0], False
+
+
+def _check(cache, input_ids: torch.Tensor) -> None:
+    if not isinstance(cache, TieredCache):
+        raise UsageError("exact decoding drafts with a system's selection: pass past_key_values=make_cache(...)")
+    if len(input_ids) != 1:
+        raise UsageError(f"exact decoding takes one sequence at a time, not {len(input_ids)}")
+    policy = cache.run.policy
+    if policy.exact:
+        raise UsageError(f"{policy.__name__} attends to all tokens already: leave out custom_generate")
+    if policy.watches:
+        raise UsageError(
+            f"{policy.__name__} learns from what it sees, which cannot be taken back: use hillinfer or topk"
+        )
+    if len(cache.tiered) < cache.support.layers:
+        raise UsageError("layers with a sliding window or a state cannot take drafted tokens back: use system full")

@@ -1,0 +1,164 @@
+"""Exact decoding says what the full cache would say, whatever drafts, and however generation is to go on or stop."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import hillinfer
+from hillinfer.speculative import Pace, Rounds
+
+DRAFTS = [
+    ("topk", 0.1),
+    ("topk", 0.5),
+    ("hillinfer", 0.2),
+    ("quest", 0.3),
+    ("leoam", 0.3),
+    ("streaming", 0.1),
+    ("random", 0.1),
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not pay here")
+        yield
+
+
+def answer(model, ids, system, folder, exact=True, **options):
+    """The sequence, and drafted and accepted tokens by round."""
+    settings = {"alpha": options.pop("alpha", 0.2)}
+    settings |= {"drive": folder, "host_budget": "64KiB", "pinned": 0.0} if system == "hillinfer" else {}
+    with hillinfer.make_cache(model, system, **settings) as cache:
+        way = {"custom_generate": hillinfer.exact} if exact else {}
+        options = {"max_new_tokens": 40, "do_sample": False} | options
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **way, **options)
+        assert cache.get_seq_length() == out.shape[1] - 1
+        return out, cache.run.rounds
+
+
+@pytest.mark.parametrize(("system", "alpha"), DRAFTS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_tokens_are_those_of_the_full_cache(models, family, system, alpha, tmp_path):
+    model = models(family)
+    for seed in range(3):
+        ids = torch.randint(5, 90, (1, 60 + 37 * seed), generator=torch.Generator().manual_seed(seed))
+        want, _ = answer(model, ids, "full", tmp_path, exact=False)
+        got, rounds = answer(model, ids, system, tmp_path, alpha=alpha)
+        assert torch.equal(got, want)
+        assert sum(accepted for _, accepted in rounds) + len(rounds) >= 39
+    assert any(drafted for drafted, _ in rounds)
+
+
+def test_settings_of_generate_hold(models, prompt, tmp_path):
+    model = models("llama")
+    ids = prompt
+    plain, _ = answer(model, ids, "full", tmp_path, exact=False)
+    some = int(plain[0, ids.shape[1] + 11])
+    for options in (
+        {"eos_token_id": some, "pad_token_id": 0},
+        {"eos_token_id": some, "pad_token_id": 0, "min_new_tokens": 20},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2, "bad_words_ids": [[some]]},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+    ):
+        want, _ = answer(model, ids, "full", tmp_path, exact=False, **options)
+        got, _ = answer(model, ids, "topk", tmp_path, **options)
+        assert torch.equal(got, want), options
+
+
+def test_stopping_and_streaming_see_every_token_once(models, prompt, tmp_path):
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            lengths.append(input_ids.shape[1])
+            return torch.tensor([input_ids.shape[1] >= prompt.shape[1] + 17])
+
+    class Stream(BaseStreamer):
+        def put(self, value):
+            seen.append(value.flatten())
+
+        def end(self):
+            seen.append(None)
+
+    lengths, seen = [], []
+    way = partial(hillinfer.exact, streamer=Stream())
+    options = {"stopping_criteria": StoppingCriteriaList([Stop()]), "custom_generate": way}
+    out, _ = answer(models("llama"), prompt, "topk", tmp_path, exact=False, **options)
+    assert out.shape[1] == prompt.shape[1] + 17 and lengths == sorted(set(lengths))
+    assert seen[-1] is None and torch.equal(torch.cat(seen[:-1]), out[0, prompt.shape[1] :])
+
+
+def test_a_second_turn_follows(models, prompt, tmp_path):
+    model, ids = models("llama"), prompt
+    outs = []
+    for system, way in (("full", {}), ("topk", {"custom_generate": hillinfer.exact})):
+        with hillinfer.make_cache(model, system, alpha=0.2) as cache:
+            options = dict(past_key_values=cache, max_new_tokens=10, do_sample=False, **way)
+            first = model.generate(ids, **options)
+            outs.append(model.generate(torch.cat((first, ids[:, :9]), 1), **options))
+    assert torch.equal(*outs)
+
+
+def test_rejection_sampling_draws_from_the_full_models_distribution():
+    """20,000 tokens drafted from another distribution: chi-square with 5 degrees of freedom, at one in 10,000."""
+    torch.manual_seed(0)
+    rounds = object.__new__(Rounds)
+    rounds.processor, rounds.sample = lambda ids, logits: logits, True
+    logits, other, draws = torch.randn(1, 6), torch.randn(1, 6), 20_000
+    true, counts = logits.softmax(-1)[0], torch.zeros(6)
+    for _ in range(draws):
+        drafted, guessed = rounds.choose(None, other)
+        counts[rounds.judge(None, logits, drafted, guessed)[0]] += 1
+    assert float(((counts - draws * true) ** 2 / (draws * true)).sum()) < 25.7
+    assert float((other.softmax(-1)[0] - true).abs().sum()) > 0.5  # the draft alone would be far off
+
+
+def test_samples_have_the_full_models_distribution(models, prompt, tmp_path):
+    """Two sampled tokens, the second drafted by a selection that sees little, against all pairs' true probabilities."""
+    model, ids, draws = models("llama"), prompt[:, :40], 120
+    counts: dict[tuple, int] = {}
+    torch.manual_seed(1)
+    for _ in range(draws):
+        options = dict(do_sample=True, temperature=0.7, top_k=3, max_new_tokens=2)
+        pair = answer(model, ids, "random", tmp_path, alpha=0.15, **options)[0][0, -2:].tolist()
+        counts[tuple(pair)] = counts.get(tuple(pair), 0) + 1
+
+    def following(*tokens: int) -> list[tuple[int, float]]:
+        with torch.no_grad():
+            logits = model(torch.cat((ids, torch.tensor([tokens], dtype=torch.long)), 1)).logits[0, -1] / 0.7
+        best = logits.topk(3)
+        return list(zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True))
+
+    expected = {(a, b): draws * p * q for a, p in following() for b, q in following(a)}
+    assert counts.keys() <= expected.keys()
+    statistic = sum((counts.get(pair, 0) - mean) ** 2 / mean for pair, mean in expected.items())
+    assert statistic < 31.8  # chi-square with 8 degrees of freedom, at one in 10,000
+
+
+@pytest.mark.parametrize(
+    ("system", "rows", "words"),
+    [("full", 1, "attends to all"), ("h2o", 1, "taken back"), ("topk", 2, "one sequence")],
+)
+def test_what_cannot_be_taken_back_is_refused(models, prompt, system, rows, words, tmp_path):
+    with pytest.raises(hillinfer.UsageError, match=words):
+        answer(models("llama"), prompt.repeat(rows, 1), system, tmp_path)
+
+
+def test_a_draft_is_as_long_as_pays():
+    def settled(accepted: float, draft_s: float, verify_s: float) -> Pace:
+        pace = Pace()
+        for _ in range(60):
+            pace.note(pace.gamma, round(accepted * pace.gamma), draft_s * pace.gamma, verify_s)
+        return pace
+
+    assert settled(1.0, 0.01, 1.0).gamma == 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hostile = settled(0.0, 0.5, 1.0)
+    assert sum(drafted for drafted, _ in hostile.rounds) < 30  # most rounds rest
+    assert 1 <= settled(0.7, 0.2, 1.0).gamma <= 8

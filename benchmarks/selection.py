@@ -48,7 +48,7 @@ class Study:
             return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling, **kwargs)
         logits = torch.einsum("hgd,hnd->hgn", query[0, :, 0].view(kv_heads, -1, dim).float(), keys[0].float()) * scaling
         chosen, best, k = self.choose(codes, query[0, :, 0], n, scaling)
-        true = logits.amax(1).topk(k, 1).indices
+        true = (logits - logits.logsumexp(2, keepdim=True)).amax(1).topk(k, 1).indices
         recall = torch.gather(best, 1, true).float().mean()
         weights = logits.softmax(2)
         self.notes[layer, "recall"].append(recall.item())
@@ -64,7 +64,9 @@ class Study:
         """Selected keys (Hkv, n) bool, each head's best keys by codes (Hkv, n) bool, and their number per head."""
         settings, (coded, unit) = self.settings, codes.query(query, 0)
         every = codes.scores(coded, 0)
-        scores = every.reshape(*coded.shape[:2], n).max(1)
+        steps = np.repeat(unit * np.float32(scaling), coded.shape[1])
+        groups = np.split(every, len(coded)), np.split(steps, len(coded))
+        scores = np.stack([head_ranks(*group) for group in zip(*groups, strict=True)])  # (Hkv, n)
         budget = settings.budget(n)
         near = np.zeros(n, bool)
         near[: settings.sinks] = near[-settings.recent :] = True
@@ -78,7 +80,7 @@ class Study:
             for head, row in enumerate(scores):
                 chosen[head, torch.from_numpy(far[topk(row[far], k)])] = True
         else:
-            ranks = head_ranks(every, np.repeat(unit * np.float32(scaling), coded.shape[1]))
+            ranks = head_ranks(every, steps)
             chosen[:, torch.from_numpy(far[topk(ranks[far], k)])] = True
         return chosen, best, budget
 

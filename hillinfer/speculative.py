@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hillinfer.cache import TieredCache
 from hillinfer.errors import UsageError
+from hillinfer.evaluator.policy import Policy
 
 LONGEST = 32  # tokens of a draft
 REST = 16  # rounds without drafts, once these do not pay
@@ -158,12 +159,16 @@ def _check(cache, input_ids: torch.Tensor) -> None:
         raise UsageError("exact decoding drafts with a system's selection: pass past_key_values=make_cache(...)")
     if len(input_ids) != 1:
         raise UsageError(f"exact decoding takes one sequence at a time, not {len(input_ids)}")
-    policy = cache.run.policy
+    check_draft(cache.run.policy)
+    if len(cache.tiered) < cache.support.layers:
+        raise UsageError("layers with a sliding window or a state cannot take drafted tokens back: use system full")
+
+
+def check_draft(policy: type[Policy]) -> None:
+    """UsageError for a policy that cannot draft."""
     if policy.exact:
-        raise UsageError(f"{policy.__name__} attends to all tokens already: leave out custom_generate")
+        raise UsageError(f"{policy.__name__} attends to all tokens already: it needs no exact decoding")
     if policy.watches:
         raise UsageError(
             f"{policy.__name__} learns from what it sees, which cannot be taken back: use hillinfer or topk"
         )
-    if len(cache.tiered) < cache.support.layers:
-        raise UsageError("layers with a sliding window or a state cannot take drafted tokens back: use system full")

@@ -175,6 +175,8 @@ def test_profile_measures_and_writes(drive, prompt_file, tmp_path):
 
 def test_beams_with_a_drive(prompt_file, drive):
     check(run(prompt_file, "--num-beams", 3, "--drive", drive), "--num-beams 1")
+    check(run(prompt_file, "--num-beams", 3, "--exact", "--system", "topk"), "--num-beams 1 with --exact")
+    check(run(prompt_file, "--exact", "--system", "full"), "attends to all tokens already")
 
 
 @pytest.mark.parametrize("name", ["[run]1", "a [/b]", "[red]"])

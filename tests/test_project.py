@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 2_842, 7_987
+CORE_LINES, PACKAGE_LINES = 2_842, 7_992
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -63,7 +63,7 @@ MAY = {
     "cache": CORE_PARTS | {"layer", "models"},
     "systems": CORE_PARTS | {"layer", "models", "cache"},
     "fingerprint": {"errors"},
-    "speculative": {"cache", "errors"},
+    "speculative": {"cache", "errors", "evaluator"},
     "session_file": {"errors", "files"},
     "session": {"cache", "errors", "fingerprint", "models", "session_file", "systems"},
     "longbench": CORE_PARTS | {"assets", "cache", "loading", "models", "systems"},

@@ -70,7 +70,7 @@ def test_systems_take_turns_on_a_shape(trace, tmp_path, monkeypatch, capsys):
         )
     own, _, larger, streamed, equal = result["rows"]
     assert 0 < larger["drive_mb"] < own["drive_mb"] and equal["drive_mb"] < streamed["drive_mb"]
-    assert 0.7 < larger["kv_memory_mb"] / own["kv_memory_mb"] < 1.1
+    assert 0.7 < larger["kv_memory_mb"] / own["kv_memory_mb"] < 1.15  # at 512 tokens, scales and zero points count
     if native.available():
         assert own["scored_mb"] > 0
     shape.show(result)

@@ -36,16 +36,16 @@ def coded(keys: torch.Tensor, query: torch.Tensor, bits: int) -> tuple[torch.Ten
     """Quantised by the package: keys (Hkv, n, D) int8, query (Hkv, G, D) int8."""
     store = KeyCodes(1, keys.shape[0], keys.shape[2], bits)
     store.append(keys[None])
-    return unpack(store.codes.view()[0], bits), store.query(query, 0)
+    return unpack(store.codes.view()[0], bits), store.query(query, 0)[0]
 
 
 def recall(bits: int, share: float) -> float:
-    """Recall of the top `share` tokens by coded scores against exact fp32 scores, mean over heads."""
+    """Recall of the top `share` tokens by coded scores against exact fp32 scores, mean over query heads."""
     kept = []
     for keys, query in real_states():
-        exact = torch.einsum("hgd,hnd->hgn", query.view(keys.shape[0], -1, keys.shape[2]), keys).amax(1)
+        exact = torch.einsum("hgd,hnd->hgn", query.view(keys.shape[0], -1, keys.shape[2]), keys).flatten(0, 1)
         codes, folded = coded(keys, query, bits)
-        scores = torch.einsum("hgd,hnd->hgn", folded.double(), codes.double()).amax(1)
+        scores = torch.einsum("hgd,hnd->hgn", folded.double(), codes.double()).flatten(0, 1)
         k = int(share * keys.shape[1])
         for want, have in zip(exact, scores, strict=True):
             kept.append(len(set(want.topk(k).indices.tolist()) & set(have.topk(k).indices.tolist())) / k)

@@ -12,6 +12,7 @@ from hillinfer.errors import UsageError
 from hillinfer.loading import choose_dtype, load_pretrained, load_weights
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
 from hillinfer.session import check_keeps, keep_session, session_ids
+from hillinfer.speculative import check_draft
 from hillinfer.speculative import exact as exact_decoding
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
@@ -45,6 +46,8 @@ def continue_text(
     Raises UsageError before the weights are loaded if the model's config or tokenizer rules the run out.
     """
     found, settings = find_system(system, options)
+    if exact:
+        check_draft(found.policy)
     if dtype not in DTYPES:
         raise UsageError(f"no dtype '{dtype}'; choose {', '.join(DTYPES)}")
     with working(f"loading the tokenizer of {name}"):

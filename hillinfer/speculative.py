@@ -82,7 +82,7 @@ def exact(
     _check(cache, input_ids)
     rounds = Rounds(model, cache, logits_processor, generation_config.do_sample)
     ids, done = input_ids, False
-    new, _ = rounds.choose(ids, rounds.verify(ids[0, cache.get_seq_length() :])[-1:])
+    new, _ = rounds.choose(ids, rounds.verify(ids[0, cache.get_seq_length() :], last=True))
     accepted = [new]
     while not done:
         for token in accepted:
@@ -127,12 +127,13 @@ class Rounds:
         self.pace.note(len(drafted), len(found) - 1, middle - began, time.perf_counter() - middle)
         return found
 
-    def verify(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Exact logits (k, V) after each of k tokens, which the cache holds from now on."""
+    def verify(self, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:
+        """Exact logits (k, V) after each of k tokens, or the last alone (1, V). The cache holds them from now on."""
         fed = tokens if len(tokens) > 1 else tokens.repeat(2)  # a single token would be a step of the selection
-        logits = self.model(fed[None], past_key_values=self.cache).logits[0]
+        kept = 1 if last and len(tokens) > 1 else 0  # 0 keeps all: a document's would not fit in memory
+        logits = self.model(fed[None], past_key_values=self.cache, logits_to_keep=kept).logits[0]
         self.cache.crop(len(tokens) - len(fed))
-        return logits[: len(tokens)]
+        return logits[: 1 if last else len(tokens)]
 
     def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The next token after ids by logits (1, V), and what it was drawn from."""

@@ -90,8 +90,30 @@ class Turns(Exact):
         return merge_heads((best * 2**16).round().to(torch.int32).numpy(), k)
 
 
+class Coded(LogProbability):
+    """The package's rule on keys in a few bits, around a zero point or none; scales are those of the first keys."""
+
+    bits, centred = 4, True
+
+    def append(self, keys):
+        keys = keys.float()
+        if self.keys is None:
+            low, high = keys.amin(2, keepdim=True), keys.amax(2, keepdim=True)
+            self.zero = (low + high) / 2 * self.centred
+            top = 2 if self.bits == 2 else 2 ** (self.bits - 1) - 1  # 2 bits: four levels, none of them zero
+            self.scale = (keys - self.zero).abs().amax(2, keepdim=True) / top
+        keys = (keys - self.zero) / self.scale
+        top = 2 ** (self.bits - 1)
+        keys = keys.floor().clamp(-top, top - 1) + 0.5 if self.bits == 2 else keys.round().clamp(1 - top, top - 1)
+        super().append(keys * self.scale)
+
+
 RULES = {"coded keys (topk)": POLICIES["topk"], "log-probability": LogProbability, "mass": Mass, "squares": Squares}
 RULES |= {"group's best": GroupBest, "turns": Turns, "mean of the heads (oracle)": POLICIES["oracle"]}
+for bits in (4, 2):
+    for centred in (False, True):
+        name = f"{bits} bits, {'a zero point' if centred else 'symmetric'}"
+        RULES[name] = type("Coded", (Coded,), {"bits": bits, "centred": centred, "__doc__": name})
 
 
 def measure(model, tokenizer, task, record: dict, alphas: list[float], tokens: int) -> list[dict]:

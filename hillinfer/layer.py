@@ -223,7 +223,8 @@ class Layer:
         """A callback that shows the attended records to the observer and the policy; None if neither wants them."""
         observer, step = self.run.observer, self.track.timeline.step
         observed = observer is not None and observer.should_observe(self.index, step)
-        if not (observed or self.policy.watches):
+        told = type(self.policy).attended is not Policy.attended
+        if not (observed or told):
             return None
 
         def watch(kv: torch.Tensor, shown: torch.Tensor | None) -> None:
@@ -232,7 +233,7 @@ class Layer:
                     visible, every_key = None if valid is None else valid[0], lambda: self.store.all()[0][0, :, 0]
                     own = query[0, :, 0], kv[0, :, 0], picks[0], self.n, scaling, visible, every_key
                     observer.observe(self.index, step, *own)
-            if self.policy.watches:
+            if told:
                 logits = attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
                 weights = logits.softmax(-1).flatten(1, 2).numpy(force=True)
                 for row, pick in enumerate(picks):

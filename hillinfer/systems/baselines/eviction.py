@@ -31,8 +31,6 @@ class Eviction(Policy):
             self.alive, self.worth = np.pad(self.alive, room), np.pad(self.worth, room)
         self.alive[:, self.n - new : self.n], self.worth[:, self.n - new : self.n] = True, 0
 
-    def attended(self, row: int, picked: np.ndarray, weights: np.ndarray) -> None: ...
-
     def keep(self, step: Step, newest: int) -> np.ndarray | None:
         """Select the newest tokens and the ones of highest worth within the budget; evict all others."""
         if step.budget >= step.n:

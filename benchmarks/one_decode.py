@@ -20,7 +20,7 @@ from hillinfer.assets import machine
 from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
 from hillinfer.loading import load_model
-from hillinfer.longbench.job import EvalSettings, Job, prompt_of
+from hillinfer.longbench.job import prompt_of
 from hillinfer.longbench.runner import answer, prefill
 from hillinfer.longbench.sources import load_all
 from hillinfer.systems.registry import POLICIES
@@ -45,7 +45,7 @@ def measure(model, tokenizer, rows: Path, name: str, tokens: int, turns: int, ne
     ((task, records, _),) = load_all([name], [rows], "main")
     task = replace(task, max_new_tokens=new_tokens)
     longest = max(records, key=lambda record: len(record["context"]))
-    prompt = prompt_of(Job("", "", task, longest, (), EvalSettings(max_length=tokens)), model.config, tokenizer)
+    prompt = prompt_of(task, longest, model.config, tokenizer, tokens)
     ways = [(POLICIES[system], Settings(alpha=alpha)) for system in SYSTEMS for alpha in ALPHAS]
     found = {"tokens": len(prompt.ids), "ways": len(ways), "together": [], "one by one": [], "differ": 0}
     with torch.inference_mode():

@@ -27,7 +27,7 @@ from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
 from hillinfer.evaluator.policy import Policy
 from hillinfer.loading import load_model
-from hillinfer.longbench.job import EvalSettings, Job, prompt_of
+from hillinfer.longbench.job import prompt_of
 from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.runner import feed
 from hillinfer.longbench.sources import load_all
@@ -159,8 +159,7 @@ def main() -> None:
     frames = []
     for task, records, _ in load_all(words.tasks.split(","), [words.rows], "main"):
         longest = max(records, key=lambda record: len(record["context"]))
-        job = Job("", words.model, task, longest, (), EvalSettings(max_length=words.tokens))
-        ids = prompt_of(job, model.config, tokenizer).ids
+        ids = prompt_of(task, longest, model.config, tokenizer, words.tokens).ids
         with torch.inference_mode():
             noted, answer = selections(model, ids, STEPS, ALPHA, CHUNK)
             source = Prefilled(model.config)

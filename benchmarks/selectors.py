@@ -22,7 +22,7 @@ from hillinfer.cache import TieredCache
 from hillinfer.evaluator.topk import merge_heads
 from hillinfer.loading import load_model
 from hillinfer.longbench.fidelity import force, reference_ids
-from hillinfer.longbench.job import EvalSettings, Job, prompt_of
+from hillinfer.longbench.job import prompt_of
 from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.runner import feed
 from hillinfer.longbench.sources import load_all
@@ -118,9 +118,8 @@ for bits in (4, 2):
 
 def measure(model, tokenizer, task, record: dict, alphas: list[float], tokens: int) -> list[dict]:
     """A row for each rule and alpha on one record."""
-    ids = (
-        prompt := prompt_of(Job("", "", task, record, (), EvalSettings(max_length=tokens)), model.config, tokenizer)
-    ).ids
+    prompt = prompt_of(task, record, model.config, tokenizer, tokens)
+    ids = prompt.ids
     ways = [("full", 1.0), *((rule, alpha) for alpha in alphas for rule in RULES)]
     with torch.inference_mode(), ExitStack() as stack:
         source = Prefilled(model.config)

@@ -56,10 +56,12 @@ class Mass:
         everything: Callable[[], torch.Tensor],
     ) -> None:
         """`pick` (k,) of the n cached tokens, or None for all. Logits are taken without a model's soft cap."""
-        weights = attention_weights(
-            query, everything(), scaling, None if visible is None else visible.numpy(force=True)
-        )
-        self.shares.append(1.0 if pick is None else float(weights[:, pick].sum(1).mean()))
+        if pick is None:
+            self.shares.append(1.0)
+            return
+        valid = None if visible is None else visible.numpy(force=True)
+        weights = attention_weights(query, everything(), scaling, valid)
+        self.shares.append(float(weights[:, pick].sum(1).mean()))
 
 
 def reference_ids(

@@ -81,8 +81,9 @@ class Job:
 
 def run_job(job: Job) -> list[dict]:
     """Answer one sample: one row per variant. Their `seconds` add up to the job's run time."""
-    model, tokenizer = load_model(job.path, job.settings.dtype, job.settings.threads, job.settings.seed)
-    prompt, rows = prompt_of(job, model.config, tokenizer), []
+    wanted, rows = job.settings, []
+    model, tokenizer = load_model(job.path, wanted.dtype, wanted.threads, wanted.seed)
+    prompt = prompt_of(job.task, job.record, model.config, tokenizer, wanted.max_length, wanted.chat)
     with torch.inference_mode():
         asker = Asker(model, tokenizer, job)
         for question in QUESTIONS:  # in this order: the document's prefill is taken on
@@ -208,7 +209,6 @@ def free_memory() -> float:
 
 def cache_for(model, job: Job, variant: Variant):
     """The cache of one variant. Only systems that need a drive get one."""
-
     options = dict(job.settings.options) | ({} if variant.alpha is None else {"alpha": variant.alpha})
     if list_systems()[variant.system].needs_drive:
         options["drive"] = job.drive or tempfile.gettempdir()
@@ -217,14 +217,14 @@ def cache_for(model, job: Job, variant: Variant):
     return make_cache(model, variant.system, **options)
 
 
-def prompt_of(job: Job, config, tokenizer):
-    """The sample's prompt, truncated to the limits of task and model."""
-
-    window = window_of(config)
-    limit = job.settings.max_length
-    if limit is None and job.task.truncates and window:
+def prompt_of(
+    task: Task, record: dict, config, tokenizer, max_length: int | None = None, chat: bool | None = None
+) -> Prompt:
+    """A record's prompt, truncated to the limits of task and model; `max_length` and `chat` as in `EvalSettings`."""
+    window, limit = window_of(config), max_length
+    if limit is None and task.truncates and window:
         limit = official_max_length(window)
-    room = window - job.task.max_new_tokens if window else None
+    room = window - task.max_new_tokens if window else None
     limits = [n for n in (limit, room) if n is not None]
-    chat = bool(tokenizer.chat_template) if job.settings.chat is None else job.settings.chat
-    return build(job.task, job.record, tokenizer, min(limits, default=1 << 40), chat, room=room)
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    return build(task, record, tokenizer, min(limits, default=1 << 40), chat, room=room)

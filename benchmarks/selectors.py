@@ -19,13 +19,13 @@ import torch
 from hillinfer import Policy, Settings
 from hillinfer.assets import machine
 from hillinfer.cache import TieredCache
-from hillinfer.evaluator.topk import merge_heads
 from hillinfer.loading import load_model
 from hillinfer.longbench.fidelity import force, reference_ids
 from hillinfer.longbench.job import prompt_of
 from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.runner import feed
 from hillinfer.longbench.sources import load_all
+from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.registry import POLICIES
 
 CHUNK = 2048
@@ -46,11 +46,8 @@ class Exact(Policy):
             return None
         keys, first, last = self.keys[step.row], step.sinks, step.n - step.recent
         logits = torch.einsum("hgd,hnd->hgn", step.grouped(len(keys)) * step.scaling, keys)
-        chosen = first + self.pick(logits, first, last, step.budget - first - step.recent)
+        chosen = first + self.rank(logits)[first:last].topk(step.budget - first - step.recent).indices.numpy()
         return np.concatenate((np.arange(first), np.sort(chosen), np.arange(last, step.n)))
-
-    def pick(self, logits: torch.Tensor, first: int, last: int, k: int) -> np.ndarray:
-        return self.rank(logits)[first:last].topk(k).indices.numpy()
 
 
 class LogProbability(Exact):
@@ -83,51 +80,31 @@ class GroupBest(Exact):
 
 
 class Turns(Exact):
-    """KV heads take turns by rank."""
+    """KV heads take turns: a token ranks by the first turn at which some head takes it."""
 
-    def pick(self, logits, first, last, k):
-        best = logits.amax(1)[:, first:last]
-        return merge_heads((best * 2**16).round().to(torch.int32).numpy(), k)
-
-
-class Coded(LogProbability):
-    """The package's rule on keys in a few bits, around a zero point or none; scales are those of the first keys."""
-
-    bits, centred = 4, True
-
-    def append(self, keys):
-        keys = keys.float()
-        if self.keys is None:
-            low, high = keys.amin(2, keepdim=True), keys.amax(2, keepdim=True)
-            self.zero = (low + high) / 2 * self.centred
-            top = 2 if self.bits == 2 else 2 ** (self.bits - 1) - 1  # 2 bits: four levels, none of them zero
-            self.scale = (keys - self.zero).abs().amax(2, keepdim=True) / top
-        keys = (keys - self.zero) / self.scale
-        top = 2 ** (self.bits - 1)
-        keys = keys.floor().clamp(-top, top - 1) + 0.5 if self.bits == 2 else keys.round().clamp(1 - top, top - 1)
-        super().append(keys * self.scale)
+    def rank(self, logits):
+        turn = logits.amax(1).argsort(1, descending=True).argsort(1)
+        return -(turn * len(turn) + torch.arange(len(turn), device="cpu")[:, None]).amin(0)
 
 
-RULES = {"coded keys (topk)": POLICIES["topk"], "log-probability": LogProbability, "mass": Mass, "squares": Squares}
-RULES |= {"group's best": GroupBest, "turns": Turns, "mean of the heads (oracle)": POLICIES["oracle"]}
-for bits in (4, 2):
-    for centred in (False, True):
-        name = f"{bits} bits, {'a zero point' if centred else 'symmetric'}"
-        RULES[name] = type("Coded", (Coded,), {"bits": bits, "centred": centred, "__doc__": name})
+CODED = {f"coded keys (topk), {name}": (POLICIES["topk"], {"precision": name}) for name in ("int8", "int4", "int2")}
+EXACT = {"log-probability": LogProbability, "mass": Mass, "squares": Squares, "group's best": GroupBest, "turns": Turns}
+SYSTEMS = {name: POLICIES[name] for name in ("oracle", "quest", "infinigen")} | {"leoam": LeoAM}
+RULES = {"full": (POLICIES["full"], {})} | CODED | {name: (kind, {}) for name, kind in (EXACT | SYSTEMS).items()}
 
 
-def measure(model, tokenizer, task, record: dict, alphas: list[float], tokens: int) -> list[dict]:
+def measure(model, tokenizer, task, record: dict, rules: list[str], alphas: list[float], tokens: int) -> list[dict]:
     """A row for each rule and alpha on one record."""
     prompt = prompt_of(task, record, model.config, tokenizer, tokens)
     ids = prompt.ids
-    ways = [("full", 1.0), *((rule, alpha) for alpha in alphas for rule in RULES)]
+    ways = [("full", 1.0), *((rule, alpha) for alpha in alphas for rule in rules)]
     with torch.inference_mode(), ExitStack() as stack:
-        source = Prefilled(model.config)
+        source = Prefilled(model.config, {RULES[rule][0] for rule in rules if RULES[rule][0].watches})
         feed(model, source, ids[:-1], CHUNK)
         caches = []
         for rule, alpha in ways:
-            policy = RULES.get(rule, POLICIES["full"])
-            caches.append(stack.enter_context(TieredCache(model.config, policy, Settings(alpha=alpha))))
+            policy, options = RULES[rule]
+            caches.append(stack.enter_context(TieredCache(model.config, policy, Settings(alpha=alpha, **options))))
             source.fill(caches[-1], model.device)
         found = force(model, caches, ids[-1:], reference_ids(tokenizer, task, prompt, record["answers"]))
     common = {"task": task.name, "id": record["_id"], "prompt": len(ids)}
@@ -155,14 +132,16 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1, help="rows of each task, shortest first")
     parser.add_argument("--tokens", type=int, default=7500, help="longest prompt")
     parser.add_argument("--alpha", default="0.1,0.05")
+    parser.add_argument("--rules", default="", help="words in the names of the rules to try: `int,oracle`; all without")
     parser.add_argument("--out", type=Path, default=Path("out/selectors.jsonl"))
     words = parser.parse_args()
     alphas, rows = [float(alpha) for alpha in words.alpha.split(",")], []
+    rules = [rule for rule in RULES if rule != "full" and any(word in rule for word in words.rules.split(","))]
     model, tokenizer = load_model(words.model)
     words.out.parent.mkdir(parents=True, exist_ok=True)
     for task, records, _ in load_all(words.tasks.split(","), [words.rows], "main"):
         for record in sorted(records, key=lambda record: len(record["context"]))[: words.n]:
-            rows += measure(model, tokenizer, task, record, alphas, words.tokens)
+            rows += measure(model, tokenizer, task, record, rules, alphas, words.tokens)
             words.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             print(f"{task.name}, {rows[-1]['prompt']:,} tokens", flush=True)
     print(table_of(rows).to_string(index=False, float_format="%.4f"))

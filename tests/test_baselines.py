@@ -85,7 +85,7 @@ def test_quest_takes_the_pages_of_highest_bound():
     np.testing.assert_array_equal(picked, [0, 1, *range(32, 48), *range(64, 80), 97, 98, 99])
 
 
-def test_infinigen_with_all_columns_is_exact_and_keeps_to_the_margin(prefill):
+def test_infinigen_with_all_columns_takes_what_the_heads_give_most(prefill):
     queries, keys = prefill
 
     class AllColumns(InfiniGen):
@@ -97,14 +97,10 @@ def test_infinigen_with_all_columns_is_exact_and_keeps_to_the_margin(prefill):
     policy.observe(queries[:, :, :200], keys[:, :, :200], None, 1.0)
     policy.append(keys[:, :, 200:])
     query = queries[0, :, -1]
-    picked = policy.select(step(300, 250, query=query, scaling=1.0))
-    score = (query.view(2, 2, 8) @ keys[0].transpose(1, 2)).amax(1)
-    score[:, [0, 1, 297, 298, 299]] = -torch.inf
-    wanted = int((score > score.amax(1, keepdim=True) - 4).sum(1).float().mean().ceil())
-    far = np.setdiff1d(picked, [0, 1, 297, 298, 299])
-    assert len(far) == wanted < 245
-    order = score.argsort(1, descending=True)
-    assert {int(order[0, 0]), int(order[1, 0]), int(order[0, 1]), int(order[1, 1])} <= set(far.tolist())
+    picked = policy.select(step(300, 50, query=query, scaling=1.0))
+    weights = attention(query[None, :, None], keys[:1], 1.0)[0, :, 0].amax(0)
+    weights[[0, 1, 297, 298, 299]] = 2  # the device window
+    assert set(picked.tolist()) == set(weights.topk(50).indices.tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ import torch
 
 from hillinfer.evaluator.boxes import EMPTY, bounds, sortable, widen
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.evaluator.topk import merge_heads
+from hillinfer.evaluator.topk import topk
 from hillinfer.growable import Growable
 
 
@@ -40,15 +40,15 @@ class Quest(Policy):
             return None
         near = step.near()[-step.budget :]
         first, last = step.first // self.page, -(-(step.n - step.recent) // self.page)
-        score = self.scores(step.row, step.grouped(self.kv_heads), first, last)
+        weights = self.weights(step.row, step.grouped(self.kv_heads) * step.scaling, first, last)
         step.notes |= {"bounds": last - first, "chunks": last - first}
-        best = first + merge_heads(score, (step.budget - len(near)) // self.page)
+        best = first + topk(sortable(weights.sum((0, 1)).numpy()), (step.budget - len(near)) // self.page)
         chosen = (best[:, None] * self.page + np.arange(self.page)).ravel()
         return np.union1d(near, chosen[(chosen >= step.first) & (chosen < step.n)])
 
-    def scores(self, row: int, query: torch.Tensor, first: int, last: int) -> np.ndarray:
-        """Sortable bounds of pages first..last-1, int32 (Hkv, last - first)."""
-        return sortable(bounds(self.boxes.view()[row, first:last], query).amax(2))
+    def weights(self, row: int, query: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Softmax over pages first..last-1 of their bounds for a scaled query (Hkv, G, D): (Hkv, G, last - first)."""
+        return bounds(self.boxes.view()[row, first:last], query).transpose(1, 2).softmax(2)
 
     def truncate(self, n: int) -> None:
         """The box of a page that n cuts through keeps its width: it is still a bound."""

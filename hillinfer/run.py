@@ -35,7 +35,6 @@ class Run:
     def __init__(self, settings: Settings, layers: int, policy: type[Policy] | None = None):
         self.settings, self.layers, self.policy = settings, layers, policy
         self.timeline, self.counters, self.owner = Timeline(), Counters(), CacheOwner(layers)
-        self.rounds: list[tuple[int, int]] = []  # of exact decoding: drafted and accepted tokens
         self.observer: Any = None  # sees the attended records (`workbench.observe.AttentionRecord`)
         self.attended_ns: int | None = None  # when a layer's attention last ended in a decode step
         self._forget()

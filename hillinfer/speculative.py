@@ -9,7 +9,7 @@ with sparse attention). Greedy output equals `full`'s up to rounding; sampled ou
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -33,11 +33,9 @@ class Pace:
     gamma: int = 8
     resting: int = 0  # rounds left without drafts
     said: bool = False
-    rounds: list[tuple[int, int]] = field(default_factory=list)  # drafted and accepted tokens
 
     def note(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
         """A round is over: choose the next one's draft."""
-        self.rounds.append((drafted, accepted))
         self.verify_s = _mean(self.verify_s, verify_s)
         if drafted:
             self.draft_s = _mean(self.draft_s, draft_s / drafted)
@@ -96,7 +94,6 @@ def exact(
     if streamer is not None:
         streamer.end()
     cache.crop(ids.shape[1] - 1 - cache.get_seq_length())  # as `generate` leaves it: without the newest token
-    cache.run.rounds = rounds.pace.rounds
     return ids
 
 
@@ -108,7 +105,7 @@ class Rounds:
 
     def next(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """The tokens after ids (1, n) that all KV agrees to, at least one."""
-        held, began = self.cache.get_seq_length(), time.perf_counter()
+        held, start, first = self.cache.get_seq_length(), time.perf_counter_ns(), self.cache.run.step + 1
         drafted, guessed, longer = [], [], ids
         for _ in range(self.pace.gamma):
             logits = self.model(longer[:, -1:], past_key_values=self.cache).logits[:, -1]
@@ -116,7 +113,7 @@ class Rounds:
             drafted, guessed = [*drafted, token], [*guessed, probabilities]
             longer = torch.cat((longer, token.view(1, 1)), 1)
         self.cache.crop(held - self.cache.get_seq_length())
-        middle = time.perf_counter()
+        middle = time.perf_counter_ns()
         logits, found = self.verify(longer[0, ids.shape[1] - 1 :]), []
         for step, (token, probabilities) in enumerate([*zip(drafted, guessed, strict=True), (None, None)]):
             own, fits = self.judge(longer[:, : ids.shape[1] + step], logits[step : step + 1], token, probabilities)
@@ -124,7 +121,11 @@ class Rounds:
             if not fits:
                 break
         self.cache.crop(held + len(found) - self.cache.get_seq_length())
-        self.pace.note(len(drafted), len(found) - 1, middle - began, time.perf_counter() - middle)
+        end, lane = time.perf_counter_ns(), "cpu" if self.model.device.type == "cpu" else "gpu"
+        for kind, step, *span in (("draft", first, start, middle), ("verify", self.cache.run.step, middle, end)):
+            self.cache.timeline.add(lane, kind, -1, step, *span)
+        self.cache.counters.rounds.append((len(drafted), len(found) - 1))
+        self.pace.note(len(drafted), len(found) - 1, (middle - start) / 1e9, (end - middle) / 1e9)
         return found
 
     def verify(self, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:

@@ -9,7 +9,10 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import hillinfer
+from hillinfer.longbench.runner import measured
 from hillinfer.speculative import Pace, Rounds
+from hillinfer.timeline import Timeline
+from hillinfer.whatif.recording import decode_steps
 
 DRAFTS = [
     ("topk", 0.1),
@@ -38,7 +41,7 @@ def answer(model, ids, system, folder, exact=True, **options):
         options = {"max_new_tokens": 40, "do_sample": False} | options
         out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **way, **options)
         assert cache.get_seq_length() == out.shape[1] - 1
-        return out, cache.run.rounds
+        return out, [*cache.counters.rounds]
 
 
 @pytest.mark.parametrize(("system", "alpha"), DRAFTS)
@@ -52,6 +55,30 @@ def test_tokens_are_those_of_the_full_cache(models, family, system, alpha, tmp_p
         assert torch.equal(got, want)
         assert sum(accepted for _, accepted in rounds) + len(rounds) >= 39
     assert any(drafted for drafted, _ in rounds)
+
+
+def test_the_record_has_every_round(models, prompt, tmp_path):
+    model = models("llama")
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.2, drive=tmp_path, lookahead=False) as cache:
+        options = dict(past_key_values=cache, max_new_tokens=30, do_sample=False, custom_generate=hillinfer.exact)
+        out = model.generate(prompt, **options)
+        frame, rounds, figures = cache.timeline.frame(), cache.counters.rounds, measured(cache, 1.0, 1.0)
+        line = Timeline.load(cache.timeline.save(tmp_path / "trace.json"))
+    drafted, accepted = map(sum, zip(*rounds, strict=True))
+    assert f"accepted {accepted} of {drafted} drafted" in cache.counters.drafts()
+    assert accepted + len(rounds) >= out.shape[1] - prompt.shape[1] - 1 and figures["steps"] == accepted + len(rounds)
+    drafts, verifies = (frame[frame.kind == kind] for kind in ("draft", "verify"))
+    assert len(drafts) == len(verifies) == len(rounds) and (drafts.end_ns.values == verifies.start_ns.values).all()
+    attends = frame[frame.kind == "attend"]
+    inside = [
+        ((span.start_ns <= attends.start_ns) & (attends.end_ns <= span.end_ns)).sum() for span in drafts.itertuples()
+    ]
+    assert inside == [n * model.config.num_hidden_layers for n, _ in rounds]
+    assert line.busy_ms("cpu") < (verifies.end_ns.max() - drafts.start_ns.min()) / 1e6  # no span of a round counts
+    steps = decode_steps(line)
+    assert len(steps) == drafted and {"draft", "verify"}.isdisjoint(
+        span.kind for step in steps for spans in step.threads.values() for span in spans
+    )
 
 
 def test_settings_of_generate_hold(models, prompt, tmp_path):
@@ -150,15 +177,19 @@ def test_what_cannot_be_taken_back_is_refused(models, prompt, system, rows, word
 
 
 def test_a_draft_is_as_long_as_pays():
+    gammas: list[int] = []
+
     def settled(accepted: float, draft_s: float, verify_s: float) -> Pace:
         pace = Pace()
         for _ in range(60):
+            gammas.append(pace.gamma)
             pace.note(pace.gamma, round(accepted * pace.gamma), draft_s * pace.gamma, verify_s)
         return pace
 
     assert settled(1.0, 0.01, 1.0).gamma == 32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        hostile = settled(0.0, 0.5, 1.0)
-    assert sum(drafted for drafted, _ in hostile.rounds) < 30  # most rounds rest
+        gammas.clear()
+        settled(0.0, 0.5, 1.0)
+    assert sum(gammas) < 30  # most rounds rest
     assert 1 <= settled(0.7, 0.2, 1.0).gamma <= 8

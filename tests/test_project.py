@@ -68,7 +68,7 @@ MAY = {
     "session": {"cache", "errors", "fingerprint", "models", "session_file", "systems"},
     "longbench": CORE_PARTS | {"assets", "cache", "loading", "models", "systems"},
     "whatif": CORE_PARTS | {"assets", "cache", "models", "systems"},
-    "workbench": CORE_PARTS | {"assets", "cache", "longbench", "models", "session", "systems", "whatif"},
+    "workbench": CORE_PARTS | {"assets", "cache", "longbench", "models", "session", "speculative", "systems", "whatif"},
     "commands": CORE_PARTS
     | {"assets", "cache", "loading", "longbench", "models", "session", "speculative", "systems", "whatif", "workbench"},
     "__init__": {"cache", "errors", "config", "evaluator", "loading", "models", "session", "speculative", "systems"},

@@ -58,6 +58,15 @@ def test_a_live_run_answers_as_the_runner_does(embedded, case, ended, tmp_path):
     assert ended.status()["speed"] > 0 and ours() == []
 
 
+def test_a_live_run_decodes_exactly(embedded, case, tmp_path):
+    ways = ("full", {}, False), ("hillinfer", dict(alpha=0.1, drive=tmp_path), True)
+    full, exact = (LiveRun(*embedded, case, system, options, exact=way).start() for system, options, way in ways)
+    assert exact.result() == full.result()
+    assert exact.status()["drafts"] == exact.counters.drafts() != "" == full.status()["drafts"]
+    with pytest.raises(UsageError, match="no exact decoding"):
+        LiveRun(*embedded, case, "full", {}, exact=True).start()
+
+
 @pytest.mark.parametrize("when", ["prefill", "question", "answer"])
 def test_stop_ends_within_one_token(embedded, tmp_path, when):
     case = Case.task(embedded[1], "chain", 4096 if when == "prefill" else 1024, 2)

@@ -83,12 +83,8 @@ def continue_text(
             out = decode(model, cache, ids, max_new_tokens, **way)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.why_split()]
-        if rounds := cache.run.rounds:
-            drafted, accepted = map(sum, zip(*rounds, strict=True))
-            facts.append(
-                f"exact: {len(rounds)} passes over all KV gave {len(out)} tokens; {accepted} of {drafted} drafted "
-                f"tokens accepted; {(time.perf_counter() - prefilled) * 1e3 / len(out):.1f} ms per token of the answer"
-            )
+        if drafts := cache.counters.drafts():
+            facts.append(f"exact: {len(out)} tokens, {drafts}")
         facts.append(f"weights in {str(model.dtype).removeprefix('torch.')} on {model.device.type}")
         cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), weights.itemsize), system)
     return tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline

@@ -210,7 +210,8 @@ def stop_rules(task: Task, tokenizer: PreTrainedTokenizerBase, prompt_tokens: in
 def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
     """The measurements of an `Answer`, from the cache's timeline and counters."""
     rows, batch = cache.counters.rows, cache.run.geometry.batch if cache.run.geometry else 1
-    steps = len({row.step for row in rows}) or 1
+    drafts = sum(drafted - accepted - 1 for drafted, accepted in cache.counters.rounds)  # that became no token
+    steps = len({row.step for row in rows}) - drafts or 1
     read = sum(span.bytes for span in cache.timeline.spans if span.kind in ("read", "prefetch", "abstract"))
     return {
         "steps": steps,

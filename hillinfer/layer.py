@@ -1,6 +1,5 @@
 """One decoder layer's cache: append, select, attend, crop, reset. Plain torch; knows no model and no store by name."""
 
-from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 
@@ -104,10 +103,6 @@ class Layer:
             self.run.end_layer()
         return kv
 
-    def records(self) -> Iterator[torch.Tensor]:
-        """All records in order, (B, n, 2, Hkv, D) at a time."""
-        return self.store.parts()
-
     def attend(
         self,
         query: torch.Tensor,
@@ -143,7 +138,7 @@ class Layer:
             visible = torch.ones((1, 1, rows, n), dtype=torch.bool, device=query.device).tril_(n - rows)
         else:
             visible = attention.attendable(mask)
-        return attention.over_parts(query, self.records(), visible, scaling).transpose(1, 2)
+        return attention.over_parts(query, self.store.parts(), visible, scaling).transpose(1, 2)
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""
@@ -281,9 +276,6 @@ class Layer:
         self.store = self.run.open_store(self.track)
         if self.policy.needs_codes or self.store.scores_keys:
             self.codes = KeyCodes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits)
-        self._start_policy(geometry)
-
-    def _start_policy(self, geometry: Geometry) -> None:
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 

@@ -19,7 +19,7 @@ from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 from hillinfer.tiers.log import BEHIND, RecordLog, Writer
 from hillinfer.tiers.record_file import RecordFile
 from hillinfer.tiers.store import HostStore, Store
-from hillinfer.tiers.tiered_store import TieredStore
+from hillinfer.tiers.tiered_store import READ, TieredStore
 from hillinfer.tiers.window import Window
 from hillinfer.timeline import Counters, Timeline, Track
 
@@ -57,6 +57,7 @@ class Run:
         self.writer: Writer | None = None
         self.lookahead: Lookahead | None = None
         self.trial: Trial | None = None  # finds out whether to look ahead
+        self.stores: dict[int, TieredStore] = {}  # by layer
 
     @property
     def step(self) -> int:
@@ -116,7 +117,9 @@ class Run:
         logs = [open_log(track.layer * size.batch + row) for row in range(size.batch)]
         hits = self.hits or PLACEMENTS[settings.placement](size.batch)
         window = Window(size, settings.sinks, settings.recent)
-        return kind(size, track, logs, hits, window, settings.pin, self.pool_tokens, self.lookahead.reader)
+        ways = self.pool_tokens, self.lookahead.reader, self.stores
+        self.stores[track.layer] = kind(size, track, logs, hits, window, settings.pin, *ways)
+        return self.stores[track.layer]
 
     def open_log(self, stream: int) -> RecordLog:
         return RecordLog(self.drive, self.geometry, stream, self.writer)
@@ -145,6 +148,7 @@ class Run:
         budget, kv, size = self.settings.host_budget, tokens * self.token_bytes, self.geometry
         if self.settings.drive is not None:
             held = self.pool_tokens(tokens) * self.token_bytes + 2 * min(kv, self.write_behind)
+            held += 4 * min(kv // self.layers, READ)  # two blocks as read, two in order
         elif size.device.type != "cpu" and budget is None:
             held = 0
         else:

@@ -45,7 +45,7 @@ def save_session(
         facts["tokenizer"] = tokens_fingerprint(tokenizer)
     shape = (len(layers), 1, len(ids), *geometry.record_shape)
     try:
-        save(Path(path), (layer.records() for layer in layers), shape, geometry.dtype, facts)
+        save(Path(path), (layer.store.parts() for layer in layers), shape, geometry.dtype, facts)
     except OSError as error:
         raise OSError(f"the session {path} was not saved: {error}") from error
     return Path(path)

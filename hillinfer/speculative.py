@@ -166,6 +166,14 @@ def _check(cache, input_ids: torch.Tensor) -> None:
         raise UsageError("layers with a sliding window or a state cannot take drafted tokens back: use system full")
 
 
+def describe_rounds(rounds: list[tuple[int, int]]) -> str:
+    """Drafted and accepted tokens of each round, in a few words; none if there were no rounds."""
+    if not rounds:
+        return ""
+    drafted, accepted = map(sum, zip(*rounds, strict=True))
+    return f"accepted {accepted} of {drafted} drafted, {1 + accepted / len(rounds):.1f} tokens a pass"
+
+
 def check_draft(policy: type[Policy]) -> None:
     """UsageError for a policy that cannot draft."""
     if policy.exact:

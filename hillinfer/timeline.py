@@ -187,13 +187,6 @@ class Counters:
         used = self.total("prefetched")
         return used / max(1, self.total("guessed")), used / max(1, self.total("drive"))
 
-    def drafts(self) -> str:
-        """The rounds of exact decoding in a few words; none if there were no rounds."""
-        if not self.rounds:
-            return ""
-        drafted, accepted = map(sum, zip(*self.rounds, strict=True))
-        return f"accepted {accepted} of {drafted} drafted, {1 + accepted / len(self.rounds):.1f} tokens a pass"
-
     def frame(self) -> "pandas.DataFrame":
         import pandas as pd
 

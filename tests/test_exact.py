@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hillinfer
 from hillinfer.longbench.runner import measured
-from hillinfer.speculative import Pace, Rounds
+from hillinfer.speculative import Pace, Rounds, describe_rounds
 from hillinfer.timeline import Timeline
 from hillinfer.whatif.recording import decode_steps
 
@@ -57,6 +57,24 @@ def test_tokens_are_those_of_the_full_cache(models, family, system, alpha, tmp_p
     assert any(drafted for drafted, _ in rounds)
 
 
+def test_a_pass_over_all_records_reads_ahead(models, prompt, tmp_path, monkeypatch):
+    """In blocks of 16 tokens: the next block, of this layer or the next, is being read when it is asked for."""
+    for name, value in (("PART", 16), ("READ", 1)):
+        monkeypatch.setattr(f"hillinfer.tiers.tiered_store.{name}", value)
+    model, tokens = models("llama"), prompt.repeat(1, 2)
+    want, _ = answer(model, tokens, "full", tmp_path, exact=False)
+    got, rounds = answer(model, tokens, "hillinfer", tmp_path)
+    assert torch.equal(got, want) and any(drafted for drafted, _ in rounds)
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.1, drive=tmp_path) as cache:
+        model(tokens, past_key_values=cache)
+        cache.timeline.clear()
+        model(tokens[:, :40], past_key_values=cache)
+        spans = cache.timeline.frame()
+    reads, ahead = (spans[spans.kind == kind].groupby("layer").bytes.sum() for kind in ("read", "prefetch"))
+    assert set(ahead.index) == {0, 1, 2} and ahead.sum() > 5 * reads.sum()
+    assert spans[spans.kind == "prefetch"].groupby("layer").size().min() >= tokens.shape[1] // 16 - 3
+
+
 def test_the_record_has_every_round(models, prompt, tmp_path):
     model = models("llama")
     with hillinfer.make_cache(model, "hillinfer", alpha=0.2, drive=tmp_path, lookahead=False) as cache:
@@ -65,7 +83,7 @@ def test_the_record_has_every_round(models, prompt, tmp_path):
         frame, rounds, figures = cache.timeline.frame(), cache.counters.rounds, measured(cache, 1.0, 1.0)
         line = Timeline.load(cache.timeline.save(tmp_path / "trace.json"))
     drafted, accepted = map(sum, zip(*rounds, strict=True))
-    assert f"accepted {accepted} of {drafted} drafted" in cache.counters.drafts()
+    assert f"accepted {accepted} of {drafted} drafted" in describe_rounds(rounds)
     assert accepted + len(rounds) >= out.shape[1] - prompt.shape[1] - 1 and figures["steps"] == accepted + len(rounds)
     drafts, verifies = (frame[frame.kind == kind] for kind in ("draft", "verify"))
     assert len(drafts) == len(verifies) == len(rounds) and (drafts.end_ns.values == verifies.start_ns.values).all()

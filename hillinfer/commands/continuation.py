@@ -12,7 +12,7 @@ from hillinfer.errors import UsageError
 from hillinfer.loading import choose_dtype, load_pretrained, load_weights
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
 from hillinfer.session import check_keeps, keep_session, session_ids
-from hillinfer.speculative import check_draft
+from hillinfer.speculative import check_draft, describe_rounds
 from hillinfer.speculative import exact as exact_decoding
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
@@ -83,7 +83,7 @@ def continue_text(
             out = decode(model, cache, ids, max_new_tokens, **way)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.why_split()]
-        if drafts := cache.counters.drafts():
+        if drafts := describe_rounds(cache.counters.rounds):
             facts.append(f"exact: {len(out)} tokens, {drafts}")
         facts.append(f"weights in {str(model.dtype).removeprefix('torch.')} on {model.device.type}")
         cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), weights.itemsize), system)

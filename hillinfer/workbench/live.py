@@ -15,7 +15,7 @@ from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import decode, feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
 from hillinfer.session import check_keeps, open_session, save_session, session_ids
-from hillinfer.speculative import check_draft, exact
+from hillinfer.speculative import check_draft, describe_rounds, exact
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -162,7 +162,7 @@ class LiveRun:
             foreseen=foreseen,
             speed=speed,
             left_s=(foreseen - done) / speed if speed and self.phase == "decode" else 0.0,
-            drafts=self.counters.drafts(),
+            drafts=describe_rounds(self.counters.rounds),
             error=str(self.error or ""),
         )
 

@@ -82,18 +82,20 @@ def exact(
     ids, done = input_ids, False
     new, _ = rounds.choose(ids, rounds.verify(ids[0, cache.get_seq_length() :], last=True))
     accepted = [new]
-    while not done:
-        for token in accepted:
-            ids = torch.cat((ids, token.view(1, 1)), 1)
-            if streamer is not None:
-                streamer.put(token.view(1).cpu())
-            if done := bool(stopping_criteria(ids, None).all()):
-                break
-        if not done:
-            accepted = rounds.next(ids)
+    try:
+        while not done:
+            for token in accepted:
+                ids = torch.cat((ids, token.view(1, 1)), 1)
+                if streamer is not None:
+                    streamer.put(token.view(1).cpu())
+                if done := bool(stopping_criteria(ids, None).all()):
+                    break
+            if not done:
+                accepted = rounds.next(ids, generation_config.max_length - ids.shape[1] - 1)
+    finally:  # in mid-round too the cache is left as by `generate`: without the newest token
+        cache.crop(ids.shape[1] - 1)
     if streamer is not None:
         streamer.end()
-    cache.crop(ids.shape[1] - 1 - cache.get_seq_length())  # as `generate` leaves it: without the newest token
     return ids
 
 
@@ -103,16 +105,16 @@ class Rounds:
     def __init__(self, model: PreTrainedModel, cache: TieredCache, processor, sample: bool):
         self.model, self.cache, self.processor, self.sample, self.pace = model, cache, processor, sample, Pace()
 
-    def next(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """The tokens after ids (1, n) that all KV agrees to, at least one."""
+    def next(self, ids: torch.Tensor, most: int) -> list[torch.Tensor]:
+        """The tokens after ids (1, n) that all KV agrees to, at least one; at most `most` are drafted."""
         held, start, first = self.cache.get_seq_length(), time.perf_counter_ns(), self.cache.run.step + 1
         drafted, guessed, longer = [], [], ids
-        for _ in range(self.pace.gamma):
+        for _ in range(min(self.pace.gamma, most)):
             logits = self.model(longer[:, -1:], past_key_values=self.cache).logits[:, -1]
             token, probabilities = self.choose(longer, logits)
             drafted, guessed = [*drafted, token], [*guessed, probabilities]
             longer = torch.cat((longer, token.view(1, 1)), 1)
-        self.cache.crop(held - self.cache.get_seq_length())
+        self.cache.crop(held)
         middle = time.perf_counter_ns()
         logits, found = self.verify(longer[0, ids.shape[1] - 1 :]), []
         for step, (token, probabilities) in enumerate([*zip(drafted, guessed, strict=True), (None, None)]):
@@ -120,7 +122,7 @@ class Rounds:
             found.append(own)
             if not fits:
                 break
-        self.cache.crop(held + len(found) - self.cache.get_seq_length())
+        self.cache.crop(held + len(found))
         end, lane = time.perf_counter_ns(), "cpu" if self.model.device.type == "cpu" else "gpu"
         for kind, step, *span in (("draft", first, start, middle), ("verify", self.cache.run.step, middle, end)):
             self.cache.timeline.add(lane, kind, -1, step, *span)

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import hillinfer
+from benchmarks.exact_runs import compare
+from benchmarks.soak import models as tiny_models
+from hillinfer.layer import Layer
 from hillinfer.longbench.runner import measured
 from hillinfer.speculative import Pace, Rounds, describe_rounds
 from hillinfer.timeline import Timeline
@@ -97,6 +101,44 @@ def test_the_record_has_every_round(models, prompt, tmp_path):
     assert len(steps) == drafted and {"draft", "verify"}.isdisjoint(
         span.kind for step in steps for spans in step.threads.values() for span in spans
     )
+
+
+@pytest.mark.parametrize("runs", [6, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_runs(runs):
+    found = compare(tiny_models(), runs, seed=runs)
+    assert not found.wrong and found.ties <= runs // 100
+    assert 0 < sum(accepted for _, accepted in found.rounds) < sum(drafted for drafted, _ in found.rounds)
+
+
+@pytest.mark.parametrize("after", range(5, 100, 13))
+def test_a_round_that_is_interrupted_leaves_a_usable_cache(models, prompt, tmp_path, after):
+    """Ctrl-C in one layer of a draft or of the pass that verifies."""
+    model, seen, calls = models("llama"), [], iter(range(after))
+    want, _ = answer(model, prompt, "full", tmp_path, exact=False)
+
+    class Stream(BaseStreamer):
+        def put(self, value):
+            seen.append(value)
+
+        def end(self):
+            raise AssertionError("nobody interrupted")
+
+    def interrupted(layer, *args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return attend(layer, *args)
+
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.2, drive=tmp_path) as cache:
+        options, attend = dict(past_key_values=cache, do_sample=False), Layer.attend
+        with mock.patch.object(Layer, "attend", interrupted), pytest.raises(KeyboardInterrupt):
+            way = partial(hillinfer.exact, streamer=Stream())
+            model.generate(prompt, max_new_tokens=40, custom_generate=way, **options)
+        ids = torch.cat((prompt, torch.cat(seen)[None]), 1)
+        assert {layer.layer.n for layer in cache.layers} == {ids.shape[1] - 1}
+        out = model.generate(
+            ids, max_new_tokens=want.shape[1] - ids.shape[1], custom_generate=hillinfer.exact, **options
+        )
+    assert torch.equal(out, want)
 
 
 def test_settings_of_generate_hold(models, prompt, tmp_path):

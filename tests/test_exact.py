@@ -191,6 +191,18 @@ def test_a_second_turn_follows(models, prompt, tmp_path):
     assert torch.equal(*outs)
 
 
+def test_questions_on_a_session_are_answered_as_by_full(models, prompt, tmp_path):
+    model, answers, document = models("qwen2"), [], prompt[0].tolist()
+    for system, way in (("full", {}), ("hillinfer", {"custom_generate": hillinfer.exact})):
+        options = {"drive": tmp_path} if way else {}
+        with hillinfer.keep_session(tmp_path / "a.kv", model, document, system, alpha=0.1, **options) as cache:
+            for question in ([5, 6, 7], [8, 9]):  # each on the document alone
+                ids = torch.tensor([document + question])
+                answers.append(model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False, **way))
+                cache.crop(len(document))
+    assert all(map(torch.equal, answers[:2], answers[2:]))
+
+
 def test_rejection_sampling_draws_from_the_full_models_distribution():
     """20,000 tokens drafted from another distribution: chi-square with 5 degrees of freedom, at one in 10,000."""
     torch.manual_seed(0)

@@ -66,7 +66,7 @@ MAY = {
     "speculative": {"cache", "errors", "evaluator"},
     "session_file": {"errors", "files"},
     "session": {"cache", "errors", "fingerprint", "models", "session_file", "systems"},
-    "longbench": CORE_PARTS | {"assets", "cache", "loading", "models", "systems"},
+    "longbench": CORE_PARTS | {"assets", "cache", "loading", "models", "speculative", "systems"},
     "whatif": CORE_PARTS | {"assets", "cache", "models", "systems"},
     "workbench": CORE_PARTS | {"assets", "cache", "longbench", "models", "session", "speculative", "systems", "whatif"},
     "commands": CORE_PARTS

@@ -73,7 +73,8 @@ def continue_text(
     with cache:
         with working(f"prefill, {len(ids):,} tokens"):
             for end in (len(before), len(ids) - 1):  # the last prompt token is a decode step like those after it
-                if (part := ids[cache.get_seq_length() : end]) and num_beams == 1:
+                part = ids[cache.get_seq_length() : end]
+                if len(part) > exact and num_beams == 1:  # exact: a single token would be a step of the selection
                     feed(model, cache, part, chunk)
         prefilled = time.perf_counter()
         cache.timeline.clear()

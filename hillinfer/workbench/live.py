@@ -215,7 +215,8 @@ class LiveRun:
         for token in question[:-1]:
             if self._stop.is_set():
                 return
-            feed(self.model, cache, [token])
+            if not self.exact:  # else the first pass over all KV takes in the question
+                feed(self.model, cache, [token])
             self._add_token(cache, asked.add(token), True)
         if self._stop.is_set():
             return

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from transformers.utils import logging
 
 from benchmarks.claims import Claim, tests, verdict
 from benchmarks.exact_runs import compare
@@ -147,6 +148,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--trace", type=Path, default=Path("out/trace.npz"), help="recorded if missing")
     words = parser.parse_args()
+    logging.disable_progress_bar()
     words.drive.mkdir(parents=True, exist_ok=True)
     models, distribution = folders(words.models), "tests/test_exact.py"
     parts = {

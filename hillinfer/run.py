@@ -36,6 +36,7 @@ class Run:
         self.settings, self.layers, self.policy = settings, layers, policy
         self.timeline, self.counters, self.owner = Timeline(), Counters(), CacheOwner(layers)
         self.observer: Any = None  # sees the attended records (`workbench.observe.AttentionRecord`)
+        self.heads = 1  # rows of a sequence: its KV heads, if each selects for itself
         self.attended_ns: int | None = None  # when a layer's attention last ended in a decode step
         self._forget()
         self.check_settings(settings)
@@ -62,6 +63,11 @@ class Run:
     @property
     def step(self) -> int:
         return self.timeline.step
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.geometry.batch // self.heads if self.geometry else 1
 
     def start(self, geometry: Geometry, tokens: int = 0) -> None:
         """Fix the shape at the first append, of `tokens` tokens, and open the drive if there is one.
@@ -116,9 +122,8 @@ class Run:
         size, settings = self.geometry, self.settings
         logs = [open_log(track.layer * size.batch + row) for row in range(size.batch)]
         hits = self.hits or PLACEMENTS[settings.placement](size.batch)
-        window = Window(size, settings.sinks, settings.recent)
-        ways = self.pool_tokens, self.lookahead.reader, self.stores
-        self.stores[track.layer] = kind(size, track, logs, hits, window, settings.pinned, *ways)
+        rest = Window(size, settings.sinks, settings.recent), settings.pinned, self.pool_tokens, self.lookahead.reader
+        self.stores[track.layer] = kind(size, track, logs, hits, *rest, self.stores)
         return self.stores[track.layer]
 
     def open_log(self, stream: int) -> RecordLog:
@@ -147,8 +152,7 @@ class Run:
         """Upper-bound estimate of host memory for KV and codes of this many tokens, by component."""
         budget, kv, size = self.settings.host_budget, tokens * self.token_bytes, self.geometry
         if self.settings.drive is not None:
-            held = self.pool_tokens(tokens) * self.token_bytes + 2 * min(kv, self.write_behind)
-            held += 4 * min(kv // self.layers, READ)  # two blocks as read, two in order
+            held = self.pool_tokens(tokens) * self.token_bytes + 2 * min(kv, self.write_behind + 2 * READ)
         elif size.device.type != "cpu" and budget is None:
             held = 0
         else:

@@ -21,9 +21,6 @@ PART = 512  # tokens attended to at once where all are needed: a prefill chunk's
 READ = 8 << 20  # bytes read at once where all are needed, while those before them are attended to
 
 
-Prefetch = tuple[np.ndarray, Future | None]  # sorted positions (k,), and the future of their Records
-
-
 class TieredStore(Store):
     """Device window, hot pool in host memory, and every record on the drive.
 
@@ -51,7 +48,8 @@ class TieredStore(Store):
         self.geometry, self.track, self.logs, self.reader, self.stores = geometry, track, logs, reader, stores
         self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
         self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
-        self.ahead: tuple[dict[int, Prefetch], ...] = {}, {}  # by sequence: for reading all, and for a step
+        # Prefetches for reading all, and for a step, by sequence: sorted positions (k,), the future of their Records
+        self.ahead: tuple[dict[int, tuple[np.ndarray, Future]], ...] = {}, {}
         self.missed: list[tuple[int, np.ndarray, Selection]] = []  # read from the drive in this step
 
     @property

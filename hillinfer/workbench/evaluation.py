@@ -76,7 +76,7 @@ def fidelity_figure(close: pd.DataFrame, title: str) -> go.Figure:
             x=points.attended,
             y=points.kl,
             mode="lines+markers",
-            line_color=palette.line(i)[0],
+            line=dict(color=palette.line(i)[0], dash="dash" if system in ("oracle", "random") else "solid"),  # bounds
             marker_symbol=palette.line(i)[1],
             error_y=dict(
                 type="data", array=points.kl_high - points.kl, arrayminus=points.kl - points.kl_low, thickness=1

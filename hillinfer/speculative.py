@@ -124,8 +124,8 @@ class Rounds:
                 break
         self.cache.crop(held + len(found))
         end, lane = time.perf_counter_ns(), "cpu" if self.model.device.type == "cpu" else "gpu"
-        for kind, step, *span in (("draft", first, start, middle), ("verify", self.cache.run.step, middle, end)):
-            self.cache.timeline.add(lane, kind, -1, step, *span)
+        self.cache.timeline.add(lane, "draft", -1, first, start, middle)
+        self.cache.timeline.add(lane, "verify", -1, self.cache.run.step, middle, end)
         self.cache.counters.rounds.append((len(drafted), len(found) - 1))
         self.pace.note(len(drafted), len(found) - 1, (middle - start) / 1e9, (end - middle) / 1e9)
         return found

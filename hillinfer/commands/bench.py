@@ -26,7 +26,7 @@ def bench(
     host_budget: HostBudget = None,
     drive: Drive = None,
     seen: Annotated[bool, typer.Option(help="Prefill the question together with the document.")] = False,
-    exact: Annotated[bool, typer.Option(help="Systems that select draft, and all KV verifies.")] = False,
+    exact: Annotated[bool, typer.Option(help="Verify drafts with all KV: the full cache's answers.")] = False,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("out/bench"),
 ):
     """Ask every system the same questions, and write one table to the terminal, as JSON and as CSV."""

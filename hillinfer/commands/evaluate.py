@@ -34,7 +34,7 @@ def evaluate(
     question: Annotated[str, typer.Option(help="stepwise, prefilled with the document, or both.")] = "stepwise",
     fidelity: Annotated[str, typer.Option(help="Teacher-forced against full: reference, own, or both.")] = "",
     answers: Annotated[bool, typer.Option(help="Without answers, only fidelity is measured.")] = True,
-    exact: Annotated[bool, typer.Option(help="Systems that select draft, and all KV verifies.")] = False,
+    exact: Annotated[bool, typer.Option(help="Verify drafts with all KV: the full cache's answers.")] = False,
     times: Annotated[bool, typer.Option(help="Decode one system at a time, to measure its time.")] = False,
     drive: Annotated[Path | None, typer.Option(help="By default --out; on a cluster, a temporary folder.")] = None,
     drive_kind: Annotated[str | None, typer.Option(help="ssd or emulated.")] = None,

@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 2_877, 8_060
+CORE_LINES, PACKAGE_LINES = 2_877, 8_075
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -67,9 +67,9 @@ MAY = {
     "speculative": {"cache", "errors", "evaluator"},
     "session_file": {"errors", "files"},
     "session": {"cache", "errors", "fingerprint", "models", "session_file", "systems"},
-    "longbench": CORE_PARTS | {"assets", "cache", "heads", "loading", "models", "systems"},
+    "longbench": CORE_PARTS | {"assets", "cache", "heads", "loading", "models", "speculative", "systems"},
     "whatif": CORE_PARTS | {"assets", "cache", "models", "systems"},
-    "workbench": CORE_PARTS | {"assets", "cache", "longbench", "models", "session", "systems", "whatif"},
+    "workbench": CORE_PARTS | {"assets", "cache", "longbench", "models", "session", "speculative", "systems", "whatif"},
     "commands": CORE_PARTS
     | {"assets", "cache", "loading", "longbench", "models", "session", "speculative", "systems", "whatif", "workbench"},
     "__init__": {"cache", "errors", "config", "evaluator", "loading", "models", "session", "speculative", "systems"},

@@ -86,6 +86,8 @@ class Layer:
                 self.policy.append(keys)
         with self.track.span("cpu", "append", kv.nbytes):
             self.store.append(kv, codes)
+        if run.keeper is not None:
+            run.keeper.take(self.index, kv)
         self.pieces.append(new)
         run.owner.entered = self.index
 

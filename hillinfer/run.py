@@ -36,6 +36,7 @@ class Run:
         self.settings, self.layers, self.policy = settings, layers, policy
         self.timeline, self.counters, self.owner = Timeline(), Counters(), CacheOwner(layers)
         self.rounds: list[tuple[int, int]] = []  # of exact decoding: drafted and accepted tokens
+        self.keeper: Any = None  # is given the records of all layers (`prefix_store.keeper.Keeper`)
         self.observer: Any = None  # sees the attended records (`workbench.observe.AttentionRecord`)
         self.attended_ns: int | None = None  # when a layer's attention last ended in a decode step
         self._forget()
@@ -58,10 +59,6 @@ class Run:
         self.writer: Writer | None = None
         self.lookahead: Lookahead | None = None
         self.trial: Trial | None = None  # finds out whether to look ahead
-
-    @property
-    def step(self) -> int:
-        return self.timeline.step
 
     def start(self, geometry: Geometry, tokens: int = 0) -> None:
         """Fix the shape at the first append, of `tokens` tokens, and open the drive if there is one.

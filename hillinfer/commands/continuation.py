@@ -29,6 +29,7 @@ def continue_text(
     *,
     document: str | None = None,
     session: Path | None = None,
+    store: Path | None = None,
     max_new_tokens: int = 64,
     num_beams: int = 1,
     dtype: str = "auto",
@@ -40,6 +41,7 @@ def continue_text(
     text      to continue, or a question on the `document`
     options   fields of `Settings`
     session   file of the document's KV: opened if it exists, otherwise written from `document`
+    store     folder of prompts' KV: a known prefix is opened, and what is computed is kept
     chunk     tokens per prefill chunk; None prefills all at once
     exact     verify what the system's selection drafts
 
@@ -67,11 +69,14 @@ def continue_text(
         model = load_weights(name, config, weights)
     start = time.perf_counter()
     if session is None:
-        cache = make_cache(model, system, **options)
+        cache = make_cache(model, system, store, **options)
     else:
         cache = keep_session(session, model, before, system, tokenizer, chunk, **options)
     with cache:
         with working(f"prefill, {len(ids):,} tokens"):
+            if store is not None:
+                cache.run.keeper.open(ids[: len(before) or len(ids) - 1])  # at once, and not chunk by chunk
+                opened = str(cache.run.keeper.report)
             for end in (len(before), len(ids) - 1):  # the last prompt token is a decode step like those after it
                 if (part := ids[cache.get_seq_length() : end]) and num_beams == 1:
                     feed(model, cache, part, chunk)
@@ -89,6 +94,8 @@ def continue_text(
                 f"exact: {len(rounds)} passes over all KV gave {len(out)} tokens; {accepted} of {drafted} drafted "
                 f"tokens accepted; {(time.perf_counter() - prefilled) * 1e3 / len(out):.1f} ms per token of the answer"
             )
+        if store is not None:
+            facts.append(f"{opened}; {cache.run.keeper.settle()} blocks were kept")
         facts.append(f"weights in {str(model.dtype).removeprefix('torch.')} on {model.device.type}")
         cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), weights.itemsize), system)
     return tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline

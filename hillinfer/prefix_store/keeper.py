@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,9 @@ from hillinfer.errors import UsageError
 from hillinfer.fingerprint import fingerprint
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.filling import check_whole, fill
+from hillinfer.prefix_store.passes import computed, ids_of, why_not, without_first
+from hillinfer.prefix_store.reading import Blocks, Damaged
 from hillinfer.prefix_store.writing import OPEN, BlockWriter, Pass
-from hillinfer.session_file import Saved
-
-SLICED = {"position_ids", "cache_position"}  # one entry for each token of the pass, in the last dimension
-KNOWN = SLICED | {"input_ids", "attention_mask", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
-ASKED = {"output_attentions", "output_hidden_states"}  # of all tokens
-
 
 @dataclass
 class Report:
@@ -51,14 +47,6 @@ class Report:
             f"{self.opened:,} of {self.asked:,} prompt tokens came from the store in {self.seconds:.3f} s "
             f"({self.nbytes:,} bytes read); the others were computed: {self.why}"
         )
-
-
-class Damaged(Exception):
-    """A block that cannot be used."""
-
-    def __init__(self, path: Path, why: str):
-        super().__init__(why)
-        self.path = path
 
 
 class Keeper:
@@ -105,64 +93,36 @@ class Keeper:
     def open(self, ids: Sequence[int], leave: int = 2) -> int:
         """Fill the cache, which must be empty, with the longest known prefix of a prompt. Returns its length.
 
-        leave  tokens that are computed in any case, for their logits; two, as a single one would be a decode step
+        leave  number of tokens that are computed in any case
         """
         start, cache = time.perf_counter(), self.cache()
         self.root, self.ids = self.store.root(fingerprint(self.model), self.model.dtype), []
         paths = self.store.chain(self.root, ids[: max(0, len(ids) - leave)])[:OPEN]
-        self.report = Report(len(ids))
-        while self.policy.late and (known := self.store.known(paths)):
+        self.report, damaged = Report(len(ids)), None
+        while not self.ids and self.policy.late and (known := self.store.known(paths)[: damaged and paths.index(damaged)]):
             try:
-                n = self._fill(cache, known)
+                with closing(Blocks(known)) as blocks:
+                    fill(cache, blocks.read, [blocks.n], self.model.device)
             except Damaged as error:
                 cache.reset()
-                self._tell(f"a block of the store {self.store.folder} is of no use and was removed: {error}")
+                damaged = error.path
+                if error.path.exists():  # otherwise another process has just removed it
+                    self._tell(f"a block of the store cannot be used and is computed again: {error}")
                 with suppress(OSError):
                     error.path.unlink(missing_ok=True)
-                paths = paths[: paths.index(error.path)]
-                continue
-            self.ids = list(ids[:n])
-            self.report.opened, self.report.seconds = n, time.perf_counter() - start
-            self.store.touch(known)
-            break
+            else:
+                self.ids = list(ids[: blocks.n])
+                self.report = Report(len(ids), blocks.n, blocks.nbytes, time.perf_counter() - start)
+                self.store.touch(known)
         self.report.why = self._why(paths)
-        return self.report.opened
-
-    def _fill(self, cache: TieredCache, paths: list[Path]) -> int:
-        """Fill the cache with these blocks. Returns their tokens. Damaged: nothing of the cache can be used."""
-        with ExitStack() as stack:
-            files = [stack.enter_context(closing(self._file(path, len(cache.layers)))) for path in paths]
-            n = self.store.block
-
-            def read(layer: int, start: int, end: int) -> torch.Tensor:
-                parts = []
-                for file in files:
-                    try:
-                        parts.append(file.read(layer, 0, n))
-                    except UsageError as error:
-                        raise Damaged(file.path, str(error)) from None
-                self.report.nbytes += sum(part.nbytes for part in parts)
-                return torch.cat(parts, 1)
-
-            fill(cache, read, [n * len(files)], self.model.device)
-        return n * len(files)
-
-    def _file(self, path: Path, layers: int) -> Saved:
-        try:
-            file = Saved(path)
-        except UsageError as error:
-            raise Damaged(path, str(error)) from None
-        if (file.facts.get("block"), file.layers, file.n) != (path.stem, layers, self.store.block):
-            file.close()
-            raise Damaged(path, f"{path} holds something else than its name says")
-        return file
+        return len(self.ids)
 
     def _why(self, paths: list[Path]) -> str:
-        """Why tokens after the opened ones were computed."""
+        """Why tokens after the opened ones were computed; paths are those of the blocks that could have been opened."""
         opened, block = self.report.opened, self.store.block
         if not self.policy.late:
             why = f"{self.policy.__name__} selects by the prompt's queries, which no store keeps"
-            self._tell(f"nothing is opened from the store {self.store.folder}: {why}")
+            self._tell(f"nothing is opened from the store: {why}")
             return why
         if self.report.asked < block + 2:
             return f"a block is {block} tokens, and the last two are always computed"
@@ -176,29 +136,23 @@ class Keeper:
         cache = self.cache()
         if kwargs is None or cache is None or kwargs.get("past_key_values") is not cache:
             return None  # torch drops a removed hook's kwargs flag first: another thread is closing its cache
-        ids, held, self.now = args[0] if args else kwargs.get("input_ids"), cache.get_seq_length(), None
+        ids, held, self.now = ids_of(args, kwargs), cache.get_seq_length(), None
         del self.ids[held:]
         if held > len(self.ids) or (held and ids is not None and ids.shape[-1] == 1):
             return None
-        if why := self._why_not(model, ids, args, kwargs):
+        if why := why_not(model, args, kwargs):
             if not held:
                 self.report = Report(0 if ids is None else ids.shape[-1], why=why)
-                self._tell(f"the store {self.store.folder} is not used for this pass: {why}")
+            self._tell(f"the store is not used for a pass: {why}")
             return None
-        new, cut, kept = ids[0].tolist(), 0, kwargs.get("logits_to_keep")
+        new, last, cut = ids[0].tolist(), computed(kwargs), 0
         if not held:
-            last = isinstance(kept, int) and kept > 0 and not any(kwargs.get(name) for name in ASKED)
-            cut = self.open(new, max(2, kept) if last else len(new))
-            if not last:
+            cut = self.open(new, len(new) if last is None else last)
+            if last is None:
                 self.report.why = "logits, hidden states or attention of all tokens were asked for"
         whole = [*self.ids, *new[cut:]]
         self.now = Pass(held + cut, whole, self.store.chain(self.root, whole))
-        if not cut:
-            return None
-        short = {name: part[..., cut:] for name, part in kwargs.items() if name in SLICED and part is not None}
-        if not args:
-            short["input_ids"] = ids[:, cut:]
-        return (ids[:, cut:],) * len(args), kwargs | short
+        return without_first(cut, args, kwargs) if cut else None
 
     def _after(self, model, args: tuple, kwargs: dict, output) -> None:
         cache = self.cache()
@@ -206,20 +160,6 @@ class Keeper:
             if cache.get_seq_length() == len(self.now.ids):  # otherwise it failed
                 self.ids = self.now.ids
             self.now = None
-
-    @staticmethod
-    def _why_not(model, ids: torch.Tensor | None, args: tuple, kwargs: dict) -> str:
-        """Why the KV of a pass may not be a function of its token ids alone; empty if it is."""
-        if ids is None or ids.dim() != 2 or len(args) > 1:
-            return "the pass has no token ids of one form (input_ids alone)"
-        if len(ids) > 1:
-            return "it has several sequences, and a prefix is opened for one: prefill them one by one"
-        if odd := [name for name, value in kwargs.items() if value is not None and name not in KNOWN | ASKED]:
-            return f"it has more than token ids ({', '.join(odd)})"
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (mask.dim() != 2 or not mask.all()):
-            return "it has a mask: a prefix has no padding"
-        return "the model is in training mode: call model.eval()" if model.training else ""
 
     def _tell(self, text: str) -> None:
         """Warn, once for each text."""

@@ -97,7 +97,7 @@ class PrefixStore:
 
     def blocks(self) -> list[Block]:
         """All blocks, the most recently used first."""
-        found = [block for block in self._files() if NAME.fullmatch(block.path.name)]
+        found = [block for block in self.files() if NAME.fullmatch(block.path.name)]
         return sorted(found, key=lambda block: (-block.used_ns, block.depth))
 
     def prune(self, quota: int) -> int:
@@ -116,14 +116,14 @@ class PrefixStore:
             yield max(0, min(count, (self.quota - used) // nbytes))
 
     def _prune(self, most: int, own: Collection[Path] = ()) -> int:
-        used = sum(file.nbytes for file in self._files())
+        used = sum(file.nbytes for file in self.files())
         for block in reversed(self.blocks()):
             if used > most and block.path not in own:
                 block.path.unlink(missing_ok=True)
                 used -= block.nbytes
         return used
 
-    def _files(self) -> Iterator[Block]:
+    def files(self) -> Iterator[Block]:
         """Blocks and drafts. A draft has its full length from the start, so it counts as what it will be."""
         with os.scandir(self.folder) as entries:
             for entry in entries:

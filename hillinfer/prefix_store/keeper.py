@@ -25,6 +25,7 @@ from hillinfer.prefix_store.passes import computed, ids_of, why_not, without_fir
 from hillinfer.prefix_store.reading import Blocks, Damaged
 from hillinfer.prefix_store.writing import OPEN, BlockWriter, Pass
 
+
 @dataclass
 class Report:
     """Where the newest prompt came from.
@@ -99,7 +100,9 @@ class Keeper:
         self.root, self.ids = self.store.root(fingerprint(self.model), self.model.dtype), []
         paths = self.store.chain(self.root, ids[: max(0, len(ids) - leave)])[:OPEN]
         self.report, damaged = Report(len(ids)), None
-        while not self.ids and self.policy.late and (known := self.store.known(paths)[: damaged and paths.index(damaged)]):
+        while (
+            not self.ids and self.policy.late and (known := self.store.known(paths)[: damaged and paths.index(damaged)])
+        ):
             try:
                 with closing(Blocks(known)) as blocks:
                     fill(cache, blocks.read, [blocks.n], self.model.device)
@@ -130,7 +133,11 @@ class Keeper:
             if not opened and not self.store.holds(self.root):
                 return "the store has no block of this model in this precision"
             return f"no prompt with the tokens {opened:,} to {opened + block - 1:,} of this one is in the store"
-        return "the last tokens are always computed" if len(paths) < OPEN else f"at most {OPEN} blocks are opened"
+        return (
+            "they do not fill a block, or they give the logits"
+            if len(paths) < OPEN
+            else f"at most {OPEN} blocks are opened"
+        )
 
     def _before(self, model, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         cache = self.cache()

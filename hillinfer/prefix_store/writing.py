@@ -90,11 +90,11 @@ class BlockWriter:
     def _take(self, now: Pass, layer: int, kv: torch.Tensor) -> None:
         if layer == 0:
             self._drop()
-        base, rest = now.start - now.start % self.store.block, len(now.ids) % self.store.block
-        at, tail = self.tails.pop(layer, (base, kv[:, :0]))
-        if at != base or tail.shape[1] < now.start - base:
+        inside, rest = now.start % self.store.block, len(now.ids) % self.store.block
+        base, (at, tail) = now.start - inside, self.tails.pop(layer, (0, kv[:, :0]))
+        if inside and (at != base or tail.shape[1] < inside):
             return  # the cache was cropped to within a block whose first records are no longer at hand
-        kv = torch.cat((tail[:, : now.start - base], kv), 1)
+        kv = torch.cat((tail[:, :inside], kv), 1)
         self.tails[layer] = len(now.ids) - rest, kv[:, kv.shape[1] - rest :].clone()
         try:
             if layer == 0:

@@ -72,7 +72,7 @@ class Bench:
 
 
 def kill(kills: int, seed: int = 0) -> Counter:
-    """Kill two children at a time. Counts of right and wrong answers, orphans, damaged blocks, times above the quota."""
+    """Kill two children at a time. Counts of right and wrong answers, orphans, damaged blocks, excesses."""
     rng, found = random.Random(seed), Counter(killed=kills)
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name))

@@ -1,7 +1,7 @@
 """Hooks on a model's forward pass: a cache's prompt is opened from a store as far as it is known, and kept in it.
 
-Opened are whole blocks, at the prefill of an empty cache. Kept is what exact passes of several tokens compute: the KV of
-a decode step depends on what the system selected.
+Blocks are opened at the prefill of an empty cache. Kept is what exact passes of several tokens compute: the KV of a
+decode step depends on what the system selected.
 """
 
 import re

@@ -4,6 +4,7 @@ import copy
 import errno
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from typer.testing import CliRunner
 
 import hillinfer
 from hillinfer import UsageError
+from hillinfer.commands.app import app
 from hillinfer.fingerprint import fingerprint
 from hillinfer.longbench.runner import feed
 from hillinfer.prefix_store import writing
@@ -325,7 +328,14 @@ class TestLostAndDamaged:
         self.damaged(model, store, ids, "is a link", WHOLE - BLOCK)
         assert not last.is_symlink() and (tmp_path / "elsewhere").exists()
 
-    def test_a_missing_block_and_a_missing_folder(self, model, store, ids):
+    def test_a_folder_that_was_deleted(self, model, store, ids):
+        with hillinfer.make_cache(model, "full", store) as cache:
+            shutil.rmtree(store.folder)
+            with warned_once("No such file"):
+                assert generate(model, cache, ids) == fresh(model, ids)
+                assert cache.run.keeper.settle() == 0
+
+    def test_a_missing_block(self, model, store, ids):
         stored(model, store, ids)
         store.blocks()[1].path.unlink()
         answer, report, kept = stored(model, store, ids)
@@ -340,7 +350,7 @@ class TestLostAndDamaged:
             assert "no block of this model in this precision" in report.why
         assert len(store.blocks()) == 18
         assert "tokens 0 to 31" in stored(model, store, ids[::-1])[1].why
-        assert "a block is 32 tokens" in stored(model, store, ids[:20])[1].why
+        assert "a block of 32" in stored(model, store, ids[:20])[1].why
 
     def test_weights_that_change_between_two_prompts(self, model, store, ids):
         other = copy.deepcopy(model)
@@ -436,6 +446,32 @@ class TestSeveral:
         assert [stored(model, store, prompt)[0] for prompt in (ids, ids[::-1])] == [
             fresh(model, prompt) for prompt in (ids, ids[::-1])
         ]
+
+
+def test_the_command_line(tmp_path):
+    def run(*words) -> str:
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == (2 if "error:" in done.output else 0), done.output
+        return done.output
+
+    text, folder = tmp_path / "text.txt", tmp_path / "kv"
+    text.write_text("line a-b: REGISTER_CONTENT is <12345>\n" * 64, encoding="utf-8")
+    words = ["run", "--model", "embedded", "--system", "topk", "--max-new-tokens", 2, "--store", folder]
+    first, second, chunked = (run(*words, "--prompt-file", text, *more) for more in ((), (), ("--prefill-chunk", 200)))
+    assert "0 of 576 prompt tokens" in first and "2 blocks were kept" in first
+    assert "512 of 576" in second and "512 of 576" in chunked
+    assert "llama float32" in run("store", "list", folder) and "512" in run("store", "list", folder)
+    path = next(folder.glob("*.kv"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "1 blocks are whole, 1 were damaged" in run("store", "verify", folder)
+    assert "0 remain" in run("store", "prune", folder)
+    for wrong, fix in (
+        ([*words, "--prompt", "a", "--session", tmp_path / "s.kv"], "--session or --store"),
+        ([*words, "--prompt", "a", "--num-beams", 2], "--num-beams 1"),
+        ([*words[:-1], text, "--prompt", "a"], "another folder"),
+        (["store", "list", tmp_path / "none"], "there is no store"),
+    ):
+        assert fix in run(*wrong)
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(300, marks=pytest.mark.slow)])

@@ -11,6 +11,8 @@ from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
 from hillinfer.loading import choose_dtype, load_pretrained, load_weights
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
+from hillinfer.prefix_store.blocks import PrefixStore
+from hillinfer.prefix_store.keeper import check_stored
 from hillinfer.session import check_keeps, keep_session, session_ids
 from hillinfer.speculative import check_draft
 from hillinfer.speculative import exact as exact_decoding
@@ -60,6 +62,9 @@ def continue_text(
     if session is not None:
         check_keeps(config, system, options)
         before = session_ids(session, before)
+    if store is not None:
+        check_stored(config)
+        store = PrefixStore(store)
     ids = before + tokenizer(text, add_special_tokens=not before).input_ids
     total = len(ids) + max_new_tokens
     plan(config, settings, total, weights, chunk, found.policy)

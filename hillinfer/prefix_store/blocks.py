@@ -125,7 +125,7 @@ class PrefixStore:
 
     def files(self) -> Iterator[Block]:
         """Blocks and drafts. A draft has its full length from the start, so it counts as what it will be."""
-        with os.scandir(self.folder) as entries:
+        with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if NAME.fullmatch(entry.name) or entry.name.startswith(DRAFT):
                     with suppress(FileNotFoundError):  # removed by another process

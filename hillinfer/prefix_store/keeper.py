@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hillinfer.cache import TieredCache
 from hillinfer.errors import UsageError
 from hillinfer.fingerprint import fingerprint
+from hillinfer.models.support import check_supported
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.filling import check_whole, fill
 from hillinfer.prefix_store.passes import computed, ids_of, why_not, without_first
@@ -57,14 +58,13 @@ class Keeper:
     """
 
     def __init__(self, cache: TieredCache, model: PreTrainedModel, store: PrefixStore):
-        check_whole(cache.support)
-        check_positions(model.config)
+        check_stored(model.config)
         fingerprint(model)  # refuses weights that cannot be read
         self.cache, self.model, self.store = weakref.ref(cache), model, store
         self.owner, self.policy = cache.run.owner, cache.run.policy
         self.ids: list[int] = []  # the cache's first tokens, as far as exact passes have computed them
         self.now: Pass | None = None  # the pass under way
-        self.root, self.report, self.told = "", Report(), set()
+        self.root, self.report = "", Report()
         self.writer = BlockWriter(store, len(cache.layers), model.config.model_type)
         self.hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -99,58 +99,53 @@ class Keeper:
         start, cache = time.perf_counter(), self.cache()
         self.root, self.ids = self.store.root(fingerprint(self.model), self.model.dtype), []
         paths = self.store.chain(self.root, ids[: max(0, len(ids) - leave)])[:OPEN]
-        self.report, damaged = Report(len(ids)), None
-        while (
-            not self.ids and self.policy.late and (known := self.store.known(paths)[: damaged and paths.index(damaged)])
-        ):
+        known, n = self.store.known(paths) if self.policy.late else [], 0
+        self.report = Report(len(ids), why=self._why(len(ids), len(known), len(paths)))
+        while known and not n:
             try:
                 with closing(Blocks(known)) as blocks:
                     fill(cache, blocks.read, [blocks.n], self.model.device)
             except Damaged as error:
                 cache.reset()
-                damaged = error.path
+                known, self.report.why = known[: known.index(error.path)], str(error)
                 if error.path.exists():  # otherwise another process has just removed it
-                    self._tell(f"a block of the store cannot be used and is computed again: {error}")
+                    warnings.warn(f"a block of the store cannot be used and is computed again: {error}", stacklevel=2)
                 with suppress(OSError):
                     error.path.unlink(missing_ok=True)
             else:
-                self.ids = list(ids[: blocks.n])
-                self.report = Report(len(ids), blocks.n, blocks.nbytes, time.perf_counter() - start)
                 self.store.touch(known)
-        self.report.why = self._why(paths)
-        return len(self.ids)
+                self.ids, n = list(ids[: blocks.n]), blocks.n
+                self.report.opened, self.report.nbytes = n, blocks.nbytes
+        self.report.seconds = time.perf_counter() - start
+        return n
 
-    def _why(self, paths: list[Path]) -> str:
-        """Why tokens after the opened ones were computed; paths are those of the blocks that could have been opened."""
-        opened, block = self.report.opened, self.store.block
+    def _why(self, asked: int, known: int, possible: int) -> str:
+        """Why tokens after the known blocks are computed."""
+        block = self.store.block
         if not self.policy.late:
             why = f"{self.policy.__name__} selects by the prompt's queries, which no store keeps"
-            self._tell(f"nothing is opened from the store: {why}")
+            warnings.warn(f"nothing is opened from the store: {why}", stacklevel=2)
             return why
-        if self.report.asked < block + 2:
-            return f"a block is {block} tokens, and the last two are always computed"
-        if opened < len(paths) * block:
-            if not opened and not self.store.holds(self.root):
-                return "the store has no block of this model in this precision"
-            return f"no prompt with the tokens {opened:,} to {opened + block - 1:,} of this one is in the store"
-        return (
-            "they do not fill a block, or they give the logits"
-            if len(paths) < OPEN
-            else f"at most {OPEN} blocks are opened"
-        )
+        if known == possible:
+            few = f"they do not fill a block of {block}, or are among the last, which give the logits"
+            return f"at most {OPEN} blocks are opened" if known == OPEN else few
+        if not known and not self.store.holds(self.root):
+            return "the store has no block of this model in this precision"
+        return f"no prompt with the tokens {known * block:,} to {known * block + block - 1:,} of this one was kept"
 
     def _before(self, model, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         cache = self.cache()
         if kwargs is None or cache is None or kwargs.get("past_key_values") is not cache:
             return None  # torch drops a removed hook's kwargs flag first: another thread is closing its cache
         ids, held, self.now = ids_of(args, kwargs), cache.get_seq_length(), None
-        del self.ids[held:]
+        if held < len(self.ids):  # cropped; not in place, as the writing thread may still need the list
+            self.ids = self.ids[:held]
         if held > len(self.ids) or (held and ids is not None and ids.shape[-1] == 1):
             return None
         if why := why_not(model, args, kwargs):
             if not held:
                 self.report = Report(0 if ids is None else ids.shape[-1], why=why)
-            self._tell(f"the store is not used for a pass: {why}")
+            warnings.warn(f"the store is not used for a pass: {why}", stacklevel=2)
             return None
         new, last, cut = ids[0].tolist(), computed(kwargs), 0
         if not held:
@@ -164,19 +159,14 @@ class Keeper:
     def _after(self, model, args: tuple, kwargs: dict, output) -> None:
         cache = self.cache()
         if self.now is not None and cache is not None and kwargs.get("past_key_values") is cache:
-            if cache.get_seq_length() == len(self.now.ids):  # otherwise it failed
+            if output is not None:  # otherwise it failed
                 self.ids = self.now.ids
             self.now = None
 
-    def _tell(self, text: str) -> None:
-        """Warn, once for each text."""
-        if text not in self.told:
-            warnings.warn(text, stacklevel=2)
-        self.told.add(text)
 
-
-def check_positions(config: PretrainedConfig) -> None:
-    """UsageError for a model whose positions, and so the KV of a prefix, depend on the length of the whole prompt."""
+def check_stored(config: PretrainedConfig) -> None:
+    """UsageError for a model whose KV no store can hold."""
+    check_whole(check_supported(config))
     text = config.get_text_config(decoder=True)
     rope = str(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None))
     if found := re.search("dynamic|longrope", rope):

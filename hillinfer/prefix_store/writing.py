@@ -105,9 +105,9 @@ class BlockWriter:
                     self.kept += 1
             if layer == self.layers - 1:
                 self.store.touch(now.paths)
-        except OSError as error:
+        except Exception as error:  # no answer depends on it
             self._drop()
-            self._say(error.strerror or str(error))
+            self._say(getattr(error, "strerror", None) or str(error))
 
     def _begin(self, now: Pass, base: int, kv: torch.Tensor) -> None:
         """Open a draft for each block of the pass that the store lacks, as far as the quota allows."""

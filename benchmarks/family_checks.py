@@ -22,7 +22,7 @@ from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system
 
 TOLERANCE = 1e-4
-COLD = dict(recent=1, sinks=0, pinned=0.0, host_budget="4KiB")  # nearly all records come from the drive
+COLD = dict(recent=1, sinks=0, host_budget="4KiB")  # nearly all records come from the drive
 EXACT = {  # at alpha 1
     "full": {},
     "flexgen": dict(drive=True, host_budget=0),

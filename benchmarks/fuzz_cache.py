@@ -38,7 +38,7 @@ CHOICES = {  # of settings, where the system has them
     "lookahead": [True, False, 0.5, "auto"],
     "precision": ["int8", "int4"],
     "placement": ["hits", "shared-hits", "lru"],
-    "pinned": [None, 0.0, 0.1],
+    "pinned": [0.0, 0.0, 0.1, 0.3],
     "engine": ["auto", "threads"],
     "pipelining": ["auto", "intra", "cross"],
     "checksums": [True, False],

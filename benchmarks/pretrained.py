@@ -18,7 +18,7 @@ from hillinfer import list_systems, load_model, make_cache
 from hillinfer.errors import UsageError
 
 TOKENS, NEW = 1500, 40
-EXACT = {"full": {}, "hillinfer": dict(pinned=0.0, host_budget="4MiB", lookahead=True)}
+EXACT = {"full": {}, "hillinfer": dict(host_budget="4MiB", lookahead=True)}
 
 
 def answer(model, ids: torch.Tensor, cache) -> list[int]:

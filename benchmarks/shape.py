@@ -27,7 +27,7 @@ from hillinfer.tiers.record_file import RecordFile
 ALPHA = 0.1
 SYSTEMS = ("hillinfer", "flexgen", "leoam", "dualblade")
 EQUAL = ", equal memory"
-TUNED = "hillinfer, int4, nothing pinned"
+TUNED = "hillinfer, int4"
 MEMORY_LAYERS = 8  # of 32: the in-memory comparison keeps several copies of all KV
 PIECES = 2000  # small reads per turn of the drive's bandwidth measurement
 
@@ -150,8 +150,8 @@ def ways_of(systems: tuple[str, ...] = SYSTEMS) -> dict[str, tuple[str, dict]]:
     """
     ways = {
         "hillinfer": ("hillinfer", {}),
-        TUNED: ("hillinfer", {"precision": "int4", "pinned": 0.0}),
-        f"{TUNED}{EQUAL}": ("hillinfer", {"precision": "int4", "pinned": 0.0, "host_budget": "equal"}),
+        TUNED: ("hillinfer", {"precision": "int4"}),
+        f"{TUNED}{EQUAL}": ("hillinfer", {"precision": "int4", "host_budget": "equal"}),
         "flexgen": ("flexgen", {"host_budget": 0}),
         f"flexgen{EQUAL}": ("flexgen", {"host_budget": "equal"}),
         "leoam": ("leoam", {}),

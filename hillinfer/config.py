@@ -29,7 +29,7 @@ _RULES = {  # field: (whether a value is valid, fix)
     "max_tokens": (lambda v: v is None or _whole(v, 1), "give a whole number of at least 1"),
     "checksums": (lambda v: isinstance(v, bool), "give true or false"),
     "timeout": (lambda v: isinstance(v, int | float) and 0 < v < 1e6, "give the seconds that the drive may be silent"),
-    "pinned": (lambda v: v is None or _share(v), "give a share of the tokens from 0 to 1"),
+    "pinned": (_share, "give a share of the tokens from 0 to 1"),
     "compress": (lambda v: v == "auto" or _share(v), "give a share from 0 to 1, or auto"),
     "lookahead": (lambda v: v == "auto" or _share(v), "give true, false, a share from 0 to 1, or auto"),
 }
@@ -66,7 +66,7 @@ class Settings:
     io_threads   concurrent reads of the `threads` engine
     checksums    verify every 4 KiB block read from the drive
     timeout      seconds without an answer after which the drive counts as stuck and the run ends
-    pinned       share of the tokens, newest first, that never leave the hot pool; None: alpha, as in HillInfer
+    pinned       share of the tokens, newest first, that never leave the hot pool; alpha in HillInfer
     placement    ranking of the hot pool: `hits` (a counter per token and layer), `shared-hits` (the paper's single
                  table for all layers), or the control `lru`
     precision    int8 or int4 key codes; attention itself keeps the model's precision
@@ -100,7 +100,7 @@ class Settings:
     io_threads: int = 16
     checksums: bool = True
     timeout: float = 60.0
-    pinned: float | None = None
+    pinned: float = 0.0
     placement: Literal["hits", "shared-hits", "lru"] = "hits"
     precision: Literal["int8", "int4"] = "int8"
     compress: float | str = 0.0
@@ -130,11 +130,6 @@ class Settings:
         object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
         if self.drive is not None:
             object.__setattr__(self, "drive", Path(self.drive).expanduser().absolute())
-
-    @property
-    def pin(self) -> float:
-        """Share of the tokens that stays in the hot pool by age."""
-        return self.alpha if self.pinned is None else self.pinned
 
     @property
     def bits(self) -> int:

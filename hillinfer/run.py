@@ -114,7 +114,7 @@ class Run:
         logs = [open_log(track.layer * size.batch + row) for row in range(size.batch)]
         hits = self.hits or PLACEMENTS[settings.placement](size.batch)
         window = Window(size, settings.sinks, settings.recent)
-        return kind(size, track, logs, hits, window, settings.pin, self.pool_tokens, self.lookahead.reader)
+        return kind(size, track, logs, hits, window, settings.pinned, self.pool_tokens, self.lookahead.reader)
 
     def open_log(self, stream: int) -> RecordLog:
         return RecordLog(self.drive, self.geometry, stream, self.writer)
@@ -169,17 +169,14 @@ class Run:
             return "all KV in memory: no drive was named"
         if budget is not None:
             return f"host holds as much as the budget allows; no profile was given, at most {budget:,} bytes"
-        return (
-            f"host holds 2*alpha = {2 * alpha:.0%}: {self.settings.pin:.0%} pinned by age, the rest by hits; "
-            "no profile was given"
-        )
+        return f"host holds 2*alpha = {2 * alpha:.0%} of the tokens; no profile was given"
 
     def check(self, n: int) -> None:
         """UsageError where n tokens cannot be held within the budget."""
         budget = self.records_budget
         if budget is None:
             return
-        pin, on_drive = self.settings.pin, self.settings.drive is not None
+        pin, on_drive = self.settings.pinned, self.settings.drive is not None
         held = math.ceil(pin * n) if on_drive else n
         need = held * self.token_bytes
         if need <= budget:
@@ -191,7 +188,7 @@ class Run:
             )
         raise UsageError(
             f"the newest {pin:.0%} = {held} of {n} tokens are pinned in host memory and take {need:,} bytes, "
-            f"but the host budget for them is {budget:,}: raise it to that, or lower alpha or pinned"
+            f"but the host budget for them is {budget:,}: raise it to that, or lower pinned"
         )
 
     def begin_layer(self, track: Track, tokens: int) -> None:

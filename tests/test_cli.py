@@ -106,10 +106,6 @@ def test_a_budget_that_is_no_amount(prompt_file, drive):
     check(run(prompt_file, "--host-budget", "lots", "--drive", drive), "lots", "64MiB")
 
 
-def test_a_budget_below_the_pinned_window(prompt_file, drive):
-    check(run(prompt_file, "--host-budget", "1KiB", "--drive", drive), "pinned", "raise it")
-
-
 def test_a_budget_below_all_kv_without_a_drive(prompt_file):
     check(run(prompt_file, "--system", "topk", "--host-budget", "1KiB"), "name a drive folder")
 

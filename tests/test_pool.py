@@ -131,15 +131,15 @@ def test_the_control_ranks_by_last_use():
     assert table.rank[0, :4].tolist() == [2, 1, 0, 0]
 
 
-@pytest.mark.parametrize(("pinned", "share"), [(None, 0.2), (0.0, 0.0), (0.1, 0.1), (0.6, 0.6)])
-def test_how_much_is_pinned_is_a_setting(models, prompt, tmp_path, pinned, share):
+@pytest.mark.parametrize("pinned", [0.0, 0.1, 0.6])
+def test_how_much_is_pinned_is_a_setting(models, prompt, tmp_path, pinned):
     model = models("llama")
     with hillinfer.make_cache(model, "hillinfer", alpha=0.2, recent=4, drive=tmp_path, pinned=pinned) as cache:
         model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
         for layer in (layer.layer for layer in cache.layers):
             (pool,), n = layer.store.pools, layer.n
-            assert pool.pinned_from == n - math.ceil(share * n)
-            assert len(pool.token_of) == max(int(0.4 * n), int(share * n)) + 1
+            assert pool.pinned_from == n - math.ceil(pinned * n)
+            assert len(pool.token_of) == max(int(0.4 * n), int(pinned * n)) + 1
             newest = set(range(pool.pinned_from, n)) - set(range(n - 4, n))  # the window has the last ones
             assert newest <= set(pool.token_of.tolist())
 

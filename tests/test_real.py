@@ -34,7 +34,7 @@ def ids(real):
 def test_from_the_drive_and_looking_ahead_all_tokens_give_the_same_answer(real, ids, tmp_path):
     model, ids = real[0], ids[:600]
     want = decode(model, DynamicCache(config=model.config), ids, NEW).tolist()
-    options = dict(alpha=1.0, pinned=0.0, host_budget="4MiB", lookahead=True, drive=tmp_path)
+    options = dict(alpha=1.0, host_budget="4MiB", lookahead=True, drive=tmp_path)
     with make_cache(model, "hillinfer", **options) as cache:
         assert decode(model, cache, ids, NEW).tolist() == want
         assert cache.counters.rates()["drive"] > 0.5

@@ -32,7 +32,7 @@ HEADS, GROUP, DIM, LAYERS, SCALING = 2, 2, 16, 2, 0.25
 WAYS = {
     "host": (Run, {}),
     "tiered": (Run, {"drive_kind": "ssd"}),
-    "tiered, no pool": (Run, {"drive_kind": "ssd", "pinned": 0.0, "host_budget": 0}),
+    "tiered, no pool": (Run, {"drive_kind": "ssd", "host_budget": 0}),
     "tiered, threads": (Run, {"drive_kind": "ssd", "engine": "threads"}),
     "packed": (LeoAMRun, {"drive_kind": "ssd", "compress": 1e-9}),  # a share that rounds to no record: exact
     "scoring": (ScoringRun, {"drive_kind": "emulated"}),
@@ -299,7 +299,7 @@ def test_a_drive_read_takes_few_frames(models, prompt, tmp_path, monkeypatch):
             ways.append(["Rings.transfer", *way])
         return real(self, write, *rest)
 
-    options = dict(alpha=0.2, pinned=0.0, host_budget=20_000, drive=tmp_path, lookahead=False)
+    options = dict(alpha=0.2, host_budget=20_000, drive=tmp_path, lookahead=False)
     with hillinfer.make_cache(model, "hillinfer", **options) as cache:
         with torch.no_grad():
             model(prompt, past_key_values=cache)

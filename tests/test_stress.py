@@ -45,7 +45,7 @@ def test_random_runs(models, prompt, tmp_path):
             paced=kind == "emulated" and rng.random() < 0.3,
             lookahead=rng.choice([True, False, "auto"]),
             placement=rng.choice(["hits", "shared-hits", "lru"]),
-            pinned=rng.choice([None, 0.0, 0.05]),
+            pinned=rng.choice([0.0, 0.05, 0.2]),
             host_budget=rng.choice(
                 [None, int(record * batch * tokens * rng.uniform(alpha + 0.01, 1.5)) + record * batch]
             ),

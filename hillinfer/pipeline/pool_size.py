@@ -12,5 +12,5 @@ def pool_tokens(settings: Settings, n: int, token_bytes: int, budget: int | None
     """
     if share is None:
         share = min(1.0, 2 * settings.alpha) if budget is None else 1.0
-    tokens = min(n, max(int(share * n), int(settings.pin * n)) + 1)
+    tokens = min(n, max(int(share * n), int(settings.pinned * n)) + 1)
     return tokens if budget is None else min(tokens, budget // token_bytes)

@@ -34,8 +34,8 @@ class ComputationalDrive:
 
     def write(self, stream: int, start: int, records: np.ndarray, codes: np.ndarray) -> None:
         """Append tokens start.. (start is the stream's length): records (n, record_bytes) uint8, key codes (Hkv, n, D)
-        int8. New tokens are hot until `hold` marks them cold, because the host pins the newest. Blocks while the queue
-        is full.
+        int8. New tokens are hot until `hold` marks them cold: the newest are in the window. Blocks while the queue is
+        full.
         """
         shape, n = self.shape, len(records)
         _check("records", records, (n, shape.record_bytes), np.uint8)

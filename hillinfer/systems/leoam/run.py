@@ -61,7 +61,7 @@ class LeoAMRun(Run):
         if tokens is None:
             return budget // 4
         index = INDEX_BYTES * size.kv_heads * size.head_dim * self.layers * size.batch
-        pinned = self.settings.pin * self.token_bytes
+        pinned = self.settings.pinned * self.token_bytes
         return int(min(1.25 * tokens * index, max(budget / 4, budget - 1.25 * tokens * pinned)))
 
     def open_store(self, track: Track) -> Store:

@@ -108,12 +108,16 @@ class Saved:
         """Verified records (1, end - start, 2, Hkv, D)."""
         first, last = start // PART * PART, min(-(-end // PART) * PART, self.n)
         out = torch.empty((1, last - first, *self.shape[2:]), dtype=self.dtype, device="cpu")
+        self.read_into(out, layer, first)
+        return out[:, start - first : end - first]
+
+    def read_into(self, out: torch.Tensor, layer: int, first: int = 0) -> None:
+        """Verified records from token `first` on, with which a part begins, into out (1, m, 2, Hkv, D)."""
         self._fill(out, self.start + (layer * self.n + first) * math.prod(self.shape[2:]) * self.dtype.itemsize)
         for number, part in enumerate(out.split(PART, 1), first // PART):
             if zlib.crc32(as_bytes(part)) != self.sums[layer, number]:
                 tokens = f"{number * PART} to {number * PART + part.shape[1] - 1}"
                 raise UsageError(f"{self.path} is damaged: layer {layer}, tokens {tokens} differ from what was saved")
-        return out[:, start - first : end - first]
 
     def _fill(self, tensor: torch.Tensor, offset: int) -> None:
         try:

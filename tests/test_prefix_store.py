@@ -25,6 +25,7 @@ from hillinfer.longbench.runner import feed
 from hillinfer.prefix_store import writing
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.reading import check
+from hillinfer.session_file import save
 from tests.conftest import SHAPE, seeded
 
 ALL = hillinfer.list_systems()
@@ -163,6 +164,23 @@ class TestEqualsAPrefill:
             with warned_once("queries, which no store keeps"):
                 answer, report, new = stored(model, store, ids, system, alpha=0.3)
             assert (answer, report.opened, new) == (want, 0, kept)
+
+    @pytest.mark.parametrize("option, part", [("prompt_lookup_num_tokens", WHOLE), ("prefill_chunk_size", 64)])
+    def test_other_ways_to_generate(self, model, store, ids, option, part):
+        want, options = fresh(model, ids), {option: 3 if part == WHOLE else 70}
+        for opened in (0, part):
+            with hillinfer.make_cache(model, "full", store) as cache:
+                assert generate(model, cache, ids, **options) == want
+                assert cache.run.keeper.report.opened == opened
+
+    def test_opened_ahead_of_chunks_and_a_next_turn_in_the_same_cache(self, model, store, ids):
+        """A chunk asks for its own tokens only; `open` asks for all."""
+        want = stored(model, store, ids)[0]
+        with hillinfer.make_cache(model, "full", store) as cache:
+            assert cache.run.keeper.open(ids) == WHOLE
+            assert generate(model, cache, ids, prefill_chunk_size=70) == want
+            longer = ids + want + [5, 6, 7] * 20  # the next turn, in the same cache
+            assert generate(model, cache, longer) == fresh(model, longer)
 
     def test_a_model_in_a_wrapper(self, model, store, ids):
         wrapped = torch.compile(model, backend="eager")
@@ -319,9 +337,11 @@ class TestLostAndDamaged:
 
     def test_a_block_under_anothers_name_and_a_link(self, model, store, ids, tmp_path):
         stored(model, store, ids)
-        first, second, *_, last = (block.path for block in store.blocks())
+        first, second, third, *_, last = (block.path for block in store.blocks())
         second.write_bytes(first.read_bytes())
         self.damaged(model, store, ids, "another block", BLOCK)
+        save(third, [[torch.zeros(1, BLOCK, 2, 2, 16)]], (1, 1, BLOCK, 2, 2, 16), torch.float32, {"block": third.stem})
+        self.damaged(model, store, ids, "another shape", 2 * BLOCK)
         (tmp_path / "elsewhere").write_bytes(last.read_bytes())
         last.unlink()
         last.symlink_to(tmp_path / "elsewhere")

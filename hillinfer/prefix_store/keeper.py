@@ -103,7 +103,7 @@ class Keeper:
         self.report = Report(len(ids), why=self._why(len(ids), len(known), len(paths)))
         while known and not n:
             try:
-                with closing(Blocks(known)) as blocks:
+                with closing(Blocks(known, len(cache.layers))) as blocks:
                     fill(cache, blocks.read, [blocks.n], self.model.device)
             except Damaged as error:
                 cache.reset()

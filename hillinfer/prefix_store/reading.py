@@ -18,14 +18,20 @@ class Damaged(UsageError):
 
 
 class Blocks:
-    """A prompt's first blocks, open for reading. Raises Damaged, here or on reading, for one that cannot be used."""
+    """A prompt's first blocks, open for reading. Raises Damaged, here or on reading, for one that cannot be used.
 
-    def __init__(self, paths: Sequence[Path]):
+    layers  that each must have; None for any number
+    """
+
+    def __init__(self, paths: Sequence[Path], layers: int | None = None):
         self.files: list[Saved] = []
         self.nbytes = 0  # read so far
         try:
             for path in paths:
-                self.files.append(_open(path))
+                self.files.append(file := _open(path))
+                first = self.files[0]
+                if (file.shape, file.dtype, file.layers) != (first.shape, first.dtype, layers or first.layers):
+                    raise Damaged(path, f"{path} has another shape than the model's KV")
         except Damaged:
             self.close()
             raise
@@ -36,14 +42,14 @@ class Blocks:
 
     def read(self, layer: int, start: int, end: int) -> torch.Tensor:
         """Verified records (1, n, 2, Hkv, D) of a layer; start and end are 0 and n."""
-        parts = []
-        for file in self.files:
+        out = torch.empty((1, self.n, *self.files[0].shape[2:]), dtype=self.files[0].dtype, device="cpu")
+        for file, part in zip(self.files, out.split(self.files[0].n, 1), strict=True):
             try:
-                parts.append(file.read(layer, 0, file.n))
+                file.read_into(part, layer)
             except UsageError as error:
                 raise Damaged(file.path, str(error)) from None
-        self.nbytes += sum(part.nbytes for part in parts)
-        return torch.cat(parts, 1)
+        self.nbytes += out.nbytes
+        return out
 
     def close(self) -> None:
         for file in self.files:

@@ -11,6 +11,7 @@ from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.evaluator.policies import Full, TopK
 from hillinfer.evaluator.policy import Policy
+from hillinfer.heads import HeadsLayer
 from hillinfer.layer import Layer
 from hillinfer.models.layers import TieredLayer, exact_layer
 from hillinfer.models.lookahead import look_ahead
@@ -48,8 +49,9 @@ class TieredCache(Cache):
         check_selects(self.support, config, policy.selects, settings.alpha)
         policy = Full if self.support.exact else policy
         self.config, self.run = config, run(settings, len(self.support.tiered), policy)
+        kind = HeadsLayer if policy.per_head and self.run.settings.selects_apart else Layer
         for order, index in enumerate(self.support.tiered):
-            layer = Layer(order, policy(), self.run)
+            layer = kind(order, policy(), self.run)
             layers[index] = exact_layer(layers[index], layer) if self.support.exact else TieredLayer(layer)
         super().__init__(layers=layers)
         self.hooks: list = []

@@ -9,7 +9,7 @@ import torch
 
 from hillinfer import attention
 from hillinfer.errors import DriveError, UsageError
-from hillinfer.evaluator.codes import KeyCodes, head_scores
+from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.evaluator.ranks import head_ranks
 from hillinfer.run import Run
@@ -145,7 +145,7 @@ class Layer:
             visible = torch.ones((1, 1, rows, n), dtype=torch.bool, device=query.device).tril_(n - rows)
         else:
             visible = attention.attendable(mask)
-        return attention.over_parts(query, self.records(), visible, scaling).transpose(1, 2)
+        return attention.over_parts(query, self.store.parts(), visible, scaling).transpose(1, 2)
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""
@@ -188,15 +188,18 @@ class Layer:
         """Ranks of all keys by their codes, int32 (n,), wherever these are scored. query (H, D)."""
         size, (coded, unit) = self.run.geometry, self.codes.query(query, row)
         scanned = self.n * size.kv_heads * size.head_dim * self.run.settings.bits // 8
-        score = partial(head_scores, coded, self.codes.codes.view()[row], self.codes.bits)
-        result = self.store.scores(row, coded, score, scanned)
+        result = self.store.scores(row, coded, self.codes.scorer(coded, row), scanned)
         if valid is not None:
             result[:, ~valid] = NEVER
         return head_ranks(result, np.repeat(unit * np.float32(scaling), coded.shape[1]))
 
     def _weights(self, query: torch.Tensor, row: int, valid: np.ndarray | None, scaling: float) -> np.ndarray:
         """Exact attention weights of all keys, (H, n) float32."""
-        return attention.attention_weights(query, self.store.all()[0][row, :, 0], scaling, valid, self.softcap)
+        return attention.attention_weights(query, self._keys(row), scaling, valid, self.softcap)
+
+    def _keys(self, row: int) -> torch.Tensor:
+        """All of a row's keys, (n, Hkv, D)."""
+        return self.store.all()[0][row, :, 0]
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -230,11 +233,11 @@ class Layer:
             return None
 
         def watch(kv: torch.Tensor, shown: torch.Tensor | None) -> None:
-            if observed:  # the first sequence only; the cost is a span of its own
+            for row in range(self.run.heads if observed else 0):  # the first sequence; the cost is a span of its own
                 with self.track.span("cpu", "observe"):
-                    visible, every_key = None if valid is None else valid[0], lambda: self.store.all()[0][0, :, 0]
-                    own = query[0, :, 0], kv[0, :, 0], picks[0], self.n, scaling, visible, every_key
-                    observer.observe(self.index, step, *own)
+                    own = query[row, :, 0], kv[row, :, 0], picks[row], self.n, scaling
+                    visible, all_keys = None if valid is None else valid[row], partial(self._keys, row)
+                    observer.observe(attention.Observed(self.index, step, *own, visible, all_keys))
             if told:
                 logits = attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
                 weights = logits.softmax(-1).flatten(1, 2).numpy(force=True)

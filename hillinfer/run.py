@@ -38,6 +38,7 @@ class Run:
         self.rounds: list[tuple[int, int]] = []  # of exact decoding: drafted and accepted tokens
         self.keeper: Any = None  # is given the records of all layers (`prefix_store.keeper.Keeper`)
         self.observer: Any = None  # sees the attended records (`workbench.observe.AttentionRecord`)
+        self.heads = 1  # rows of a sequence: its KV heads, if each selects for itself
         self.attended_ns: int | None = None  # when a layer's attention last ended in a decode step
         self._forget()
         self.check_settings(settings)
@@ -59,6 +60,11 @@ class Run:
         self.writer: Writer | None = None
         self.lookahead: Lookahead | None = None
         self.trial: Trial | None = None  # finds out whether to look ahead
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.geometry.batch // self.heads if self.geometry else 1
 
     def start(self, geometry: Geometry, tokens: int = 0) -> None:
         """Fix the shape at the first append, of `tokens` tokens, and open the drive if there is one.

@@ -37,14 +37,14 @@ def save_session(
     """
     check_whole(cache.support)
     layers, geometry, ids = cache.tiered, cache.run.geometry, _flat(ids)
-    if not layers or geometry is None or geometry.batch != 1:
+    if not layers or geometry is None or cache.run.batch != 1:
         raise UsageError("a session is one sequence: prefill one document, without padding, and save it")
     if len(ids) != cache.get_seq_length():
         raise UsageError(f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: pass the document's")
     facts = {"model": fingerprint(unwrap(model)), "ids": ids, "pieces": layers[0].pieces}
     if tokenizer is not None:
         facts["tokenizer"] = tokens_fingerprint(tokenizer)
-    shape = (len(layers), 1, len(ids), *geometry.record_shape)
+    shape = (len(layers), 1, len(ids), 2, cache.run.heads * geometry.kv_heads, geometry.head_dim)
     try:
         save(Path(path), (layer.records() for layer in layers), shape, geometry.dtype, facts)
     except OSError as error:

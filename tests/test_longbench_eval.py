@@ -358,3 +358,18 @@ def members(session: int) -> list[int]:
 
 def test_rows_of_our_own_are_seeded():
     assert rows("trec") == rows("trec") and longbench()["trec"].metric == "classification"
+
+
+def test_fidelity_is_in_the_csv_the_report_and_the_figures(place, tmp_path):
+    words = ["--model", place / "model", "--data", place / "rows", "--tasks", "passage_count", "--samples", "2"]
+    words += ["--systems", "topk,streaming", "--alpha", "0.1,0.4", "--question", "both", "--max-length", "300"]
+    hillinfer(*words, "--fidelity", "both", "--no-answers", "--out", tmp_path)
+    table = pd.read_csv(tmp_path / "fidelity.csv")
+    assert set(zip(table.question, table.answer, strict=True)) == {
+        (question, answer) for question in ("stepwise", "prefilled") for answer in ("reference", "own")
+    }
+    means = table.groupby(["system", "alpha"]).kl.mean()
+    assert means["full", 1.0] == 0 < means["topk", 0.4] < means["topk", 0.1]
+    assert (table.baseline == "topk").all() and (table.to_baseline[table.system == "topk"] == 0).all()
+    assert "KL to full" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.html").read_text().count("divergence on the") == 4

@@ -286,7 +286,7 @@ def test_a_step_reaches_its_kernels_through_few_functions(models, prompt, monkey
     met = {way[0]: way for way in ways if len(way) > 1}
     assert {"attend", "score", "head_ranks", "quantise_query"} <= set(met)
     assert max(len(way) for way in ways) <= 8, max(ways, key=len)
-    assert met["attend"] == ["attend", "over_records", "Store.attend", "Layer.attend", "attention"]
+    assert met["attend"] == ["attend", "over_records", "Store.attend", "Layer.attend", "HeadsLayer.attend", "attention"]
 
 
 def test_a_drive_read_takes_few_frames(models, prompt, tmp_path, monkeypatch):

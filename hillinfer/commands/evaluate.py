@@ -67,6 +67,7 @@ def evaluate(
     from hillinfer.assets import machine
     from hillinfer.loading import model_path
     from hillinfer.longbench import metrics, report, sources, sweep
+    from hillinfer.longbench.fidelity_table import shown
     from hillinfer.longbench.job import EvalSettings, Job
     from hillinfer.longbench.models import describe
     from hillinfer.longbench.results import Results
@@ -115,9 +116,9 @@ def evaluate(
     table, cost, close, facts = report.write(folder)
     summary = report.summary(table, cost)
     facts += [f"Weights of {name}: {about['dtype']}." for name, about in models.items()]
-    page = write_page(folder, table, cost, summary, facts)
+    page = write_page(folder, table, cost, close, summary, facts)
     say(*facts)
-    for shown in (summary, close):
-        if not shown.empty:
-            show_table(list(shown), format_rows(shown))
+    for part in (summary, shown(close)):
+        if not part.empty:
+            show_table(list(part), format_rows(part))
     say(f"{folder}: report.md, {page.name}, scores.csv, costs.csv, results.jsonl, manifest.json")

@@ -168,7 +168,7 @@ class Asker:
     def answers(self, group: list[Variant], prompt: Prompt) -> list[dict]:
         """Answer, score and cost of each variant."""
         record, task = self.job.record, self.job.task
-        layers, found = self.model.config.get_text_config(decoder=True).num_hidden_layers, []
+        found = []
         with self.opened(group, prompt) as (caches, seconds):
             answers = answer(self.model, self.tokenizer, task, prompt, caches, [prefill for prefill, _, _ in seconds])
             for cache, each, (_, paid, copied) in zip(caches, answers, seconds, strict=True):
@@ -179,7 +179,7 @@ class Asker:
                     "prefill_ms": each.prefill_ms, "paid_ms": paid * 1e3, "fill_ms": copied * 1e3,
                     "ms_per_token": each.ms_per_token if len(group) == 1 else None,
                     "drive_bytes_per_token": each.drive_bytes_per_token,
-                    "kv_bytes_per_token": each.attended * cache.run.geometry.record_bytes * layers,
+                    "kv_bytes_per_token": each.attended * cache.run.token_bytes,
                     "memory_bytes": each.memory_bytes,
                 })  # fmt: skip
         return found

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PretrainedConfig
 from hillinfer.attention import attendable
 from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.evaluator.policy import Policy
+from hillinfer.heads import apart, rows_of
 from hillinfer.models.layers import TieredLayer
 from hillinfer.models.seam import install
 from hillinfer.models.support import check_supported
@@ -28,7 +29,8 @@ class PolicyObserver:
         valid = None if mask is None else attendable(mask)[:, 0, -1].expand(len(queries), -1)
         for policy in self.policies:
             start = time.perf_counter()
-            policy.observe(queries, keys, valid, scaling)
+            heads = keys.shape[1] if policy.per_head else 1
+            policy.observe(apart(queries, heads), apart(keys, heads), rows_of(valid, heads), scaling)
             self.seconds[type(policy)] += time.perf_counter() - start
 
 
@@ -49,9 +51,10 @@ class Prefilled(DynamicCache):
         policies, first = self.learned.get(layer_idx, ()), self.get_seq_length(layer_idx) == 0
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         for policy in policies:
+            own = apart(key_states, key_states.shape[1]) if policy.per_head else key_states
             if first:
-                policy.start(*key_states.shape[:2], key_states.shape[3])
-            policy.append(key_states)
+                policy.start(*own.shape[:2], own.shape[3])
+            policy.append(own)
         if policies:
             keys = keys.view(keys.shape)  # a view: the observer must not stay on the tensor that the layer keeps
             keys.watcher = PolicyObserver(policies, self.seconds)

@@ -87,9 +87,9 @@ class Keeper:
         return self.writer.kept
 
     def take(self, layer: int, kv: torch.Tensor) -> None:
-        """A layer has taken in records (B, m, 2, Hkv, D)."""
+        """A layer has taken in records (1, m, 2, Hkv, D), or (Hkv, m, 2, 1, D) where each head selects for itself."""
         if self.now is not None:
-            self.writer.take(self.now, layer, kv)
+            self.writer.take(self.now, layer, kv if len(kv) == 1 else kv.transpose(0, 3))
 
     def open(self, ids: Sequence[int], leave: int = 2) -> int:
         """Fill the cache, which must be empty, with the longest known prefix of a prompt. Returns its length.

@@ -28,9 +28,9 @@ class RunSummary:
 def describe(run: Run, shape: ModelShape, system: str) -> dict:
     """Context of a run, for `Timeline.about`: everything a replay needs beside the spans."""
     total, rows = run.counters.total, max(1, len(run.counters.rows or []))
-    cached, batch = total("cached") / rows, run.geometry.batch if run.geometry else 1
+    cached, batch = total("cached") / rows, run.batch
     pool = run.pool_tokens(round(cached)) / max(1, cached) if run.drive is not None else 1.0
-    attended, drive = total("attended") / rows / batch, total("drive") / max(1, total("queries"))
+    attended, drive = total("attended") / rows / batch / run.heads, total("drive") / max(1, total("queries"))
     about = dict(batch=batch, cached=cached, attended=attended, pool=min(1.0, pool), drive=drive)
     return {"system": system, "shape": asdict(shape), **about}
 

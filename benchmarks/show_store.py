@@ -74,7 +74,7 @@ def suite() -> list[Claim]:
     return [tests(text, f"tests/test_prefix_store.py::{name}").show() for text, name in names.items()]
 
 
-def real(models: Path, tokens: int = 4 * BLOCK + 40) -> list[Claim]:
+def real(models: Path, tokens: int = 2 * BLOCK + 40) -> list[Claim]:
     """Greedy answers of every system from the store, against a fresh prefill of the same two pieces."""
     claims, cut = [], tokens // BLOCK * BLOCK
     for path in sorted(path.parent for path in models.glob("*/config.json")):

@@ -243,6 +243,7 @@ class TestKept:
             twin = copy.deepcopy(cache)
             assert twin.run.keeper is None
             assert generate(model, twin, [*ids, 5]) == fresh(model, [*ids, 5])
+            cache.run.keeper.settle()
             cache.reset()
             feed(model, cache, ids)
             assert cache.run.keeper.report.opened == WHOLE
@@ -376,6 +377,7 @@ class TestLostAndDamaged:
         other = copy.deepcopy(model)
         with hillinfer.make_cache(other, "full", store) as cache:
             feed(other, cache, ids)
+            cache.run.keeper.settle()
             cache.reset()
             with torch.no_grad():
                 other.model.layers[0].self_attn.k_proj.weight *= 1.1

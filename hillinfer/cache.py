@@ -54,8 +54,8 @@ class TieredCache(Cache):
             layer = kind(order, policy(), self.run)
             layers[index] = exact_layer(layers[index], layer) if self.support.exact else TieredLayer(layer)
         super().__init__(layers=layers)
-        self._hooks: list = []
-        weakref.finalize(self, _release, self.run, self._hooks)
+        self.hooks: list = []
+        weakref.finalize(self, _release, self.run, self.hooks)
 
     @property
     def tiered(self) -> list[Layer]:
@@ -72,7 +72,7 @@ class TieredCache(Cache):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Look one layer ahead in each decode step, by hooks on the model's decoder layers until `close`."""
-        self._hooks += look_ahead(self, model)
+        self.hooks += look_ahead(self, model)
 
     def why_split(self) -> str:
         """Where the KV is and why, in one line; and which layers are not tiered."""
@@ -103,7 +103,7 @@ class TieredCache(Cache):
     def close(self) -> None:
         """Free memory, threads, hooks and the drive's space. The record of the run stays."""
         self.reset()
-        _release(self.run, self._hooks)
+        _release(self.run, self.hooks)
 
     def __enter__(self) -> "TieredCache":
         return self
@@ -119,7 +119,7 @@ class TieredCache(Cache):
                 "a cache on a drive cannot be copied: keep its document with save_session once, and open it with "
                 "open_session for each copy"
             )
-        memo |= {id(self): new, id(run.owner): type(run.owner)(run.layers), id(self._hooks): []}
+        memo |= {id(self): new, id(run.owner): type(run.owner)(run.layers), id(self.hooks): []}
         memo |= {id(shared): shared for shared in (self.config, run.observer)}
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
             vars(new).update(copy.deepcopy(vars(self), memo))

@@ -4,8 +4,6 @@ Only in memory, where a record of one head is as good as one of all. On a drive 
 all, so a record holds all heads of a token, and they share a selection.
 """
 
-from collections.abc import Iterator
-
 import torch
 
 from hillinfer.layer import Layer
@@ -24,31 +22,26 @@ def rows_of(mask: torch.Tensor | None, kv_heads: int) -> torch.Tensor | None:
 class HeadsLayer(Layer):
     """A layer in memory whose policy and store have a row for each KV head of each sequence."""
 
-    @property
-    def heads(self) -> int:
-        return self.run.heads
-
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
-        self.run.heads = keys.shape[1]
-        super().append(apart(keys, self.heads), apart(values, self.heads))
+        self.run.heads = heads = keys.shape[1]
+        super().append(apart(keys, heads), apart(values, heads))
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(part.reshape(-1, self.heads, *part.shape[2:]) for part in super().everything())
+        return tuple(part.reshape(-1, self.run.heads, *part.shape[2:]) for part in super().everything())
 
-    def records(self) -> Iterator[torch.Tensor]:
-        for kv in super().records():
-            yield kv.unflatten(0, (-1, self.heads)).squeeze(4).permute(0, 2, 3, 1, 4)
+    def whole(self, kv: torch.Tensor) -> torch.Tensor:
+        return kv.unflatten(0, (-1, self.run.heads)).squeeze(4).permute(0, 2, 3, 1, 4)
 
     def attend(self, query, mask, scaling, softcap=0.0, sinks=None) -> torch.Tensor:
         batch = len(query)
         if sinks is not None:
-            sinks = sinks.view(self.heads, -1).repeat(batch, 1)
-        out = super().attend(apart(query, self.heads), rows_of(mask, self.heads), scaling, softcap, sinks)
-        return out.unflatten(0, (batch, self.heads)).transpose(1, 2).flatten(2, 3)
+            sinks = sinks.view(self.run.heads, -1).repeat(batch, 1)
+        out = super().attend(apart(query, self.run.heads), rows_of(mask, self.run.heads), scaling, softcap, sinks)
+        return out.unflatten(0, (batch, self.run.heads)).transpose(1, 2).flatten(2, 3)
 
     def observe(self, queries, keys, mask, scaling) -> None:
-        queries, keys = apart(queries, self.heads), apart(keys, self.heads)
-        super().observe(queries, keys, rows_of(mask, self.heads), scaling)
+        queries, keys = apart(queries, self.run.heads), apart(keys, self.run.heads)
+        super().observe(queries, keys, rows_of(mask, self.run.heads), scaling)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        super().reorder((rows[:, None] * self.heads + torch.arange(self.heads, device=rows.device)).flatten())
+        super().reorder((rows[:, None] * self.run.heads + torch.arange(self.run.heads, device=rows.device)).flatten())

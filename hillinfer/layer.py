@@ -86,6 +86,8 @@ class Layer:
                 self.policy.append(keys)
         with self.track.span("cpu", "append", kv.nbytes):
             self.store.append(kv, codes)
+        if run.keeper is not None:
+            run.keeper.take(self.index, self.whole(kv))
         self.pieces.append(new)
         run.owner.entered = self.index
 
@@ -106,7 +108,11 @@ class Layer:
 
     def records(self) -> Iterator[torch.Tensor]:
         """All records in order, (B, n, 2, Hkv, D) at a time."""
-        return self.store.parts()
+        return map(self.whole, self.store.parts())
+
+    def whole(self, kv: torch.Tensor) -> torch.Tensor:
+        """Records of the store as those of a sequence, (B, n, 2, Hkv, D)."""
+        return kv
 
     def attend(
         self,

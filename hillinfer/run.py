@@ -35,6 +35,7 @@ class Run:
     def __init__(self, settings: Settings, layers: int, policy: type[Policy] | None = None):
         self.settings, self.layers, self.policy = settings, layers, policy
         self.timeline, self.counters, self.owner = Timeline(), Counters(), CacheOwner(layers)
+        self.keeper: Any = None  # is given the records of all layers (`prefix_store.keeper.Keeper`)
         self.observer: Any = None  # sees the attended records (`workbench.observe.AttentionRecord`)
         self.heads = 1  # rows of a sequence: its KV heads, if each selects for itself
         self.attended_ns: int | None = None  # when a layer's attention last ended in a decode step
@@ -59,10 +60,6 @@ class Run:
         self.lookahead: Lookahead | None = None
         self.trial: Trial | None = None  # finds out whether to look ahead
         self.stores: dict[int, TieredStore] = {}  # by layer
-
-    @property
-    def step(self) -> int:
-        return self.timeline.step
 
     @property
     def batch(self) -> int:

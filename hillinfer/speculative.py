@@ -107,7 +107,7 @@ class Rounds:
 
     def next(self, ids: torch.Tensor, most: int) -> list[torch.Tensor]:
         """The tokens after ids (1, n) that all KV agrees to, at least one; at most `most` are drafted."""
-        held, start, first = self.cache.get_seq_length(), time.perf_counter_ns(), self.cache.run.step + 1
+        held, start, first = self.cache.get_seq_length(), time.perf_counter_ns(), self.cache.timeline.step + 1
         drafted, guessed, longer = [], [], ids
         for _ in range(min(self.pace.gamma, most)):
             logits = self.model(longer[:, -1:], past_key_values=self.cache).logits[:, -1]
@@ -125,7 +125,7 @@ class Rounds:
         self.cache.crop(held + len(found))
         end, lane = time.perf_counter_ns(), "cpu" if self.model.device.type == "cpu" else "gpu"
         self.cache.timeline.add(lane, "draft", -1, first, start, middle)
-        self.cache.timeline.add(lane, "verify", -1, self.cache.run.step, middle, end)
+        self.cache.timeline.add(lane, "verify", -1, self.cache.timeline.step, middle, end)
         self.cache.counters.rounds.append((len(drafted), len(found) - 1))
         self.pace.note(len(drafted), len(found) - 1, (middle - start) / 1e9, (end - middle) / 1e9)
         return found

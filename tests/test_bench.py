@@ -49,7 +49,6 @@ def test_decoded_exactly_a_system_answers_as_full(tmp_path):
         (["--alpha", "2"], "alpha is 2"),
         (["--context", "9000"], "window of 8,192"),
         (["--drive", "/nowhere"], "does not exist"),
-        (["--host-budget", "1KiB", "--systems", "hillinfer"], "raise it"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, words, why):

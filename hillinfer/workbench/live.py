@@ -227,7 +227,7 @@ class LiveRun:
 
     def _add_token(self, cache: TieredCache, text: str, asked: bool) -> None:
         now = time.perf_counter()
-        self.tokens.append(Token(text, cache.run.step, (now - self._decoding) * 1e3, asked))
+        self.tokens.append(Token(text, cache.timeline.step, (now - self._decoding) * 1e3, asked))
         if len(self.tokens) % 8 == 1:
             self.memory = cache.memory()
 

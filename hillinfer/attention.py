@@ -104,8 +104,9 @@ def over_parts(
             total = grouped.new_zeros((*grouped.shape[:3], 1))
             top = torch.full_like(total, torch.finfo(torch.float32).min)
         scores = grouped @ keys.transpose(2, 3)
-        hidden = ~visible[..., start : start + n].unsqueeze(1)  # (B, 1, 1, q, n)
-        scores.view(batch, kv_heads, -1, rows, n).masked_fill_(hidden, torch.finfo(torch.float32).min)
+        shown = visible[..., start : start + n].unsqueeze(1)  # (B, 1, 1, q, n)
+        if not shown.all():
+            scores.view(batch, kv_heads, -1, rows, n).masked_fill_(~shown, torch.finfo(torch.float32).min)
         higher = torch.maximum(top, scores.amax(3, keepdim=True))
         weights = scores.sub_(higher).exp_()
         fade = (top - higher).exp_()

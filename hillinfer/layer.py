@@ -286,9 +286,6 @@ class Layer:
         self.store = self.run.open_store(self.track)
         if self.policy.needs_codes or self.store.scores_keys:
             self.codes = KeyCodes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits)
-        self._start_policy(geometry)
-
-    def _start_policy(self, geometry: Geometry) -> None:
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 

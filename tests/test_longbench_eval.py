@@ -59,6 +59,17 @@ def done(place, common):
     return place / "whole"
 
 
+def test_decoded_exactly_every_answer_is_that_of_full(place, common):
+    out = place / "exact"
+    hillinfer(*common, "--exact", "--out", out)
+    rows = read(out)
+    assert len(rows) == 2 * 2 * 5
+    full = {row["id"]: row["pred"] for row in rows if row["system"] == "full"}
+    assert all(row["pred"] == full[row["id"]] for row in rows) and any(full.values())
+    assert "with exact True, not None" in hillinfer(*common, "--out", out, code=2).output
+    hillinfer(*common, "--exact", "--systems", "h2o", "--out", place / "never", code=2)
+
+
 @pytest.mark.parametrize("system", list(list_systems()))
 def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system):
     """A policy that observes the prefill must declare it (`Policy.watches`); it then observes the shared one."""

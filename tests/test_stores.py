@@ -168,8 +168,8 @@ def check(held: Held, layer: int, rng, how: str) -> None:
     if store.can_prefetch and way_has_scores(held):
         own = held.codes[layer]
         query = torch.randint(-127, 128, (HEADS, GROUP, DIM), dtype=torch.int8)
-        score = lambda positions: own.scores(query, 0, positions)  # noqa: E731
-        assert np.array_equal(store.scores(0, query, score, 0), own.scores(query, 0))
+        score = own.scorer(query, 0)
+        assert np.array_equal(store.scores(0, query, score, 0), score(None))
 
 
 def way_has_scores(held: Held) -> bool:

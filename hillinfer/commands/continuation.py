@@ -14,7 +14,7 @@ from hillinfer.longbench.runner import decode, feed, in_memory, measured
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.keeper import check_stored
 from hillinfer.session import check_keeps, keep_session, session_ids
-from hillinfer.speculative import check_draft
+from hillinfer.speculative import check_draft, describe_rounds
 from hillinfer.speculative import exact as exact_decoding
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
@@ -83,7 +83,8 @@ def continue_text(
                 cache.run.keeper.open(ids[: len(before) or len(ids) - 1])  # at once, and not chunk by chunk
                 opened = str(cache.run.keeper.report)
             for end in (len(before), len(ids) - 1):  # the last prompt token is a decode step like those after it
-                if (part := ids[cache.get_seq_length() : end]) and num_beams == 1:
+                part = ids[cache.get_seq_length() : end]
+                if len(part) > exact and num_beams == 1:  # exact: a single token would be a step of the selection
                     feed(model, cache, part, chunk)
         prefilled = time.perf_counter()
         cache.timeline.clear()
@@ -93,12 +94,8 @@ def continue_text(
             out = decode(model, cache, ids, max_new_tokens, **way)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.why_split()]
-        if rounds := cache.run.rounds:
-            drafted, accepted = map(sum, zip(*rounds, strict=True))
-            facts.append(
-                f"exact: {len(rounds)} passes over all KV gave {len(out)} tokens; {accepted} of {drafted} drafted "
-                f"tokens accepted; {(time.perf_counter() - prefilled) * 1e3 / len(out):.1f} ms per token of the answer"
-            )
+        if drafts := describe_rounds(cache.counters.rounds):
+            facts.append(f"exact: {len(out)} tokens, {drafts}")
         if store is not None:
             facts.append(f"{opened}; {cache.run.keeper.settle()} blocks were kept")
         facts.append(f"weights in {str(model.dtype).removeprefix('torch.')} on {model.device.type}")

@@ -58,10 +58,12 @@ class EvalSettings:
     options: tuple[tuple[str, object], ...] = ()  # further fields of `Settings`
     times: bool = False  # one variant at a time, so that its time is its own
     share_prefill: bool = True
+    exact: bool = False  # systems that select draft, and all KV verifies
 
     def identity(self) -> dict:
         """The settings that all runs of one folder must share, as JSON. A shared prefill changes no answer."""
         values = asdict(self) | {"options": dict(self.options), "fidelity": list(self.fidelity)}
+        values["exact"] = self.exact or None  # folders of before have none
         del values["share_prefill"]
         return values
 
@@ -111,7 +113,7 @@ class Asker:
     def groups(self, variants: list[Variant], prompt: Prompt) -> list[list[Variant]]:
         """Variants that decode together: as many as half of the free memory holds, one if times are to be measured."""
         config, size = self.model.config, 1
-        if not (self.job.settings.times or check_supported(config).exact):
+        if not (self.job.settings.times or self.job.settings.exact or check_supported(config).exact):
             shape = shape_of(config.get_text_config(decoder=True), self.model.dtype.itemsize)
             tokens = len(prompt.ids) + self.job.task.max_new_tokens
             size = max(1, int(free_memory() / 2 / (1.5 * shape.layers * shape.record_bytes * tokens)))
@@ -170,7 +172,9 @@ class Asker:
         record, task = self.job.record, self.job.task
         found = []
         with self.opened(group, prompt) as (caches, seconds):
-            answers = answer(self.model, self.tokenizer, task, prompt, caches, [prefill for prefill, _, _ in seconds])
+            exact = self.job.settings.exact and not self.policies[group[0]].exact
+            paid_s = [prefill for prefill, _, _ in seconds]
+            answers = answer(self.model, self.tokenizer, task, prompt, caches, paid_s, exact)
             for cache, each, (_, paid, copied) in zip(caches, answers, seconds, strict=True):
                 found.append({
                     "pred": each.text, "score": score(task, each.text, record["answers"], record["all_classes"]),

@@ -9,6 +9,7 @@ from hillinfer.systems.shapes import ModelShape
 from hillinfer.timeline import Span, Timeline
 
 DRIVE_COMPUTE = ("evaluate", "inside")  # computed in the drive, concurrently with the host
+ROUND = ("draft", "verify")  # spans around the steps of exact decoding: its drafts are replayed
 PREFETCHED = ("prefetch", "near")  # loaded before it is needed, from the drive or from memory
 
 
@@ -63,7 +64,7 @@ def decode_steps(timeline: Timeline) -> list[RecordedStep]:
     main, numbers = attends[0].thread, sorted({span.step for span in attends})
     steps = {number: RecordedStep(number, main, defaultdict(list)) for number in numbers}
     for span in sorted(timeline.spans, key=lambda span: (span.end_ns, -span.start_ns)):
-        if span.step in steps:
+        if span.step in steps and span.kind not in ROUND:
             if span.kind == "dense" and span.layer == 0:
                 span = replace(span, kind="head")
             if span.kind == "attend" and span.lane == "drive":

@@ -16,7 +16,7 @@
 # the command). Divergence tells policies apart with a few hundred answer tokens, where a dozen scores cannot.
 
 # %% tags=["parameters"]
-results = "kept/qwen2.5-coder-0.5b.csv"  # or fidelity.csv of your own `hillinfer eval --fidelity reference`
+results = None  # the kept ones; or fidelity.csv of your own `hillinfer eval --fidelity reference`
 question = "prefilled"  # exactly, with the document; or stepwise: fed through the system itself
 model = "embedded"  # for the last figures: or a folder, a GGUF file or a name on the hub
 alpha = 0.1
@@ -24,9 +24,10 @@ alpha = 0.1
 # %%
 import pandas as pd
 
+from hillinfer.assets import data_folder
 from hillinfer.workbench.evaluation import fidelity_figure
 
-table = pd.read_csv(results)
+table = pd.read_csv(results or data_folder("notebooks") / "kept" / "qwen2.5-coder-0.5b.csv")
 rows = table[table.question == question]
 samples, tokens = rows.samples.max(), rows.tokens.max()
 fidelity_figure(rows, f"{rows.model.iloc[0]}, {samples} LongBench rows, {tokens:,} answer tokens")

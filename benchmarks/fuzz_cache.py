@@ -36,7 +36,7 @@ CHOICES = {  # of settings, where the system has them
     "recent": [1, 3, 16],
     "sinks": [0, 4],
     "lookahead": [True, False, 0.5, "auto"],
-    "precision": ["int8", "int4"],
+    "precision": ["int8", "int4", "int2"],
     "placement": ["hits", "shared-hits", "lru"],
     "pinned": [0.0, 0.0, 0.1, 0.3],
     "engine": ["auto", "threads"],

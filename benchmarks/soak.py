@@ -82,7 +82,7 @@ def setting(rng: random.Random, drive: str) -> tuple[str, dict, bool]:
     exact = rng.random() < 0.4
     options = dict(alpha=1.0 if exact else rng.choice([0.1, 0.2, 0.5]), recent=rng.choice([1, 8, 16]))
     options["lookahead"] = rng.choice([True, False, "auto"])
-    options["precision"] = rng.choice(["int8", "int4"])
+    options["precision"] = rng.choice(["int8", "int4", "int2"])
     if found[name].needs_drive or rng.random() < 0.5:
         options["drive"] = drive
         options["placement"] = rng.choice(["hits", "shared-hits", "lru"])

@@ -70,7 +70,7 @@ class Settings:
     placement    ranking of the hot pool: `hits` (a counter per token and layer), `shared-hits` (the paper's single
                  table for all layers), or the control `lru`
     per_head     each KV head selects for itself; by default where all KV is in memory and the policy allows it
-    precision    int8 or int4 key codes; attention itself keeps the model's precision
+    precision    int8, int4 or int2 key codes (not int2 on a drive that scores); attention keeps the model's precision
     compress     share of the records read from an ssd in INT4, 0 to 1, or "auto": just enough that a layer's transfer
                  takes no longer than its computation. Lossy
     lookahead    score and read the next layer's tokens while a layer computes; changes no output. A fraction in (0, 1)
@@ -104,7 +104,7 @@ class Settings:
     pinned: float = 0.0
     placement: Literal["hits", "shared-hits", "lru"] = "hits"
     per_head: bool | None = None
-    precision: Literal["int8", "int4"] = "int8"
+    precision: Literal["int8", "int4", "int2"] = "int8"
     compress: float | str = 0.0
     lookahead: bool | float | str = "auto"
     stream: Literal[None, "host", "dual", "page-cache", "direct"] = None

@@ -50,6 +50,13 @@ class Growable:
     def truncate(self, n: int) -> None:
         self.n = min(self.n, n)
 
+    def drop(self, n: int) -> None:
+        """Forget the first n entries, and the spare capacity."""
+        if n:
+            with torch.inference_mode(False):
+                self.data = self.data.narrow(self.dim, n, self.n - n).clone()
+            self.n -= n
+
     def reorder(self, rows: torch.Tensor) -> None:
         """Select these rows of dimension 0, in this order."""
         rows = rows.to(self.data.device)

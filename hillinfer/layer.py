@@ -9,9 +9,9 @@ import torch
 
 from hillinfer import attention
 from hillinfer.errors import DriveError, UsageError
-from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.evaluator.ranks import head_ranks
+from hillinfer.evaluator.segments import KeyCodes, SegmentCodes, open_codes
 from hillinfer.run import Run
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.store import Store
@@ -27,7 +27,7 @@ class Layer:
         self.index, self.policy, self.run = index, policy, run
         self.track = Track(run.timeline, run.counters, index)
         self.store: Store | None = None
-        self.codes: KeyCodes | None = None
+        self.codes: KeyCodes | SegmentCodes | None = None
         self.guess: Future | None = None  # the selection for the coming step, being made
         self.pieces: list[int] = []  # tokens of each append: codes depend on them a little
         self.dims = (0, 0)  # channels of a key and of a value; the narrower is padded to a record's two equal halves
@@ -289,7 +289,7 @@ class Layer:
         self.run.start(geometry, tokens)
         self.store = self.run.open_store(self.track)
         if self.policy.needs_codes or self.store.scores_keys:
-            self.codes = KeyCodes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits)
+            self.codes = open_codes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits)
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 

@@ -151,7 +151,7 @@ def test_a_profile_that_cannot_be_used(prompt_file, drive, tmp_path):
     check(run(prompt_file, *words), "drive_kind emulated")
     check(run(prompt_file, *words, "--drive-kind", "emulated"), "hillinfer profile")
     check(run(prompt_file, "--drive", drive, "--drive-kind", "tape"), "ssd, emulated")
-    check(run(prompt_file, "--drive", drive, "--precision", "int2"), "int8, int4")
+    check(run(prompt_file, "--drive", drive, "--precision", "int3"), "int8, int4, int2")
 
 
 def test_profile_measures_and_writes(drive, prompt_file, tmp_path):

@@ -87,7 +87,7 @@ def test_the_folder_is_checked_once_for_a_cache(models, prompt, tmp_path, monkey
         (dict(checksums="yes"), "checksums is 'yes'; give true or false"),
         (dict(drive_kind="tape"), "no drive_kind 'tape'; choose ssd, emulated, xrt"),
         (dict(placement="best"), "no placement 'best'; choose hits"),
-        (dict(precision="int2"), "no precision 'int2'; choose int8, int4"),
+        (dict(precision="int3"), "no precision 'int3'; choose int8, int4, int2"),
         (dict(split="even"), "no split 'even'"),
         (dict(engine="aio"), "no engine 'aio'"),
         (dict(stream="all"), "no stream 'all'; choose None, host"),

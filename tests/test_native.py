@@ -23,6 +23,7 @@ from hillinfer import native
 from hillinfer.evaluator.boxes import bounds
 from hillinfer.evaluator.codes import TOP, KeyCodes, head_scores_reference, pack
 from hillinfer.evaluator.ranks import head_ranks_reference
+from hillinfer.evaluator.segments import SEGMENT, segment_scores_torch
 from hillinfer.evaluator.topk import merge_heads_reference, topk_reference
 from hillinfer.layer import NEVER
 from hillinfer.native import build as builder
@@ -72,6 +73,33 @@ def test_scores(isa, bits, group, dim, n, extreme, threads, seed):
         native.SPLIT = native_threads
     want = head_scores_reference(query, codes[:, :n])
     assert got.dtype == np.int32 and np.array_equal(got, want) and np.array_equal(some, want[:, rows])
+
+
+@given(
+    group=st.integers(1, 9),
+    dim=st.sampled_from([2, 16, 30, 64, 128, 1040]),
+    segments=st.integers(0, 5),
+    extreme=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+)
+@settings(**EACH)
+def test_scan(isa, group, dim, segments, extreme, threads, seed):
+    rng, n = np.random.default_rng(seed), segments * SEGMENT
+
+    def draw(*shape):
+        return torch.from_numpy(
+            (rng.choice([-127, 127], shape) if extreme else rng.integers(-127, 128, shape)).astype(np.int8)
+        )
+
+    query, ranges = draw(3, group, dim), draw(3, segments + 1, 2, dim).sort(2).values[:, :segments]
+    stored = (draw(3, n + 7, -(-dim // 16) * 4) | (-1 if extreme else 0))[:, :n]  # heads are further apart than n rows
+    out, native_split, native.SPLIT = np.zeros((3 * group, n + 5), np.int32), native.SPLIT, 64
+    try:
+        native.scan(query, stored, ranges, SEGMENT, out, threads)
+    finally:
+        native.SPLIT = native_split
+    assert np.array_equal(out[:, :n], segment_scores_torch(query, stored, ranges)) and not out[:, n:].any()
 
 
 @given(
@@ -133,6 +161,12 @@ def quantise(query=F32, scale=F32, out=None):
     return native.quantise_query(query, scale, torch.empty(2, 1, 16, dtype=torch.int8) if out is None else out)
 
 
+def scan(query=QUERY, stored=None, ranges=None, tokens=64, out=None):
+    stored = torch.zeros(2, 128, 4, dtype=torch.int8) if stored is None else stored
+    ranges = torch.zeros(2, 2, 2, 16, dtype=torch.int8) if ranges is None else ranges
+    return native.scan(query, stored, ranges, tokens, np.zeros((2, 128), np.int32) if out is None else out)
+
+
 def checksums(offset=0, address=BLOCKS.ctypes.data, length=BLOCK, sums=None, write=True):
     return native.checksums(write, [offset], [address], [length], np.zeros(2, np.uint32) if sums is None else sums)
 
@@ -173,6 +207,10 @@ WRONG = [
     (quantise, ValueError, dict(query=F32[:, :, :8]), dict(scale=F32[:1])),
     (quantise, ValueError, dict(out=torch.empty(2, 1, 32, dtype=torch.int8)[:, :, ::2])),
     (quantise, TypeError, dict(query=F32.bfloat16()), dict(out=F32.clone())),
+    (scan, ValueError, dict(tokens=32), dict(tokens=128), dict(stored=torch.zeros(2, 128, 8, dtype=torch.int8))),
+    (scan, ValueError, dict(ranges=torch.zeros(2, 1, 2, 16, dtype=torch.int8)), dict(out=np.zeros((2, 127), np.int32))),
+    (scan, ValueError, dict(out=np.zeros((3, 128), np.int32)), dict(query=I8[:, ::5])),
+    (scan, TypeError, dict(query=F32), dict(out=np.zeros((2, 128), np.float32))),
     (checksums, ValueError, dict(offset=-BLOCK), dict(offset=2 * BLOCK), dict(offset=1), dict(address=0)),
     (checksums, ValueError, dict(length=BLOCK - 1), dict(length=3 * BLOCK), dict(length=2**62)),
     (checksums, ValueError, dict(sums=READ_ONLY)),
@@ -194,7 +232,7 @@ def test_a_wrong_call_is_an_error(call, error, given):
         call(**given)
 
 
-@pytest.mark.parametrize("call", [score, attend, judge, copy, encode, quantise, checksums])
+@pytest.mark.parametrize("call", [score, attend, judge, copy, encode, quantise, scan, checksums])
 def test_the_right_call_is_none(call):
     call()
 

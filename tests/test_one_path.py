@@ -40,7 +40,7 @@ def same(one, other) -> bool:
 
 @needs_kernels
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "int2"])
 @pytest.mark.parametrize("drive", [False, True])
 def test_kernels_select_the_same_tokens(run, monkeypatch, tmp_path, family, precision, drive):
     options = dict(precision=precision, batch=2)

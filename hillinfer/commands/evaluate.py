@@ -39,7 +39,7 @@ def evaluate(
     drive: Annotated[Path | None, typer.Option(help="By default --out; on a cluster, a temporary folder.")] = None,
     drive_kind: Annotated[str | None, typer.Option(help="ssd or emulated.")] = None,
     host_budget: HostBudget = None,
-    precision: Annotated[str | None, typer.Option(help="Precision of the key codes: int8 or int4.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Precision of the key codes: int8, int4 or int2.")] = None,
     dtype: Dtype = "auto",
     prefill_chunk: PrefillChunk = None,
     share_prefill: Annotated[bool, typer.Option(help="One prefill for all systems of a sample.")] = True,

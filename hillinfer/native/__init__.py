@@ -22,6 +22,7 @@ _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "hi_isas": (_I, []),
     "hi_score": (_I, [_I, _I, _P, _L, _L, _P, _I, _I, _I, _P, _L, _P, _L, _I]),
+    "hi_scan": (None, [_I, _P, _L, _P, _L, _L, _L, _P, _I, _I, _I, _P, _L, _I]),
     "hi_topk": (_L, [_I, _P, _L, _L, _P]),
     "hi_merge": (_L, [_I, _P, _L, _I, _L, _L, _P, _I]),
     "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, ctypes.c_float, _P, _P, _I]),
@@ -126,6 +127,23 @@ def score(query, stored, bits: int, positions: np.ndarray | None = None, threads
     shape = heads, group, dim, pointer(positions), n, pointer(out), n, _share(heads * n * dim * bits // 8, threads)
     _check(library.hi_score(library.isa, bits, pointer(stored), by_head, held, asked, *shape), f"positions < {held}")
     return out
+
+
+def scan(query, codes, ranges, tokens: int, out: np.ndarray, threads: int = 1) -> None:
+    """As `evaluator.segments.segment_scores_torch`, into the first n columns of out, int32 (Hkv*G, n or more). Segments
+    have `tokens`, a multiple of 64.
+    """
+    heads, group, dim = query.shape
+    (by_head,), n = code_rows(codes, [heads], -(-dim // 16) * 16, 2)
+    (apart,), pairs = code_rows(ranges.flatten(1, 2), [heads], dim, 8)
+    if tokens % 64 or n % tokens or pairs != n // tokens * 2 or len(out) != heads * group or out.shape[1] < n:
+        raise ValueError(
+            f"{n} codes, ranges {tuple(ranges.shape)} and scores {out.shape} do not fit {tokens} to a segment"
+        )
+    stored = pointer(codes), by_head // 4, pointer(ranges), apart, n // tokens, tokens
+    asked, write = address(query, "int8", heads * group * dim), address(out, "int32", out.size, True)
+    share = _share(heads * n * dim // 4, threads)
+    library.hi_scan(library.isa, *stored, asked, heads, group, dim, write, out.shape[1], share)
 
 
 def topk(scores: np.ndarray, k: int) -> np.ndarray:

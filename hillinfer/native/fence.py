@@ -75,7 +75,7 @@ def code_rows(stored, lead: list[int], dim: int, bits: int) -> tuple[tuple[int, 
     """Strides in bytes and tokens n of codes int8 (*lead, n, D*bits/8), whose rows are contiguous in host memory."""
     plain, (row, odd) = isinstance(stored, np.ndarray), divmod(dim * bits, 8)
     strides, (*dims, n, width) = stored.strides if plain else stored.stride(), stored.shape
-    if bits not in (4, 8) or odd or not 0 < dim <= MAX_CODED or not (plain or stored.is_cpu):
+    if bits not in (2, 4, 8) or odd or not 0 < dim <= MAX_CODED or not (plain or stored.is_cpu):
         raise ValueError(f"no codes of {dim} channels in {bits} bits, or not in host memory")
     if NAMES[stored.dtype] != "int8" or dims != lead or width != row or strides[-2:] != (row, 1):
         raise ValueError(

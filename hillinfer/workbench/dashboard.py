@@ -89,7 +89,7 @@ class Workbench:
         self.system = dropdown("system", list(list_systems()), "hillinfer")
         self.alpha = control(w.FloatSlider, "alpha", value=0.2, min=0.02, max=1, step=0.02, readout_format=".2f")
         self.budget = control(w.Text, "host budget", placeholder="default, or 4MiB")
-        self.precision = dropdown("key codes", ["int8", "int4"], "int8")
+        self.precision = dropdown("key codes", ["int8", "int4", "int2"], "int8")
         self.exact = dropdown("decoding", {"the system's": False, "exact: verified by all KV": True}, False)
         self.kind = dropdown("drive kind", {"an SSD": "ssd", "emulated SmartSSD": "emulated"}, "ssd")
         self.pacing = dropdown("pacing", {"unlimited": False, "a SmartSSD's rates": True}, False)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from hillinfer.config import Settings
+from hillinfer.errors import UsageError
 from hillinfer.pipeline.pool_size import pool_tokens
 from hillinfer.run import Run
 from hillinfer.systems.hillinfer import cec
@@ -30,6 +31,8 @@ class ScoringRun(Run):
     @classmethod
     def check_settings(cls, settings: Settings) -> None:
         super().check_settings(settings)
+        if settings.bits == 2 and cls.store.scores_keys:
+            raise UsageError("a drive scores int8 and int4 key codes only: choose one with --precision, or an ssd")
         if settings.profile is not None:
             Profile.load(settings.profile).speeds(BLOCK)  # raises if it cannot be used, at any size
         if settings.drive_kind == "xrt":

@@ -158,10 +158,9 @@ def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
     heads, n = scores.shape
     if not heads:
         raise ValueError("scores of no head")
-    if scores.strides[1] != 4 or scores.strides[0] % 4:
-        scores = np.ascontiguousarray(scores)
+    scores = np.ascontiguousarray(scores)
     out, first = np.empty(min(k, n), np.int64), address(scores[0], "int32", n)
-    shape = scores.strides[0] // 4, heads, n, len(out), pointer(out), _share(scores.nbytes, threads)
+    shape = n, heads, n, len(out), pointer(out), _share(scores.nbytes, threads)
     _check(library.hi_merge(library.isa, first, *shape))
     return out
 
@@ -172,8 +171,7 @@ def attend(
     """Attention of queries fp32 (B, H, D), each over the records K (Hkv, D), V (Hkv, D) of its row, into out fp32
     (B, H, D), and the logsumexp of the scaled logits into lse fp32 (B, H). All contiguous.
 
-    rows  per query, record addresses int64 (n,), or (first address, stride in bytes, n) for evenly spaced records;
-          the caller keeps the memory alive
+    rows  per query, addresses int64 (n,), or (first, stride in bytes, n); the caller keeps the memory alive
     side  bytes from a record's keys to its values; None: the values follow the keys
     softcap  c > 0 turns each logit x into c * tanh(x / c)
     """

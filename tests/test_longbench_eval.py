@@ -70,15 +70,17 @@ def test_decoded_exactly_every_answer_is_that_of_full(place, common):
     hillinfer(*common, "--exact", "--systems", "h2o", "--out", place / "never", code=2)
 
 
-@pytest.mark.parametrize("system", list(list_systems()))
-def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system):
+@pytest.mark.parametrize(
+    ("system", "options"), [*((name, {}) for name in list_systems()), ("h2o", {"per_head": False})], ids=str
+)
+def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system, options):
     """A policy that observes the prefill must declare it (`Policy.watches`); it then observes the shared one."""
     variants = sweep.variants_of([system], [0.1, 0.4], {})
     task = find_task("needle_1k")
     record = report_record(task)
     answers = {}
     for share in (True, False):
-        settings = EvalSettings(share_prefill=share, max_length=600)
+        settings = EvalSettings(share_prefill=share, max_length=600, options=tuple(options.items()))
         job = Job("m", model_path(str(place / "model")), task, record, tuple(variants), settings, str(place))
         results = run_job(job)
         assert {row["shared"] for row in results} == {share and len(variants) > 1}

@@ -40,6 +40,7 @@ def evaluate(
     drive_kind: Annotated[str | None, typer.Option(help="ssd or emulated.")] = None,
     host_budget: HostBudget = None,
     precision: Annotated[str | None, typer.Option(help="Precision of the key codes: int8, int4 or int2.")] = None,
+    per_head: Annotated[bool, typer.Option(help="In memory, each KV head selects for itself.")] = True,
     dtype: Dtype = "auto",
     prefill_chunk: PrefillChunk = None,
     share_prefill: Annotated[bool, typer.Option(help="One prefill for all systems of a sample.")] = True,
@@ -62,6 +63,7 @@ def evaluate(
         raise UsageError("without answers there is nothing to measure: add --fidelity reference")
     options = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
     options = {name: value for name, value in options.items() if value is not None}
+    options |= {} if per_head else {"per_head": False}
     for value in (alphas := split_list(alpha, float)):
         Settings(alpha=value, **options)  # refuse bad input before torch loads
     check_folder(drive)

@@ -108,7 +108,8 @@ class Asker:
         able = [v for v in job.variants if (policy := self.policies[v]).watches or policy.late]
         self.sharing = {*able, FULL} if job.settings.share_prefill and (len(able) > 1 or job.settings.fidelity) else ()
         watchers = [policy for variant, policy in self.policies.items() if variant in self.sharing and policy.watches]
-        self.source, self.seconds = Prefilled(model.config, watchers), 0.0
+        apart = dict(job.settings.options).get("per_head", True)
+        self.source, self.seconds = Prefilled(model.config, watchers, apart), 0.0
 
     def groups(self, variants: list[Variant], prompt: Prompt) -> list[list[Variant]]:
         """Variants that decode together: as many as half of the free memory holds, one if times are to be measured."""
@@ -217,7 +218,7 @@ def cache_for(model, job: Job, variant: Variant):
     if list_systems()[variant.system].needs_drive:
         options["drive"] = job.drive or tempfile.gettempdir()
     else:
-        options = {name: value for name, value in options.items() if name in ("alpha", "precision")}
+        options = {name: value for name, value in options.items() if name in ("alpha", "precision", "per_head")}
     return make_cache(model, variant.system, **options)
 
 

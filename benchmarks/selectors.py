@@ -91,31 +91,12 @@ class Turns(Exact):
         return merge_heads((best * 2**16).round().to(torch.int32).numpy(), k)
 
 
-class Coded(LogProbability):
-    """The package's rule on keys in a few bits, around a zero point or none; scales are those of the first keys."""
-
-    bits, centred = 4, True
-
-    def append(self, keys):
-        keys = keys.float()
-        if self.keys is None:
-            low, high = keys.amin(2, keepdim=True), keys.amax(2, keepdim=True)
-            self.zero = (low + high) / 2 * self.centred
-            top = 2 if self.bits == 2 else 2 ** (self.bits - 1) - 1  # 2 bits: four levels, none of them zero
-            self.scale = (keys - self.zero).abs().amax(2, keepdim=True) / top
-        keys = (keys - self.zero) / self.scale
-        top = 2 ** (self.bits - 1)
-        keys = keys.floor().clamp(-top, top - 1) + 0.5 if self.bits == 2 else keys.round().clamp(1 - top, top - 1)
-        super().append(keys * self.scale)
-
-
-RULES = {"coded keys (topk)": POLICIES["topk"], "log-probability": LogProbability, "mass": Mass, "squares": Squares}
-RULES |= {"group's best": GroupBest, "turns": Turns, "highest weight (oracle)": POLICIES["oracle"]}
-APART = ["coded keys (topk)", "log-probability", "mass", "highest weight (oracle)"]  # also each KV head for itself
-for bits in (4, 2):
-    for centred in (False, True):
-        name = f"{bits} bits, {'a zero point' if centred else 'symmetric'}"
-        RULES[name] = type("Coded", (Coded,), {"bits": bits, "centred": centred, "__doc__": name})
+CODED = "coded keys (topk)"
+EXACT = {"log-probability": LogProbability, "mass": Mass, "squares": Squares, "group's best": GroupBest, "turns": Turns}
+RULES = {CODED: POLICIES["topk"]} | EXACT | {"highest weight (oracle)": POLICIES["oracle"]}
+PRECISIONS = {f"{CODED}, {name}": name for name in ("int4", "int2")}
+RULES |= dict.fromkeys(PRECISIONS, POLICIES["topk"])
+APART = [CODED, "log-probability", "mass", "highest weight (oracle)"]  # also each KV head for itself
 
 
 ALL = [*((rule, False) for rule in RULES), *((rule, True) for rule in APART)]
@@ -139,7 +120,8 @@ def measure(
         caches = []
         for rule, alpha, apart in ways:
             policy = RULES.get(rule, POLICIES["full"])
-            cache = TieredCache(model.config, policy, Settings(alpha=alpha, per_head=apart))
+            options = dict(alpha=alpha, per_head=apart, precision=PRECISIONS.get(rule, "int8"))
+            cache = TieredCache(model.config, policy, Settings(**options))
             caches.append(stack.enter_context(cache))
             source.fill(caches[-1], model.device)
         gold = None if own else reference_ids(tokenizer, task, prompt, record["answers"])

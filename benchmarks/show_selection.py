@@ -18,9 +18,10 @@ from hillinfer.loading import load_model
 from hillinfer.longbench.sources import load_all
 
 OUT = Path("out/selection")
-LAYER, APART, MASS, TURNS = "coded keys (topk)", "coded keys (topk), per KV head", "mass", "turns"
+LAYER, APART, MASS, TURNS = selectors.CODED, f"{selectors.CODED}, per KV head", "mass", "turns"
+COARSE = f"{selectors.CODED}, int2"
 EXACT_APART = "log-probability, per KV head"
-KINDS = [(LAYER, False), (MASS, False), (TURNS, False), (LAYER, True), ("log-probability", True)]
+KINDS = [(LAYER, False), (COARSE, False), (MASS, False), (TURNS, False), (LAYER, True), ("log-probability", True)]
 SETTINGS = ((False, False), (False, True), (True, False))  # question stepwise, own answers
 ALPHAS = [0.1, 0.2]
 TOKENS = 7500
@@ -66,6 +67,9 @@ def claims_of(name: str, frame: pd.DataFrame) -> list[Claim]:
     for setting in ("exact", "stepwise"):
         claim("KL over that of heads that take turns", setting, 0.1, LAYER, TURNS, 0.5)
         claim("KL over that of the exact mass choice", setting, 0.1, LAYER, MASS, 1.0)
+        for alpha in ALPHAS:
+            claim("KL of 2-bit codes over that of INT8's", setting, alpha, COARSE, LAYER, 1.35)
+        claim("2-bit codes: KL over that of heads that take turns", setting, 0.1, COARSE, TURNS, 1.0)
         claim("per KV head in memory: KL over that of the exact choice", setting, 0.1, APART, EXACT_APART, 1.15)
     for answer, bar in (("own", 0.985), ("reference", 0.91)):
         row = table.query("question == 'exact' and answer == @answer and alpha == 0.1 and rule == @LAYER").iloc[0]

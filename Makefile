@@ -12,7 +12,7 @@ EXTRAS = dev,lab
 PIP = $(BIN)/pip install -q --no-compile -c constraints.txt
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # on all cores, where pip uses one
 
-.PHONY: demo install test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-real show-speed bench trees families pretrained
+.PHONY: demo install test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-real show-exact show-store show-selection show-speed bench trees families pretrained
 
 demo: $(VENV)/.ready ## offline, in seconds; MODEL=FOLDER_OR_HUB_ID asks a real model, in minutes
 	$(BIN)/hillinfer demo $(if $(MODEL),--model $(MODEL))
@@ -117,6 +117,15 @@ families: $(VENV)/.ready ## docs/families.md: every decoder family of transforme
 
 show-real: $(VENV)/.longbench ## every claim about real models: MODELS=FOLDER ROWS=FOLDER; hours the first time, PARTS=gguf,one,... for some
 	$(BIN)/python -m benchmarks.show_real $(MODELS) $(ROWS) $(if $(PARTS),--parts $(PARTS))
+
+show-exact: $(VENV)/.longbench ## every claim about exact decoding: MODELS=FOLDER ROWS=FOLDER DRIVE=FOLDER on the drive; two hours, PARTS=equal,... for some
+	$(BIN)/python -m benchmarks.show_exact $(MODELS) $(ROWS) $(DRIVE) $(if $(PARTS),--parts $(PARTS))
+
+show-store: $(VENV)/.ready ## every claim about the prefix store: MODELS=FOLDER of real models; PARTS=processes,real,8k,... for some
+	$(BIN)/python -m benchmarks.show_store $(MODELS) $(if $(PARTS),--parts $(PARTS))
+
+show-selection: $(VENV)/.longbench ## every claim about selection on real models: MODELS=FOLDER ROWS=FOLDER; hours the first time
+	$(BIN)/python -m benchmarks.show_selection $(MODELS) $(ROWS) $(if $(PARTS),--parts $(PARTS))
 
 show-speed: $(VENV)/.ready ## every claim about speed; DRIVE=FOLDER on the drive, 35 GB free; PARTS=micro,overhead,... for some
 	$(BIN)/python -m benchmarks.show_speed

@@ -72,7 +72,7 @@ def step_ms(folder: Path, n: int, share: float, alpha: float, rate: float = math
         for _ in range(REPEATS + 1):
             query, unit = codes.query(torch.randn(HEADS * GROUP, DIM), 0)
             start = time.perf_counter()
-            score = paced(lambda hot, query=query: codes.scores(query, 0, hot), rate)
+            score = paced(lambda hot, query=query: codes.scorer(query, 0)(hot), rate)
             scores = store.scores(0, query, score, codes.nbytes)
             best = topk(head_ranks(scores, np.repeat(unit * DIM**-0.5, GROUP)), int(alpha * n))
             store.fetch(0, np.sort(best))

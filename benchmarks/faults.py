@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import hillinfer
 from benchmarks.faulty_drive import COUNTS, FAULTS, FaultyDrive
@@ -52,7 +52,7 @@ def places() -> dict[str, dict]:
                 if settings.compress:
                     chosen["compress"] = 0.5  # "auto" is not bit-reproducible
                 found[f"{name}, {kind}"] = chosen
-    return found
+    return found | {"hillinfer, ssd, exact": found["hillinfer, ssd"]}
 
 
 @dataclass
@@ -80,15 +80,15 @@ class Outcome:
         return "error"
 
 
-class Watch(LogitsProcessor):
+class Watch(StoppingCriteria):
     """Records each token as soon as it is generated."""
 
     def __init__(self):
         self.tokens: list[int] = []
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids, scores, **kwargs):
         self.tokens = input_ids[0, PROMPT:].tolist()
-        return scores
+        return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
 @dataclass
@@ -122,9 +122,9 @@ class Bench:
         faulty.install_everywhere()
         try:
             with hillinfer.make_cache(self.model, name, **options) as cache:
-                chosen = dict(max_new_tokens=NEW, do_sample=False)
-                steps = LogitsProcessorList([watch])
-                out = self.model.generate(self.ids, past_key_values=cache, logits_processor=steps, **chosen)
+                chosen = dict(max_new_tokens=NEW, do_sample=False, stopping_criteria=StoppingCriteriaList([watch]))
+                chosen |= {"custom_generate": hillinfer.exact} if place.endswith("exact") else {}
+                out = self.model.generate(self.ids, past_key_values=cache, **chosen)
                 watch.tokens = out[0, PROMPT:].tolist()
         except Exception as raised:
             error = raised.with_traceback(None)

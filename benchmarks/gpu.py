@@ -75,7 +75,7 @@ def decode(model: LlamaForCausalLM, system: str, n: int, batch: int, folder: Pat
         row = {"system": system, "tokens": n, "batch": batch, "ms": middle, "ms_low": low, "ms_high": high}
         row["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6 if gpu else 0.0
         if system != "offloaded":
-            last = [span for span in cache.timeline.spans if span.step > cache.run.step - STEPS]
+            last = [span for span in cache.timeline.spans if span.step > cache.timeline.step - STEPS]
             moved = sum(span.bytes for span in last if span.lane == "drive" and span.kind != "write")
             row["drive_mb"] = moved / STEPS / 1e6
         return row

@@ -94,7 +94,7 @@ def traffic(cache, steps: int) -> dict:
     if isinstance(cache, DynamicCache):
         return {"drive_mb": 0.0, "pool_hits": 0.0}
     rows = cache.counters.rows[-steps * len(cache.layers) :]
-    spans = [span for span in cache.timeline.spans if span.lane == "drive" and span.step > cache.run.step - steps]
+    spans = [span for span in cache.timeline.spans if span.lane == "drive" and span.step > cache.timeline.step - steps]
     far = sum(row.host + row.drive for row in rows)
     moved = sum(span.bytes for span in spans if span.kind != "write")
     return {"drive_mb": moved / steps / 1e6, "pool_hits": sum(row.host for row in rows) / far if far else 0.0}

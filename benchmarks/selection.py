@@ -63,7 +63,7 @@ class Study:
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Selected keys (Hkv, n) bool, each head's best keys by codes (Hkv, n) bool, and their number per head."""
         settings, (coded, unit) = self.settings, codes.query(query, 0)
-        every = codes.scores(coded, 0)
+        every = codes.scorer(coded, 0)(None)
         steps = np.repeat(unit * np.float32(scaling), coded.shape[1])
         groups = np.split(every, len(coded)), np.split(steps, len(coded))
         scores = np.stack([head_ranks(*group) for group in zip(*groups, strict=True)])  # (Hkv, n)

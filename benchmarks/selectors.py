@@ -35,6 +35,7 @@ class Exact(Policy):
     """The device window, and the tokens with the highest `rank` by exact logits (Hkv, G, n)."""
 
     needs_codes = False
+    per_head = True
     keys = None
 
     def append(self, keys: torch.Tensor) -> None:
@@ -87,40 +88,56 @@ class Turns(Exact):
         return -(turn * len(turn) + torch.arange(len(turn), device="cpu")[:, None]).amin(0)
 
 
-CODED = {f"coded keys (topk), {name}": (POLICIES["topk"], {"precision": name}) for name in ("int8", "int4", "int2")}
+CODED = "coded keys (topk)"
 EXACT = {"log-probability": LogProbability, "mass": Mass, "squares": Squares, "group's best": GroupBest, "turns": Turns}
-SYSTEMS = {name: POLICIES[name] for name in ("oracle", "quest", "infinigen")} | {"leoam": LeoAM}
-RULES = {"full": (POLICIES["full"], {})} | CODED | {name: (kind, {}) for name, kind in (EXACT | SYSTEMS).items()}
+RULES = {CODED: POLICIES["topk"]} | EXACT | {"highest weight (oracle)": POLICIES["oracle"]}
+PRECISIONS = {f"{CODED}, {name}": name for name in ("int4", "int2")}
+RULES |= dict.fromkeys(PRECISIONS, POLICIES["topk"]) | {"leoam": LeoAM}
+RULES |= {name: POLICIES[name] for name in ("quest", "infinigen")}
+APART = [CODED, "log-probability", "mass", "highest weight (oracle)", "quest", "infinigen"]  # each KV head for itself
+ALL = [*((rule, False) for rule in RULES if rule != "infinigen"), *((rule, True) for rule in APART)]
 
 
-def measure(model, tokenizer, task, record: dict, rules: list[str], alphas: list[float], tokens: int) -> list[dict]:
-    """A row for each rule and alpha on one record."""
+def measure(
+    model, tokenizer, task, record: dict, alphas: list[float], tokens: int, kinds=ALL, stepwise=False, own=False
+) -> list[dict]:
+    """A row for each rule and alpha on one record.
+
+    kinds     rules, and whether each KV head selects for itself
+    stepwise  the question goes through the rules as well; otherwise it is prefilled exactly
+    own       the answer is the full cache's own greedy one; otherwise the reference
+    """
     prompt = prompt_of(task, record, model.config, tokenizer, tokens)
-    ids = prompt.ids
-    ways = [("full", 1.0), *((rule, alpha) for alpha in alphas for rule in rules)]
+    ids, exact = prompt.ids, prompt.document if stepwise else len(prompt.ids) - 1
+    ways = [("full", 1.0, False), *((rule, alpha, apart) for alpha in alphas for rule, apart in kinds)]
     with torch.inference_mode(), ExitStack() as stack:
-        source = Prefilled(model.config, {RULES[rule][0] for rule in rules if RULES[rule][0].watches})
-        feed(model, source, ids[:-1], CHUNK)
+        source = Prefilled(model.config, {RULES[rule] for rule, _ in kinds if RULES[rule].watches})
+        feed(model, source, ids[:exact], CHUNK)
         caches = []
-        for rule, alpha in ways:
-            policy, options = RULES[rule]
-            caches.append(stack.enter_context(TieredCache(model.config, policy, Settings(alpha=alpha, **options))))
+        for rule, alpha, apart in ways:
+            policy = RULES.get(rule, POLICIES["full"])
+            options = dict(alpha=alpha, per_head=apart, precision=PRECISIONS.get(rule, "int8"))
+            cache = TieredCache(model.config, policy, Settings(**options))
+            caches.append(stack.enter_context(cache))
             source.fill(caches[-1], model.device)
-        found = force(model, caches, ids[-1:], reference_ids(tokenizer, task, prompt, record["answers"]))
+        gold = None if own else reference_ids(tokenizer, task, prompt, record["answers"])
+        found = force(model, caches, ids[exact:], gold)
     common = {"task": task.name, "id": record["_id"], "prompt": len(ids)}
+    common |= {"question": "stepwise" if stepwise else "exact", "answer": "own" if own else "reference"}
     return [
-        common | {"rule": rule, "alpha": alpha, "tokens": len(each.kl), "kl": np.mean(each.kl)}
-        | {"agree": np.mean(each.agree), "mass": each.mass}
-        for (rule, alpha), each in zip(ways, found, strict=True)
+        common | {"rule": f"{rule}, per KV head" if apart else rule, "alpha": alpha, "tokens": len(each.kl)}
+        | {"kl": np.mean(each.kl), "agree": np.mean(each.agree), "mass": each.mass}
+        for (rule, alpha, apart), each in zip(ways, found, strict=True)
     ]  # fmt: skip
 
 
 def table_of(rows: list[dict]) -> pd.DataFrame:
-    """Means over answer tokens, by rule and alpha."""
+    """Means over answer tokens, by setting, alpha and rule."""
     frame = pd.DataFrame(rows)
     for name in ("kl", "agree", "mass"):
         frame[name] *= frame.tokens
-    sums = frame.groupby(["alpha", "rule"], sort=False)[["tokens", "kl", "agree", "mass"]].sum()
+    keys = ["question", "answer", "alpha", "rule"]
+    sums = frame.groupby(keys, sort=False)[["tokens", "kl", "agree", "mass"]].sum()
     return sums[["kl", "agree", "mass"]].div(sums.tokens, axis=0).assign(tokens=sums.tokens).reset_index()
 
 
@@ -132,16 +149,18 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1, help="rows of each task, shortest first")
     parser.add_argument("--tokens", type=int, default=7500, help="longest prompt")
     parser.add_argument("--alpha", default="0.1,0.05")
-    parser.add_argument("--rules", default="", help="words in the names of the rules to try: `int,oracle`; all without")
+    parser.add_argument("--rules", default="", help="words in the names of the rules to try: `int2,mass`; all without")
+    parser.add_argument("--stepwise", action="store_true", help="the question goes through the rules as well")
+    parser.add_argument("--own", action="store_true", help="the full cache's own answers, not the references")
     parser.add_argument("--out", type=Path, default=Path("out/selectors.jsonl"))
     words = parser.parse_args()
     alphas, rows = [float(alpha) for alpha in words.alpha.split(",")], []
-    rules = [rule for rule in RULES if rule != "full" and any(word in rule for word in words.rules.split(","))]
+    kinds = [kind for kind in ALL if any(word in kind[0] for word in words.rules.split(","))]
     model, tokenizer = load_model(words.model)
     words.out.parent.mkdir(parents=True, exist_ok=True)
     for task, records, _ in load_all(words.tasks.split(","), [words.rows], "main"):
         for record in sorted(records, key=lambda record: len(record["context"]))[: words.n]:
-            rows += measure(model, tokenizer, task, record, rules, alphas, words.tokens)
+            rows += measure(model, tokenizer, task, record, alphas, words.tokens, kinds, words.stepwise, words.own)
             words.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             print(f"{task.name}, {rows[-1]['prompt']:,} tokens", flush=True)
     print(table_of(rows).to_string(index=False, float_format="%.4f"))

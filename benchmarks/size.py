@@ -6,8 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "hillinfer"
 # The core shared by all systems: ground floor, cache, tiers, selection and pipeline, without the papers' systems and
 # without what models need (`models`).
-CORE = ("__init__", "__main__", "assets", "attention", "cache", "config", "errors", "files", "growable", "layer", "run")
-CORE += ("timeline", "evaluator", "native", "pipeline", "tiers")
+CORE = ("__init__", "__main__", "assets", "attention", "cache", "config", "errors", "files", "growable", "heads")
+CORE += ("layer", "run", "timeline", "evaluator", "native", "pipeline", "tiers")
 APART = ("workbench", "longbench")  # not counted in the package's size
 
 

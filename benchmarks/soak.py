@@ -87,7 +87,8 @@ def setting(rng: random.Random, drive: str) -> tuple[str, dict, bool]:
         options["drive"] = drive
         options["placement"] = rng.choice(["hits", "shared-hits", "lru"])
         options["engine"] = rng.choice(["auto", "threads"])
-        scores = found[name].drive_kind is None and "stream" not in found[name].own and found[name].policy.needs_codes
+        own = found[name].settings | found[name].fixed
+        scores = own.keys().isdisjoint(("drive_kind", "stream")) and found[name].policy.needs_codes
         if scores and rng.random() < 0.3:
             options["drive_kind"] = "emulated"
     if name == "leoam":

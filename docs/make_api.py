@@ -9,6 +9,8 @@ import hillinfer
 
 OTHER = {  # module: its names that notebooks and how-to pages use
     "hillinfer.timeline": ["Timeline", "Counters", "Hits", "Span"],
+    "hillinfer.prefix_store.blocks": ["PrefixStore"],
+    "hillinfer.prefix_store.keeper": ["Keeper", "Report"],
     "hillinfer.workbench.observe": ["AttentionRecord", "AttentionSnapshot"],
     "hillinfer.systems.hillinfer.profile": ["Profile", "Rate"],
     "hillinfer.whatif.devices": ["find_profile", "list_profiles"],

@@ -2,7 +2,8 @@
 several tokens over KV that comes in parts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -103,8 +104,9 @@ def over_parts(
             total = grouped.new_zeros((*grouped.shape[:3], 1))
             top = torch.full_like(total, torch.finfo(torch.float32).min)
         scores = grouped @ keys.transpose(2, 3)
-        hidden = ~visible[..., start : start + n].unsqueeze(1)  # (B, 1, 1, q, n)
-        scores.view(batch, kv_heads, -1, rows, n).masked_fill_(hidden, torch.finfo(torch.float32).min)
+        shown = visible[..., start : start + n].unsqueeze(1)  # (B, 1, 1, q, n)
+        if not shown.all():
+            scores.view(batch, kv_heads, -1, rows, n).masked_fill_(~shown, torch.finfo(torch.float32).min)
         higher = torch.maximum(top, scores.amax(3, keepdim=True))
         weights = scores.sub_(higher).exp_()
         fade = (top - higher).exp_()
@@ -139,3 +141,36 @@ def padded(part: torch.Tensor, dim: int) -> torch.Tensor:
 def narrowed(part: torch.Tensor, dim: int) -> torch.Tensor:
     """(..., D) without the zeros."""
     return part if part.shape[-1] == dim else part[..., :dim]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What an observer sees of a decode step in one layer: the first sequence; its KV heads one by one, if they select
+    apart.
+
+    query    (H, D)
+    keys     (k, Hkv, D), at least those at `pick`
+    pick     the attended positions (k,), or None for all n
+    visible  (n,) bool, False for padding; None without padding
+    """
+
+    layer: int
+    step: int
+    query: torch.Tensor
+    keys: torch.Tensor
+    pick: np.ndarray | None
+    n: int
+    scaling: float
+    visible: torch.Tensor | None
+    all_keys: Callable[[], torch.Tensor]  # (n, Hkv, D); reads all KV
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.arange(self.n) if self.pick is None else self.pick
+
+    def weights(self, exact: bool) -> np.ndarray:
+        """Softmax weights without a soft cap, float32 (H, n) if `exact`, else (H, k) over the attended tokens."""
+        if exact:
+            return attention_weights(self.query, self.all_keys(), self.scaling, self.visible)
+        shown = None if self.visible is None else self.visible[torch.from_numpy(self.positions).to(self.visible.device)]
+        return attention_weights(self.query, self.keys[: len(self.positions)], self.scaling, shown)

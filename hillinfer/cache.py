@@ -11,6 +11,7 @@ from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.evaluator.policies import Full, TopK
 from hillinfer.evaluator.policy import Policy
+from hillinfer.heads import HeadsLayer
 from hillinfer.layer import Layer
 from hillinfer.models.layers import TieredLayer, exact_layer
 from hillinfer.models.lookahead import look_ahead
@@ -48,12 +49,13 @@ class TieredCache(Cache):
         check_selects(self.support, config, policy.selects, settings.alpha)
         policy = Full if self.support.exact else policy
         self.config, self.run = config, run(settings, len(self.support.tiered), policy)
+        kind = HeadsLayer if policy.per_head and self.run.settings.selects_apart else Layer
         for order, index in enumerate(self.support.tiered):
-            layer = Layer(order, policy(), self.run)
+            layer = kind(order, policy(), self.run)
             layers[index] = exact_layer(layers[index], layer) if self.support.exact else TieredLayer(layer)
         super().__init__(layers=layers)
-        self._hooks: list = []
-        weakref.finalize(self, _release, self.run, self._hooks)
+        self.hooks: list = []
+        weakref.finalize(self, _release, self.run, self.hooks)
 
     @property
     def tiered(self) -> list[Layer]:
@@ -70,7 +72,7 @@ class TieredCache(Cache):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Look one layer ahead in each decode step, by hooks on the model's decoder layers until `close`."""
-        self._hooks += look_ahead(self, model)
+        self.hooks += look_ahead(self, model)
 
     def why_split(self) -> str:
         """Where the KV is and why, in one line; and which layers are not tiered."""
@@ -101,7 +103,7 @@ class TieredCache(Cache):
     def close(self) -> None:
         """Free memory, threads, hooks and the drive's space. The record of the run stays."""
         self.reset()
-        _release(self.run, self._hooks)
+        _release(self.run, self.hooks)
 
     def __enter__(self) -> "TieredCache":
         return self
@@ -117,7 +119,7 @@ class TieredCache(Cache):
                 "a cache on a drive cannot be copied: keep its document with save_session once, and open it with "
                 "open_session for each copy"
             )
-        memo |= {id(self): new, id(run.owner): type(run.owner)(run.layers), id(self._hooks): []}
+        memo |= {id(self): new, id(run.owner): type(run.owner)(run.layers), id(self.hooks): []}
         memo |= {id(shared): shared for shared in (self.config, run.observer)}
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
             vars(new).update(copy.deepcopy(vars(self), memo))

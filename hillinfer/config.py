@@ -69,6 +69,7 @@ class Settings:
     pinned       share of the tokens, newest first, that never leave the hot pool; alpha in HillInfer
     placement    ranking of the hot pool: `hits` (a counter per token and layer), `shared-hits` (the paper's single
                  table for all layers), or the control `lru`
+    per_head     each KV head selects for itself; by default where all KV is in memory and the policy allows it
     precision    int8, int4 or int2 key codes (not int2 on a drive that scores); attention keeps the model's precision
     compress     share of the records read from an ssd in INT4, 0 to 1, or "auto": just enough that a layer's transfer
                  takes no longer than its computation. Lossy
@@ -102,6 +103,7 @@ class Settings:
     timeout: float = 60.0
     pinned: float = 0.0
     placement: Literal["hits", "shared-hits", "lru"] = "hits"
+    per_head: bool | None = None
     precision: Literal["int8", "int4", "int2"] = "int8"
     compress: float | str = 0.0
     lookahead: bool | float | str = "auto"
@@ -123,6 +125,7 @@ class Settings:
             (self.paced and self.drive_kind != "emulated", "paced is for the emulated drive: add drive_kind emulated"),
             (self.xclbin is not None and self.drive_kind != "xrt", "an xclbin is for a SmartSSD: add drive_kind xrt"),
             (self.device is not None and not lossless, "a raw device needs a lossless system: dualblade or flexgen"),
+            (self.per_head and self.drive is not None, "a record on a drive holds all heads: leave out per_head"),
             (lossless and scores, "a lossless system scores nothing on the drive: leave out drive_kind"),
         ):
             if refused:
@@ -130,6 +133,11 @@ class Settings:
         object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
         if self.drive is not None:
             object.__setattr__(self, "drive", Path(self.drive).expanduser().absolute())
+
+    @property
+    def selects_apart(self) -> bool:
+        """Whether KV heads may select for themselves."""
+        return self.drive is None if self.per_head is None else self.per_head
 
     @property
     def bits(self) -> int:

@@ -32,8 +32,8 @@ def fingerprint(model: PreTrainedModel) -> str:
             sample = flat[:: max(1, flat.numel() // SAMPLE)].float().cpu()
         except NotImplementedError:  # offloaded weights lie on "meta"
             raise UsageError(
-                f"a session tells its model by its weights, and {name} cannot be read: load the model without "
-                "offloading (device_map), or use a cache without a session"
+                f"a session or store tells its model by its weights, and {name} cannot be read: load the model "
+                "without offloading (device_map), or leave out the session or store"
             ) from None
         digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()

@@ -86,6 +86,8 @@ class Layer:
                 self.policy.append(keys)
         with self.track.span("cpu", "append", kv.nbytes):
             self.store.append(kv, codes)
+        if run.keeper is not None:
+            run.keeper.take(self.index, self.whole(kv))
         self.pieces.append(new)
         run.owner.entered = self.index
 
@@ -106,7 +108,11 @@ class Layer:
 
     def records(self) -> Iterator[torch.Tensor]:
         """All records in order, (B, n, 2, Hkv, D) at a time."""
-        return self.store.parts()
+        return map(self.whole, self.store.parts())
+
+    def whole(self, kv: torch.Tensor) -> torch.Tensor:
+        """Records of the store as those of a sequence, (B, n, 2, Hkv, D)."""
+        return kv
 
     def attend(
         self,
@@ -143,7 +149,7 @@ class Layer:
             visible = torch.ones((1, 1, rows, n), dtype=torch.bool, device=query.device).tril_(n - rows)
         else:
             visible = attention.attendable(mask)
-        return attention.over_parts(query, self.records(), visible, scaling).transpose(1, 2)
+        return attention.over_parts(query, self.store.parts(), visible, scaling).transpose(1, 2)
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""
@@ -186,14 +192,18 @@ class Layer:
         """Ranks of all keys by their codes, int32 (n,), wherever these are scored. query (H, D)."""
         size, (coded, unit) = self.run.geometry, self.codes.query(query, row)
         scanned = self.n * size.kv_heads * size.head_dim * self.run.settings.bits // 8
-        result = self.store.scores(row, coded, partial(self.codes.scores, coded, row), scanned)
+        result = self.store.scores(row, coded, self.codes.scorer(coded, row), scanned)
         if valid is not None:
             result[:, ~valid] = NEVER
         return head_ranks(result, np.repeat(unit * np.float32(scaling), coded.shape[1]))
 
     def _weights(self, query: torch.Tensor, row: int, valid: np.ndarray | None, scaling: float) -> np.ndarray:
         """Exact attention weights of all keys, (H, n) float32."""
-        return attention.attention_weights(query, self.store.all()[0][row, :, 0], scaling, valid, self.softcap)
+        return attention.attention_weights(query, self._keys(row), scaling, valid, self.softcap)
+
+    def _keys(self, row: int) -> torch.Tensor:
+        """All of a row's keys, (n, Hkv, D)."""
+        return self.store.all()[0][row, :, 0]
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
@@ -227,11 +237,11 @@ class Layer:
             return None
 
         def watch(kv: torch.Tensor, shown: torch.Tensor | None) -> None:
-            if observed:  # the first sequence only; the cost is a span of its own
+            for row in range(self.run.heads if observed else 0):  # the first sequence; the cost is a span of its own
                 with self.track.span("cpu", "observe"):
-                    visible, every_key = None if valid is None else valid[0], lambda: self.store.all()[0][0, :, 0]
-                    own = query[0, :, 0], kv[0, :, 0], picks[0], self.n, scaling, visible, every_key
-                    observer.observe(self.index, step, *own)
+                    own = query[row, :, 0], kv[row, :, 0], picks[row], self.n, scaling
+                    visible, all_keys = None if valid is None else valid[row], partial(self._keys, row)
+                    observer.observe(attention.Observed(self.index, step, *own, visible, all_keys))
             if told:
                 logits = attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
                 weights = logits.softmax(-1).flatten(1, 2).numpy(force=True)
@@ -280,9 +290,6 @@ class Layer:
         self.store = self.run.open_store(self.track)
         if self.policy.needs_codes or self.store.scores_keys:
             self.codes = open_codes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits)
-        self._start_policy(geometry)
-
-    def _start_policy(self, geometry: Geometry) -> None:
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 

@@ -19,7 +19,7 @@ from hillinfer.tiers.hits import PLACEMENTS, SharedHits
 from hillinfer.tiers.log import BEHIND, RecordLog, Writer
 from hillinfer.tiers.record_file import RecordFile
 from hillinfer.tiers.store import HostStore, Store
-from hillinfer.tiers.tiered_store import TieredStore
+from hillinfer.tiers.tiered_store import READ, TieredStore
 from hillinfer.tiers.window import Window
 from hillinfer.timeline import Counters, Timeline, Track
 
@@ -35,8 +35,9 @@ class Run:
     def __init__(self, settings: Settings, layers: int, policy: type[Policy] | None = None):
         self.settings, self.layers, self.policy = settings, layers, policy
         self.timeline, self.counters, self.owner = Timeline(), Counters(), CacheOwner(layers)
-        self.rounds: list[tuple[int, int]] = []  # of exact decoding: drafted and accepted tokens
+        self.keeper: Any = None  # is given the records of all layers (`prefix_store.keeper.Keeper`)
         self.observer: Any = None  # sees the attended records (`workbench.observe.AttentionRecord`)
+        self.heads = 1  # rows of a sequence: its KV heads, if each selects for itself
         self.attended_ns: int | None = None  # when a layer's attention last ended in a decode step
         self._forget()
         self.check_settings(settings)
@@ -58,10 +59,12 @@ class Run:
         self.writer: Writer | None = None
         self.lookahead: Lookahead | None = None
         self.trial: Trial | None = None  # finds out whether to look ahead
+        self.stores: dict[int, TieredStore] = {}  # by layer
 
     @property
-    def step(self) -> int:
-        return self.timeline.step
+    def batch(self) -> int:
+        """Sequences."""
+        return self.geometry.batch // self.heads if self.geometry else 1
 
     def start(self, geometry: Geometry, tokens: int = 0) -> None:
         """Fix the shape at the first append, of `tokens` tokens, and open the drive if there is one.
@@ -116,8 +119,9 @@ class Run:
         size, settings = self.geometry, self.settings
         logs = [open_log(track.layer * size.batch + row) for row in range(size.batch)]
         hits = self.hits or PLACEMENTS[settings.placement](size.batch)
-        window = Window(size, settings.sinks, settings.recent)
-        return kind(size, track, logs, hits, window, settings.pinned, self.pool_tokens, self.lookahead.reader)
+        rest = Window(size, settings.sinks, settings.recent), settings.pinned, self.pool_tokens, self.lookahead.reader
+        self.stores[track.layer] = kind(size, track, logs, hits, *rest, self.stores)
+        return self.stores[track.layer]
 
     def open_log(self, stream: int) -> RecordLog:
         return RecordLog(self.drive, self.geometry, stream, self.writer)
@@ -145,7 +149,7 @@ class Run:
         """Upper-bound estimate of host memory for KV and codes of this many tokens, by component."""
         budget, kv, size = self.settings.host_budget, tokens * self.token_bytes, self.geometry
         if self.settings.drive is not None:
-            held = self.pool_tokens(tokens) * self.token_bytes + 2 * min(kv, self.write_behind)
+            held = self.pool_tokens(tokens) * self.token_bytes + 2 * min(kv, self.write_behind + 2 * READ)
         elif size.device.type != "cpu" and budget is None:
             held = 0
         else:

@@ -6,18 +6,19 @@ the prefill's. The file is read-only; every opened cache is private.
 
 import operator
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from itertools import accumulate, pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hillinfer import files
 from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.errors import UsageError
 from hillinfer.fingerprint import fingerprint, tokens_fingerprint
-from hillinfer.models.support import Support, check_supported
+from hillinfer.models.support import check_supported
+from hillinfer.prefix_store.filling import check_whole, fill
 from hillinfer.session_file import Saved, check_session, save
 from hillinfer.systems.registry import find_system, make_cache, unwrap
 
@@ -34,16 +35,16 @@ def save_session(
     Raises UsageError if the cache cannot be saved or `path` is a file but not a session, and OSError if writing fails.
     Either leaves an earlier session unchanged.
     """
-    _check_layers(cache.support)
+    check_whole(cache.support)
     layers, geometry, ids = cache.tiered, cache.run.geometry, _flat(ids)
-    if not layers or geometry is None or geometry.batch != 1:
+    if not layers or geometry is None or cache.run.batch != 1:
         raise UsageError("a session is one sequence: prefill one document, without padding, and save it")
     if len(ids) != cache.get_seq_length():
         raise UsageError(f"{len(ids)} token ids for {cache.get_seq_length()} cached tokens: pass the document's")
     facts = {"model": fingerprint(unwrap(model)), "ids": ids, "pieces": layers[0].pieces}
     if tokenizer is not None:
         facts["tokenizer"] = tokens_fingerprint(tokenizer)
-    shape = (len(layers), 1, len(ids), *geometry.record_shape)
+    shape = (len(layers), 1, len(ids), 2, cache.run.heads * geometry.kv_heads, geometry.head_dim)
     try:
         save(Path(path), (layer.records() for layer in layers), shape, geometry.dtype, facts)
     except OSError as error:
@@ -63,11 +64,10 @@ def open_session(
     model = unwrap(model)
     check_keeps(model.config, system, options)
     with closing(Saved(Path(path))) as file:
+        files.reclaim(file.path.parent.resolve(), f".{file.path.name}-")
         ids, pieces = _checked(file, model, tokenizer)
         with _new_cache(model, system, options) as cache:
-            for index, records in _read_ahead(file, pieces):
-                records = records.to(model.device)
-                cache.layers[index].fill(*records.permute(2, 0, 3, 1, 4), records)
+            fill(cache, file.read, pieces, model.device)
             cache.timeline.clear()
             cache.counters.clear()
     return cache, ids
@@ -82,18 +82,6 @@ def _new_cache(model: PreTrainedModel, system: str, options: dict) -> Iterator[T
     except BaseException:
         cache.close()
         raise
-
-
-def _read_ahead(file: Saved, pieces: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Layer index and records of each chunk and layer; a thread reads and verifies one ahead."""
-    reads = [(layer, *span) for span in pairwise(accumulate(pieces, initial=0)) for layer in range(file.layers)]
-    with ThreadPoolExecutor(1, "hillinfer-open") as pool:
-        pending = pool.submit(file.read, *reads[0])
-        for (layer, *_), following in zip_longest(reads, reads[1:]):
-            records = pending.result()
-            if following:
-                pending = pool.submit(file.read, *following)
-            yield layer, records
 
 
 @torch.no_grad()
@@ -132,15 +120,7 @@ def check_keeps(config: PretrainedConfig, system: str, options: dict) -> None:
         raise UsageError(
             f"{system} selects by the prompt's queries, which sessions do not keep: prefill again, without a session"
         )
-    _check_layers(check_supported(config))
-
-
-def _check_layers(support: Support) -> None:
-    if support.more or len(support.tiered) < support.layers:
-        raise UsageError(
-            "a session holds the keys and values of all tokens, and layers of this model keep a window or a state; "
-            "keep the prompt and prefill again"
-        )
+    check_whole(check_supported(config))
 
 
 def _flat(ids: Sequence[int]) -> list[int]:

@@ -32,19 +32,25 @@ def save(path: Path, layers: Iterable[Iterable[torch.Tensor]], shape: tuple[int,
     facts   JSON values, returned as `Saved.facts`
     """
     path, count, nbytes = check_session(path), shape[0], math.prod(shape[1:]) * dtype.itemsize
-    text = json.dumps(_header(shape, dtype, facts)).encode()
-    text += b" " * (-len(text) % 8)
     with files.replacing(path, 0o600) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head(shape, dtype, facts)[0])
         sums = torch.zeros(count, -(-shape[2] // PART), dtype=torch.int64, device="cpu")
         for index, layer in enumerate(layers):
             written = 0
             for number, part in enumerate(_rechunked(layer, PART)):
-                sums[index, number] = zlib.crc32(_bytes(part))
-                written += file.write(_bytes(part))
+                sums[index, number] = zlib.crc32(as_bytes(part))
+                written += file.write(as_bytes(part))
             if written != nbytes:
                 raise ValueError(f"layer {index} has {written} bytes, not {nbytes}")
-        file.write(_bytes(sums))
+        file.write(as_bytes(sums))
+
+
+def head(shape: tuple[int, ...], dtype: torch.dtype, facts: dict) -> tuple[bytes, int]:
+    """What a file of this shape (layers, 1, n, 2, Hkv, D) begins with, and its size in bytes."""
+    fields = _header(shape, dtype, facts)
+    text = json.dumps(fields).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + fields["crc32"]["data_offsets"][1]
 
 
 def _header(shape: tuple[int, ...], dtype: torch.dtype, facts: dict) -> dict:
@@ -64,7 +70,6 @@ class Saved:
     def __init__(self, path: Path):
         self.path = Path(path).expanduser()
         try:
-            files.reclaim(self.path.parent.resolve(), f".{self.path.name}-")
             self.file = os.fdopen(files.open_plain(self.path), "rb")
             self.close = self.file.close
             self._read_header()
@@ -103,17 +108,21 @@ class Saved:
         """Verified records (1, end - start, 2, Hkv, D)."""
         first, last = start // PART * PART, min(-(-end // PART) * PART, self.n)
         out = torch.empty((1, last - first, *self.shape[2:]), dtype=self.dtype, device="cpu")
+        self.read_into(out, layer, first)
+        return out[:, start - first : end - first]
+
+    def read_into(self, out: torch.Tensor, layer: int, first: int = 0) -> None:
+        """Verified records from token `first` on, with which a part begins, into out (1, m, 2, Hkv, D)."""
         self._fill(out, self.start + (layer * self.n + first) * math.prod(self.shape[2:]) * self.dtype.itemsize)
         for number, part in enumerate(out.split(PART, 1), first // PART):
-            if zlib.crc32(_bytes(part)) != self.sums[layer, number]:
+            if zlib.crc32(as_bytes(part)) != self.sums[layer, number]:
                 tokens = f"{number * PART} to {number * PART + part.shape[1] - 1}"
                 raise UsageError(f"{self.path} is damaged: layer {layer}, tokens {tokens} differ from what was saved")
-        return out[:, start - first : end - first]
 
     def _fill(self, tensor: torch.Tensor, offset: int) -> None:
         try:
             self.file.seek(offset)
-            n = self.file.readinto(_bytes(tensor))
+            n = self.file.readinto(as_bytes(tensor))
         except OSError as error:
             raise UsageError(f"{self.path} cannot be read ({error.strerror}); save it again") from None
         if n < tensor.nbytes:
@@ -142,6 +151,6 @@ def _rechunked(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tenso
         yield held
 
 
-def _bytes(records: torch.Tensor) -> memoryview:
+def as_bytes(records: torch.Tensor) -> memoryview:
     """The tensor's bytes, without a copy if it is contiguous and in host memory."""
     return memoryview(records.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())

@@ -9,7 +9,7 @@ with sparse attention). Greedy output equals `full`'s up to rounding; sampled ou
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -33,11 +33,9 @@ class Pace:
     gamma: int = 8
     resting: int = 0  # rounds left without drafts
     said: bool = False
-    rounds: list[tuple[int, int]] = field(default_factory=list)  # drafted and accepted tokens
 
     def note(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
         """A round is over: choose the next one's draft."""
-        self.rounds.append((drafted, accepted))
         self.verify_s = _mean(self.verify_s, verify_s)
         if drafted:
             self.draft_s = _mean(self.draft_s, draft_s / drafted)
@@ -84,19 +82,20 @@ def exact(
     ids, done = input_ids, False
     new, _ = rounds.choose(ids, rounds.verify(ids[0, cache.get_seq_length() :], last=True))
     accepted = [new]
-    while not done:
-        for token in accepted:
-            ids = torch.cat((ids, token.view(1, 1)), 1)
-            if streamer is not None:
-                streamer.put(token.view(1).cpu())
-            if done := bool(stopping_criteria(ids, None).all()):
-                break
-        if not done:
-            accepted = rounds.next(ids)
+    try:
+        while not done:
+            for token in accepted:
+                ids = torch.cat((ids, token.view(1, 1)), 1)
+                if streamer is not None:
+                    streamer.put(token.view(1).cpu())
+                if done := bool(stopping_criteria(ids, None).all()):
+                    break
+            if not done:
+                accepted = rounds.next(ids, generation_config.max_length - ids.shape[1] - 1)
+    finally:  # in mid-round too the cache is left as by `generate`: without the newest token
+        cache.crop(ids.shape[1] - 1)
     if streamer is not None:
         streamer.end()
-    cache.crop(ids.shape[1] - 1 - cache.get_seq_length())  # as `generate` leaves it: without the newest token
-    cache.run.rounds = rounds.pace.rounds
     return ids
 
 
@@ -106,25 +105,29 @@ class Rounds:
     def __init__(self, model: PreTrainedModel, cache: TieredCache, processor, sample: bool):
         self.model, self.cache, self.processor, self.sample, self.pace = model, cache, processor, sample, Pace()
 
-    def next(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """The tokens after ids (1, n) that all KV agrees to, at least one."""
-        held, began = self.cache.get_seq_length(), time.perf_counter()
+    def next(self, ids: torch.Tensor, most: int) -> list[torch.Tensor]:
+        """The tokens after ids (1, n) that all KV agrees to, at least one; at most `most` are drafted."""
+        held, start, first = self.cache.get_seq_length(), time.perf_counter_ns(), self.cache.timeline.step + 1
         drafted, guessed, longer = [], [], ids
-        for _ in range(self.pace.gamma):
+        for _ in range(min(self.pace.gamma, most)):
             logits = self.model(longer[:, -1:], past_key_values=self.cache).logits[:, -1]
             token, probabilities = self.choose(longer, logits)
             drafted, guessed = [*drafted, token], [*guessed, probabilities]
             longer = torch.cat((longer, token.view(1, 1)), 1)
-        self.cache.crop(held - self.cache.get_seq_length())
-        middle = time.perf_counter()
+        self.cache.crop(held)
+        middle = time.perf_counter_ns()
         logits, found = self.verify(longer[0, ids.shape[1] - 1 :]), []
         for step, (token, probabilities) in enumerate([*zip(drafted, guessed, strict=True), (None, None)]):
             own, fits = self.judge(longer[:, : ids.shape[1] + step], logits[step : step + 1], token, probabilities)
             found.append(own)
             if not fits:
                 break
-        self.cache.crop(held + len(found) - self.cache.get_seq_length())
-        self.pace.note(len(drafted), len(found) - 1, middle - began, time.perf_counter() - middle)
+        self.cache.crop(held + len(found))
+        end, lane = time.perf_counter_ns(), "cpu" if self.model.device.type == "cpu" else "gpu"
+        self.cache.timeline.add(lane, "draft", -1, first, start, middle)
+        self.cache.timeline.add(lane, "verify", -1, self.cache.timeline.step, middle, end)
+        self.cache.counters.rounds.append((len(drafted), len(found) - 1))
+        self.pace.note(len(drafted), len(found) - 1, (middle - start) / 1e9, (end - middle) / 1e9)
         return found
 
     def verify(self, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:
@@ -163,6 +166,14 @@ def _check(cache, input_ids: torch.Tensor) -> None:
     check_draft(cache.run.policy)
     if len(cache.tiered) < cache.support.layers:
         raise UsageError("layers with a sliding window or a state cannot take drafted tokens back: use system full")
+
+
+def describe_rounds(rounds: list[tuple[int, int]]) -> str:
+    """Drafted and accepted tokens of each round, in a few words; none if there were no rounds."""
+    if not rounds:
+        return ""
+    drafted, accepted = map(sum, zip(*rounds, strict=True))
+    return f"accepted {accepted} of {drafted} drafted, {1 + accepted / len(rounds):.1f} tokens a pass"
 
 
 def check_draft(policy: type[Policy]) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LANES = ("gpu", "cpu", "drive", "link")
 TIERS = ("device", "host", "drive")
+AROUND = ("wait", "draft", "verify")  # spans without work of their own: a wait, and the halves of a round
 
 
 @dataclass(slots=True)
@@ -23,7 +24,7 @@ class Span:
     """One piece of work, measured with the monotonic clock."""
 
     lane: str
-    kind: str  # score, select, gather, read, prefetch, write, transfer, attend, append, dense, wait, ...
+    kind: str  # score, select, gather, read, prefetch, write, transfer, attend, append, dense, wait, draft, ...
     layer: int
     step: int
     start_ns: int
@@ -65,9 +66,9 @@ class Timeline:
         return frame.assign(ms=(frame.end_ns - frame.start_ns) / 1e6)
 
     def busy_ms(self, *lanes: str) -> float:
-        """Milliseconds in which at least one of these lanes (default: any) was busy. Waiting does not count."""
+        """Milliseconds in which at least one of these lanes (default: any) was busy; spans AROUND work do not count."""
         total = until = 0
-        chosen = [s for s in self.spans if s.kind != "wait" and (not lanes or s.lane in lanes)]
+        chosen = [s for s in self.spans if s.kind not in AROUND and (not lanes or s.lane in lanes)]
         for span in sorted(chosen, key=lambda s: s.start_ns):
             total += max(0, span.end_ns - max(span.start_ns, until))
             until = max(until, span.end_ns)
@@ -160,13 +161,18 @@ class Hits:
 
 
 class Counters:
-    """Hits per layer and step, over all sequences of the batch."""
+    """Hits per layer and step, over all sequences of the batch.
+
+    rounds  drafted and accepted tokens of each round of exact decoding
+    """
 
     def __init__(self):
         self.rows: list[Hits] = []
+        self.rounds: list[tuple[int, int]] = []
 
     def clear(self) -> None:
         self.rows.clear()
+        self.rounds.clear()
 
     def total(self, name: str) -> int:
         return sum(getattr(row, name) for row in self.rows)

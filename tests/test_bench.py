@@ -32,16 +32,23 @@ def test_every_system_is_in_the_table(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.csv", "table.csv", "table.json"]
 
 
+def test_decoded_exactly_a_system_answers_as_full(tmp_path):
+    words = "--systems", "full,topk,hillinfer", "--context", 256, "--n", 2, "--alpha", 0.1
+    assert bench(*words, "--exact", "--out", tmp_path).exit_code == 0
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table.exact.all() and table.right.nunique() == 1
+
+
 @pytest.mark.parametrize(
     "words, why",
     [
         (["--task", "cooking"], "choose one of lines"),
+        (["--exact", "--systems", "full,h2o"], "use hillinfer or topk"),
         (["--systems", "full,nonsense"], "no system 'nonsense'"),
         (["--systems", ","], "no system ','"),
         (["--alpha", "2"], "alpha is 2"),
         (["--context", "9000"], "window of 8,192"),
         (["--drive", "/nowhere"], "does not exist"),
-        (["--host-budget", "1KiB", "--systems", "hillinfer"], "raise it"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, words, why):

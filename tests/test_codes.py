@@ -109,7 +109,7 @@ def test_scores_rank_as_the_true_dot_products_do(bits, least):
     codes = KeyCodes(1, 2, 64, bits)
     codes.append(keys)
     coded, unit = codes.query(query, 0)
-    got = codes.scores(coded, 0)
+    got = codes.scorer(coded, 0)(None)
     want = torch.einsum("hgd,hnd->hgn", query.view(2, 2, 64), keys[0]).flatten(0, 1)
     errors = torch.from_numpy(got * unit.repeat(2)[:, None]) - want
     errors -= errors.mean(1, keepdim=True)  # a zero point shifts all scores of a head

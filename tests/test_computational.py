@@ -188,7 +188,7 @@ def test_rescaled_codes_follow_key_codes(open_drive):
     drive.hold(0, np.arange(n), False)
     query = host.query(torch.randn(4, 16), 0)[0]
     (block,) = drive.begin_evaluate(0, query.numpy())
-    np.testing.assert_array_equal(block.scores, host.scores(query, 0))
+    np.testing.assert_array_equal(block.scores, host.scorer(query, 0)(None))
 
 
 def test_the_host_works_while_the_drive_scores(open_drive):

@@ -244,7 +244,7 @@ def test_a_refused_write_says_where(folder, engine):
     file.close()
 
 
-def test_engines_move_the_same_bits_and_bytes(folder):
+def test_engines_move_the_same_bits_in_as_many_requests(folder):
     width = BYTES["768 B"]
     records, moved = random_bytes(4000, width), []
     for engine in ("threads", "auto"):
@@ -252,7 +252,7 @@ def test_engines_move_the_same_bits_and_bytes(folder):
         file.write(0, 0, records[: 4000 // file.group * file.group])
         positions = np.flatnonzero(np.random.default_rng(1).random(3900) < 0.2)
         assert np.array_equal(read(file, 0, positions), records[positions])
-        moved.append((file.reads, file.bytes_read, file.bytes_written))
+        moved.append(file.reads)
         file.close()
     assert moved[0] == moved[1]
 

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import hillinfer
-from hillinfer.speculative import Pace, Rounds
+from benchmarks.exact_runs import compare
+from benchmarks.soak import models as tiny_models
+from hillinfer.layer import Layer
+from hillinfer.longbench.runner import measured
+from hillinfer.speculative import Pace, Rounds, describe_rounds
+from hillinfer.timeline import Timeline
+from hillinfer.whatif.recording import decode_steps
 
 DRAFTS = [
     ("topk", 0.1),
@@ -38,7 +45,7 @@ def answer(model, ids, system, folder, exact=True, **options):
         options = {"max_new_tokens": 40, "do_sample": False} | options
         out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **way, **options)
         assert cache.get_seq_length() == out.shape[1] - 1
-        return out, cache.run.rounds
+        return out, [*cache.counters.rounds]
 
 
 @pytest.mark.parametrize(("system", "alpha"), DRAFTS)
@@ -52,6 +59,86 @@ def test_tokens_are_those_of_the_full_cache(models, family, system, alpha, tmp_p
         assert torch.equal(got, want)
         assert sum(accepted for _, accepted in rounds) + len(rounds) >= 39
     assert any(drafted for drafted, _ in rounds)
+
+
+def test_a_pass_over_all_records_reads_ahead(models, prompt, tmp_path, monkeypatch):
+    """In blocks of 16 tokens: the next block, of this layer or the next, is being read when it is asked for."""
+    for name, value in (("PART", 16), ("READ", 1)):
+        monkeypatch.setattr(f"hillinfer.tiers.tiered_store.{name}", value)
+    model, tokens = models("llama"), prompt.repeat(1, 2)
+    want, _ = answer(model, tokens, "full", tmp_path, exact=False)
+    got, rounds = answer(model, tokens, "hillinfer", tmp_path)
+    assert torch.equal(got, want) and any(drafted for drafted, _ in rounds)
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.1, drive=tmp_path) as cache:
+        model(tokens, past_key_values=cache)
+        cache.timeline.clear()
+        model(tokens[:, :40], past_key_values=cache)
+        spans = cache.timeline.frame()
+    reads, ahead = (spans[spans.kind == kind].groupby("layer").bytes.sum() for kind in ("read", "prefetch"))
+    assert set(ahead.index) == {0, 1, 2} and ahead.sum() > 5 * reads.sum()
+    assert spans[spans.kind == "prefetch"].groupby("layer").size().min() >= tokens.shape[1] // 16 - 3
+
+
+def test_the_record_has_every_round(models, prompt, tmp_path):
+    model = models("llama")
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.2, drive=tmp_path, lookahead=False) as cache:
+        options = dict(past_key_values=cache, max_new_tokens=30, do_sample=False, custom_generate=hillinfer.exact)
+        out = model.generate(prompt, **options)
+        frame, rounds, figures = cache.timeline.frame(), cache.counters.rounds, measured(cache, 1.0, 1.0)
+        line = Timeline.load(cache.timeline.save(tmp_path / "trace.json"))
+    drafted, accepted = map(sum, zip(*rounds, strict=True))
+    assert f"accepted {accepted} of {drafted} drafted" in describe_rounds(rounds)
+    assert accepted + len(rounds) >= out.shape[1] - prompt.shape[1] - 1 and figures["steps"] == accepted + len(rounds)
+    drafts, verifies = (frame[frame.kind == kind] for kind in ("draft", "verify"))
+    assert len(drafts) == len(verifies) == len(rounds) and (drafts.end_ns.values == verifies.start_ns.values).all()
+    attends = frame[frame.kind == "attend"]
+    inside = [
+        ((span.start_ns <= attends.start_ns) & (attends.end_ns <= span.end_ns)).sum() for span in drafts.itertuples()
+    ]
+    assert inside == [n * model.config.num_hidden_layers for n, _ in rounds]
+    assert line.busy_ms("cpu") < (verifies.end_ns.max() - drafts.start_ns.min()) / 1e6  # no span of a round counts
+    steps = decode_steps(line)
+    assert len(steps) == drafted and {"draft", "verify"}.isdisjoint(
+        span.kind for step in steps for spans in step.threads.values() for span in spans
+    )
+
+
+@pytest.mark.parametrize("runs", [6, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_runs(runs):
+    found = compare(tiny_models(), runs, seed=runs)
+    assert not found.wrong and found.ties <= runs // 100
+    assert 0 < sum(accepted for _, accepted in found.rounds) < sum(drafted for drafted, _ in found.rounds)
+
+
+@pytest.mark.parametrize("after", range(5, 100, 13))
+def test_a_round_that_is_interrupted_leaves_a_usable_cache(models, prompt, tmp_path, after):
+    """Ctrl-C in one layer of a draft or of the pass that verifies."""
+    model, seen, calls = models("llama"), [], iter(range(after))
+    want, _ = answer(model, prompt, "full", tmp_path, exact=False)
+
+    class Stream(BaseStreamer):
+        def put(self, value):
+            seen.append(value)
+
+        def end(self):
+            raise AssertionError("nobody interrupted")
+
+    def interrupted(layer, *args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return attend(layer, *args)
+
+    with hillinfer.make_cache(model, "hillinfer", alpha=0.2, drive=tmp_path) as cache:
+        options, attend = dict(past_key_values=cache, do_sample=False), Layer.attend
+        with mock.patch.object(Layer, "attend", interrupted), pytest.raises(KeyboardInterrupt):
+            way = partial(hillinfer.exact, streamer=Stream())
+            model.generate(prompt, max_new_tokens=40, custom_generate=way, **options)
+        ids = torch.cat((prompt, torch.cat(seen)[None]), 1)
+        assert {layer.layer.n for layer in cache.layers} == {ids.shape[1] - 1}
+        out = model.generate(
+            ids, max_new_tokens=want.shape[1] - ids.shape[1], custom_generate=hillinfer.exact, **options
+        )
+    assert torch.equal(out, want)
 
 
 def test_settings_of_generate_hold(models, prompt, tmp_path):
@@ -104,6 +191,18 @@ def test_a_second_turn_follows(models, prompt, tmp_path):
     assert torch.equal(*outs)
 
 
+def test_questions_on_a_session_are_answered_as_by_full(models, prompt, tmp_path):
+    model, answers, document = models("qwen2"), [], prompt[0].tolist()
+    for system, way in (("full", {}), ("hillinfer", {"custom_generate": hillinfer.exact})):
+        options = {"drive": tmp_path} if way else {}
+        with hillinfer.keep_session(tmp_path / "a.kv", model, document, system, alpha=0.1, **options) as cache:
+            for question in ([5, 6, 7], [8, 9]):  # each on the document alone
+                ids = torch.tensor([document + question])
+                answers.append(model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False, **way))
+                cache.crop(len(document))
+    assert all(map(torch.equal, answers[:2], answers[2:]))
+
+
 def test_rejection_sampling_draws_from_the_full_models_distribution():
     """20,000 tokens drafted from another distribution: chi-square with 5 degrees of freedom, at one in 10,000."""
     torch.manual_seed(0)
@@ -150,15 +249,19 @@ def test_what_cannot_be_taken_back_is_refused(models, prompt, system, rows, word
 
 
 def test_a_draft_is_as_long_as_pays():
+    gammas: list[int] = []
+
     def settled(accepted: float, draft_s: float, verify_s: float) -> Pace:
         pace = Pace()
         for _ in range(60):
+            gammas.append(pace.gamma)
             pace.note(pace.gamma, round(accepted * pace.gamma), draft_s * pace.gamma, verify_s)
         return pace
 
     assert settled(1.0, 0.01, 1.0).gamma == 32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        hostile = settled(0.0, 0.5, 1.0)
-    assert sum(drafted for drafted, _ in hostile.rounds) < 30  # most rounds rest
+        gammas.clear()
+        settled(0.0, 0.5, 1.0)
+    assert sum(gammas) < 30  # most rounds rest
     assert 1 <= settled(0.7, 0.2, 1.0).gamma <= 8

@@ -7,7 +7,13 @@ from benchmarks.faulty_drive import COUNTS
 from hillinfer.native import ring
 
 EVERY = [(place, fault) for place in places() for fault in FAULTS]
-DAILY = ("hillinfer, ssd", "leoam, ssd", "flexgen, ssd", "dualblade, ssd")  # each way to a drive; the rest is slow
+DAILY = (
+    "hillinfer, ssd",
+    "hillinfer, ssd, exact",
+    "leoam, ssd",
+    "flexgen, ssd",
+    "dualblade, ssd",
+)  # each way to a drive; the rest is slow
 
 
 @pytest.fixture(scope="module")

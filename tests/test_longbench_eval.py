@@ -59,15 +59,28 @@ def done(place, common):
     return place / "whole"
 
 
-@pytest.mark.parametrize("system", list(list_systems()))
-def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system):
+def test_decoded_exactly_every_answer_is_that_of_full(place, common):
+    out = place / "exact"
+    hillinfer(*common, "--exact", "--out", out)
+    rows = read(out)
+    assert len(rows) == 2 * 2 * 5
+    full = {row["id"]: row["pred"] for row in rows if row["system"] == "full"}
+    assert all(row["pred"] == full[row["id"]] for row in rows) and any(full.values())
+    assert "with exact True, not None" in hillinfer(*common, "--out", out, code=2).output
+    hillinfer(*common, "--exact", "--systems", "h2o", "--out", place / "never", code=2)
+
+
+@pytest.mark.parametrize(
+    ("system", "options"), [*((name, {}) for name in list_systems()), ("h2o", {"per_head": False})], ids=str
+)
+def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system, options):
     """A policy that observes the prefill must declare it (`Policy.watches`); it then observes the shared one."""
     variants = sweep.variants_of([system], [0.1, 0.4], {})
     task = find_task("needle_1k")
     record = report_record(task)
     answers = {}
     for share in (True, False):
-        settings = EvalSettings(share_prefill=share, max_length=600)
+        settings = EvalSettings(share_prefill=share, max_length=600, options=tuple(options.items()))
         job = Job("m", model_path(str(place / "model")), task, record, tuple(variants), settings, str(place))
         results = run_job(job)
         assert {row["shared"] for row in results} == {share and len(variants) > 1}
@@ -358,3 +371,18 @@ def members(session: int) -> list[int]:
 
 def test_rows_of_our_own_are_seeded():
     assert rows("trec") == rows("trec") and longbench()["trec"].metric == "classification"
+
+
+def test_fidelity_is_in_the_csv_the_report_and_the_figures(place, tmp_path):
+    words = ["--model", place / "model", "--data", place / "rows", "--tasks", "passage_count", "--samples", "2"]
+    words += ["--systems", "topk,streaming", "--alpha", "0.1,0.4", "--question", "both", "--max-length", "300"]
+    hillinfer(*words, "--fidelity", "both", "--no-answers", "--out", tmp_path)
+    table = pd.read_csv(tmp_path / "fidelity.csv")
+    assert set(zip(table.question, table.answer, strict=True)) == {
+        (question, answer) for question in ("stepwise", "prefilled") for answer in ("reference", "own")
+    }
+    means = table.groupby(["system", "alpha"]).kl.mean()
+    assert means["full", 1.0] == 0 < means["topk", 0.4] < means["topk", 0.1]
+    assert (table.baseline == "topk").all() and (table.to_baseline[table.system == "topk"] == 0).all()
+    assert "KL to full" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.html").read_text().count("divergence on the") == 4

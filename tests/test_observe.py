@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hillinfer import make_cache
+from hillinfer.attention import Observed, attention_weights
 from hillinfer.workbench import observe
-from hillinfer.workbench.observe import SHARE, AttentionRecord, attention_weights, block_size
+from hillinfer.workbench.observe import SHARE, AttentionRecord, block_size
 
 SYSTEMS = {"full": {}, "topk": {"alpha": 0.3}, "hillinfer": {"alpha": 0.3, "drive": "folder"}}
 
@@ -33,7 +34,7 @@ def test_watching_changes_nothing_and_adds_up(models, prompt, tmp_path, system, 
     for step, layers in record.steps.items():
         for layer, part in layers.items():
             row = rows[step, layer]
-            assert part.n == row.cached and part.chosen.sum() == row.attended
+            assert part.n == row.cached and part.chosen.sum() == pytest.approx(row.attended / cache.run.heads)
             assert len(part.chosen) == part.mass.shape[1] <= 16 and part.block * len(part.chosen) >= part.n
             np.testing.assert_allclose(part.mass.sum(1, dtype=float), 1, atol=5e-3)
             assert ((part.needed >= 1) & (part.needed <= row.cached)).all()
@@ -57,7 +58,7 @@ def test_weights_and_blocks_are_those_of_plain_attention():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
     record = AttentionRecord(blocks=8)
     assert record.should_observe(0, 3)
-    record.observe(0, 3, query, keys, None, n, 0.25, visible, lambda: keys)
+    record.observe(Observed(0, 3, query, keys, None, n, 0.25, visible, lambda: keys))
     part = record.steps[3][0]
     blocks = [want[:, i : i + 8].sum(1) for i in range(0, n, 8)]
     np.testing.assert_allclose(part.mass, torch.stack(blocks, 1), atol=1e-3)

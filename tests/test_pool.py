@@ -38,7 +38,7 @@ def pool_with(capacity: int, tokens, n: int) -> HotPool:
 def resident(pool: HotPool) -> list[int]:
     held = np.sort(pool.token_of[pool.token_of >= 0])
     slots = pool.slots(held)
-    assert torch.equal(pool.take(slots), records(held))  # what is found is the token's own record
+    assert torch.equal(pool.records.view()[slots], records(held))  # what is found is the token's own record
     return held.tolist()
 
 
@@ -83,7 +83,7 @@ def test_a_smaller_pool_keeps_the_most_hit_and_the_pinned():
     pool.hits.rank[0, [1, 2, 3, 7]] = [5, 9, 1, 2]
     pool.resize(4)
     assert resident(pool) == [1, 2, 8, 9]
-    assert pool.take(pool.slots(np.array([1, 2, 8, 9])))[:, 0, 0, 0].tolist() == [1, 2, 8, 9]
+    assert pool.records.view()[pool.slots(np.array([1, 2, 8, 9]))][:, 0, 0, 0].tolist() == [1, 2, 8, 9]
     assert (pool.slots(np.array([3, 7])) == DEMOTED).all()
     pool.resize(1)
     assert resident(pool) == [8, 9]  # what is pinned stays
@@ -94,7 +94,7 @@ def test_truncation_forgets():
     pool.truncate(6)
     assert resident(pool) == [2, 5]
     pool.admit(np.array([6]), records([66]))
-    assert pool.take(pool.slots(np.array([6]))).unique().item() == 66
+    assert pool.records.view()[pool.slots(np.array([6]))].unique().item() == 66
 
 
 def test_the_papers_table_saturates_ages_and_takes_two_bytes_a_token():

@@ -49,7 +49,7 @@ def test_scores_are_those_of_int8_to_half_a_quarter_of_the_range(n, dim, grow, s
     codes, exact = coded(first, last), KeyCodes(1, 2, dim)
     exact.append(first), exact.append(last)
     query, _ = codes.query(torch.randn(6, dim), 0)
-    got, want = codes.scores(query, 0), exact.scores(query, 0)
+    got, want = codes.scorer(query, 0)(None), exact.scorer(query, 0)(None)
     old = codes.codes.n
     assert old == (n + 2) // SEGMENT * SEGMENT and got.shape == want.shape and got.dtype == np.int32
     assert np.array_equal(got[:, old:], want[:, old:])
@@ -91,14 +91,14 @@ def test_truncated_codes_go_on():
     for n in (599, 513, 512, 300, 257, 256, 1):
         codes = coded(keys)
         quantised, _ = codes.query(query, 0)
-        before, kept = codes.scores(quantised, 0), (n - 1) // SEGMENT * SEGMENT
+        before, kept = codes.scorer(quantised, 0)(None), (n - 1) // SEGMENT * SEGMENT
         codes.truncate(n)
         assert (codes.codes.n, codes.newest.codes.n) == (kept, n - kept)
-        after = codes.scores(quantised, 0)
+        after = codes.scorer(quantised, 0)(None)
         assert np.array_equal(after[:, :kept], before[:, :kept])
         assert np.corrcoef(after.ravel(), before[:, :n].ravel())[0, 1] > 0.999
         codes.append(keys[:, :, n:])
-        assert codes.scores(quantised, 0).shape == before.shape and codes.codes.n == 512
+        assert codes.scorer(quantised, 0)(None).shape == before.shape and codes.codes.n == 512
     codes.truncate(0)
     codes.append(keys[:, :, :200])
     assert (codes.codes.n, codes.newest.codes.n) == (128, 72)
@@ -109,9 +109,9 @@ def test_rows_are_reordered():
     keys, rows = drifting(300, batch=3), torch.tensor([2, 0])
     codes = coded(keys)
     quantised, _ = codes.query(torch.randn(4, 16), 2)
-    want = codes.scores(quantised, 2)
+    want = codes.scorer(quantised, 2)(None)
     codes.reorder(rows)
-    assert np.array_equal(codes.scores(quantised, 0), want)
+    assert np.array_equal(codes.scorer(quantised, 0)(None), want)
 
 
 def test_codes_take_less_than_7_percent_of_the_kv():
@@ -124,9 +124,9 @@ def test_the_kernel_is_not_needed(monkeypatch):
     torch.manual_seed(0)
     codes = coded(drifting(300))
     quantised, _ = codes.query(torch.randn(4, 16), 0)
-    want = codes.scores(quantised, 0)
+    want = codes.scorer(quantised, 0)(None)
     monkeypatch.setattr(native, "available", lambda: False)
-    assert np.array_equal(codes.scores(quantised, 0), want)
+    assert np.array_equal(codes.scorer(quantised, 0)(None), want)
 
 
 def test_a_drive_that_scores_refuses_2_bits(models, tmp_path):

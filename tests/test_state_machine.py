@@ -148,7 +148,7 @@ class Machine(RuleBasedStateMachine):
             assert torch.equal(store.all()[0][0], kv)
             if isinstance(store, DriveStore):
                 slots = store.pools[0].slots(np.arange(self.n))
-                assert torch.equal(store.pools[0].take(slots[slots >= 0]), kv[torch.from_numpy(slots >= 0)])
+                assert torch.equal(store.pools[0].records.view()[slots[slots >= 0]], kv[torch.from_numpy(slots >= 0)])
 
     def teardown(self):
         if hasattr(self, "cache"):

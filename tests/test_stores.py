@@ -168,8 +168,8 @@ def check(held: Held, layer: int, rng, how: str) -> None:
     if store.can_prefetch and way_has_scores(held):
         own = held.codes[layer]
         query = torch.randint(-127, 128, (HEADS, GROUP, DIM), dtype=torch.int8)
-        score = lambda positions: own.scores(query, 0, positions)  # noqa: E731
-        assert np.array_equal(store.scores(0, query, score, 0), own.scores(query, 0))
+        score = own.scorer(query, 0)
+        assert np.array_equal(store.scores(0, query, score, 0), score(None))
 
 
 def way_has_scores(held: Held) -> bool:
@@ -286,7 +286,7 @@ def test_a_step_reaches_its_kernels_through_few_functions(models, prompt, monkey
     met = {way[0]: way for way in ways if len(way) > 1}
     assert {"attend", "score", "head_ranks", "quantise_query"} <= set(met)
     assert max(len(way) for way in ways) <= 8, max(ways, key=len)
-    assert met["attend"] == ["attend", "over_records", "Store.attend", "Layer.attend", "attention"]
+    assert met["attend"] == ["attend", "over_records", "Store.attend", "Layer.attend", "HeadsLayer.attend", "attention"]
 
 
 def test_a_drive_read_takes_few_frames(models, prompt, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from hillinfer import UsageError
 from hillinfer.assets import load_embedded
 from hillinfer.longbench.runner import ask, feed
+from hillinfer.speculative import describe_rounds
 from hillinfer.systems.registry import make_cache
 from hillinfer.workbench.differences import compare_figures, differences, first_difference
 from hillinfer.workbench.live import Case, LiveRun, _Growing
@@ -56,6 +57,15 @@ def test_a_live_run_answers_as_the_runner_does(embedded, case, ended, tmp_path):
     assert len(ended.tokens) == answer.steps == len(ended.record.steps)
     assert [token.step for token in ended.tokens] == sorted(ended.record.steps)
     assert ended.status()["speed"] > 0 and ours() == []
+
+
+def test_a_live_run_decodes_exactly(embedded, case, tmp_path):
+    ways = ("full", {}, False), ("hillinfer", dict(alpha=0.1, drive=tmp_path), True)
+    full, exact = (LiveRun(*embedded, case, system, options, exact=way).start() for system, options, way in ways)
+    assert exact.result() == full.result()
+    assert exact.status()["drafts"] == describe_rounds(exact.counters.rounds) != "" == full.status()["drafts"]
+    with pytest.raises(UsageError, match="no exact decoding"):
+        LiveRun(*embedded, case, "full", {}, exact=True).start()
 
 
 @pytest.mark.parametrize("when", ["prefill", "question", "answer"])

@@ -11,7 +11,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # transformers unpacks GGUF under a 
 
 import typer
 
-from hillinfer.commands import bench, demo, doctor, evaluate, lab, profile, replay, run, stamp, systems
+from hillinfer.commands import bench, demo, doctor, evaluate, lab, profile, replay, run, stamp, store, systems
 from hillinfer.commands.console import clear_errors
 
 COMMANDS = dict(demo=demo.demo, run=run.run, eval=evaluate.evaluate, bench=bench.bench, replay=replay.replay)
@@ -19,6 +19,7 @@ COMMANDS |= dict(systems=systems.systems, profile=profile.profile, stamp=stamp.s
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 for name, command in COMMANDS.items():
     app.command(name)(clear_errors()(command))
+app.add_typer(store.app, name="store")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ def bench(
     host_budget: HostBudget = None,
     drive: Drive = None,
     seen: Annotated[bool, typer.Option(help="Prefill the question together with the document.")] = False,
+    exact: Annotated[bool, typer.Option(help="Verify drafts with all KV: the full cache's answers.")] = False,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("out/bench"),
 ):
     """Ask every system the same questions, and write one table to the terminal, as JSON and as CSV."""
@@ -40,9 +41,10 @@ def bench(
     with tempfile.TemporaryDirectory(dir=out_dir) as folder:
         options = dict(alpha=alpha, host_budget=host_budget, drive=drive or folder)
         with working("asking every system in turn"):
-            frame, left_out = measure(split_list(systems), task, context, n, options, seen)
+            frame, left_out = measure(split_list(systems), task, context, n, options, seen, exact)
     table = summary(frame)
     where = "in the prefill" if seen else "token by token after the prefill"
+    where += "; selections draft, and all KV verifies in one pass" if exact else ""
     facts = [
         f"{n} questions of {task} at about {context} tokens, alpha {alpha}; the question comes {where}.",
         f"Measured on {machine()}; ms per token: median and quartiles over the questions, systems taking turns.",

@@ -11,8 +11,10 @@ from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
 from hillinfer.loading import choose_dtype, load_pretrained, load_weights
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
+from hillinfer.prefix_store.blocks import PrefixStore
+from hillinfer.prefix_store.keeper import check_stored
 from hillinfer.session import check_keeps, keep_session, session_ids
-from hillinfer.speculative import check_draft
+from hillinfer.speculative import check_draft, describe_rounds
 from hillinfer.speculative import exact as exact_decoding
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
@@ -29,6 +31,7 @@ def continue_text(
     *,
     document: str | None = None,
     session: Path | None = None,
+    store: Path | None = None,
     max_new_tokens: int = 64,
     num_beams: int = 1,
     dtype: str = "auto",
@@ -40,6 +43,7 @@ def continue_text(
     text      to continue, or a question on the `document`
     options   fields of `Settings`
     session   file of the document's KV: opened if it exists, otherwise written from `document`
+    store     folder of prompts' KV: a known prefix is opened, and what is computed is kept
     chunk     tokens per prefill chunk; None prefills all at once
     exact     verify what the system's selection drafts
 
@@ -58,6 +62,9 @@ def continue_text(
     if session is not None:
         check_keeps(config, system, options)
         before = session_ids(session, before)
+    if store is not None:
+        check_stored(config)
+        store = PrefixStore(store)
     ids = before + tokenizer(text, add_special_tokens=not before).input_ids
     total = len(ids) + max_new_tokens
     plan(config, settings, total, weights, chunk, found.policy)
@@ -67,13 +74,17 @@ def continue_text(
         model = load_weights(name, config, weights)
     start = time.perf_counter()
     if session is None:
-        cache = make_cache(model, system, **options)
+        cache = make_cache(model, system, store, **options)
     else:
         cache = keep_session(session, model, before, system, tokenizer, chunk, **options)
     with cache:
         with working(f"prefill, {len(ids):,} tokens"):
+            if store is not None:
+                cache.run.keeper.open(ids[: len(before) or len(ids) - 1])  # at once, and not chunk by chunk
+                opened = str(cache.run.keeper.report)
             for end in (len(before), len(ids) - 1):  # the last prompt token is a decode step like those after it
-                if (part := ids[cache.get_seq_length() : end]) and num_beams == 1:
+                part = ids[cache.get_seq_length() : end]
+                if len(part) > exact and num_beams == 1:  # exact: a single token would be a step of the selection
                     feed(model, cache, part, chunk)
         prefilled = time.perf_counter()
         cache.timeline.clear()
@@ -83,12 +94,10 @@ def continue_text(
             out = decode(model, cache, ids, max_new_tokens, **way)
         figures = measured(cache, prefilled - start, time.perf_counter() - prefilled)
         facts = [*describe_cost(system, figures, cache), cache.why_split()]
-        if rounds := cache.run.rounds:
-            drafted, accepted = map(sum, zip(*rounds, strict=True))
-            facts.append(
-                f"exact: {len(rounds)} passes over all KV gave {len(out)} tokens; {accepted} of {drafted} drafted "
-                f"tokens accepted; {(time.perf_counter() - prefilled) * 1e3 / len(out):.1f} ms per token of the answer"
-            )
+        if drafts := describe_rounds(cache.counters.rounds):
+            facts.append(f"exact: {len(out)} tokens, {drafts}")
+        if store is not None:
+            facts.append(f"{opened}; {cache.run.keeper.settle()} blocks were kept")
         facts.append(f"weights in {str(model.dtype).removeprefix('torch.')} on {model.device.type}")
         cache.timeline.about = describe(cache.run, shape_of(model.config.get_text_config(), weights.itemsize), system)
     return tokenizer.decode(out, skip_special_tokens=True), facts, cache.timeline

@@ -34,11 +34,13 @@ def evaluate(
     question: Annotated[str, typer.Option(help="stepwise, prefilled with the document, or both.")] = "stepwise",
     fidelity: Annotated[str, typer.Option(help="Teacher-forced against full: reference, own, or both.")] = "",
     answers: Annotated[bool, typer.Option(help="Without answers, only fidelity is measured.")] = True,
+    exact: Annotated[bool, typer.Option(help="Verify drafts with all KV: the full cache's answers.")] = False,
     times: Annotated[bool, typer.Option(help="Decode one system at a time, to measure its time.")] = False,
     drive: Annotated[Path | None, typer.Option(help="By default --out; on a cluster, a temporary folder.")] = None,
     drive_kind: Annotated[str | None, typer.Option(help="ssd or emulated.")] = None,
     host_budget: HostBudget = None,
     precision: Annotated[str | None, typer.Option(help="Precision of the key codes: int8, int4 or int2.")] = None,
+    per_head: Annotated[bool, typer.Option(help="In memory, each KV head selects for itself.")] = True,
     dtype: Dtype = "auto",
     prefill_chunk: PrefillChunk = None,
     share_prefill: Annotated[bool, typer.Option(help="One prefill for all systems of a sample.")] = True,
@@ -61,21 +63,26 @@ def evaluate(
         raise UsageError("without answers there is nothing to measure: add --fidelity reference")
     options = dict(drive_kind=drive_kind, host_budget=host_budget, precision=precision)
     options = {name: value for name, value in options.items() if value is not None}
+    options |= {} if per_head else {"per_head": False}
     for value in (alphas := split_list(alpha, float)):
         Settings(alpha=value, **options)  # refuse bad input before torch loads
     check_folder(drive)
     from hillinfer.assets import machine
     from hillinfer.loading import model_path
     from hillinfer.longbench import metrics, report, sources, sweep
+    from hillinfer.longbench.fidelity_table import shown
     from hillinfer.longbench.job import EvalSettings, Job
     from hillinfer.longbench.models import describe
     from hillinfer.longbench.results import Results
+    from hillinfer.speculative import check_draft
     from hillinfer.systems.registry import list_systems
     from hillinfer.workbench.evaluation import write_page
     from hillinfer.workbench.report import format_rows
 
     names = list_systems() if systems == "all" else split_list(systems)
     variants = sweep.variants_of(names, alphas, options, QUESTIONS[question])
+    for name in {variant.system for variant in variants if exact and variant.alpha is not None}:
+        check_draft(list_systems()[name].policy)
     loaded = sources.load_all(split_list(tasks), data or [], revision)
     metrics.check_libraries([task for task, _, _ in loaded])
     settings = EvalSettings(
@@ -89,6 +96,7 @@ def evaluate(
         fidelity=FIDELITY[fidelity],
         options=tuple(options.items()),
         times=times,
+        exact=exact,
         share_prefill=share_prefill,
     )
     tokens = max_length + max(task.max_new_tokens for task, _, _ in loaded) if max_length else 0
@@ -114,10 +122,11 @@ def evaluate(
                 bars.advance(bar, len(rows))
     table, cost, close, facts = report.write(folder)
     summary = report.summary(table, cost)
+    facts += ["Decoded exactly: each system's selection drafts, and all KV verifies."] * exact
     facts += [f"Weights of {name}: {about['dtype']}." for name, about in models.items()]
-    page = write_page(folder, table, cost, summary, facts)
+    page = write_page(folder, table, cost, close, summary, facts)
     say(*facts)
-    for shown in (summary, close):
-        if not shown.empty:
-            show_table(list(shown), format_rows(shown))
+    for part in (summary, shown(close)):
+        if not part.empty:
+            show_table(list(part), format_rows(part))
     say(f"{folder}: report.md, {page.name}, scores.csv, costs.csv, results.jsonl, manifest.json")

@@ -18,6 +18,7 @@ def run(
     prompt: Annotated[str | None, typer.Option(help="Text to continue, instead of --prompt-file.")] = None,
     document: Annotated[Path | None, typer.Option(help="File with a text that precedes the prompt.")] = None,
     session: Annotated[Path | None, typer.Option(help="File for the document's KV, created if missing.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of prompts' KV: known prefixes are not prefilled.")] = None,
     system: Annotated[str, typer.Option(help="System, as listed by `hillinfer systems`.")] = "hillinfer",
     alpha: Alpha = 0.2,
     host_budget: HostBudget = None,
@@ -43,8 +44,10 @@ def run(
         raise UsageError("beam search would copy whole caches on the drive: use --num-beams 1, or leave out --drive")
     if (prompt is None) == (prompt_file is None):
         raise UsageError("give the text to continue with either --prompt-file FILE or --prompt TEXT")
-    if num_beams > 1 and (document or session):
-        raise UsageError("--document and --session hold one sequence: use --num-beams 1 with them")
+    if num_beams > 1 and (document or session or store):
+        raise UsageError("--document, --session and --store hold one sequence: use --num-beams 1 with them")
+    if session and store:
+        raise UsageError("a session keeps its document and a store all prompts: give --session or --store")
     text = prompt if prompt_file is None else read_text(prompt_file)
     if not text.strip():
         raise UsageError("the prompt is empty; give the text to continue")
@@ -53,6 +56,7 @@ def run(
     job = dict(
         exact=exact,
         session=session,
+        store=store,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         dtype=dtype,

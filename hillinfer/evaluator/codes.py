@@ -4,6 +4,9 @@ The channel scales are folded into the query, which is then quantised as well, s
 product: bit-identical in numpy, torch, the emulated drive and hardware. `ranks` compares scores of different heads.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -87,12 +90,12 @@ class KeyCodes:
         step = (folded.abs().amax((1, 2), keepdim=True) / TOP[8]).clamp(min=TINY)
         return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8), step.flatten().numpy()
 
-    def scores(self, query: torch.Tensor, row: int, positions: np.ndarray | None = None) -> np.ndarray:
-        """Scores of a quantised query (Hkv, G, D) against a row's keys, or the keys at positions (n,) only.
-
-        int32 (Hkv*G, n).
-        """
-        return head_scores(query, self.codes.view()[row], self.bits, positions)
+    def scorer(self, query: torch.Tensor, row: int) -> Callable[[np.ndarray | None], np.ndarray]:
+        """`head_scores` of a quantised query (Hkv, G, D) against a row's keys, at positions (m,) or None for all."""
+        stored = self.codes.view()[row]
+        if native.available():
+            return partial(native.score, query, stored, self.bits, threads=torch.get_num_threads())
+        return partial(head_scores, query, stored, self.bits)
 
     def truncate(self, n: int) -> None:
         self.codes.truncate(n)

@@ -60,6 +60,7 @@ class Policy:
 
     selects = True  # False: every step attends to all tokens, and `select` is never called
     needs_codes = True  # uses `Step.scores`; otherwise no key codes are built
+    per_head = False  # each KV head selects for itself where the KV is in memory: a row of the batch for each
     can_speculate = False  # `select` accepts a predicted query (see `Step.guess`)
     watches = False  # needs `observe` and `attended`, which cost as much as an attention
     late = True  # can take over a filled cache, with all keys in one `append`

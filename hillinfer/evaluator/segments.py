@@ -5,6 +5,9 @@ each segment has its own (KIVI groups tokens alike, arXiv 2402.02750), in steps 
 scores stay integers, in INT8's unit. The newest tokens, which are selected most, keep their INT8 codes.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -44,9 +47,12 @@ class SegmentCodes:
         """See `KeyCodes.query`."""
         return self.newest.query(query, row)
 
-    def scores(self, query: torch.Tensor, row: int, positions: None = None) -> np.ndarray:
+    def scorer(self, query: torch.Tensor, row: int) -> Callable[[None], np.ndarray]:
         """Scores of a quantised query (Hkv, G, D) against all of a row's keys, int32 (Hkv*G, n), in INT8's unit."""
-        old, newest = self.codes.n, self.newest.scores(query, row)
+        return partial(self._scores, query, row)
+
+    def _scores(self, query: torch.Tensor, row: int, positions: None) -> np.ndarray:
+        old, newest = self.codes.n, self.newest.scorer(query, row)(None)
         out = np.empty((len(newest), old + newest.shape[1]), np.int32)
         out[:, old:] = newest
         stored = self.codes.view()[row], self.ranges.view()[row]

@@ -14,6 +14,7 @@ from hillinfer.loading import load_pretrained
 from hillinfer.longbench.comparison import Result, compare
 from hillinfer.longbench.synthetic import PROMPTS, make_records
 from hillinfer.pipeline.memory import read_fields
+from hillinfer.speculative import check_draft
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, list_systems, options_of
 
@@ -21,11 +22,12 @@ STATUS = Path("/proc/self/status")
 
 
 def measure(
-    systems: list[str], task: str, context: int, n: int, options: dict, seen: bool = False
+    systems: list[str], task: str, context: int, n: int, options: dict, seen: bool = False, verify: bool = False
 ) -> tuple[pd.DataFrame, list[str]]:
     """A frame with one row per question and system, and a line for each system that cannot run with these options.
 
     systems  names, or ["all"]; UsageError if a system that was named cannot run
+    verify   decode exactly: systems that select draft, and all KV verifies
     """
     if task not in PROMPTS:
         raise UsageError(f"no task '{task}'; choose one of {', '.join(PROMPTS)}")
@@ -33,6 +35,8 @@ def measure(
     for name in list_systems() if systems == ["all"] else systems:
         try:
             system, settings = find_system(name, options_of(name, options))
+            if verify and not system.policy.exact:
+                check_draft(system.policy)
         except UsageError as error:
             if systems != ["all"]:
                 raise
@@ -40,7 +44,7 @@ def measure(
             continue
         # Before weights are loaded; `compare` plans the actual prompts.
         plan(config, settings, context, torch.float32, policy=system.policy)
-        exact[name] = system.policy.exact
+        exact[name] = system.policy.exact or verify
     rows, idle = [], 0
 
     def add_row(result: Result) -> None:
@@ -57,7 +61,7 @@ def measure(
 
     records, (model, tokenizer) = make_records(task, context, n, seed=77), load_embedded()
     idle = reset_peak()
-    compare(model, tokenizer, records, exact, options, add_row, seen)
+    compare(model, tokenizer, records, exact, options, add_row, seen, verify)
     return pd.DataFrame(rows), left_out
 
 

@@ -63,12 +63,14 @@ def compare(
     settings: dict,
     each: Callable[[Result], None] = lambda result: None,
     seen: bool = False,
+    exact: bool = False,
 ) -> list[Result]:
     """Ask every system every question. Systems take turns, so machine noise affects all of them alike.
 
     settings  fields of `Settings`; `full` keeps all KV in memory, the others use the drive if one is configured
     each      callback after each answer, once the cache is closed; receives the system's result so far
     seen      prefill the question together with the document
+    exact     systems that select draft, and all KV verifies
 
     Raises UsageError before the first question if a system cannot run or a prompt exceeds the model's context window.
     """
@@ -79,7 +81,8 @@ def compare(
     for record in records:
         for result in results:
             with make_cache(model, result.system, **chosen[result.system]) as result.cache:
-                answer = ask(model, tokenizer, record, result.cache, seen)
+                drafts = exact and not result.cache.run.policy.exact
+                answer = ask(model, tokenizer, record, result.cache, seen, drafts)
             result.answers.append(answer)
             result.right.append(is_right(record, answer.text))
             each(result)

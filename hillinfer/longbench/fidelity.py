@@ -3,14 +3,13 @@
 Scores give one noisy number per sample; here every token of an answer is a paired measurement.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hillinfer.attention import attention_weights
+from hillinfer.attention import Observed
 from hillinfer.cache import TieredCache
 from hillinfer.longbench.prompts import Prompt
 from hillinfer.longbench.runner import ends_of, feed
@@ -43,25 +42,8 @@ class Mass:
         self.first = step if self.first is None else self.first
         return (step - self.first) % EVERY == 0
 
-    def observe(
-        self,
-        layer: int,
-        step: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        pick: np.ndarray | None,
-        n: int,
-        scaling: float,
-        visible: torch.Tensor | None,
-        everything: Callable[[], torch.Tensor],
-    ) -> None:
-        """`pick` (k,) of the n cached tokens, or None for all. Logits are taken without a model's soft cap."""
-        if pick is None:
-            self.shares.append(1.0)
-            return
-        valid = None if visible is None else visible.numpy(force=True)
-        weights = attention_weights(query, everything(), scaling, valid)
-        self.shares.append(float(weights[:, pick].sum(1).mean()))
+    def observe(self, seen: Observed) -> None:
+        self.shares.append(1.0 if seen.pick is None else float(seen.weights(True)[:, seen.pick].sum(1).mean()))
 
 
 def reference_ids(
@@ -108,7 +90,7 @@ def force(
     for each, cache, watcher in zip(found, caches, watchers, strict=True):
         cache.run.observer = None
         each.mass = sum(watcher.shares) / len(watcher.shares) if watcher.shares else 1.0
-        each.attended = cache.counters.total("attended") / max(1, cache.counters.total("cached"))
+        each.attended = cache.counters.total("attended") / max(1, cache.counters.total("cached")) / cache.run.heads
     return found
 
 

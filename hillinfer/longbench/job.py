@@ -58,10 +58,12 @@ class EvalSettings:
     options: tuple[tuple[str, object], ...] = ()  # further fields of `Settings`
     times: bool = False  # one variant at a time, so that its time is its own
     share_prefill: bool = True
+    exact: bool = False  # systems that select draft, and all KV verifies
 
     def identity(self) -> dict:
         """The settings that all runs of one folder must share, as JSON. A shared prefill changes no answer."""
         values = asdict(self) | {"options": dict(self.options), "fidelity": list(self.fidelity)}
+        values["exact"] = self.exact or None  # folders of before have none
         del values["share_prefill"]
         return values
 
@@ -106,12 +108,13 @@ class Asker:
         able = [v for v in job.variants if (policy := self.policies[v]).watches or policy.late]
         self.sharing = {*able, FULL} if job.settings.share_prefill and (len(able) > 1 or job.settings.fidelity) else ()
         watchers = [policy for variant, policy in self.policies.items() if variant in self.sharing and policy.watches]
-        self.source, self.seconds = Prefilled(model.config, watchers), 0.0
+        apart = dict(job.settings.options).get("per_head", True)
+        self.source, self.seconds = Prefilled(model.config, watchers, apart), 0.0
 
     def groups(self, variants: list[Variant], prompt: Prompt) -> list[list[Variant]]:
         """Variants that decode together: as many as half of the free memory holds, one if times are to be measured."""
         config, size = self.model.config, 1
-        if not (self.job.settings.times or check_supported(config).exact):
+        if not (self.job.settings.times or self.job.settings.exact or check_supported(config).exact):
             shape = shape_of(config.get_text_config(decoder=True), self.model.dtype.itemsize)
             tokens = len(prompt.ids) + self.job.task.max_new_tokens
             size = max(1, int(free_memory() / 2 / (1.5 * shape.layers * shape.record_bytes * tokens)))
@@ -168,9 +171,11 @@ class Asker:
     def answers(self, group: list[Variant], prompt: Prompt) -> list[dict]:
         """Answer, score and cost of each variant."""
         record, task = self.job.record, self.job.task
-        layers, found = self.model.config.get_text_config(decoder=True).num_hidden_layers, []
+        found = []
         with self.opened(group, prompt) as (caches, seconds):
-            answers = answer(self.model, self.tokenizer, task, prompt, caches, [prefill for prefill, _, _ in seconds])
+            exact = self.job.settings.exact and not self.policies[group[0]].exact
+            paid_s = [prefill for prefill, _, _ in seconds]
+            answers = answer(self.model, self.tokenizer, task, prompt, caches, paid_s, exact)
             for cache, each, (_, paid, copied) in zip(caches, answers, seconds, strict=True):
                 found.append({
                     "pred": each.text, "score": score(task, each.text, record["answers"], record["all_classes"]),
@@ -179,7 +184,7 @@ class Asker:
                     "prefill_ms": each.prefill_ms, "paid_ms": paid * 1e3, "fill_ms": copied * 1e3,
                     "ms_per_token": each.ms_per_token if len(group) == 1 else None,
                     "drive_bytes_per_token": each.drive_bytes_per_token,
-                    "kv_bytes_per_token": each.attended * cache.run.geometry.record_bytes * layers,
+                    "kv_bytes_per_token": each.attended * cache.run.token_bytes,
                     "memory_bytes": each.memory_bytes,
                 })  # fmt: skip
         return found
@@ -213,7 +218,7 @@ def cache_for(model, job: Job, variant: Variant):
     if list_systems()[variant.system].needs_drive:
         options["drive"] = job.drive or tempfile.gettempdir()
     else:
-        options = {name: value for name, value in options.items() if name in ("alpha", "precision")}
+        options = {name: value for name, value in options.items() if name in ("alpha", "precision", "per_head")}
     return make_cache(model, variant.system, **options)
 
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PretrainedConfig
 from hillinfer.attention import attendable
 from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.evaluator.policy import Policy
+from hillinfer.heads import apart, rows_of
 from hillinfer.models.layers import TieredLayer
 from hillinfer.models.seam import install
 from hillinfer.models.support import check_supported
@@ -23,12 +24,14 @@ class PolicyObserver:
 
     policies: list[Policy]
     seconds: dict[type[Policy], float]
+    apart: bool  # each KV head selects for itself, where a policy can
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         valid = None if mask is None else attendable(mask)[:, 0, -1].expand(len(queries), -1)
         for policy in self.policies:
             start = time.perf_counter()
-            policy.observe(queries, keys, valid, scaling)
+            heads = keys.shape[1] if policy.per_head and self.apart else 1
+            policy.observe(apart(queries, heads), apart(keys, heads), rows_of(valid, heads), scaling)
             self.seconds[type(policy)] += time.perf_counter() - start
 
 
@@ -37,10 +40,13 @@ class Prefilled(DynamicCache):
 
     Policies that observe the prefill (such as H2O and SnapKV) run here, one instance per policy class and layer. `fill`
     copies their state.
+
+    apart  the caches to fill have KV heads that select for themselves, as they do in memory by default
     """
 
-    def __init__(self, config: PretrainedConfig, policies: Iterable[type[Policy]] = ()):
+    def __init__(self, config: PretrainedConfig, policies: Iterable[type[Policy]] = (), apart: bool = True):
         install(config)
+        self.apart = apart
         super().__init__(config=config)
         self.seconds = dict.fromkeys(policies, 0.0)  # observation time by policy class
         self.learned = {index: [kind() for kind in self.seconds] for index in check_supported(config).tiered}
@@ -49,12 +55,13 @@ class Prefilled(DynamicCache):
         policies, first = self.learned.get(layer_idx, ()), self.get_seq_length(layer_idx) == 0
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         for policy in policies:
+            own = apart(key_states, key_states.shape[1] if policy.per_head and self.apart else 1)
             if first:
-                policy.start(*key_states.shape[:2], key_states.shape[3])
-            policy.append(key_states)
+                policy.start(*own.shape[:2], own.shape[3])
+            policy.append(own)
         if policies:
             keys = keys.view(keys.shape)  # a view: the observer must not stay on the tensor that the layer keeps
-            keys.watcher = PolicyObserver(policies, self.seconds)
+            keys.watcher = PolicyObserver(policies, self.seconds, self.apart)
         return keys, values
 
     def to(self, device: torch.device | str) -> "Prefilled":

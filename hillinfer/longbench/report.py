@@ -155,7 +155,7 @@ def _cell(value) -> str:
 def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[str]]:
     """Write scores.csv, costs.csv, fidelity.csv and report.md for a results folder.
 
-    Returns scores, costs, fidelity as text, and the report's notes.
+    Returns scores, costs, fidelity, and the report's notes.
     """
     manifest, frame = read_manifest(folder), frame_of(read(folder))
     table, cost, close = scores(frame), costs(frame), fidelity(frame)
@@ -179,7 +179,7 @@ def write(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[
         tables.append(buckets[[*VARIANT, "task", "bucket", "n", "score", "low", "high"]])
     text = ["# hillinfer eval", *facts, *map(markdown, tables)]
     files.write_text(folder / "report.md", "\n\n".join(text) + "\n")
-    return table, cost, shown(close), facts
+    return table, cost, close, facts
 
 
 def compare(one: Path, other: Path) -> tuple[pd.DataFrame, list[str]]:

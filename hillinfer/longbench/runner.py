@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from hillinfer import speculative
 from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.config import Settings
 from hillinfer.evaluator.policy import Policy
@@ -85,7 +86,12 @@ def feed(model: PreTrainedModel, cache: Cache, ids: list[int], chunk: int | None
 
 
 def ask(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict, cache: TieredCache, seen: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict,
+    cache: TieredCache,
+    seen: bool = False,
+    exact: bool = False,
 ) -> Answer:
     """Greedy answer to a synthetic record, with an empty cache.
 
@@ -96,7 +102,7 @@ def ask(
         prompt = replace(prompt, document=len(prompt.ids) - 1)
     start = time.perf_counter()
     feed(model, cache, prompt.ids[: prompt.document])
-    return answer(model, tokenizer, task, prompt, [cache], [time.perf_counter() - start])[0]
+    return answer(model, tokenizer, task, prompt, [cache], [time.perf_counter() - start], exact)[0]
 
 
 def ask_each(
@@ -138,17 +144,22 @@ def answer(
     prompt: Prompt,
     caches: Sequence[TieredCache],
     prefill_s: Sequence[float],
+    exact: bool = False,
 ) -> list[Answer]:
     """Feed the question to caches that contain the document, and decode greedily, all as rows of one batch.
 
     Times are a system's own with one cache only. `prefill_s`, one for each cache, are only reported.
+
+    exact  verify what the system drafts, of one cache; the question is then read in one pass over all KV
     """
     for cache in caches:
         cache.timeline.clear()  # the figures cover decode steps only
         cache.counters.clear()
     start, rules = time.perf_counter(), stop_rules(task, tokenizer, len(prompt.ids))
     with as_batch(caches) as rows:
-        for token in prompt.ids[prompt.document : -1]:
+        if exact:
+            rules["custom_generate"] = speculative.exact
+        for token in () if exact else prompt.ids[prompt.document : -1]:
             feed(model, rows, [token], batch=len(caches))
         out = decode_rows(model, rows, prompt.ids, len(caches), task.max_new_tokens, **rules)
     took, texts = time.perf_counter() - start, [tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
@@ -210,7 +221,8 @@ def stop_rules(task: Task, tokenizer: PreTrainedTokenizerBase, prompt_tokens: in
 def measured(cache: TieredCache, prefill_s: float, decode_s: float) -> dict:
     """The measurements of an `Answer`, from the cache's timeline and counters."""
     rows, batch = cache.counters.rows, cache.run.geometry.batch if cache.run.geometry else 1
-    steps = len({row.step for row in rows}) or 1
+    drafts = sum(drafted - accepted - 1 for drafted, accepted in cache.counters.rounds)  # that became no token
+    steps = len({row.step for row in rows}) - drafts or 1
     read = sum(span.bytes for span in cache.timeline.spans if span.kind in ("read", "prefetch", "abstract"))
     return {
         "steps": steps,

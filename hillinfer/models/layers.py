@@ -79,7 +79,7 @@ class TieredLayer(CacheLayerMixin):
     def _reorder(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Take the sequences that `choose` picks of all, by number, place from the end or mask."""
         if self.layer.n:
-            batch = self.layer.store.geometry.batch
+            batch = self.layer.store.geometry.batch // self.layer.run.heads
             try:
                 self.layer.reorder(choose(torch.arange(batch, device="cpu")))
             except IndexError as error:

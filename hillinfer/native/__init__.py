@@ -136,9 +136,7 @@ def scan(query, codes, ranges, tokens: int, out: np.ndarray, threads: int = 1) -
     (by_head,), n = code_rows(codes, [heads], -(-dim // 16) * 16, 2)
     (apart,), pairs = code_rows(ranges.flatten(1, 2), [heads], dim, 8)
     if tokens % 64 or n % tokens or pairs != n // tokens * 2 or len(out) != heads * group or out.shape[1] < n:
-        raise ValueError(
-            f"{n} codes, ranges {tuple(ranges.shape)} and scores {out.shape} do not fit {tokens} to a segment"
-        )
+        raise ValueError(f"{n} codes, {pairs} ranges and scores {out.shape} do not fit {tokens} to a segment")
     stored = pointer(codes), by_head // 4, pointer(ranges), apart, n // tokens, tokens
     asked, write = address(query, "int8", heads * group * dim), address(out, "int32", out.size, True)
     share = _share(heads * n * dim // 4, threads)
@@ -155,22 +153,12 @@ def topk(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def attend(
-    query,
-    rows: list,
-    dtype: str,
-    kv_heads: int,
-    scale: float,
-    out,
-    lse,
-    threads: int = 1,
-    side: int | None = None,
-    softcap: float = 0.0,
+    query, rows: list, dtype: str, kv_heads: int, scale: float, out, lse, threads=1, side=None, softcap=0.0
 ) -> None:
     """Attention of queries fp32 (B, H, D), each over the records K (Hkv, D), V (Hkv, D) of its row, into out fp32
     (B, H, D), and the logsumexp of the scaled logits into lse fp32 (B, H). All contiguous.
 
-    rows  per query, record addresses int64 (n,), or (first address, stride in bytes, n) for evenly spaced records;
-          the caller keeps the memory alive
+    rows  per query, addresses int64 (n,), or (first, stride in bytes, n); the caller keeps the memory alive
     side  bytes from a record's keys to its values; None: the values follow the keys
     softcap  c > 0 turns each logit x into c * tanh(x / c)
     """

@@ -96,7 +96,7 @@ def needs(run, shape, tokens: int, chunk: int | None = None, weights: int = 0) -
     chunk    tokens per prefill chunk; None prefills all at once
     weights  bytes of the model's weights
     """
-    rows, dense = run.geometry.batch * min(tokens, chunk or tokens), 0
+    rows, dense = run.batch * min(tokens, chunk or tokens), 0
     if shape is not None and run.geometry.device.type == "cpu":
         dense = 4 * rows * (6 * shape.hidden + 3 * shape.inner + 8 * shape.heads * shape.head_dim)
         dense += 6 * rows * min(PART, tokens) * shape.heads if run.settings.drive is not None else 0

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -11,6 +12,8 @@ from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.evaluator.policies import POLICIES, Full, TopK
 from hillinfer.evaluator.policy import Policy
+from hillinfer.prefix_store.blocks import PrefixStore
+from hillinfer.prefix_store.keeper import use_store
 from hillinfer.run import Run
 from hillinfer.systems.baselines import BASELINES
 from hillinfer.systems.hillinfer.run import AttendingRun, ScoringRun
@@ -114,19 +117,29 @@ def unwrap(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
-def make_cache(model: PreTrainedModel | PretrainedConfig, system: str = "hillinfer", **options) -> TieredCache:
+def make_cache(
+    model: PreTrainedModel | PretrainedConfig,
+    system: str = "hillinfer",
+    store: PrefixStore | str | Path | None = None,
+    **options,
+) -> TieredCache:
     """A cache for `generate`.
 
     model    a model, also within a wrapper; or its config, and then nothing looks ahead
+    store    folder from which the known prefix of a prompt is opened, and in which new prompts are kept
     options  the fields of `Settings`
     """
     found, settings = find_system(system, options)
     run = found.run or run_for(settings)
     if isinstance(model, PretrainedConfig):
+        if store is not None:
+            raise UsageError("a store tells models by their weights: pass the model and not its config")
         return TieredCache(model, found.policy, settings, run=run)
     model = unwrap(model)
     cache = TieredCache(model.config, found.policy, settings, run=run)
     reads_records = settings.drive is not None and settings.stream is None and not cache.support.exact
     if settings.lookahead and reads_records:
         cache.attach(model)
+    if store is not None:
+        use_store(cache, model, store)
     return cache

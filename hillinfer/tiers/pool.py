@@ -32,10 +32,6 @@ class HotPool:
         found[known] = self.slot_of[positions[known]]
         return found
 
-    def take(self, slots: np.ndarray) -> torch.Tensor:
-        """Records in these slots: (k, 2, Hkv, D)."""
-        return self.records.view().index_select(0, torch.from_numpy(slots.astype(np.int64)))
-
     def resize(self, capacity: int) -> None:
         """Change the capacity in tokens. A smaller pool evicts the least-hit unpinned tokens."""
         more = capacity - len(self.token_of)

@@ -31,7 +31,7 @@ class RecordFile(BlockFile):
         self.starts = np.zeros(0, np.int64)  # first token of each segment
         self.bases = np.zeros(0, np.int64)  # byte offset of each segment
         self.lengths = np.zeros(0, np.int64)  # tokens per stream in each segment
-        self.bytes_read = self.bytes_written = self.reads = 0
+        self.reads = 0  # requests so far
         self._buffers: list[np.ndarray] = []  # free ones, for reads
 
     @property
@@ -68,7 +68,6 @@ class RecordFile(BlockFile):
             offset = int(self.offsets(stream, np.array([position]))[0])
             self.transfer("write", pieces(offset, buffer), stream, position)
             done += n
-        self.bytes_written += records.nbytes
 
     def read(self, stream: int, positions: np.ndarray, out: np.ndarray) -> int:
         """Copy records of sorted positions (k,) into out (k, record_bytes) uint8. Returns the bytes read."""
@@ -106,7 +105,6 @@ class RecordFile(BlockFile):
             if not self.stuck:  # else the kernel may still write to it
                 self._buffers.append(buffer)
             raise
-        self.bytes_read += nbytes
         self.reads += len(of)
         begins = places[run] + offsets - starts[run]
         rows, rest = np.divmod(begins, width)

@@ -59,6 +59,9 @@ class Selection:
     def gather(self, out: torch.Tensor) -> int:
         """Copy the records into out (k, 2, Hkv, D). Returns the bytes that crossed to another device."""
         crossed = 0
+        if out.device.type == "cpu" and native.available():
+            native.copy(self.addresses(), out, np.arange(len(self)), torch.get_num_threads())
+            return crossed
         for places, records in self.parts:
             part = records.tensor()
             out[torch.from_numpy(places).to(out.device)] = part.to(out.device)

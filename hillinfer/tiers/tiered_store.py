@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,15 +17,8 @@ from hillinfer.tiers.store import Store
 from hillinfer.tiers.window import Window
 from hillinfer.timeline import Served, Track
 
-PART = 512  # tokens read at once where all are needed: a prefill chunk's KV beside its scores stays small
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """A prefetch in flight: sorted positions (k,), and the future of their records."""
-
-    positions: np.ndarray
-    reading: Future  # of Records
+PART = 512  # tokens attended to at once where all are needed: a prefill chunk's KV beside its scores stays small
+READ = 8 << 20  # bytes read at once where all are needed, while those before them are attended to
 
 
 class TieredStore(Store):
@@ -36,6 +28,7 @@ class TieredStore(Store):
     pinned    fraction of the tokens, the newest, that never leaves the pool (HKM rule 1: alpha)
     capacity  pool size in tokens for each sequence, at n cached tokens
     reader    runs prefetches
+    stores    those of all layers, by number: reading all of one goes on with the next
     """
 
     can_prefetch = in_parts = True
@@ -49,12 +42,14 @@ class TieredStore(Store):
         window: Window,
         pinned: float,
         capacity: Callable[[int], int],
-        reader: Executor | None = None,
+        reader: Executor,
+        stores: "dict[int, TieredStore]",
     ):
-        self.geometry, self.track, self.logs, self.reader = geometry, track, logs, reader
+        self.geometry, self.track, self.logs, self.reader, self.stores = geometry, track, logs, reader, stores
         self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
         self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
-        self.ahead: dict[int, Ahead] = {}  # sequence -> its prefetch
+        # Prefetches for reading all, and for a step, by sequence: sorted positions (k,), the future of their Records
+        self.ahead: tuple[dict[int, tuple[np.ndarray, Future]], ...] = {}, {}
         self.missed: list[tuple[int, np.ndarray, Selection]] = []  # read from the drive in this step
 
     @property
@@ -76,18 +71,18 @@ class TieredStore(Store):
             pool.pinned_from = self.n - math.ceil(self.pinned * self.n)
             pool.admit(np.arange(before, self.n), records[row])
 
-    def prefetch(self, row: int, positions: np.ndarray) -> None:
+    def prefetch(self, row: int, positions: np.ndarray, for_step: bool = True) -> None:
         far = positions[self.window.far(positions)]
         missing = far[self.pools[row].slots(far) < 0]
 
         def read() -> Records:
             start = time.perf_counter_ns()
-            records, nbytes = self.logs[row].read(missing, exact=False)
+            records, nbytes = self.logs[row].read(missing, exact=not for_step)
             if nbytes:
                 self.track.add("drive", "prefetch", start, nbytes)
             return records
 
-        self.ahead[row] = Ahead(missing, self.reader.submit(read))
+        self.ahead[for_step][row] = missing, self.reader.submit(read)
 
     def find(self, row: int, positions: np.ndarray, for_step: bool = True) -> tuple[Selection, Served]:
         """See `Store.find`. With `for_step` the tokens count as hits, and may be promoted when the step is settled."""
@@ -99,16 +94,16 @@ class TieredStore(Store):
             (near, Records(self.window.records[row], self.window.slots(positions[near]))),
             (far.start + hit, Records(self.pools[row].records.data, slots[hit].astype(np.int64))),
         ]
-        ahead, prefetched = self.ahead.pop(row, None) if for_step else None, 0
+        (expected, reading), prefetched = self.ahead[for_step].pop(row, (positions[:0], None)), 0
         if len(miss):
             tokens = positions[far][miss]
-            known = np.zeros(len(tokens), bool) if ahead is None else np.isin(tokens, ahead.positions, kind="table")
+            known = np.isin(tokens, expected, kind="table")
             start = time.perf_counter_ns()  # records that the prefetch lacks are read before waiting for it
             records, nbytes = self.logs[row].read(tokens[~known], exact=not for_step)
             done = self.track.add("drive", "read", start, nbytes) if nbytes else time.perf_counter_ns()
             read, prefetched = [(np.flatnonzero(~known), records)], int(known.sum())
             if prefetched:
-                guessed = ahead.reading.result()[np.searchsorted(ahead.positions, tokens[known])]
+                guessed = reading.result()[np.searchsorted(expected, tokens[known])]
                 read.append((np.flatnonzero(known), guessed))
                 self.track.add("cpu", "wait", done)
             parts += [(far.start + miss[places], records) for places, records in read]
@@ -116,28 +111,31 @@ class TieredStore(Store):
                 self.missed.append((row, tokens, Selection(read)))
         if for_step:
             self.hits.touch(row, positions)
-        demoted, guessed = int((slots == DEMOTED).sum()), len(ahead.positions) if ahead else 0
-        return Selection(parts), Served(len(near), len(hit), len(miss), demoted, guessed, prefetched)
+        demoted = int((slots == DEMOTED).sum())
+        return Selection(parts), Served(len(near), len(hit), len(miss), demoted, len(expected), prefetched)
 
     def parts(self) -> Iterator[torch.Tensor]:
-        for start in range(0, self.n, PART):
-            yield self._part(start)[0]
+        for kv, _ in self._blocks(self.stores.get(self.track.layer + 1)):
+            yield from kv.split(PART, 1)
 
-    def _part(self, start: int) -> tuple[torch.Tensor, Served]:
-        """Records of at most PART tokens from `start` on, of all sequences, and the tiers that served them."""
-        positions, rows, total = np.arange(start, min(start + PART, self.n)), [], Served()
-        for row in range(self.geometry.batch):
-            selection, served = self.find(row, positions, for_step=False)
-            rows.append(self.gather(selection))
-            total += served
-        return torch.stack(rows), total
+    def _blocks(self, following: "TieredStore | None" = None) -> Iterator[tuple[torch.Tensor, Served]]:
+        """All records in order, of all sequences, and the tiers that served them. While a block is in use the next one
+        is read, after the last the first of the following layer.
+        """
+        rows, size = range(self.geometry.batch), max(PART, READ // self.geometry.batch // self.geometry.record_bytes)
+        for start in range(0, self.n, size):
+            found = [self.find(row, np.arange(start, min(start + size, self.n)), for_step=False) for row in rows]
+            store, begin = (self, start + size) if start + size < self.n else (following, 0)
+            for row in rows if store else ():
+                store.prefetch(row, np.arange(begin, min(begin + size, store.n)), for_step=False)
+            kv = [self.gather(selection) for selection, _ in found]
+            yield kv[0][None] if len(kv) == 1 else torch.stack(kv), sum((served for _, served in found), Served())
 
     def all(self) -> tuple[torch.Tensor, Served]:
-        out, total = self.geometry.empty(self.geometry.batch, self.n, device=self.geometry.device), Served()
-        for start in range(0, self.n, PART):
-            kv, served = self._part(start)
-            out[:, start : start + kv.shape[1]] = kv
-            total += served
+        out, at, total = self.geometry.empty(self.geometry.batch, self.n, device=self.geometry.device), 0, Served()
+        for kv, served in self._blocks():
+            out[:, at : at + kv.shape[1]] = kv
+            at, total = at + kv.shape[1], total + served
         return out, total
 
     def settle(self) -> int:
@@ -149,7 +147,7 @@ class TieredStore(Store):
         return swapped
 
     def truncate(self, n: int) -> None:
-        self.ahead.clear()
+        self.ahead = {}, {}
         for log, pool in zip(self.logs, self.pools, strict=True):
             log.truncate(n)
             pool.truncate(n)

@@ -9,6 +9,7 @@ from hillinfer.systems.shapes import ModelShape
 from hillinfer.timeline import Span, Timeline
 
 DRIVE_COMPUTE = ("evaluate", "inside")  # computed in the drive, concurrently with the host
+ROUND = ("draft", "verify")  # spans around the steps of exact decoding: its drafts are replayed
 PREFETCHED = ("prefetch", "near")  # loaded before it is needed, from the drive or from memory
 
 
@@ -28,9 +29,9 @@ class RunSummary:
 def describe(run: Run, shape: ModelShape, system: str) -> dict:
     """Context of a run, for `Timeline.about`: everything a replay needs beside the spans."""
     total, rows = run.counters.total, max(1, len(run.counters.rows or []))
-    cached, batch = total("cached") / rows, run.geometry.batch if run.geometry else 1
+    cached, batch = total("cached") / rows, run.batch
     pool = run.pool_tokens(round(cached)) / max(1, cached) if run.drive is not None else 1.0
-    attended, drive = total("attended") / rows / batch, total("drive") / max(1, total("queries"))
+    attended, drive = total("attended") / rows / batch / run.heads, total("drive") / max(1, total("queries"))
     about = dict(batch=batch, cached=cached, attended=attended, pool=min(1.0, pool), drive=drive)
     return {"system": system, "shape": asdict(shape), **about}
 
@@ -63,7 +64,7 @@ def decode_steps(timeline: Timeline) -> list[RecordedStep]:
     main, numbers = attends[0].thread, sorted({span.step for span in attends})
     steps = {number: RecordedStep(number, main, defaultdict(list)) for number in numbers}
     for span in sorted(timeline.spans, key=lambda span: (span.end_ns, -span.start_ns)):
-        if span.step in steps:
+        if span.step in steps and span.kind not in ROUND:
             if span.kind == "dense" and span.layer == 0:
                 span = replace(span, kind="head")
             if span.kind == "attend" and span.lane == "drive":

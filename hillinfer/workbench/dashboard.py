@@ -90,6 +90,7 @@ class Workbench:
         self.alpha = control(w.FloatSlider, "alpha", value=0.2, min=0.02, max=1, step=0.02, readout_format=".2f")
         self.budget = control(w.Text, "host budget", placeholder="default, or 4MiB")
         self.precision = dropdown("key codes", ["int8", "int4", "int2"], "int8")
+        self.exact = dropdown("decoding", {"the system's": False, "exact: verified by all KV": True}, False)
         self.kind = dropdown("drive kind", {"an SSD": "ssd", "emulated SmartSSD": "emulated"}, "ssd")
         self.pacing = dropdown("pacing", {"unlimited": False, "a SmartSSD's rates": True}, False)
         self.folder = control(w.Text, "drive folder", value=drive)
@@ -144,7 +145,7 @@ class Workbench:
         stop_on_interrupt(self)
         columns = [
             [self.task, self.tokens, self.seed, self.text, self.question, self.new_tokens, self.session],
-            [self.system, self.alpha, self.precision, self.attention],
+            [self.system, self.alpha, self.precision, self.exact, self.attention],
             [self.kind, self.pacing, self.folder, self.budget],
         ]
         grid = w.GridBox(
@@ -186,7 +187,8 @@ class Workbench:
         observation = OBSERVATION[self.attention.value]
         record = AttentionRecord(budget=observation[0], exact=observation[1]) if observation else None
         session = Path(self.session.value).expanduser() if self.session.value.strip() else None
-        run = LiveRun(self.model, self.tokenizer, self.case(), self.system.value, self.options(), record, session)
+        parts = self.model, self.tokenizer, self.case(), self.system.value, self.options(), record, session
+        run = LiveRun(*parts, exact=self.exact.value)
         run.check()
         self.join_painter()
         self.table.value = ""

@@ -1,4 +1,4 @@
-"""HTML report of an eval: accuracy by budget, accuracy by KV traffic, scores by task."""
+"""HTML report of an eval: accuracy by budget and by KV traffic, scores by task, fidelity by budget."""
 
 from pathlib import Path
 
@@ -10,13 +10,15 @@ from hillinfer.workbench.figures import LAYOUT
 from hillinfer.workbench.report import write_report
 
 
-def write_page(folder: Path, table: pd.DataFrame, cost: pd.DataFrame, summary: pd.DataFrame, facts: list[str]) -> Path:
-    """Write `report.html` to the folder; `table` and `cost` come from longbench/report.py."""
+def write_page(folder: Path, table, cost, close, summary: pd.DataFrame, facts: list[str]) -> Path:
+    """Write `report.html` to the folder; scores, costs and fidelity come from longbench/report.py."""
     figures = []
     for (model, question), rows in table.groupby(["model", "question"]):
         name = f"{model}, question {question}"
         figures += [budget_figure(rows, f"{name}: accuracy by budget"), tasks_figure(rows, f"{name}: scores by task")]
         figures.append(bytes_figure(rows.merge(cost), f"{name}: accuracy by attended KV"))
+    for (model, question, answer), rows in close.groupby(["model", "question", "answer"]) if len(close) else ():
+        figures.append(fidelity_figure(rows, f"{model}, question {question}: divergence on the {answer} answers"))
     header, rows = list(summary.columns), [[str(cell) for cell in row] for row in summary.itertuples(index=False)]
     return write_report(folder / "report.html", "hillinfer eval", facts, header, rows, figures)
 
@@ -61,6 +63,31 @@ def bytes_figure(table: pd.DataFrame, title: str) -> go.Figure:
         )
     figure.update_layout(LAYOUT, title=title, yaxis_title="score", height=460)
     figure.update_xaxes(title="attended KV, KiB per token (median)", type="log")
+    return figure
+
+
+def fidelity_figure(close: pd.DataFrame, title: str) -> go.Figure:
+    """KL from full attention against the share of tokens attended to, one line per system, with 95 % intervals."""
+    figure = go.Figure()
+    for i, (system, points) in enumerate(close[close.attended < 100].groupby("system")):
+        points = points.sort_values("attended")
+        figure.add_scatter(
+            name=system,
+            x=points.attended,
+            y=points.kl,
+            mode="lines+markers",
+            line=dict(color=palette.line(i)[0], dash="dash" if system in ("oracle", "random") else "solid"),  # bounds
+            marker_symbol=palette.line(i)[1],
+            error_y=dict(
+                type="data", array=points.kl_high - points.kl, arrayminus=points.kl - points.kl_low, thickness=1
+            ),
+            customdata=points[["alpha", "agree", "mass", "tokens"]],
+            hovertemplate="alpha %{customdata[0]}<br>KL %{y:.3f} nats<br>agreement with full %{customdata[1]:.1f} %"
+            "<br>attention mass kept %{customdata[2]:.1f} %<br>%{customdata[3]:,} answer tokens",
+        )
+    figure.update_layout(LAYOUT, title=title, height=460)
+    figure.update_yaxes(title="KL to full, nats a token (95 % interval)", type="log")
+    figure.update_xaxes(title="tokens attended to, %", type="log")
     return figure
 
 

@@ -8,7 +8,7 @@ from hillinfer.timeline import LANES, Counters, Timeline
 from hillinfer.workbench import palette
 from hillinfer.workbench.observe import AttentionRecord
 
-KINDS = list(palette.FAMILY)  # `select` first: the `score` spans inside it are drawn on top
+KINDS = list(palette.FAMILY)  # `draft` and `select` first: the spans inside them are drawn on top
 LAYOUT = dict(template="plotly_white", margin=dict(l=60, r=20, t=50, b=50), height=360)
 
 

@@ -15,6 +15,7 @@ from hillinfer.errors import UsageError
 from hillinfer.longbench.runner import decode, feed, is_right, measured, split_prompt
 from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
 from hillinfer.session import check_keeps, open_session, save_session, session_ids
+from hillinfer.speculative import check_draft, describe_rounds, exact
 from hillinfer.systems.planning import plan
 from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
@@ -83,6 +84,7 @@ class LiveRun:
     options: dict
     record: AttentionRecord | None = None
     session: Path | None = None  # session file with the document's KV: opened if it exists, else created
+    exact: bool = False  # verify drafts with all KV
     phase: str = "waiting"  # prefill, decode, done, stopped, failed
     tokens: list[Token] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
@@ -103,6 +105,8 @@ class LiveRun:
         system, settings = find_system(self.system, self.options)
         total = len(self.case.context) + len(self.case.question) + self.case.max_new_tokens
         plan(self.model.config, settings, total, self.model.dtype, policy=system.policy)
+        if self.exact:
+            check_draft(system.policy)
         if self.session is not None:
             check_keeps(self.model.config, self.system, self.options)
             session_ids(self.session, self.case.context)
@@ -158,6 +162,7 @@ class LiveRun:
             foreseen=foreseen,
             speed=speed,
             left_s=(foreseen - done) / speed if speed and self.phase == "decode" else 0.0,
+            drafts=describe_rounds(self.counters.rounds),
             error=str(self.error or ""),
         )
 
@@ -210,17 +215,19 @@ class LiveRun:
         for token in question[:-1]:
             if self._stop.is_set():
                 return
-            feed(self.model, cache, [token])
+            if not self.exact:  # else the first pass over all KV takes in the question
+                feed(self.model, cache, [token])
             self._add_token(cache, asked.add(token), True)
         if self._stop.is_set():
             return
         ids, new = context + question, self.case.max_new_tokens
         watch = StoppingCriteriaList([_EachToken(self, cache)])
-        decode(self.model, cache, ids, new, stopping_criteria=watch)
+        way = {"custom_generate": exact} if self.exact else {}
+        decode(self.model, cache, ids, new, stopping_criteria=watch, **way)
 
     def _add_token(self, cache: TieredCache, text: str, asked: bool) -> None:
         now = time.perf_counter()
-        self.tokens.append(Token(text, cache.run.step, (now - self._decoding) * 1e3, asked))
+        self.tokens.append(Token(text, cache.timeline.step, (now - self._decoding) * 1e3, asked))
         if len(self.tokens) % 8 == 1:
             self.memory = cache.memory()
 

@@ -1,13 +1,11 @@
 """Record the attention of each layer and head during a run, aggregated to blocks of positions (never T x T)."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from hillinfer.attention import attention_weights
+from hillinfer.attention import Observed
 
 SHARE = 0.9  # of a head's attention mass
 KEEP = 64 << 20  # bytes of snapshots; the oldest steps are dropped
@@ -23,9 +21,16 @@ class AttentionSnapshot:
     n: int  # cached tokens
     block: int  # positions per block
     mass: np.ndarray  # (H, blocks) float16, attention mass by block; each row sums to 1
-    chosen: np.ndarray  # (blocks,) int32, selected tokens per block
+    chosen: np.ndarray  # (blocks,) selected tokens per block; the mean over KV heads, if these select apart
     needed: np.ndarray  # (H,) float32, smallest number of tokens that hold SHARE of the attention mass
     recall: np.ndarray | None  # (H,) float32, share of the exact attention mass on selected tokens; None if not exact
+
+    def beside(self, other: "AttentionSnapshot") -> "AttentionSnapshot":
+        """Both snapshots' heads, of one layer and step."""
+        both = {name: (getattr(self, name), getattr(other, name)) for name in ("mass", "needed", "recall")}
+        joined = {name: None if mine is None else np.concatenate((mine, more)) for name, (mine, more) in both.items()}
+        chosen = np.average((self.chosen, other.chosen), 0, (len(self.mass), len(other.mass)))
+        return replace(self, chosen=chosen.astype(np.float32), **joined)
 
 
 class AttentionRecord:
@@ -64,30 +69,10 @@ class AttentionRecord:
         elif self._step is not None:
             self._plain = step_ns if not self._plain else (7 * self._plain + step_ns) // 8
 
-    def observe(
-        self,
-        layer: int,
-        step: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        pick: np.ndarray | None,
-        n: int,
-        scaling: float,
-        visible: torch.Tensor | None,
-        everything: Callable[[], torch.Tensor],
-    ) -> None:
-        """Record one layer's attention in one step.
-
-        query       (H, D)
-        keys        (k, Hkv, D), keys at the positions `pick` (k,), or at all n positions if `pick` is None
-        visible     (n,) bool, False for padding
-        everything  returns the keys at all n positions; called only for exact records
-        """
-        start = time.perf_counter_ns()
-        pick = np.arange(n) if pick is None else pick
-        positions = np.arange(n) if self.exact else pick
-        mask = None if visible is None else visible[torch.from_numpy(positions).to(visible.device)]
-        weights = attention_weights(query, everything() if self.exact else keys[: len(pick)], scaling, mask)
+    def observe(self, seen: Observed) -> None:
+        """Record one layer's attention in one step."""
+        start, n, pick = time.perf_counter_ns(), seen.n, seen.positions
+        weights, positions = seen.weights(self.exact), np.arange(n) if self.exact else pick
         block = block_size(n, self.blocks)
         edges = np.searchsorted(positions, np.arange(0, n, block))
         totals = np.concatenate((np.zeros((len(weights), 1)), weights.cumsum(1, dtype=np.float64)), 1)
@@ -100,7 +85,9 @@ class AttentionRecord:
             ((best.cumsum(1) < SHARE).sum(1) + 1).astype(np.float32),
             weights[:, pick].sum(1) if self.exact else None,
         )
-        self.steps.setdefault(step, {})[layer] = snapshot
+        layers = self.steps.setdefault(seen.step, {})
+        earlier = layers.get(seen.layer)
+        layers[seen.layer] = earlier.beside(snapshot) if earlier else snapshot
         self._bytes += snapshot.mass.nbytes + snapshot.chosen.nbytes
         while self._bytes > KEEP and len(self.steps) > 1:
             oldest = self.steps.pop(next(iter(self.steps)))

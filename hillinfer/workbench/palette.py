@@ -2,6 +2,7 @@
 
 # Families of span kinds. Each family has one colour everywhere; labels distinguish the kinds within it.
 FAMILIES = {
+    "round": "draft verify",
     "choose": "select guess score merge encode evaluate",
     "compute": "attend dense",
     "host memory": "append view gather swap",
@@ -12,6 +13,7 @@ FAMILIES = {
     "observe": "observe",
 }
 COLOURS = {
+    "round": "#E8E8E8",
     "choose": "#E69F00",
     "compute": "#009E73",
     "host memory": "#56B4E9",

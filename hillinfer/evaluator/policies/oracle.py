@@ -9,6 +9,7 @@ class Oracle(Policy):
     """True top-k by the maximum attention weight over the query heads."""
 
     needs_codes = False
+    per_head = True
 
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:

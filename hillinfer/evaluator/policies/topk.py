@@ -9,6 +9,7 @@ from hillinfer.evaluator.topk import topk
 class TopK(Policy):
     """The device window and the tokens that some head gives most, by their key codes."""
 
+    per_head = True
     can_speculate = True
 
     def select(self, step: Step) -> np.ndarray | None:

@@ -15,6 +15,7 @@ class Eviction(Policy):
 
     needs_codes = False
     watches = True
+    per_head = True
     late = False
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:

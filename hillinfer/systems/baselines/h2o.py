@@ -1,6 +1,7 @@
 """H2O (arXiv 2306.14048): heavy hitters by accumulated attention, and recent tokens; all others are evicted.
 
-The paper has one set per head; here the heads of a layer share one, by the sum of their weights.
+As in the paper each KV head has its own set, where the KV is in memory; else the heads of a layer share one, by the
+sum of their weights.
 """
 
 import numpy as np

@@ -20,6 +20,7 @@ class InfiniGen(Policy):
     """The device window and the tokens whose partial, skewed keys some head gives most."""
 
     needs_codes = False
+    per_head = True
     can_speculate = True
     watches = True
     late = False  # its basis needs the prompt's queries

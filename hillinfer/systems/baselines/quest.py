@@ -17,6 +17,7 @@ class Quest(Policy):
     """The device window and the pages of 16 tokens whose min/max bound is highest."""
 
     needs_codes = False
+    per_head = True
     can_speculate = True
     page = 16
 

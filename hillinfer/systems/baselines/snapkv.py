@@ -1,7 +1,8 @@
 """SnapKV (arXiv 2404.14469): after the prefill, its last queries vote once for the tokens to keep.
 
-As in the paper's code, votes are pooled along the sequence, so that a token's neighbours are kept with it. The paper
-has one set per head; here the heads of a layer share one. Tokens after the prompt are kept within the budget.
+As in the paper's code, votes are pooled along the sequence, so that a token's neighbours are kept with it. As in the
+paper each KV head has its own set, where the KV is in memory; else the heads of a layer share one. Tokens after the
+prompt are kept within the budget.
 """
 
 import numpy as np

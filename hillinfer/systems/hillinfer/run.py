@@ -81,7 +81,7 @@ class ScoringRun(Run):
         return self.chosen or SelectionRates(self.settings.alpha, self.settings.alpha)
 
     def begin_step(self, tokens: int) -> None:
-        if self.speeds is not None and tokens == 1 and self.step % REBALANCE_EVERY == 0:
+        if self.speeds is not None and tokens == 1 and self.timeline.step % REBALANCE_EVERY == 0:
             self._rebalance()
         super().begin_step(tokens)
 

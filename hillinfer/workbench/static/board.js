@@ -157,7 +157,8 @@ class Board {
       decode: `token ${s.done} of at most ${s.foreseen}${speed}, at most ${number(s.left_s, 0)} s left`,
       done: `done: ${s.done} tokens${speed}`, stopped: `stopped after ${s.done} tokens${speed}`, failed: s.error,
     }[s.phase];
-    const judged = s.right == null ? "" : s.right ? " - right" : " - wrong";
+    const drafts = s.drafts ? `; ${s.drafts}` : "";
+    const judged = drafts + (s.right == null ? "" : s.right ? " - right" : " - wrong");
     if (this.status.textContent !== status + judged) this.status.textContent = status + judged;
     this.status.classList.toggle("hi-error", s.phase === "failed");
     this.root.dataset.phase = s.phase;

@@ -1,6 +1,7 @@
 // The timeline: spans of four lanes on a canvas. All spans are kept; spans narrower than a pixel are merged when drawn.
 
 const LANES = ["gpu", "cpu", "drive", "link"];
+const AROUND = ["wait", "draft", "verify"]; // spans without work of their own
 const ROW = 16, TOP = 22, LEFT = 56, BOTTOM = 18;
 
 class Lane {
@@ -90,7 +91,7 @@ export class Spans {
     while (next < this.stepStart.length && this.stepStart[next] === undefined) next++;
     return [from, next < this.stepStart.length ? this.stepStart[next] : this.t1];
   }
-  busy(which, from, to) { // ms in [from, to] during which at least one of these lanes was busy; waits do not count
+  busy(which, from, to) { // ms in [from, to] during which at least one of these lanes was busy; spans AROUND work do not count
     const lanes = which.map((name) => this.lanes[LANES.indexOf(name)]);
     const at = lanes.map((lane) => lane.lower(from - lane.longest));
     let total = 0, until = from;
@@ -101,7 +102,7 @@ export class Spans {
       if (best < 0) break;
       const lane = lanes[best], i = at[best]++;
       if (lane.start[i] >= to) break;
-      if (this.kinds[lane.kind[i]] === "wait") continue;
+      if (AROUND.includes(this.kinds[lane.kind[i]])) continue;
       const end = Math.min(to, lane.end[i]);
       if (end > until) { total += end - Math.max(until, lane.start[i]); until = end; }
     }
@@ -152,7 +153,7 @@ export function drawTimeline(ctx, width, spans, view, look) {
         ctx.strokeStyle = ctx.fillStyle; ctx.setLineDash([3, 2]);
         ctx.strokeRect(a + 0.5, top + 0.5, Math.max(0, w - 1), ROW - 4); ctx.setLineDash([]);
       } else ctx.fillRect(a, top, w, ROW - 3);
-      const text = [(lane.modelled[i] ? "~" : "") + kind + " L" + lane.layer[i], kind].find((t) => t.length * 6.4 + 6 < w);
+      const text = [(lane.modelled[i] ? "~" : "") + kind + (lane.layer[i] < 0 ? "" : " L" + lane.layer[i]), kind].find((t) => t.length * 6.4 + 6 < w);
       if (text) {
         ctx.fillStyle = lane.modelled[i] ? theme.text : palette.ink[palette.family[kind] ?? "other"];
         ctx.fillText(text, a + 3, top + ROW / 2 - 1);

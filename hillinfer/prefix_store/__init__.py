@@ -1,0 +1,1 @@
+"""KV of prompts' beginnings in a folder, found again by any cache that is given the same tokens."""

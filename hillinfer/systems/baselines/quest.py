@@ -1,7 +1,7 @@
 """Quest (arXiv 2406.10774): fixed pages of 16 tokens, scored by the min/max boxes of their keys.
 
-The paper selects pages per head and attends densely in the first two layers. Here the KV heads of a layer share a
-selection, because a record contains all of them, and every layer has the same budget.
+As in the paper each KV head has its own pages in memory; on a drive, where a record contains all heads, they share
+them. Every layer has the same budget: `QuestDense` is the paper's, which attends densely in the first two layers.
 """
 
 import numpy as np
@@ -62,3 +62,10 @@ class Quest(Policy):
     @property
     def nbytes(self) -> int:
         return self.boxes.view().nbytes
+
+
+class QuestDense(Quest):
+    """`quest` with the first two layers dense, as in its paper."""
+
+    def select(self, step: Step) -> np.ndarray | None:
+        return None if step.layer < 2 else super().select(step)

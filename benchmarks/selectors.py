@@ -25,8 +25,7 @@ from hillinfer.longbench.job import prompt_of
 from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.runner import feed
 from hillinfer.longbench.sources import load_all
-from hillinfer.systems.leoam.policy import LeoAM
-from hillinfer.systems.registry import POLICIES
+from hillinfer.systems.registry import POLICIES, list_systems
 
 CHUNK = 2048
 
@@ -92,10 +91,12 @@ CODED = "coded keys (topk)"
 EXACT = {"log-probability": LogProbability, "mass": Mass, "squares": Squares, "group's best": GroupBest, "turns": Turns}
 RULES = {CODED: POLICIES["topk"]} | EXACT | {"highest weight (oracle)": POLICIES["oracle"]}
 PRECISIONS = {f"{CODED}, {name}": name for name in ("int4", "int2")}
-RULES |= dict.fromkeys(PRECISIONS, POLICIES["topk"]) | {"leoam": LeoAM}
-RULES |= {name: POLICIES[name] for name in ("quest", "infinigen")}
-APART = [CODED, "log-probability", "mass", "highest weight (oracle)", "quest", "infinigen"]  # each KV head for itself
-ALL = [*((rule, False) for rule in RULES if rule != "infinigen"), *((rule, True) for rule in APART)]
+RULES |= dict.fromkeys(PRECISIONS, POLICIES["topk"])
+OTHERS = ("leoam", "leoam-released", "quest", "quest-dense", "infinigen", "h2o", "snapkv")
+RULES |= {name: list_systems()[name].policy for name in OTHERS}
+APART = [CODED, "log-probability", "mass", "highest weight (oracle)", *OTHERS[2:]]  # also each KV head for itself
+ALL = [(rule, False) for rule in RULES if not RULES[rule].watches]  # what watches the prefill is of one kind
+ALL += [(rule, True) for rule in APART]
 
 
 def measure(

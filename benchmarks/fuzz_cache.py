@@ -65,7 +65,7 @@ class Sequence:
         if on_drive:
             options["drive"] = folder
             if system in ("full", "topk", "quest", "hillinfer") and rng.random() < 0.4:
-                options["drive_kind"] = "emulated"
+                options |= {"drive_kind": "emulated", "precision": rng.choice(["int8", "int4"])}  # all that it scores
             elif system in ("full", "topk", "leoam"):
                 options["compress"] = rng.choice([0.0, 0.0, 0.5, "auto"])
         if system in ("flexgen", "dualblade"):

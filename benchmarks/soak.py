@@ -90,7 +90,7 @@ def setting(rng: random.Random, drive: str) -> tuple[str, dict, bool]:
         own = found[name].settings | found[name].fixed
         scores = own.keys().isdisjoint(("drive_kind", "stream")) and found[name].policy.needs_codes
         if scores and rng.random() < 0.3:
-            options["drive_kind"] = "emulated"
+            options |= {"drive_kind": "emulated", "precision": rng.choice(["int8", "int4"])}  # all that it scores
     if name == "leoam":
         options["compress"] = 0.0 if exact else rng.choice([0.0, 1.0, "auto"])
     return name, options, exact or found[name].policy.exact

@@ -52,10 +52,14 @@ class ScoringRun(Run):
         if settings.drive_kind == "xrt":
             card = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads, **self.safety)
             return XrtDrive(settings.drive, shape, card)
-        kernel = cec.choose(settings.bits, geometry.head_dim)
+        kernel = self._kernel(geometry)
         rates = replace(SMARTSSD, kernel=kernel.code_rate(geometry.head_dim), call=kernel.call_seconds)
         how = dict(paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
         return EmulatedDrive(settings.drive, shape, Emulation(rates=rates, **how, **self.safety))
+
+    def _kernel(self, geometry: Geometry) -> cec.Configuration:
+        """The drive's; a drive that attends has no use for it."""
+        return cec.choose(self.settings.bits if self.store.scores_keys else 8, geometry.head_dim)
 
     def open_store(self, track: Track) -> ScoringStore:
         return self.tiered_store(self.store, track, lambda stream: DriveLog(self.drive, self.geometry, stream))
@@ -107,7 +111,7 @@ class ScoringRun(Run):
             text = f"host holds {self._balanced_share():.0%}: {why}"
             text += "" if budget is None else f", at most {budget:,} bytes"
         if self.settings.drive_kind == "emulated":
-            kernel, clock = cec.choose(self.settings.bits, self.geometry.head_dim), cec.CLOCK / 1e6
+            kernel, clock = self._kernel(self.geometry), cec.CLOCK / 1e6
             text += f"; the drive's modelled scoring is that of {kernel.name} at {clock:.0f} MHz (assumed clock)"
         return text
 

@@ -2,7 +2,7 @@
 several tokens over KV that comes in parts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,36 +84,62 @@ def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
 
 
 def over_parts(
-    query: torch.Tensor, parts: Iterable[torch.Tensor], visible: torch.Tensor, scaling: float
+    query: torch.Tensor, parts: Iterable[torch.Tensor], mask: torch.Tensor | None, scaling: float, n: int
 ) -> torch.Tensor:
-    """Attention of several tokens, query (B, H, q, D), over records (B, n, 2, Hkv, D) that together hold all N tokens
-    in order: a prefill chunk or a new turn never needs all of a layer's KV at once (online softmax).
+    """Attention of several tokens, query (B, H, q, D), over records (B, m, 2, Hkv, D) that together hold all n tokens
+    in order: a prefill chunk or a new turn never needs all of a layer's KV at once.
 
-    visible  bool, broadcasts to (B, 1, q, N)
-    Returns (B, H, q, D) in the query's type; sums are in float32.
+    mask  broadcasts to (B, 1, q, n), as `attendable` takes it; None if the queries are the newest tokens, unpadded
+    Returns (B, H, q, D) in the query's type.
     """
-    batch, heads, rows, dim = query.shape
-    top = total = out = None
-    start = 0
-    for kv in parts:
-        keys, values = kv.float().permute(2, 0, 3, 1, 4)  # (B, Hkv, n, D) each
-        kv_heads, n = keys.shape[1:3]
-        if out is None:
-            grouped = query.float().reshape(batch, kv_heads, -1, dim) * scaling  # (B, Hkv, G*q, D)
-            out = torch.zeros_like(grouped)
-            total = grouped.new_zeros((*grouped.shape[:3], 1))
-            top = torch.full_like(total, torch.finfo(torch.float32).min)
-        scores = grouped @ keys.transpose(2, 3)
-        shown = visible[..., start : start + n].unsqueeze(1)  # (B, 1, 1, q, n)
-        if not shown.all():
-            scores.view(batch, kv_heads, -1, rows, n).masked_fill_(~shown, torch.finfo(torch.float32).min)
-        higher = torch.maximum(top, scores.amax(3, keepdim=True))
-        weights = scores.sub_(higher).exp_()
-        fade = (top - higher).exp_()
-        total = total.mul_(fade).add_(weights.sum(3, keepdim=True))
-        out = out.mul_(fade).add_(weights @ values)
-        top, start = higher, start + n
-    return (out / total).view(batch, heads, rows, dim).to(query.dtype)
+    rows = query.shape[2]
+
+    def attended() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        start = 0
+        for kv in parts:
+            stop = start + kv.shape[1]
+            if mask is not None:
+                shown = attendable(mask[..., start:stop])
+            elif stop <= n - rows + 1:
+                shown = None
+            else:
+                shown = torch.ones((1, 1, rows, stop - start), dtype=torch.bool, device=query.device)
+                shown.tril_(n - rows - start)
+            yield over_part(query, kv, None if shown is None or shown.all() else shown, scaling)
+            start = stop
+
+    return merge(attended())[0].to(query.dtype)
+
+
+def over_part(
+    query: torch.Tensor, kv: torch.Tensor, shown: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query (B, H, q, D) over records (B, m, 2, Hkv, D), of which `shown` (B, 1, q, m) may be attended to: the output,
+    fp32 (B, H, q, D), and the logsumexp, fp32 (B, H, q). On a CPU flash attention, in the query's type.
+    """
+    keys, values = kv.permute(2, 0, 3, 1, 4)
+    grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[3])  # (B, Hkv, G*q, D): keys are not repeated
+    hidden = None
+    if shown is not None:
+        hidden = torch.zeros(shown.shape, dtype=query.dtype, device=query.device).masked_fill_(~shown, -torch.inf)
+        hidden = hidden.repeat(1, 1, grouped.shape[2] // query.shape[2], 1)
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            grouped, keys, values, attn_mask=hidden, scale=scaling
+        )
+    else:
+        out, lse = over_part_reference(grouped, keys, values, hidden, scaling)
+    lse = lse.reshape(query.shape[:3])
+    if shown is not None:  # torch says 0 where nothing may be attended to
+        lse = lse.masked_fill(~shown.any(3), -torch.inf)
+    return out.float().reshape(query.shape), lse
+
+
+def over_part_reference(query, keys, values, hidden, scaling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its logsumexp by their definition, in fp32; `hidden` is added to the logits."""
+    logits = query.float() * scaling @ keys.float().transpose(2, 3)
+    logits = logits if hidden is None else logits + hidden
+    return logits.softmax(3).nan_to_num() @ values.float(), logits.logsumexp(3)
 
 
 def attention_weights(

@@ -144,12 +144,7 @@ class Layer:
 
     def _attend_all(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """A prefill chunk or a new turn, part by part, so that a layer's KV is never in memory as a whole."""
-        rows, n = query.shape[2], self.n
-        if mask is None:
-            visible = torch.ones((1, 1, rows, n), dtype=torch.bool, device=query.device).tril_(n - rows)
-        else:
-            visible = attention.attendable(mask)
-        return attention.over_parts(query, self.store.parts(), visible, scaling).transpose(1, 2)
+        return attention.over_parts(query, self.store.parts(), mask, scaling, self.n).transpose(1, 2)
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""

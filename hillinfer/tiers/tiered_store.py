@@ -17,8 +17,8 @@ from hillinfer.tiers.store import Store
 from hillinfer.tiers.window import Window
 from hillinfer.timeline import Served, Track
 
-PART = 512  # tokens attended to at once where all are needed: a prefill chunk's KV beside its scores stays small
-READ = 8 << 20  # bytes read at once where all are needed, while those before them are attended to
+PART = 512  # tokens read at once where all are needed, at least
+READ = 8 << 20  # bytes of that, while those before them are attended to
 
 
 class TieredStore(Store):
@@ -116,7 +116,7 @@ class TieredStore(Store):
 
     def parts(self) -> Iterator[torch.Tensor]:
         for kv, _ in self._blocks(self.stores.get(self.track.layer + 1)):
-            yield from kv.split(PART, 1)
+            yield kv
 
     def _blocks(self, following: "TieredStore | None" = None) -> Iterator[tuple[torch.Tensor, Served]]:
         """All records in order, of all sequences, and the tiers that served them. While a block is in use the next one

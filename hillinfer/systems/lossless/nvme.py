@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import stat
+from mmap import PAGESIZE
 from pathlib import Path
 
 from hillinfer.errors import UsageError
@@ -28,8 +29,9 @@ class NvmeDevice(BlockDevice):
     def __init__(self, path: str | Path, threads: int = 16, **options):
         self.path = Path(path)
         block, queue = check_namespace(self.path)
-        self.lba = int((queue / "logical_block_size").read_text(encoding="utf-8"))
-        self.max_bytes = int((queue / "max_hw_sectors_kb").read_text(encoding="utf-8")) * 1024  # of one command (MDTS)
+        names = "logical_block_size", "max_hw_sectors_kb", "max_segments"
+        self.lba, most, segments = (int((queue / name).read_text(encoding="utf-8")) for name in names)
+        self.max_bytes = min(most * 1024, segments * PAGESIZE)  # of one command: MDTS, and pages scattered in memory
         super().__init__(block, threads, **options | {"engine": "threads"})
         try:
             self.engine.close()

@@ -6,8 +6,6 @@
 import fcntl
 import os
 import re
-import stat
-from mmap import PAGESIZE
 from pathlib import Path
 
 from hillinfer.errors import UsageError
@@ -31,7 +29,7 @@ class NvmeDevice(BlockDevice):
         block, queue = check_namespace(self.path)
         names = "logical_block_size", "max_hw_sectors_kb", "max_segments"
         self.lba, most, segments = (int((queue / name).read_text(encoding="utf-8")) for name in names)
-        self.max_bytes = min(most * 1024, segments * PAGESIZE)  # of one command: MDTS, and pages scattered in memory
+        self.max_bytes = min(most * 1024, segments * BLOCK)  # of one command: MDTS, and pages scattered in memory
         super().__init__(block, threads, **options | {"engine": "threads"})
         try:
             self.engine.close()
@@ -86,7 +84,7 @@ class NvmeDevice(BlockDevice):
 def check_namespace(path: str | Path, root: Path = Path("/")) -> tuple[Path, Path]:
     """The block device of /dev/ngXnY and its queue folder in /sys. UsageError if passthrough would be unsafe."""
     path = Path(path)
-    if not path.exists() or not stat.S_ISCHR(path.stat().st_mode):
+    if not path.is_char_device():
         raise UsageError(f"{path} is not an NVMe character device; name /dev/ngXnY, a block device, or nothing")
     block = path.with_name(re.sub(r"^ng", "nvme", path.name))
     system = root / "sys/block" / block.name

@@ -164,6 +164,7 @@ $(VENV)/.longbench: $(VENV)/.ready
 	@touch $@
 
 show-package: $(VENV)/.longbench ## every claim about the wheel, in new environments; needs a package index
+	$(BIN)/pip install -q -c constraints.txt -e '.[audit]'
 	$(BIN)/python -m benchmarks.show_package
 
 nvme: $(VENV)/.ready ## the device paths on an emulated NVMe controller; needs root and Debian's QEMU, 10 minutes

@@ -97,12 +97,15 @@ def wipe(path: Path) -> None:
 
 
 class Model:
-    """A small Llama with random weights, a prompt, and greedy answers over systems and devices."""
+    """A small Llama with random weights, a prompt, and greedy answers over systems and devices.
+
+    It has more layers than there are transfer slots, so that each step reads from the device.
+    """
 
     def __init__(self):
         torch.manual_seed(7)
         size = dict(
-            hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=97, max_position_embeddings=1024
+            hidden_size=64, intermediate_size=64, num_hidden_layers=4, vocab_size=97, max_position_embeddings=1024
         )
         self.model = LlamaForCausalLM(
             LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=4, head_dim=64)

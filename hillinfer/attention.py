@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from hillinfer import native
 
+PINNED = 16 << 20  # most bytes to come through pinned memory, of which torch keeps what it has once taken
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -51,7 +52,7 @@ def over_tensors(
     if softcap:
         out = (weighed.softmax(-1).nan_to_num() @ values.float()).to(query.dtype)
     else:
-        mask = None if valid is None else valid[:, None, None].to(query.device)
+        mask = None if valid is None else valid[:, None, None]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
     return out.reshape(batch, 1, heads, dim), weighed.logsumexp(-1).flatten(1)
 
@@ -66,7 +67,7 @@ def logits(
     keys = keys.permute(0, 2, 3, 1).float()  # (B, Hkv, D, n)
     out = query.float().view(len(keys), keys.shape[1], -1, keys.shape[2]) * scaling @ keys
     out = softcap * torch.tanh(out / softcap) if softcap else out
-    return out if valid is None else out.masked_fill_(~valid[:, None, None].to(out.device), -torch.inf)
+    return out if valid is None else out.masked_fill_(~valid[:, None, None], -torch.inf)
 
 
 def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +126,21 @@ def attention_weights(
 ) -> np.ndarray:
     """query (H, D), keys (k, Hkv, D), valid (k,) or None -> softmax weights (H, k) float32."""
     shown = None if valid is None else torch.as_tensor(valid, device=query.device)[None]
-    return logits(query[None, :, None], keys[None], shown, scaling, softcap).softmax(-1).flatten(0, 2).cpu().numpy()
+    return logits(query.to(keys.device)[None, :, None], keys[None], shown, scaling, softcap).softmax(-1).flatten(0, 2).cpu().numpy()
+
+
+def to_host(*parts: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Tensors in host memory; what comes from another device comes in one wait."""
+    far = [part.device for part in parts if part is not None and part.device.type != "cpu"]
+    out = [part if part is None else part.to("cpu", non_blocking=part.nbytes <= PINNED) for part in parts]
+    if far:
+        torch.accelerator.current_stream(far[0]).synchronize()
+    return out
+
+
+def to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. From host memory to another the host does not wait: torch keeps what the copy reads."""
+    return part if part.device == device else part.pin_memory().to(device, non_blocking=True)
 
 
 def attendable(mask: torch.Tensor) -> torch.Tensor:

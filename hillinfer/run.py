@@ -60,6 +60,8 @@ class Run:
         self.lookahead: Lookahead | None = None
         self.trial: Trial | None = None  # finds out whether to look ahead
         self.stores: dict[int, TieredStore] = {}  # by layer
+        self.mask: tuple = None, None  # of this step, and which tokens it shows, on the host
+        self.ahead: tuple | None = None  # layer, query, mask and scaling of the guess to be made next
 
     @property
     def batch(self) -> int:
@@ -210,6 +212,7 @@ class Run:
         self.attended_ns = None
         if track.layer == 0:
             self.timeline.step += 1
+            self.mask = None, None
             self.begin_step(tokens)
 
     def begin_step(self, tokens: int) -> None:

@@ -59,3 +59,61 @@ WAYS = {
 def test_every_system_says_what_it_says_on_the_cpu(models, tmp_path, gpu, system, way):
     how = WAYS[way] | options(system, tmp_path)
     assert torch.equal(say(placed(models, gpu=gpu), system, **how), say(placed(models), system, **how))
+
+
+def step(model, cache, start: int, end: int) -> torch.Tensor:
+    return model(PROMPT[:1, start:end].to(model.device), past_key_values=cache).logits[:, -1]
+
+
+def turns(model, system: str, **how) -> list[torch.Tensor]:
+    """Logits of a chunked prefill, of decode steps, of another turn, and of more after a crop."""
+    with torch.no_grad(), hillinfer.make_cache(model, system, **how) as cache:
+        ends = [0, 200, 290, 291, 292, 330, 331]
+        outs = [step(model, cache, *pair) for pair in zip(ends, ends[1:])]
+        cache.crop(-80)
+        outs += [step(model, cache, *pair) for pair in ((251, 252), (252, 270), (270, 271))]
+        return [out.cpu() for out in outs]
+
+
+def session(model, system: str, folder, **how) -> list[torch.Tensor]:
+    path = folder / model.device.type
+    hillinfer.keep_session(path, model, PROMPT[0, :200].tolist(), system, **how).close()
+    cache, ids = hillinfer.open_session(path, model, system, **how)
+    with torch.no_grad(), cache:
+        return [step(model, cache, at, at + 1).cpu() for at in range(200, 203)]
+
+
+def close(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("system", ["full", "topk", "h2o", "hillinfer", "leoam", "flexgen", "dualblade"])
+def test_chunks_turns_and_crops(models, tmp_path, gpu, system):
+    how = options(system, tmp_path)
+    assert close(turns(placed(models, gpu=gpu), system, **how), turns(placed(models), system, **how))
+
+
+@pytest.mark.parametrize("system", ["topk", "hillinfer", "leoam"])
+def test_sessions(models, tmp_path, gpu, system):
+    how = options(system, tmp_path) | {"folder": tmp_path}
+    assert close(session(placed(models, gpu=gpu), system, **how), session(placed(models), system, **how))
+
+
+@pytest.mark.parametrize("system", ["topk", "hillinfer", "leoam", "flexgen"])
+def test_a_users_own_stream(models, tmp_path, gpu, system):
+    """What threads look at must be ordered after it, wherever it was computed."""
+    how = options(system, tmp_path) | dict(n=300)
+    model = placed(models, gpu=gpu)
+    with torch.cuda.Stream():
+        out = say(model, system, **how)
+    assert torch.equal(out, say(placed(models), system, **how))
+
+
+@pytest.mark.parametrize("system", ["topk", "hillinfer", "leoam", "quest", "infinigen", "flexgen"])
+def test_a_default_device_of_the_users(models, tmp_path, gpu, system):
+    """torch.set_default_device("cuda"): what is for the host's kernels must not land on the device."""
+    how = options(system, tmp_path)
+    model = placed(models, gpu=gpu)
+    with torch.device("cuda"):
+        out = say(model, system, **how)
+    assert torch.equal(out, say(placed(models), system, **how))

@@ -28,8 +28,9 @@ class TieredLayer(CacheLayerMixin):
         if key_states.dim() != 4 or value_states.dim() != 4:
             raise UsageError(f"keys and values must be (B, Hkv, n, D), not {key_states.shape}, {value_states.shape}")
         self.is_initialized, first = True, self.layer.n == 0
-        self.layer.append(key_states, value_states)
-        if key_states.shape[2] == 1 or (not first and self.layer.in_parts):
+        step = key_states.shape[2] == 1
+        self.layer.append(key_states, value_states, step=step)
+        if step or (not first and self.layer.in_parts):
             return self.layer, self.layer
         keys, values = (key_states, value_states) if first else self.layer.everything()
         keys.tiered = True  # the attention function refuses what a later step could not do

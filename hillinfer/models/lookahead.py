@@ -87,6 +87,7 @@ def _look_ahead(weak: weakref.ref, blocks: list, index: int, seen: dict, block, 
         given = ((hidden, *seen["args"]), seen["kwargs"]) if args else ((), seen["kwargs"] | {"hidden_states": hidden})
         try:
             layer = following.layer
-            layer.speculate(*probe_query(blocks[index + 1], *given, layer.n).args)
+            soon = isinstance(cache.layers[index], TieredLayer)
+            layer.speculate(*probe_query(blocks[index + 1], *given, layer.n).args, soon)
         except Exception as error:
             cache.run.stop_guessing(error)

@@ -31,14 +31,15 @@ class Store:
     can_prefetch = False  # reads from a drive, so that a guess of the next step's tokens is of use
     in_parts = False  # several query tokens get the KV part by part: it never lies in memory as a whole
     scores_keys = False  # the drive scores keys, and needs the codes of new ones
-    in_place = True  # records can be attended to where they lie
+    in_place = True  # single records can be attended to where they lie
+    home = torch.device("cpu")  # where records lie, are taken in and attended to
 
     geometry: Geometry
     track: Track
     n: int
 
     def append(self, kv: torch.Tensor, codes=None) -> None:
-        """Add kv (B, n, 2, Hkv, D); `codes` are the new keys' codes and the scales' doublings, if `scores_keys`."""
+        """Add kv (B, n, 2, Hkv, D), at home; `codes` are the new keys' codes and the scales' doublings, if `scores_keys`."""
         raise NotImplementedError
 
     def attend(
@@ -50,10 +51,11 @@ class Store:
         watch: Watch | None = None,
         softcap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of one query token (B, H, 1, D): (B, 1, H, D), and the logsumexp of its logits, fp32 (B, H).
+        """Attention of one query token (B, H, 1, D): (B, 1, H, D), and the logsumexp of its logits, fp32 (B, H). All at
+        home: the query comes to the records.
 
         picks  each sequence's sorted positions (k,), or None for all tokens
-        valid  bool (B, n), False for padding; None where there is none
+        valid  bool (B, n) in host memory, False for padding; None where there is none
         watch  called with the records attended to, (B, k, 2, Hkv, D), and which of them are valid, (B, k) or None
         """
         whole = all(pick is None for pick in picks)
@@ -67,6 +69,7 @@ class Store:
         else:
             kv, shown, served = self._gather(picks, whole, valid)
             attended = kv.shape[1] * len(kv) if shown is None else int(shown.sum())
+            shown = None if shown is None else attention.to_device(shown, kv.device)
             with self.track.span("cpu" if query.device.type == "cpu" else "gpu", "attend", kv.nbytes):
                 out, lse = attention.over_tensors(query, kv, shown, scaling, softcap)
             if watch is not None:
@@ -94,25 +97,31 @@ class Store:
         raise NotImplementedError
 
     def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:
-        """Records of sorted positions (k,), (k, 2, Hkv, D) on the model's device, and the tiers that served them."""
+        """Records of sorted positions (k,), (k, 2, Hkv, D) at home, and the tiers that served them."""
         selection, served = self.find(row, positions)
         return self.gather(selection), served
 
     def gather(self, selection: Selection) -> torch.Tensor:
-        """A selection's records, copied to the model's device: (k, 2, Hkv, D)."""
-        start = time.perf_counter_ns()
-        out = self.geometry.empty(len(selection), device=self.geometry.device)
-        crossed = selection.gather(out)
-        self.track.add("link" if crossed else "cpu", "transfer" if crossed else "gather", start, crossed or out.nbytes)
+        """A copy of a selection's records in host memory: (k, 2, Hkv, D)."""
+        out = self.geometry.empty(len(selection))
+        with self.track.span("cpu", "gather", out.nbytes):
+            selection.gather(out)
         return out
 
     def all(self) -> tuple[torch.Tensor, Served]:
-        """All records, (B, n, 2, Hkv, D) on the model's device, and the tiers that served them."""
+        """All records, (B, n, 2, Hkv, D) at home, and the tiers that served them."""
         raise NotImplementedError
 
     def parts(self) -> Iterator[torch.Tensor]:
-        """All records in order, (B, m, 2, Hkv, D) at a time."""
-        yield self.all()[0]
+        """All records in order, (B, m, 2, Hkv, D) at a time, on the model's device."""
+        yield self.up(self.all()[0])
+
+    def up(self, kv: torch.Tensor) -> torch.Tensor:
+        """Records on the model's device."""
+        if kv.device == self.geometry.device:
+            return kv
+        with self.track.span("link", "transfer", kv.nbytes):
+            return attention.to_device(kv, self.geometry.device)
 
     def settle(self) -> int:
         """End a step: promote and demote, or free buffers. Returns the tokens that changed places."""
@@ -154,7 +163,9 @@ class Store:
         return rows, None, keep, total
 
     def _gather(self, picks: list, whole: bool, valid) -> tuple[torch.Tensor, torch.Tensor | None, Served]:
-        """Each sequence's records as one tensor, kv (B, k, 2, Hkv, D), and which are valid; short rows are padded."""
+        """Each sequence's records as one tensor at home, kv (B, k, 2, Hkv, D), and which are valid, on the host; short
+        rows are padded.
+        """
         if whole:
             kv, served = self.all()
             return kv, valid, served
@@ -165,10 +176,10 @@ class Store:
             return parts[0][0][None] if len(parts) == 1 else torch.stack([kv for kv, _ in parts]), None, served
         longest = max(len(pick) for pick in picks)
         kv = parts[0][0].new_zeros((len(parts), longest, *self.geometry.record_shape))
-        shown = torch.zeros((len(parts), longest), dtype=torch.bool, device=kv.device)
+        shown = torch.zeros((len(parts), longest), dtype=torch.bool, device="cpu")
         for row, (pick, (records, _)) in enumerate(zip(picks, parts, strict=True)):
             kv[row, : len(pick)] = records
-            shown[row, : len(pick)] = True if valid is None else valid[row][torch.from_numpy(pick).to(valid.device)]
+            shown[row, : len(pick)] = True if valid is None else valid[row][torch.from_numpy(pick)]
         return kv, shown, served
 
     def _filled(self, picks: list) -> list[np.ndarray]:
@@ -180,9 +191,10 @@ class HostStore(Store):
 
     def __init__(self, geometry: Geometry, track: Track, resident: bool = False):
         self.geometry, self.track = geometry, track
-        self.tier = "device" if resident and geometry.device.type != "cpu" else "host"
-        device = geometry.device if self.tier == "device" else "cpu"
-        self.buffer = Growable((geometry.batch, 0, *geometry.record_shape), 1, geometry.dtype, device)
+        if resident:
+            self.home = geometry.device
+        self.tier = "host" if self.home.type == "cpu" else "device"
+        self.buffer = Growable((geometry.batch, 0, *geometry.record_shape), 1, geometry.dtype, self.home)
 
     @property
     def n(self) -> int:
@@ -195,21 +207,14 @@ class HostStore(Store):
         return Records(self.buffer.data[row], positions), Served(**{self.tier: len(positions)})
 
     def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:
-        start = time.perf_counter_ns()
-        records = Records(self.buffer.data[row], positions).tensor()
-        return self._to_device(records, start, "gather", len(positions))
+        records, served = self.find(row, positions)
+        with self.track.span("gpu" if self.tier == "device" else "cpu", "gather", len(positions) * self.geometry.record_bytes):
+            return records.tensor(), served
 
     def all(self) -> tuple[torch.Tensor, Served]:
-        """On a machine without a GPU a view: nothing is copied."""
-        return self._to_device(self.buffer.view(), time.perf_counter_ns(), "view", self.n * self.geometry.batch)
-
-    def _to_device(self, records: torch.Tensor, start: int, kind: str, tokens: int) -> tuple[torch.Tensor, Served]:
-        lane, nbytes = "gpu" if self.tier == "device" else "cpu", 0 if kind == "view" else records.nbytes
-        moved = self.track.add(lane, kind, start, nbytes)
-        if records.device != self.geometry.device:
-            records = records.to(self.geometry.device)
-            self.track.add("link", "transfer", moved, records.nbytes)
-        return records, Served(**{self.tier: tokens})
+        """A view: nothing is copied."""
+        self.track.add("gpu" if self.tier == "device" else "cpu", "view", time.perf_counter_ns())
+        return self.buffer.view(), Served(**{self.tier: self.n * self.geometry.batch})
 
     def truncate(self, n: int) -> None:
         self.buffer.truncate(n)

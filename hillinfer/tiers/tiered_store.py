@@ -1,4 +1,4 @@
-"""A store over three tiers: a window on the model's device, a hot pool in host memory, every record on the drive."""
+"""A store over three tiers: a window and a hot pool in host memory, every record on the drive."""
 
 import math
 import time
@@ -22,7 +22,8 @@ READ = 8 << 20  # bytes read at once where all are needed, while those before th
 
 
 class TieredStore(Store):
-    """Device window, hot pool in host memory, and every record on the drive.
+    """Window, hot pool, and every record on the drive. Where the model runs on a GPU, its query comes to the records: a
+    selection is attended to faster in host memory than it crosses the link.
 
     logs      one for each sequence of the batch
     pinned    fraction of the tokens, the newest, that never leaves the pool (HKM rule 1: alpha)
@@ -47,6 +48,7 @@ class TieredStore(Store):
     ):
         self.geometry, self.track, self.logs, self.reader, self.stores = geometry, track, logs, reader, stores
         self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
+        self.near = "device" if geometry.device == self.home else "host"  # whose the window's tokens are
         self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
         # Prefetches for reading all, and for a step, by sequence: sorted positions (k,), the future of their Records
         self.ahead: tuple[dict[int, tuple[np.ndarray, Future]], ...] = {}, {}
@@ -61,15 +63,14 @@ class TieredStore(Store):
         start, before = time.perf_counter_ns(), self.n
         self.window.append(kv)
         self.hits.extend(self.n)
-        records = kv.to("cpu")
-        codes = zip(*codes, strict=True) if codes else [None] * len(records)
-        written = sum(log.append(part, own) for log, part, own in zip(self.logs, records, codes, strict=True))
+        codes = zip(*codes, strict=True) if codes else [None] * len(kv)
+        written = sum(log.append(part, own) for log, part, own in zip(self.logs, kv, codes, strict=True))
         if written:
             self.track.add("drive", "write", start, written)
         for row, pool in enumerate(self.pools):
             pool.resize(self.capacity(self.n))
             pool.pinned_from = self.n - math.ceil(self.pinned * self.n)
-            pool.admit(np.arange(before, self.n), records[row])
+            pool.admit(np.arange(before, self.n), kv[row])
 
     def prefetch(self, row: int, positions: np.ndarray, for_step: bool = True) -> None:
         far = positions[self.window.far(positions)]
@@ -112,11 +113,12 @@ class TieredStore(Store):
         if for_step:
             self.hits.touch(row, positions)
         demoted = int((slots == DEMOTED).sum())
-        return Selection(parts), Served(len(near), len(hit), len(miss), demoted, len(expected), prefetched)
+        served = Served(0, len(hit), len(miss), demoted, len(expected), prefetched)
+        return Selection(parts), served + Served(**{self.near: len(near)})
 
     def parts(self) -> Iterator[torch.Tensor]:
         for kv, _ in self._blocks(self.stores.get(self.track.layer + 1)):
-            yield from kv.split(PART, 1)
+            yield from self.up(kv).split(PART, 1)
 
     def _blocks(self, following: "TieredStore | None" = None) -> Iterator[tuple[torch.Tensor, Served]]:
         """All records in order, of all sequences, and the tiers that served them. While a block is in use the next one
@@ -132,7 +134,7 @@ class TieredStore(Store):
             yield kv[0][None] if len(kv) == 1 else torch.stack(kv), sum((served for _, served in found), Served())
 
     def all(self) -> tuple[torch.Tensor, Served]:
-        out, at, total = self.geometry.empty(self.geometry.batch, self.n, device=self.geometry.device), 0, Served()
+        out, at, total = self.geometry.empty(self.geometry.batch, self.n), 0, Served()
         for kv, served in self._blocks():
             out[:, at : at + kv.shape[1]] = kv
             at, total = at + kv.shape[1], total + served
@@ -153,9 +155,10 @@ class TieredStore(Store):
             pool.truncate(n)
         self.hits.truncate(n)
         newest = np.arange(max(0, n - self.window.recent), n)
-        kv = torch.stack([log.read(newest)[0].tensor() for log in self.logs])
-        self.window.refill(n, kv.to(self.geometry.device))
+        self.window.refill(n, torch.stack([log.read(newest)[0].tensor() for log in self.logs]))
 
     def memory(self) -> dict[str, int]:
         host = sum(pool.nbytes for pool in self.pools) + sum(log.nbytes for log in self.logs)
-        return {"device": self.window.nbytes, "host": host} | ({} if self.hits.shared else {"hits": self.hits.nbytes})
+        total = {"device": 0, "host": host} | ({} if self.hits.shared else {"hits": self.hits.nbytes})
+        total[self.near] += self.window.nbytes
+        return total

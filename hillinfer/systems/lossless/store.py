@@ -20,6 +20,12 @@ class TensorStore(Store):
         self.tensors, self.layer, self.n, self.geometry = tensors, layer, 0, tensors.geometry
         self.track = track or Track(Timeline(), Counters(), layer)
 
+    @property
+    def home(self) -> torch.device:
+        """Where a layer that stays in host memory lies; the device to which the others are streamed."""
+        kept = self.tensors.plan is not None and self.tensors.is_resident(self.layer)
+        return Store.home if kept else self.geometry.device
+
     def append(self, kv: torch.Tensor, codes=None) -> None:
         start = time.perf_counter_ns()
         written = self.tensors.append(self.layer, kv, self.n)
@@ -35,11 +41,7 @@ class TensorStore(Store):
             pair = self.tensors.plan.extents[2 * self.layer : 2 * self.layer + 2]
             near = tokens * sum(extents[0].path == NEAR for extents in pair) // 2
             return kv, Served(host=near, drive=tokens - near)
-        if kv.device == self.geometry.device:
-            self.track.add("cpu", "view", start)
-        else:
-            kv = kv.to(self.geometry.device)
-            self.track.add("link", "transfer", start, kv.nbytes)
+        self.track.add("cpu", "view", start)
         return kv, Served(host=tokens)
 
     def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:

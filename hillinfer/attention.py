@@ -2,7 +2,7 @@
 several tokens over KV that comes in parts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from hillinfer import native
 
-PINNED = 16 << 20  # most bytes to come through pinned memory, of which torch keeps what it has once taken
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -94,27 +93,23 @@ def over_parts(
     Returns (B, H, q, D) in the query's type; sums are in float32.
     """
     batch, heads, rows, dim = query.shape
-    top = total = out = None
-    start = 0
-    for kv in parts:
-        keys, values = kv.float().permute(2, 0, 3, 1, 4)  # (B, Hkv, n, D) each
-        kv_heads, n = keys.shape[1:3]
-        if out is None:
-            grouped = query.float().reshape(batch, kv_heads, -1, dim) * scaling  # (B, Hkv, G*q, D)
-            out = torch.zeros_like(grouped)
-            total = grouped.new_zeros((*grouped.shape[:3], 1))
-            top = torch.full_like(total, torch.finfo(torch.float32).min)
-        scores = grouped @ keys.transpose(2, 3)
-        shown = visible[..., start : start + n].unsqueeze(1)  # (B, 1, 1, q, n)
-        if not shown.all():
-            scores.view(batch, kv_heads, -1, rows, n).masked_fill_(~shown, torch.finfo(torch.float32).min)
-        higher = torch.maximum(top, scores.amax(3, keepdim=True))
-        weights = scores.sub_(higher).exp_()
-        fade = (top - higher).exp_()
-        total = total.mul_(fade).add_(weights.sum(3, keepdim=True))
-        out = out.mul_(fade).add_(weights @ values)
-        top, start = higher, start + n
-    return (out / total).view(batch, heads, rows, dim).to(query.dtype)
+
+    def attended() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        start = 0
+        for kv in parts:
+            keys, values = to_device(kv, query.device).float().permute(2, 0, 3, 1, 4)  # (B, Hkv, n, D) each
+            grouped = query.float().reshape(batch, keys.shape[1], -1, dim) * scaling  # (B, Hkv, G*q, D)
+            scores, shown = grouped @ keys.transpose(2, 3), visible[..., start : start + keys.shape[2]].unsqueeze(1)
+            if query.device.type != "cpu" or not shown.all():  # asking a GPU would make the host wait
+                least = torch.finfo(torch.float32).min
+                scores.unflatten(2, (-1, rows)).masked_fill_(~shown, least)  # shown (B, 1, 1, q, n)
+            top = scores.amax(3, keepdim=True)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(3, keepdim=True)
+            yield weights @ values / total, (top + total.log()).squeeze(3)
+            start += keys.shape[2]
+
+    return merge(attended())[0].view(batch, heads, rows, dim).to(query.dtype)
 
 
 def attention_weights(
@@ -126,16 +121,7 @@ def attention_weights(
 ) -> np.ndarray:
     """query (H, D), keys (k, Hkv, D), valid (k,) or None -> softmax weights (H, k) float32."""
     shown = None if valid is None else torch.as_tensor(valid, device=query.device)[None]
-    return logits(query.to(keys.device)[None, :, None], keys[None], shown, scaling, softcap).softmax(-1).flatten(0, 2).cpu().numpy()
-
-
-def to_host(*parts: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Tensors in host memory; what comes from another device comes in one wait."""
-    far = [part.device for part in parts if part is not None and part.device.type != "cpu"]
-    out = [part if part is None else part.to("cpu", non_blocking=part.nbytes <= PINNED) for part in parts]
-    if far:
-        torch.accelerator.current_stream(far[0]).synchronize()
-    return out
+    return logits(query[None, :, None], keys[None], shown, scaling, softcap).softmax(-1).flatten(0, 2).cpu().numpy()
 
 
 def to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:

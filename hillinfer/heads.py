@@ -22,9 +22,9 @@ def rows_of(mask: torch.Tensor | None, kv_heads: int) -> torch.Tensor | None:
 class HeadsLayer(Layer):
     """A layer in memory whose policy and store have a row for each KV head of each sequence."""
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, kv=None, step: bool = False) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         self.run.heads = heads = keys.shape[1]
-        super().append(apart(keys, heads), apart(values, heads), step=step)
+        super().append(apart(keys, heads), apart(values, heads))
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(part.reshape(-1, self.run.heads, *part.shape[2:]) for part in super().everything())
@@ -36,12 +36,12 @@ class HeadsLayer(Layer):
         batch = len(query)
         if sinks is not None:
             sinks = sinks.view(self.run.heads, -1).repeat(batch, 1)
-        out = super().attend(apart(query, self.run.heads), mask, scaling, softcap, sinks)
+        out = super().attend(apart(query, self.run.heads), rows_of(mask, self.run.heads), scaling, softcap, sinks)
         return out.unflatten(0, (batch, self.run.heads)).transpose(1, 2).flatten(2, 3)
 
     def observe(self, queries, keys, mask, scaling) -> None:
         queries, keys = apart(queries, self.run.heads), apart(keys, self.run.heads)
-        super().observe(queries, keys, mask, scaling)
+        super().observe(queries, keys, rows_of(mask, self.run.heads), scaling)
 
     def reorder(self, rows: torch.Tensor) -> None:
         super().reorder((rows[:, None] * self.run.heads + torch.arange(self.run.heads, device=rows.device)).flatten())

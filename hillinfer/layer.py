@@ -29,14 +29,13 @@ class Layer:
         self.store: Store | None = None
         self.codes: KeyCodes | SegmentCodes | None = None
         self.guess: Future | None = None  # the selection for the coming step, being made
-        self.late: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and records that come with the next query
         self.pieces: list[int] = []  # tokens of each append: codes depend on them a little
         self.dims = (0, 0)  # channels of a key and of a value; the narrower is padded to a record's two equal halves
         self.softcap = 0.0  # of the model's logits; 0 if it has none
 
     @property
     def n(self) -> int:
-        return self.store.n + (self.late is not None) if self.store else 0
+        return self.store.n if self.store else 0
 
     @property
     def looks_ahead(self) -> bool:
@@ -51,19 +50,8 @@ class Layer:
         """True if a step of several query tokens gets the KV part by part; a watching policy sees all keys at once."""
         return self.store.in_parts and not self.policy.watches
 
-    @property
-    def on_host(self) -> bool:
-        """True if the host takes part in a step: it has the records, or an index of the keys."""
-        indexed = self.codes is not None or type(self.policy).append is not Policy.append
-        return indexed or self.store.home.type == "cpu"
-
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None, step: bool = False
-    ) -> None:
-        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already.
-
-        step   `attend` follows: what the host needs of a token may come with its query, so that it waits once
-        """
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
+        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already."""
         run, new = self.run, keys.shape[2]
         dims = keys.shape[3], values.shape[3]
         if dims[0] != dims[1]:
@@ -83,25 +71,11 @@ class Layer:
         run.begin_layer(self.track, new)
         run.check(self.n + new)
         self._finish_guess()  # it reads codes and pool, which change from here on
-        self._take_in()
         if keys.requires_grad or values.requires_grad:
             keys, values = keys.detach(), values.detach()  # the cache is never trained through
         if kv is None:
             kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2)
-        self.late = keys, kv
-        if not (step and self.on_host and kv.device.type != "cpu"):
-            self._take_in()
-        run.owner.entered = self.index
-
-    def _take_in(self, *more: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Take in late records, if there are any. Returns `more` tensors in host memory: they come in the same wait."""
-        (keys, kv), self.late = self.late or (None, None), None
-        moves = kv is not None and kv.device != self.store.home
-        down, *more = attention.to_host(kv if moves else keys if self.on_host else None, *more)
-        if kv is None:
-            return more
-        kv, keys = (down, down[:, :, 0].transpose(1, 2)) if moves else (kv, down)
-        codes, new = None, kv.shape[1]
+        codes = None
         if self.codes is not None:
             with self.track.span("cpu", "encode", keys.nbytes):
                 doublings = self.codes.append(keys)
@@ -112,20 +86,20 @@ class Layer:
                 self.policy.append(keys)
         with self.track.span("cpu", "append", kv.nbytes):
             self.store.append(kv, codes)
-        if self.run.keeper is not None:
-            self.run.keeper.take(self.index, self.whole(kv))
+        if run.keeper is not None:
+            run.keeper.take(self.index, self.whole(kv))
         self.pieces.append(new)
-        return more
+        run.owner.entered = self.index
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (B, Hkv, N, D)."""
-        kv = self.store.up(self.store.all()[0]).permute(2, 0, 3, 1, 4)
+        kv = self.store.all()[0].permute(2, 0, 3, 1, 4)
         return attention.narrowed(kv[0], self.dims[0]), attention.narrowed(kv[1], self.dims[1])
 
     def read(self, step: bool) -> torch.Tensor:
         """A copy of all records, (B, N, 2, Hkv, D), for attention outside of here; a decode `step` is counted."""
         kv, served = self.store.all()
-        kv = self.store.up(kv.clone())  # the store may reuse its buffers
+        kv = kv.clone()  # the store may reuse its buffers
         swapped = self.store.settle()
         if step:
             self.track.count(self.n, self.n * len(kv), served, swapped)
@@ -158,20 +132,12 @@ class Layer:
         query = attention.padded(query, self.store.geometry.head_dim)
         if query.shape[2] > 1:
             return attention.narrowed(self._attend_all(query, mask, scaling), self.dims[1]).contiguous()
-        self.softcap, device, ahead = softcap, query.device, self.run.ahead
-        asked, guessed, shown = self._bring(mask, query if self.on_host else None, ahead and ahead[1])
-        if ahead:
-            self.run.ahead = None
-            ahead[0]._guess(guessed, *ahead[2:])
-        valid = self._rows(shown, len(query))
-        picks = self.select(query if asked is None else asked, valid, scaling)
+        self.softcap, valid = softcap, self._valid(mask, len(query))
+        picks = self.select(query, valid, scaling)
         self._finish_guess()
-        query = query if self.store.home == device else asked
         watch = self._watch(query, picks, valid, scaling)
         out, lse = self.store.attend(query, picks, valid, scaling, watch, softcap)
-        out = attention.to_device(out, device)
         if sinks is not None:  # the sink's share of the softmax leaves the others exp(lse) / (exp(lse) + exp(sink))
-            lse = attention.to_device(lse, device)
             out = (out * torch.sigmoid(lse - sinks.float())[:, None, :, None]).to(query.dtype)
         self.run.end_layer()
         return attention.narrowed(out, self.dims[1])
@@ -239,23 +205,14 @@ class Layer:
         """All of a row's keys, (n, Hkv, D)."""
         return self.store.all()[0][row, :, 0]
 
-    def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, soon: bool = False) -> None:
+    def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
 
         Only a prefetch: `attend` selects again with the true query, uses the records that were prefetched and reads
         the others, so that the output does not depend on the guess (HillInfer APP, section 1.4).
-
-        soon   another layer attends next: the guess begins when that one's query has come to the host, with this one
         """
         query = attention.padded(query, self.store.geometry.head_dim)
-        if soon and query.device.type != "cpu":
-            self.run.ahead = self, query, mask, scaling
-        else:
-            self._guess(query, mask, scaling)
-
-    def _guess(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
-        query, shown = self._bring(mask, query)
-        valid, share = self._rows(shown, len(query)), float(self.run.trial.on)
+        valid, share = self._valid(mask, len(query)), float(self.run.trial.on)
 
         def work() -> None:
             for row, pick in enumerate(self.select(query, valid, scaling, "guess", share)):
@@ -298,8 +255,6 @@ class Layer:
         """Forget all tokens from n on."""
         self.run.owner.check()
         self._finish_guess()  # it reads codes and pool, which are about to change
-        self._take_in()
-        self.run.ahead = None
         if self.store is not None and n < self.n:
             self.store.truncate(n)
             while sum(self.pieces) > n:
@@ -320,7 +275,7 @@ class Layer:
                 self.codes.reorder(rows)
 
     def reset(self) -> None:
-        self.store = self.codes = self.guess = self.late = None
+        self.store = self.codes = self.guess = None
         self.pieces = []
 
     def memory(self) -> dict[str, int]:
@@ -338,24 +293,8 @@ class Layer:
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 
-    def _valid(self, mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    def _valid(self, mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         """True for cached tokens that may be attended to, (B, n) bool, or None for all."""
-        return None if mask is None else self._rows(attention.attendable(mask)[:, 0, 0], rows)
-
-    def _rows(self, shown: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-        """Which tokens sequences show, (B or 1, N) bool, for `rows`: a KV head may be a row of its own."""
-        if shown is None:
+        if mask is None:
             return None
-        heads = self.run.heads
-        return shown[:, : self.n].expand(rows // heads, -1).repeat_interleave(heads, 0)
-
-    def _bring(self, mask: torch.Tensor | None, *parts: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Tensors in host memory, and which tokens the mask shows, (B or 1, N) bool: in one wait, the mask once a step.
-        Late records come with them.
-        """
-        known, shown = self.run.mask
-        if mask is not known:
-            shown = None if mask is None else attention.attendable(mask)[:, 0, 0]
-        *parts, shown = self._take_in(*parts, shown)
-        self.run.mask = mask, shown
-        return [*parts, shown]
+        return attention.attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)

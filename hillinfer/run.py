@@ -60,8 +60,12 @@ class Run:
         self.lookahead: Lookahead | None = None
         self.trial: Trial | None = None  # finds out whether to look ahead
         self.stores: dict[int, TieredStore] = {}  # by layer
-        self.mask: tuple = None, None  # of this step, and which tokens it shows, on the host
-        self.ahead: tuple | None = None  # layer, query, mask and scaling of the guess to be made next
+        self.mask: tuple = None, None  # of this step on the model's device, and in host memory
+
+    @property
+    def resident(self) -> bool:
+        """True if records are to be on the model's device."""
+        return self.settings.drive is None and self.settings.host_budget is None
 
     @property
     def batch(self) -> int:
@@ -113,7 +117,7 @@ class Run:
     def open_store(self, track: Track) -> Store:
         """One layer's store."""
         if self.drive is None:
-            return HostStore(self.geometry, track, resident=self.settings.host_budget is None)
+            return HostStore(self.geometry, track)
         return self.tiered_store(TieredStore, track, self.open_log)
 
     def tiered_store(self, kind: type[TieredStore], track: Track, open_log: Callable[[int], Any]) -> TieredStore:
@@ -206,7 +210,7 @@ class Run:
         The time between one layer's attention and the next one's keys is the model's own work: a dense span.
         """
         if self.attended_ns is not None and tokens == 1:
-            lane = "cpu" if self.geometry.device.type == "cpu" else "gpu"
+            lane = "gpu" if track.away or self.geometry.device.type != "cpu" else "cpu"
             end = track.add(lane, "dense", self.attended_ns)
             self.computed((end - self.attended_ns) / 1e9)
         self.attended_ns = None

@@ -60,7 +60,7 @@ MAY = {
     "run": GROUND | {"config", "evaluator", "pipeline", "tiers", "timeline"},
     "layer": CORE_PARTS,
     "heads": {"layer"},
-    "models": {"errors", "layer"},
+    "models": {"attention", "errors", "layer"},
     "cache": CORE_PARTS | {"heads", "layer", "models"},
     "fingerprint": {"errors"},
     "session_file": {"errors", "files"},

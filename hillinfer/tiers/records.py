@@ -57,22 +57,23 @@ class Selection:
             out[places] = records.addresses()
         return out
 
-    def gather(self, out: torch.Tensor) -> None:
-        """Copy the records, in host memory, into out (k, 2, Hkv, D)."""
+    def tensor(self) -> torch.Tensor:
+        """A copy of the records, (k, 2, Hkv, D)."""
+        data = self.parts[0][1].data
+        out = data.new_empty((len(self), *data.shape[1:]))
         if native.available():
             native.copy(self.addresses(), out, np.arange(len(self)), torch.get_num_threads())
-            return
+            return out
         for places, records in self.parts:
             out[torch.from_numpy(places)] = records.tensor()
+        return out
 
     def copy_to(self, index: np.ndarray, out: torch.Tensor, slots: np.ndarray) -> None:
         """out[slots] = records[index], in host memory; slots are distinct."""
         if native.available():
             native.copy(self.addresses()[index], out, slots, torch.get_num_threads())
             return
-        whole = out.new_empty((len(self), *out.shape[1:]))
-        self.gather(whole)
-        out[torch.from_numpy(slots)] = whole[torch.from_numpy(index)]
+        out[torch.from_numpy(slots)] = self.tensor()[torch.from_numpy(index)]
 
     def subset(self, index: np.ndarray) -> "Selection":
         """The records at these sorted places, in their order."""

@@ -31,15 +31,14 @@ class Store:
     can_prefetch = False  # reads from a drive, so that a guess of the next step's tokens is of use
     in_parts = False  # several query tokens get the KV part by part: it never lies in memory as a whole
     scores_keys = False  # the drive scores keys, and needs the codes of new ones
-    in_place = True  # single records can be attended to where they lie
-    home = torch.device("cpu")  # where records lie, are taken in and attended to
+    in_place = True  # records can be attended to where they lie
 
     geometry: Geometry
     track: Track
     n: int
 
     def append(self, kv: torch.Tensor, codes=None) -> None:
-        """Add kv (B, n, 2, Hkv, D), at home; `codes` are the new keys' codes and the scales' doublings, if `scores_keys`."""
+        """Add kv (B, n, 2, Hkv, D); `codes` are the new keys' codes and the scales' doublings, if `scores_keys`."""
         raise NotImplementedError
 
     def attend(
@@ -51,8 +50,7 @@ class Store:
         watch: Watch | None = None,
         softcap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of one query token (B, H, 1, D): (B, 1, H, D), and the logsumexp of its logits, fp32 (B, H). All at
-        home: the query comes to the records.
+        """Attention of one query token (B, H, 1, D): (B, 1, H, D), and the logsumexp of its logits, fp32 (B, H).
 
         picks  each sequence's sorted positions (k,), or None for all tokens
         valid  bool (B, n) in host memory, False for padding; None where there is none
@@ -70,7 +68,7 @@ class Store:
             kv, shown, served = self._gather(picks, whole, valid)
             attended = kv.shape[1] * len(kv) if shown is None else int(shown.sum())
             shown = None if shown is None else attention.to_device(shown, kv.device)
-            with self.track.span("cpu" if query.device.type == "cpu" else "gpu", "attend", kv.nbytes):
+            with self.track.span(self.lane, "attend", kv.nbytes):
                 out, lse = attention.over_tensors(query, kv, shown, scaling, softcap)
             if watch is not None:
                 watch(kv, shown)
@@ -97,31 +95,27 @@ class Store:
         raise NotImplementedError
 
     def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:
-        """Records of sorted positions (k,), (k, 2, Hkv, D) at home, and the tiers that served them."""
-        selection, served = self.find(row, positions)
-        return self.gather(selection), served
+        """Records of sorted positions (k,), (k, 2, Hkv, D), and the tiers that served them."""
+        records, served = self.find(row, positions)
+        return self.gather(records), served
 
-    def gather(self, selection: Selection) -> torch.Tensor:
-        """A copy of a selection's records in host memory: (k, 2, Hkv, D)."""
-        out = self.geometry.empty(len(selection))
-        with self.track.span("cpu", "gather", out.nbytes):
-            selection.gather(out)
-        return out
+    def gather(self, records: Records | Selection) -> torch.Tensor:
+        """A copy of records, (k, 2, Hkv, D)."""
+        with self.track.span(self.lane, "gather", len(records) * self.geometry.record_bytes):
+            return records.tensor()
+
+    @property
+    def lane(self) -> str:
+        """Of the device where records are."""
+        return "cpu" if self.geometry.device.type == "cpu" else "gpu"
 
     def all(self) -> tuple[torch.Tensor, Served]:
-        """All records, (B, n, 2, Hkv, D) at home, and the tiers that served them."""
+        """All records, (B, n, 2, Hkv, D), and the tiers that served them."""
         raise NotImplementedError
 
     def parts(self) -> Iterator[torch.Tensor]:
-        """All records in order, (B, m, 2, Hkv, D) at a time, on the model's device."""
-        yield self.up(self.all()[0])
-
-    def up(self, kv: torch.Tensor) -> torch.Tensor:
-        """Records on the model's device."""
-        if kv.device == self.geometry.device:
-            return kv
-        with self.track.span("link", "transfer", kv.nbytes):
-            return attention.to_device(kv, self.geometry.device)
+        """All records in order, (B, m, 2, Hkv, D) at a time."""
+        yield self.all()[0]
 
     def settle(self) -> int:
         """End a step: promote and demote, or free buffers. Returns the tokens that changed places."""
@@ -163,8 +157,8 @@ class Store:
         return rows, None, keep, total
 
     def _gather(self, picks: list, whole: bool, valid) -> tuple[torch.Tensor, torch.Tensor | None, Served]:
-        """Each sequence's records as one tensor at home, kv (B, k, 2, Hkv, D), and which are valid, on the host; short
-        rows are padded.
+        """Each sequence's records as one tensor, kv (B, k, 2, Hkv, D), and which are valid, in host memory; short rows
+        are padded.
         """
         if whole:
             kv, served = self.all()
@@ -187,14 +181,12 @@ class Store:
 
 
 class HostStore(Store):
-    """All records in one growable buffer, in host memory or, with `resident`, on the model's device."""
+    """All records in one growable buffer."""
 
-    def __init__(self, geometry: Geometry, track: Track, resident: bool = False):
+    def __init__(self, geometry: Geometry, track: Track):
         self.geometry, self.track = geometry, track
-        if resident:
-            self.home = geometry.device
-        self.tier = "host" if self.home.type == "cpu" else "device"
-        self.buffer = Growable((geometry.batch, 0, *geometry.record_shape), 1, geometry.dtype, self.home)
+        self.tier = "host" if geometry.device.type == "cpu" else "device"
+        self.buffer = Growable((geometry.batch, 0, *geometry.record_shape), 1, geometry.dtype, geometry.device)
 
     @property
     def n(self) -> int:
@@ -206,14 +198,9 @@ class HostStore(Store):
     def find(self, row: int, positions: np.ndarray) -> tuple[Records, Served]:
         return Records(self.buffer.data[row], positions), Served(**{self.tier: len(positions)})
 
-    def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:
-        records, served = self.find(row, positions)
-        with self.track.span("gpu" if self.tier == "device" else "cpu", "gather", len(positions) * self.geometry.record_bytes):
-            return records.tensor(), served
-
     def all(self) -> tuple[torch.Tensor, Served]:
         """A view: nothing is copied."""
-        self.track.add("gpu" if self.tier == "device" else "cpu", "view", time.perf_counter_ns())
+        self.track.add(self.lane, "view", time.perf_counter_ns())
         return self.buffer.view(), Served(**{self.tier: self.n * self.geometry.batch})
 
     def truncate(self, n: int) -> None:

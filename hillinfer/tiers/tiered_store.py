@@ -1,4 +1,4 @@
-"""A store over three tiers: a window and a hot pool in host memory, every record on the drive."""
+"""A store over three tiers: a window on the model's device, a hot pool in host memory, every record on the drive."""
 
 import math
 import time
@@ -22,8 +22,7 @@ READ = 8 << 20  # bytes read at once where all are needed, while those before th
 
 
 class TieredStore(Store):
-    """Window, hot pool, and every record on the drive. Where the model runs on a GPU, its query comes to the records: a
-    selection is attended to faster in host memory than it crosses the link.
+    """Device window, hot pool in host memory, and every record on the drive.
 
     logs      one for each sequence of the batch
     pinned    fraction of the tokens, the newest, that never leaves the pool (HKM rule 1: alpha)
@@ -48,7 +47,6 @@ class TieredStore(Store):
     ):
         self.geometry, self.track, self.logs, self.reader, self.stores = geometry, track, logs, reader, stores
         self.hits, self.window, self.pinned, self.capacity = hits, window, pinned, capacity
-        self.near = "device" if geometry.device == self.home else "host"  # whose the window's tokens are
         self.pools = [HotPool(geometry, row, hits) for row in range(geometry.batch)]
         # Prefetches for reading all, and for a step, by sequence: sorted positions (k,), the future of their Records
         self.ahead: tuple[dict[int, tuple[np.ndarray, Future]], ...] = {}, {}
@@ -113,12 +111,11 @@ class TieredStore(Store):
         if for_step:
             self.hits.touch(row, positions)
         demoted = int((slots == DEMOTED).sum())
-        served = Served(0, len(hit), len(miss), demoted, len(expected), prefetched)
-        return Selection(parts), served + Served(**{self.near: len(near)})
+        return Selection(parts), Served(len(near), len(hit), len(miss), demoted, len(expected), prefetched)
 
     def parts(self) -> Iterator[torch.Tensor]:
         for kv, _ in self._blocks(self.stores.get(self.track.layer + 1)):
-            yield from self.up(kv).split(PART, 1)
+            yield from kv.split(PART, 1)
 
     def _blocks(self, following: "TieredStore | None" = None) -> Iterator[tuple[torch.Tensor, Served]]:
         """All records in order, of all sequences, and the tiers that served them. While a block is in use the next one
@@ -159,6 +156,4 @@ class TieredStore(Store):
 
     def memory(self) -> dict[str, int]:
         host = sum(pool.nbytes for pool in self.pools) + sum(log.nbytes for log in self.logs)
-        total = {"device": 0, "host": host} | ({} if self.hits.shared else {"hits": self.hits.nbytes})
-        total[self.near] += self.window.nbytes
-        return total
+        return {"device": self.window.nbytes, "host": host} | ({} if self.hits.shared else {"hits": self.hits.nbytes})

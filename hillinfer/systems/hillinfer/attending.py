@@ -49,7 +49,7 @@ class AttendingStore(ScoringStore):
             self.track.add("cpu", "wait", attended)
         self.settle()
         total, ours = self.n * len(rows), int(near.sum()) * len(rows)
-        served = Served(drive=total - ours) + Served(**{self.near: ours})
+        served = Served(device=ours, drive=total - ours)
         self.track.count(self.n, total if valid is None else int(valid.sum()), served, 0)
         out, lse = (torch.stack(part).flatten(1, 2) for part in zip(*rows, strict=True))
         return out.to(query.dtype).unsqueeze(1), lse

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import torch
 
+from hillinfer.attention import to_device
 from hillinfer.systems.lossless.plan import NEAR
 from hillinfer.systems.lossless.tensors import Tensors
 from hillinfer.tiers.store import Store
@@ -19,12 +20,6 @@ class TensorStore(Store):
     def __init__(self, tensors: Tensors, layer: int, track: Track | None = None):
         self.tensors, self.layer, self.n, self.geometry = tensors, layer, 0, tensors.geometry
         self.track = track or Track(Timeline(), Counters(), layer)
-
-    @property
-    def home(self) -> torch.device:
-        """Where a layer that stays in host memory lies; the device to which the others are streamed."""
-        kept = self.tensors.plan is not None and self.tensors.is_resident(self.layer)
-        return Store.home if kept else self.geometry.device
 
     def append(self, kv: torch.Tensor, codes=None) -> None:
         start = time.perf_counter_ns()
@@ -41,7 +36,11 @@ class TensorStore(Store):
             pair = self.tensors.plan.extents[2 * self.layer : 2 * self.layer + 2]
             near = tokens * sum(extents[0].path == NEAR for extents in pair) // 2
             return kv, Served(host=near, drive=tokens - near)
-        self.track.add("cpu", "view", start)
+        if kv.device == self.geometry.device:
+            self.track.add("cpu", "view", start)
+        else:
+            kv = to_device(kv, self.geometry.device)
+            self.track.add("link", "transfer", start, kv.nbytes)
         return kv, Served(host=tokens)
 
     def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:

@@ -216,7 +216,6 @@ class Run:
         self.attended_ns = None
         if track.layer == 0:
             self.timeline.step += 1
-            self.mask = None, None
             self.begin_step(tokens)
 
     def begin_step(self, tokens: int) -> None:

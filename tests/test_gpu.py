@@ -8,9 +8,14 @@ import pytest
 import torch
 
 import hillinfer
+from hillinfer import attention
+from hillinfer.evaluator import codes
+from hillinfer.models import crossing
+from hillinfer.models.rows import as_batch
 from hillinfer.systems.lossless import slots
 from hillinfer.systems.registry import list_systems
-from tests.fake_gpu import FakeGpu, FakeGpuError, why_not
+from hillinfer.tiers import store
+from tests.fake_gpu import DEVICE, FakeGpu, FakeGpuError, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 
@@ -117,3 +122,123 @@ def test_a_default_device_of_the_users(models, tmp_path, gpu, system):
     with torch.device("cuda"):
         out = say(model, system, **how)
     assert torch.equal(out, say(placed(models), system, **how))
+
+
+@pytest.mark.parametrize("system", ["hillinfer", "lru", "leoam", "instattention"])
+def test_bf16_as_on_the_cpu(models, tmp_path, gpu, system):
+    """Selection and attention are the same code on the same bits; only the model's own layers are the device's."""
+    how = options(system, tmp_path) | dict(batch=2, pad=30)
+    out = say(placed(models, torch.bfloat16, gpu), system, **how)
+    assert torch.equal(out, say(placed(models, torch.bfloat16), system, **how))
+
+
+def test_a_drive_that_scores(models, tmp_path, gpu):
+    how = dict(drive=tmp_path, drive_kind="emulated", batch=2, pad=30)
+    assert torch.equal(say(placed(models, gpu=gpu), "hillinfer", **how), say(placed(models), "hillinfer", **how))
+
+
+def test_several_ways_in_one_batch(models, gpu):
+    """`models.rows`: each row crosses for itself."""
+    outs = []
+    for model in (placed(models, gpu=gpu), placed(models)):
+        with torch.no_grad():
+            caches = [hillinfer.make_cache(model, system, host_budget="64MiB") for system in ("topk", "quest")]
+            for cache in caches:
+                step(model, cache, 0, 150)
+            with as_batch(caches) as cache:
+                outs.append(model(PROMPT[:, :1].to(model.device), past_key_values=cache).logits.cpu())
+    assert close(outs[:1], outs[1:])
+
+
+WAITS = {  # of the host, a layer and decode step, whatever the batch
+    **{"full": 0, "streaming": 0, "hillinfer": 1, "lru": 1, "leoam": 1, "instattention": 1, "flexgen": 1, "dualblade": 1},
+    **{"topk": 1, "quest": 1, "infinigen": 2, "random": 0, "h2o": 2},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("system", WAITS)
+def test_the_host_hardly_waits(models, tmp_path, gpu, system, batch):
+    """A mask comes once a step. The threads that copy for the lossless systems wait for themselves."""
+    model, steps, n = placed(models, gpu=gpu), 3, 300
+    ids, mask = PROMPT[:1, :n].repeat(batch, 1).to(DEVICE), torch.ones(batch, n + steps, dtype=torch.long).to(DEVICE)
+    mask[-1, : 30 * (batch - 1)] = 0
+    how = options(system, tmp_path) | ({"lookahead": True} if system in ("hillinfer", "lru", "leoam") else {})
+    with torch.no_grad(), hillinfer.make_cache(model, system, **how) as cache:
+        model(ids, attention_mask=mask[:, :n], past_key_values=cache)
+        gpu.clear()
+        for at in range(n, n + steps):
+            model(ids[:, :1], attention_mask=mask[:, : at + 1], past_key_values=cache)
+        seen = [gpu.waits(thread) for thread in ("main", "hillinfer-select", "hillinfer-read")]
+    masks = 0 if batch == 1 or WAITS[system] and system not in ("flexgen", "dualblade") else steps
+    assert sum(map(sum, (one.values() for one in seen))) <= WAITS[system] * LAYERS * steps + masks, seen
+
+
+def mutated(monkeypatch, owner, name: str, old: str, new: str) -> None:
+    """A function of the package with a fault in it."""
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    assert source.count(old) == 1
+    found = {}
+    code = compile(source.replace(old, new), inspect.getfile(getattr(owner, name)), "exec")
+    exec(code, vars(inspect.getmodule(owner)), found)
+    monkeypatch.setattr(owner, name, found[name])
+
+
+FAULTS = {
+    "no wait for a copy": ("flexgen", slots.Slots, "_fill", "self._copies[i].synchronize()", "pass"),
+    "no wait for the attention": ("flexgen", slots.Slots, "_fill", "slot.free.wait(self._copies[i])", "pass"),
+    "memory in use by its last tenant": ("flexgen", slots.Slots, "_slot", ", free=torch.cuda.current_stream(device.device).record_event()", ""),
+    "no event at the release": ("flexgen", slots.Slots, "release", "slot.free = torch", "_ = torch"),
+    "buffers of inference mode": ("flexgen", slots.Slots, "_slot", "@torch.inference_mode(False)", ""),
+    "no wait for the query": ("hillinfer", crossing, "to_host", "torch.accelerator.current_stream(far[0]).synchronize()", "pass"),
+    "an output that is not pinned": ("hillinfer", attention, "to_device", "part.pin_memory()", "part"),
+    "a mask that stays on the host": ("full", store.Store, "attend", "attention.to_device(shown, kv.device)", "shown"),
+    "keys that stay on the device": ("topk", codes.KeyCodes, "append", 'keys.to("cpu")', "keys"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(models, tmp_path, monkeypatch, fault):
+    system, owner, name, old, new = FAULTS[fault]
+    how = options(system, tmp_path) | dict(batch=2, pad=30, n=400, new=4, inference=True)
+    want = say(placed(models), system, **how)
+    mutated(monkeypatch, owner, name, old, new)
+    if owner is attention:
+        monkeypatch.setattr(crossing, name, getattr(attention, name))
+    with FakeGpu() as gpu:
+        try:
+            right = torch.equal(say(placed(models, gpu=gpu), system, **how), want)
+        except (FakeGpuError, RuntimeError, ValueError):
+            right = False
+    assert gpu.hazards or not right
+
+
+def test_the_stand_in_itself():
+    """What CUDA would refuse is refused, what it may put off is put off."""
+    with FakeGpu() as gpu:
+        there, here = torch.zeros(8, device="cuda"), torch.arange(8.0)
+        assert there.device.type == "cuda" and torch.equal((there + 1).cpu(), torch.ones(8))
+        with pytest.raises(FakeGpuError, match="cuda:0 and cpu"):
+            there + here
+        with pytest.raises(FakeGpuError, match="data_ptr"):
+            there.data_ptr()
+        with pytest.raises(TypeError):
+            there.numpy()
+        down = there.to("cpu", non_blocking=True)
+        assert down.isnan().all()
+        torch.cuda.synchronize()
+        assert not down.any() and not gpu.hazards
+        pinned = here.pin_memory()
+        there.copy_(pinned, non_blocking=True)
+        pinned += 1
+        torch.cuda.synchronize()
+        assert [text.partition(":")[0] for text in gpu.hazards] == ["pinned"]
+        gpu.hazards.clear()
+        with torch.cuda.Stream() as side:
+            there += 1
+        there += 1
+        assert [text.partition(":")[0] for text in gpu.hazards] == ["race"]
+        gpu.hazards.clear()
+        torch.cuda.current_stream().wait_stream(side)
+        there += 1
+        assert not gpu.hazards

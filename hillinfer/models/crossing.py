@@ -1,7 +1,8 @@
 """Between a model on a GPU and records in host memory: the query goes to the records, which are far larger.
 
 A decode step brings a token's key, value and query of a layer to the host in one wait, with the mask, once a step, and
-the query predicted for the next layer. The output goes back without a wait.
+the query predicted for the next layer. The output goes back without a wait. Where the records are on the GPU, the host
+is given what it selects by.
 """
 
 import time
@@ -19,24 +20,26 @@ class Crossing(Layer):
 
     def __init__(self, layer: Layer, device: torch.device):
         self.layer, self.device = layer, device
-        self.new: tuple[torch.Tensor, ...] = ()  # a token's keys and values, which cross with its query
+        self.new: tuple[torch.Tensor, ...] = ()  # a token's keys and values, until its query comes
         self.ahead: tuple = None, None, None, None  # of the next layer: itself, a predicted query, its mask and scaling
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
-        if self.layer.run.resident or keys.shape[2] > 1:
-            self.layer.append(*placed(self.layer, keys, values, kv))
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if keys.shape[2] > 1:
+            self.layer.append(*placed(self.layer, keys, values))
         else:
             self.new = keys, values
 
     def attend(self, query, mask, scaling, softcap=0.0, sinks=None) -> torch.Tensor:
         """See `Layer.attend`."""
-        layer, new, (following, guessed, *how) = self.layer, self.new, self.ahead
+        layer, (following, guessed, *how) = self.layer, self.ahead
         if query.shape[2] > 1:
             return layer.attend(query, mask, scaling)
-        self.new, self.ahead = (), (None,) * 4
-        if not new:
-            return layer.attend(query, bring(layer, mask)[0], scaling, softcap, sinks)
-        mask, keys, values, query, guessed, sinks = bring(layer, mask, *new, query, guessed, sinks)
+        (keys, values), self.new, self.ahead = self.new, (), (None,) * 4
+        if layer.run.resident:
+            mask, *seen = bring(layer, mask, *((keys, query) if layer.indexes else ()))
+            layer.append(keys, values, None, *seen[:1])
+            return layer.attend(query, mask, scaling, softcap, sinks, *seen[1:])
+        mask, keys, values, query, guessed, sinks = bring(layer, mask, keys, values, query, guessed, sinks)
         if following is not None:
             guess(following, guessed, *how)
         layer.append(keys, values)
@@ -67,7 +70,7 @@ def bring(layer: Layer, mask: torch.Tensor | None, *parts: torch.Tensor | None) 
     if mask is not known:
         shown = None if mask is None else attendable(mask)
     found = to_host(shown, *parts)
-    run.mask = mask, found[0]
+    run.mask = (mask, found[0]) if layer.index < run.layers - 1 else (None, None)  # the next step's may be the same tensor
     if parts:
         layer.track.add("link", "transfer", start, sum(part.nbytes for part in parts if part is not None))
     return found

@@ -44,11 +44,6 @@ class RowsLayer(Layer):
         return out
 
 
-class BatchLayer(TieredLayer):
-    def seen_from(self, device: torch.device) -> Layer:
-        return self.layer  # what crosses to the host does so for each row
-
-
 class Rows(Cache):
     """The caches of several ways as one cache of a batch. What they do not tier (a sliding window) is kept here.
 
@@ -65,7 +60,8 @@ class Rows(Cache):
         layers = []
         for index, layer in enumerate(caches[0].layers):
             if isinstance(layer, TieredLayer):
-                layers.append(BatchLayer(RowsLayer([cache.layers[index] for cache in caches], self)))
+                layers.append(TieredLayer(RowsLayer([cache.layers[index] for cache in caches], self)))
+                layers[-1].crossing = layers[-1].layer  # each row crosses for itself
             else:
                 layers.append(copy.deepcopy(layer))
                 layers[-1].reorder_cache(torch.zeros(len(caches), dtype=torch.long, device="cpu"))

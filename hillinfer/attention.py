@@ -121,7 +121,13 @@ def attention_weights(
 ) -> np.ndarray:
     """query (H, D), keys (k, Hkv, D), valid (k,) or None -> softmax weights (H, k) float32."""
     shown = None if valid is None else torch.as_tensor(valid, device=keys.device)[None]
-    return logits(query.to(keys.device)[None, :, None], keys[None], shown, scaling, softcap).softmax(-1).flatten(0, 2).cpu().numpy()
+    return (
+        logits(query.to(keys.device)[None, :, None], keys[None], shown, scaling, softcap)
+        .softmax(-1)
+        .flatten(0, 2)
+        .cpu()
+        .numpy()
+    )
 
 
 def to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -50,16 +50,9 @@ class Layer:
         """True if a step of several query tokens gets the KV part by part; a watching policy sees all keys at once."""
         return self.store.in_parts and not self.policy.watches
 
-    @property
-    def indexes(self) -> bool:
-        """True if the host has an index of the keys."""
-        return self.policy.needs_codes or type(self.policy).append is not Policy.append
-
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv=None, seen: torch.Tensor | None = None) -> None:
-        """Add keys (B, Hkv, n, D) and values, whose D may differ.
-
-        kv    both as records, if they exist already
-        seen  the keys in host memory, if they are at hand while the records are on a GPU
+        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already, and
+        `seen` the keys in host memory, if the records are on a GPU.
         """
         run, new = self.run, keys.shape[2]
         dims = keys.shape[3], values.shape[3]
@@ -123,13 +116,7 @@ class Layer:
         return kv
 
     def attend(
-        self,
-        query: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        softcap: float = 0.0,
-        sinks: torch.Tensor | None = None,
-        asked: torch.Tensor | None = None,
+        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap=0.0, sinks=None, asked=None
     ) -> torch.Tensor:
         """Attention of one query token (B, H, 1, D) over the selected tokens; of several tokens, exact over all.
 
@@ -137,7 +124,7 @@ class Layer:
 
         softcap  see `attention.logits`; for one token only
         sinks    (H,), one more logit per head that has no value (gpt-oss); for one token only
-        asked    the query in host memory, if it is at hand while the records are on a GPU
+        asked    the query in host memory, if the records are on a GPU
         """
         query = attention.padded(query, self.store.geometry.head_dim)
         if query.shape[2] > 1:

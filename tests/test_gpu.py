@@ -1,8 +1,9 @@
-"""The GPU's path on a stand-in for a GPU (tests/fake_gpu): what is said, what goes wrong silently, what the host waits for."""
+"""The GPU's path on a stand-in (tests/fake_gpu): what is said, what goes wrong silently, what the host waits for."""
 
 import copy
 import inspect
 import textwrap
+from itertools import pairwise
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def turns(model, system: str, **how) -> list[torch.Tensor]:
     """Logits of a chunked prefill, of decode steps, of another turn, and of more after a crop."""
     with torch.no_grad(), hillinfer.make_cache(model, system, **how) as cache:
         ends = [0, 200, 290, 291, 292, 330, 331]
-        outs = [step(model, cache, *pair) for pair in zip(ends, ends[1:])]
+        outs = [step(model, cache, *pair) for pair in pairwise(ends)]
         cache.crop(-80)
         outs += [step(model, cache, *pair) for pair in ((251, 252), (252, 270), (270, 271))]
         return [out.cpu() for out in outs]
@@ -83,7 +84,7 @@ def turns(model, system: str, **how) -> list[torch.Tensor]:
 def session(model, system: str, folder, **how) -> list[torch.Tensor]:
     path = folder / model.device.type
     hillinfer.keep_session(path, model, PROMPT[0, :200].tolist(), system, **how).close()
-    cache, ids = hillinfer.open_session(path, model, system, **how)
+    cache, _ = hillinfer.open_session(path, model, system, **how)
     with torch.no_grad(), cache:
         return [step(model, cache, at, at + 1).cpu() for at in range(200, 203)]
 
@@ -151,7 +152,16 @@ def test_several_ways_in_one_batch(models, gpu):
 
 
 WAITS = {  # of the host, a layer and decode step, whatever the batch
-    **{"full": 0, "streaming": 0, "hillinfer": 1, "lru": 1, "leoam": 1, "instattention": 1, "flexgen": 1, "dualblade": 1},
+    **{
+        "full": 0,
+        "streaming": 0,
+        "hillinfer": 1,
+        "lru": 1,
+        "leoam": 1,
+        "instattention": 1,
+        "flexgen": 1,
+        "dualblade": 1,
+    },
     **{"topk": 1, "quest": 1, "infinigen": 2, "random": 0, "h2o": 2},
 }
 
@@ -170,7 +180,7 @@ def test_the_host_hardly_waits(models, tmp_path, gpu, system, batch):
         for at in range(n, n + steps):
             model(ids[:, :1], attention_mask=mask[:, : at + 1], past_key_values=cache)
         seen = [gpu.waits(thread) for thread in ("main", "hillinfer-select", "hillinfer-read")]
-    masks = 0 if batch == 1 or WAITS[system] and system not in ("flexgen", "dualblade") else steps
+    masks = 0 if batch == 1 or (WAITS[system] and system not in ("flexgen", "dualblade")) else steps
     assert sum(map(sum, (one.values() for one in seen))) <= WAITS[system] * LAYERS * steps + masks, seen
 
 
@@ -187,10 +197,22 @@ def mutated(monkeypatch, owner, name: str, old: str, new: str) -> None:
 FAULTS = {
     "no wait for a copy": ("flexgen", slots.Slots, "_fill", "self._copies[i].synchronize()", "pass"),
     "no wait for the attention": ("flexgen", slots.Slots, "_fill", "slot.free.wait(self._copies[i])", "pass"),
-    "memory in use by its last tenant": ("flexgen", slots.Slots, "_slot", ", free=torch.cuda.current_stream(device.device).record_event()", ""),
+    "memory in use by its last tenant": (
+        "flexgen",
+        slots.Slots,
+        "_slot",
+        ", free=torch.cuda.current_stream(device.device).record_event()",
+        "",
+    ),
     "no event at the release": ("flexgen", slots.Slots, "release", "slot.free = torch", "_ = torch"),
     "buffers of inference mode": ("flexgen", slots.Slots, "_slot", "@torch.inference_mode(False)", ""),
-    "no wait for the query": ("hillinfer", crossing, "to_host", "torch.accelerator.current_stream(far[0]).synchronize()", "pass"),
+    "no wait for the query": (
+        "hillinfer",
+        crossing,
+        "to_host",
+        "torch.accelerator.current_stream(far[0]).synchronize()",
+        "pass",
+    ),
     "an output that is not pinned": ("hillinfer", attention, "to_device", "part.pin_memory()", "part"),
     "a mask that stays on the host": ("full", store.Store, "attend", "attention.to_device(shown, kv.device)", "shown"),
     "keys that stay on the device": ("topk", codes.KeyCodes, "append", 'keys.to("cpu")', "keys"),

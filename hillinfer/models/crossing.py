@@ -10,6 +10,7 @@ import time
 import torch
 
 from hillinfer.attention import attendable, to_device
+from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
 
 PINNED = 16 << 20  # most bytes to bring through pinned memory, of which torch keeps what it has once taken
@@ -36,7 +37,8 @@ class Crossing(Layer):
             return layer.attend(query, mask, scaling)
         (keys, values), self.new, self.ahead = self.new, (), (None,) * 4
         if layer.run.resident:
-            mask, *seen = bring(layer, mask, *((keys, query) if layer.indexes else ()))
+            indexes = layer.policy.needs_codes or type(layer.policy).append is not Policy.append
+            mask, *seen = bring(layer, mask, *((keys, query) if indexes else ()))
             layer.append(keys, values, None, *seen[:1])
             return layer.attend(query, mask, scaling, softcap, sinks, *seen[1:])
         mask, keys, values, query, guessed, sinks = bring(layer, mask, keys, values, query, guessed, sinks)
@@ -70,9 +72,11 @@ def bring(layer: Layer, mask: torch.Tensor | None, *parts: torch.Tensor | None) 
     if mask is not known:
         shown = None if mask is None else attendable(mask)
     found = to_host(shown, *parts)
-    run.mask = (mask, found[0]) if layer.index < run.layers - 1 else (None, None)  # the next step's may be the same tensor
+    run.mask = (
+        (mask, found[0]) if layer.index < run.layers - 1 else (None, None)
+    )  # the next step's may be the same tensor
     if parts:
-        layer.track.add("link", "transfer", start, sum(part.nbytes for part in parts if part is not None))
+        layer.track.add("link", "wait", start, sum(part.nbytes for part in parts if part is not None))
     return found
 
 

@@ -180,7 +180,9 @@ class FakeGpu:
     def waits(self, thread: str | None = None, model: bool = False) -> collections.Counter:
         """How often the host waited, by line; of one thread, and without the model's own waits."""
         seen = [x for x in self.log if x.how != "async" and thread in (None, x.thread)]
-        return collections.Counter(f"{x.kind} {x.how} {x.where} [{x.thread}]" for x in seen if model or x.where != "model")
+        return collections.Counter(
+            f"{x.kind} {x.how} {x.where} [{x.thread}]" for x in seen if model or x.where != "model"
+        )
 
     def clear(self) -> None:
         self.log.clear()
@@ -190,7 +192,7 @@ class FakeGpu:
 
     def run(self, func, args, kwargs):
         name = func._schema.name.split("::")[1]
-        flat, spec = tree_flatten((args, kwargs))
+        flat, _ = tree_flatten((args, kwargs))
         ours, goes = [x for x in flat if isinstance(x, OnDevice)], on_gpu(kwargs.get("device"))
         with self.lock:
             if name == "is_pinned":
@@ -212,7 +214,9 @@ class FakeGpu:
         hosts = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, OnDevice) and x.dim()]
         indices = args[1] if name in INDEXED else []
         if hosts and ours:
-            values = name.startswith(("index_put", "_index_put")) and not isinstance(args[2], OnDevice) and args[2].dim()
+            values = (
+                name.startswith(("index_put", "_index_put")) and not isinstance(args[2], OnDevice) and args[2].dim()
+            )
             if name not in INDEXED or values or not isinstance(args[0], OnDevice):
                 raise FakeGpuError(f"{func}: tensors on cuda:0 and cpu at {place()}")
             self._wait("index", sum(x.nbytes for x in hosts), "H2D")
@@ -327,7 +331,11 @@ class FakeGpu:
         if (there and not down) or (not there and b.numel() == 1 and not b.dim()):  # within the device; a host's scalar
             a.copy_(b)
             return out
-        kind, nbytes, home = ("D2H" if down else "H2D"), b.numel() * max(a.element_size(), b.element_size()), a if down else b
+        kind, nbytes, home = (
+            ("D2H" if down else "H2D"),
+            b.numel() * max(a.element_size(), b.element_size()),
+            a if down else b,
+        )
         if not (non_blocking and home.untyped_storage().data_ptr() in self.pinned):
             if non_blocking:
                 self.hazard("pageable", f"{kind} without waiting, of memory that is not pinned, at {place()}")

@@ -2,15 +2,23 @@
 
 import copy
 import inspect
+import json
 import textwrap
+from contextlib import nullcontext
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 import hillinfer
-from hillinfer import attention
+from benchmarks import gpu as gpu_script
+from benchmarks import gpu_select
+from benchmarks.gpu import FEW
+from hillinfer import attention, native
 from hillinfer.evaluator import codes
+from hillinfer.evaluator.ranks import head_ranks_reference
+from hillinfer.evaluator.topk import topk_reference
 from hillinfer.models import crossing
 from hillinfer.models.rows import as_batch
 from hillinfer.systems.lossless import slots
@@ -264,3 +272,54 @@ def test_the_stand_in_itself():
         torch.cuda.current_stream().wait_stream(side)
         there += 1
         assert not gpu.hazards
+
+
+def test_selection_on_the_device_is_the_hosts_to_the_bit():
+    """benchmarks.gpu_select over random codes, with ties and padding, and without a wait."""
+    random = np.random.default_rng(0)
+    for case in range(200):
+        heads, group, dim, n = (int(random.choice(of)) for of in ((1, 2, 8), (1, 4, 7), (32, 128), (40, 300, 900)))
+        top = int(random.choice((1, 7, 127)))  # of codes: small ones give many ties
+        keys = torch.from_numpy(random.integers(-top, top + 1, (2, heads, n, dim), np.int8))
+        query = torch.from_numpy(random.integers(-top, top + 1, (2, heads, group, dim), np.int8))
+        steps = torch.from_numpy(
+            (random.random((2, heads * group)) * 10.0 ** random.integers(-4, 3)).astype(np.float32)
+        )
+        hidden, k = torch.arange(n) < torch.tensor([[0], [n // 3 * (case % 2)]]), int(random.integers(1, n // 2))
+        with FakeGpu() as gpu:
+            there = [part.to("cuda") for part in (keys, query, steps, hidden)]
+            gpu.clear()
+            got = gpu_select.select(*there[:3], k, there[3])
+            assert not gpu.waits(model=True) and not gpu.hazards
+            got = got.cpu().numpy()
+        for row in range(2):
+            found = codes.head_scores_reference(query[row].numpy(), keys[row].numpy())
+            found[:, hidden[row].numpy()] = gpu_select.NEVER
+            plain = np.sort(topk_reference(head_ranks_reference(found, steps[row].numpy()), k))
+            assert np.array_equal(got[row], plain), case
+            if native.available():
+                assert np.array_equal(plain, gpu_select.on_host(keys[row], query[row], steps[row], k, hidden[row]))
+
+
+@pytest.mark.parametrize("device,rates", [("cpu", ",rates"), ("stand-in", "")])
+def test_the_gpus_script_runs_without_one(tmp_path, device, rates):
+    words = ["--shape", "tiny", "--drive", str(tmp_path), "--out", str(tmp_path), "--few"]
+    words += ["--device", "cuda" if device == "stand-in" else "cpu", "--parts", f"facts,equality,speed{rates}"]
+    with FakeGpu() if device == "stand-in" else nullcontext() as gpu:
+        assert gpu_script.main(words, gpu and gpu.take) == 0
+        assert gpu is None or not gpu.hazards
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if row["part"] == "speed" and "ms" in row]
+    assert {row["part"] for row in rows} == {"facts", "equality", "attention", "speed", "end", *rates.split(",")[1:]}
+    assert len(measured) == 2 * 4 and not any("failed" in row for row in rows)
+
+
+def test_what_fails_is_a_row_and_the_exit_code(tmp_path, monkeypatch, capsys):
+    """An error in one case must not take the others with it."""
+    monkeypatch.setattr(gpu_script, "said", lambda model, system, *_, **__: torch.tensor([1 / (system != "topk")]))
+    monkeypatch.setattr(gpu_script, "speed", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
+    words = ["--shape", "tiny", "--device", "cpu", "--drive", str(tmp_path), "--out", str(tmp_path), "--few"]
+    assert gpu_script.main([*words, "--parts", "equality,speed"]) == 2 + 8
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [row["system"] for row in rows if row["part"] == "equality" and "failed" in row] == ["topk"] * 2
+    assert sum(row.get("same", False) for row in rows if row["part"] == "equality") == 2 * (len(FEW) - 1)

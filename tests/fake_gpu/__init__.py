@@ -413,7 +413,7 @@ class FakeGpu:
             if isinstance(data, OnDevice):
                 return data.clone()
             out = make(data, *args, **kwargs, device="cpu")
-            return out.to(DEVICE) if on_gpu(device or torch.get_default_device()) else out
+            return out.to(DEVICE) if on_gpu(device or torch.empty(0).device) else out
 
         def run_in_mode(thread):
             with Mode():

@@ -1,10 +1,10 @@
 """Everything that only a GPU can show, in one visit: python -m benchmarks.gpu [--out FOLDER] [--seconds 470]
 
-In this order, so that what is cut off at the end matters least: facts and rates of the machine, equality of the systems'
-tokens with the CPU's under CUDA_LAUNCH_BLOCKING, compute-sanitizer over some of them, then decode steps of an 8B-shaped
-model with random weights and KV beside transformers' own caches, by worth. Random keys have neither locality nor hot
-tokens, the worst case for pool and prefetch. Each row is written to FOLDER/gpu.jsonl as soon as it is known; a case that
-would not end in time is left out with the reason. The exit code is the sum of FAILED for the parts that failed.
+In this order, so that what is cut off at the end matters least: facts and rates of the machine; equality of the
+systems' tokens with the CPU's, under CUDA_LAUNCH_BLOCKING; compute-sanitizer over some of them; decode steps of an
+8B-shaped model with random weights and KV, beside transformers' own caches, by worth. Random keys have neither locality
+nor hot tokens, the worst case for pool and prefetch. Each row is written to FOLDER/gpu.jsonl as soon as it is known; a
+case that would not end in time is left out with the reason. The exit code is the sum of FAILED over what failed.
 
 `--shape tiny --device cpu` runs the same code without a GPU; `--here` keeps equality in this process.
 """
@@ -113,13 +113,17 @@ def said(model, system: str, n: int, batch: int, pad: int, inference: bool) -> t
     ids[-1, :pad] = 0
     ids, mask, new = ids.to(model.device), (ids != 0).long().to(model.device), dict(max_new_tokens=6, do_sample=False)
     options = {"compress": 0.0} if system == "leoam" else {}  # "auto" depends on time
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(inference), torch.no_grad():
-        with make_cache(model, system, **options, **({"drive": folder} if system in ON_DRIVE else {})) as cache:
-            first = model.generate(ids, attention_mask=mask, past_key_values=cache, **new)
-            cache.crop(-3)
-            again = torch.cat((first[:, : cache.get_seq_length()], ids[:, -7:]), 1)
-            shown = torch.cat((mask, mask.new_ones(batch, again.shape[1] - n)), 1)
-            return model.generate(again, attention_mask=shown, past_key_values=cache, **new).cpu()
+    with contextlib.ExitStack() as stack:
+        for context in (torch.inference_mode(inference), torch.no_grad()):
+            stack.enter_context(context)
+        if system in ON_DRIVE:
+            options["drive"] = stack.enter_context(tempfile.TemporaryDirectory())
+        cache = stack.enter_context(make_cache(model, system, **options))
+        first = model.generate(ids, attention_mask=mask, past_key_values=cache, **new)
+        cache.crop(-3)
+        again = torch.cat((first[:, : cache.get_seq_length()], ids[:, -7:]), 1)
+        shown = torch.cat((mask, mask.new_ones(batch, again.shape[1] - n)), 1)
+        return model.generate(again, attention_mask=shown, past_key_values=cache, **new).cpu()
 
 
 def equality(sheet: Sheet, device: str, place, systems: tuple = SYSTEMS) -> None:

@@ -41,19 +41,21 @@ def over_records(
 
 
 def over_tensors(
-    query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float, softcap: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`over_records` in torch, and its definition: kv (B, n, 2, Hkv, D), valid (B, n) bool or None."""
+    query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float, softcap=0.0, sums: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`over_records` in torch, and its definition: kv (B, n, 2, Hkv, D), valid (B, n) bool or None. Without `sums` no
+    logsumexp, for which all keys become fp32.
+    """
     batch, heads, _, dim = query.shape
     grouped = query.view(batch, kv.shape[3], -1, dim)  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
     keys, values = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
-    weighed = logits(query, kv[:, :, 0], valid, scaling, softcap)
+    weighed = logits(query, kv[:, :, 0], valid, scaling, softcap) if sums or softcap else None
     if softcap:
         out = (weighed.softmax(-1).nan_to_num() @ values.float()).to(query.dtype)
     else:
         mask = None if valid is None else valid[:, None, None]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, 1, heads, dim), weighed.logsumexp(-1).flatten(1)
+    return out.reshape(batch, 1, heads, dim), weighed.logsumexp(-1).flatten(1) if sums else None
 
 
 def logits(

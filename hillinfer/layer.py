@@ -134,7 +134,7 @@ class Layer:
         picks = self.select(asked, valid, scaling)
         self._finish_guess()
         watch = self._watch(query, picks, valid, scaling)
-        out, lse = self.store.attend(query, picks, valid, scaling, watch, softcap)
+        out, lse = self.store.attend(query, picks, valid, scaling, watch, softcap, sinks is not None)
         if sinks is not None:  # the sink's share of the softmax leaves the others exp(lse) / (exp(lse) + exp(sink))
             out = (out * torch.sigmoid(lse - sinks.float())[:, None, :, None]).to(query.dtype)
         self.run.end_layer()

@@ -86,6 +86,11 @@ class Run:
                 raise
             if self.settings.drive is not None:
                 self.open(geometry)
+        elif self.geometry.device != geometry.device:
+            raise UsageError(
+                f"layers on {self.geometry.device} and {geometry.device}: load the model on one device, or keep its KV "
+                "in host memory (host_budget, drive)"
+            )
         elif self.geometry != geometry:
             raise UsageError(
                 f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"
@@ -117,7 +122,7 @@ class Run:
     def open_store(self, track: Track) -> Store:
         """One layer's store."""
         if self.drive is None:
-            return HostStore(self.geometry, track)
+            return HostStore(self.geometry, track, self.settings.max_tokens or 0)
         return self.tiered_store(TieredStore, track, self.open_log)
 
     def tiered_store(self, kind: type[TieredStore], track: Track, open_log: Callable[[int], Any]) -> TieredStore:

@@ -19,11 +19,13 @@ from hillinfer import attention, native
 from hillinfer.evaluator import codes
 from hillinfer.evaluator.ranks import head_ranks_reference
 from hillinfer.evaluator.topk import topk_reference
+from hillinfer.longbench import sweep
 from hillinfer.models import crossing
 from hillinfer.models.rows import as_batch
 from hillinfer.systems.lossless import slots
 from hillinfer.systems.registry import list_systems
 from hillinfer.tiers import store
+from hillinfer.tiers.geometry import Geometry
 from tests.fake_gpu import DEVICE, FakeGpu, FakeGpuError, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
@@ -209,7 +211,7 @@ FAULTS = {
         "flexgen",
         slots.Slots,
         "_slot",
-        ", free=torch.cuda.current_stream(device.device).record_event()",
+        ", free=torch.accelerator.current_stream(device.device).record_event()",
         "",
     ),
     "no event at the release": ("flexgen", slots.Slots, "release", "slot.free = torch", "_ = torch"),
@@ -323,3 +325,28 @@ def test_what_fails_is_a_row_and_the_exit_code(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert [row["system"] for row in rows if row["part"] == "equality" and "failed" in row] == ["topk"] * 2
     assert sum(row.get("same", False) for row in rows if row["part"] == "equality") == 2 * (len(FEW) - 1)
+
+
+def test_layers_on_two_devices_are_refused(models):
+    """device_map="auto" over two GPUs: their layers cannot share buffers on one of them."""
+    cache = hillinfer.make_cache(models("llama"), "full")
+    there = torch.device("meta")
+    cache.run.start(Geometry(1, 2, 16, torch.float32, there))
+    with pytest.raises(hillinfer.UsageError, match="layers on meta and cpu: load the model on one device"):
+        cache.run.start(Geometry(1, 2, 16, torch.float32, torch.device("cpu")))
+
+
+def test_one_gpu_takes_one_worker(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(hillinfer.UsageError, match="leave out --workers"):
+        list(sweep.run_all([None, None], workers=2))
+
+
+def test_what_is_expected_is_reserved_at_once(models, gpu):
+    """Layers that grow in turn would leave holes of every older size in a GPU's memory."""
+    model = placed(models, gpu=gpu)
+    with torch.no_grad(), hillinfer.make_cache(model, "full", max_tokens=200) as cache:
+        step(model, cache, 0, 100)
+        before = [layer.store.buffer.data for layer in cache.tiered]
+        step(model, cache, 100, 200)
+        assert all(layer.store.buffer.data is data for layer, data in zip(cache.tiered, before, strict=True))

@@ -49,11 +49,13 @@ class Store:
         scaling: float,
         watch: Watch | None = None,
         softcap: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sums: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one query token (B, H, 1, D): (B, 1, H, D), and the logsumexp of its logits, fp32 (B, H).
 
         picks  each sequence's sorted positions (k,), or None for all tokens
         valid  bool (B, n) in host memory, False for padding; None where there is none
+        sums   False: the logsumexp may be None
         watch  called with the records attended to, (B, k, 2, Hkv, D), and which of them are valid, (B, k) or None
         """
         whole = all(pick is None for pick in picks)
@@ -69,7 +71,7 @@ class Store:
             attended = kv.shape[1] * len(kv) if shown is None else int(shown.sum())
             shown = None if shown is None else attention.to_device(shown, kv.device)
             with self.track.span(self.lane, "attend", kv.nbytes):
-                out, lse = attention.over_tensors(query, kv, shown, scaling, softcap)
+                out, lse = attention.over_tensors(query, kv, shown, scaling, softcap, sums)
             if watch is not None:
                 watch(kv, shown)
         start = time.perf_counter_ns()
@@ -183,10 +185,12 @@ class Store:
 class HostStore(Store):
     """All records in one growable buffer."""
 
-    def __init__(self, geometry: Geometry, track: Track):
+    def __init__(self, geometry: Geometry, track: Track, tokens: int = 0):
         self.geometry, self.track = geometry, track
         self.tier = "host" if geometry.device.type == "cpu" else "device"
         self.buffer = Growable((geometry.batch, 0, *geometry.record_shape), 1, geometry.dtype, geometry.device)
+        if self.tier == "device":  # layers that grow in turn would leave holes of every older size
+            self.buffer.reserve(tokens)
 
     @property
     def n(self) -> int:

@@ -1,4 +1,4 @@
-"""The device window: the first and the newest records, on the model's device."""
+"""The window: the first and the newest records, on the model's device."""
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """A layer's KV on a drive that computes attention over its records (InstAttention, arXiv 2409.04992).
 
-The drive attends to all tokens outside the device window and returns its output with the logsumexp, by which the host
+The drive attends to all tokens outside the window and returns its output with the logsumexp, by which the host
 merges its own part. Unlike in the paper, the host holds the most recent tokens. The paper's sparse form (SparF) is not
 implemented.
 """
@@ -23,7 +23,7 @@ class AttendingStore(ScoringStore):
     def announce(self) -> None:
         """Does nothing: a drive that scores no keys needs no hot set."""
 
-    def attend(self, query, picks, valid, scaling, watch=None, softcap=0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, query, picks, valid, scaling, watch=None, softcap=0.0, sums=True):
         """See `Store.attend`; always over all tokens."""
         everything, size = np.arange(self.n), self.geometry
         near = np.ones(self.n, bool)

@@ -122,14 +122,8 @@ def attention_weights(
     softcap: float = 0.0,
 ) -> np.ndarray:
     """query (H, D), keys (k, Hkv, D), valid (k,) or None -> softmax weights (H, k) float32."""
-    shown = None if valid is None else torch.as_tensor(valid, device=keys.device)[None]
-    return (
-        logits(query.to(keys.device)[None, :, None], keys[None], shown, scaling, softcap)
-        .softmax(-1)
-        .flatten(0, 2)
-        .cpu()
-        .numpy()
-    )
+    shown, query = None if valid is None else torch.as_tensor(valid, device=keys.device)[None], query.to(keys.device)
+    return logits(query[None, :, None], keys[None], shown, scaling, softcap).softmax(-1).flatten(0, 2).cpu().numpy()
 
 
 def to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:

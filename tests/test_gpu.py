@@ -10,6 +10,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma2Config,
+    GptOssConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 import hillinfer
 from benchmarks import gpu as gpu_script
@@ -26,6 +34,7 @@ from hillinfer.systems.lossless import slots
 from hillinfer.systems.registry import list_systems
 from hillinfer.tiers import store
 from hillinfer.tiers.geometry import Geometry
+from tests.conftest import SHAPE, seeded
 from tests.fake_gpu import DEVICE, FakeGpu, FakeGpuError, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
@@ -33,6 +42,15 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
 LAYERS, NEW = 3, 6  # of the tiny model; tokens to generate
 ON_DRIVE = ("hillinfer", "lru", "leoam", "flexgen", "dualblade", "instattention")
 PROMPT = torch.randint(2, 97, (2, 400), generator=torch.Generator().manual_seed(11))
+MLA = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=16, qk_nope_head_dim=16)
+OPT = dict(vocab_size=97, hidden_size=64, ffn_dim=96, word_embed_proj_dim=64, num_hidden_layers=3, pad_token_id=0)
+FAMILY = {
+    "qwen2_sliding": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=24, max_window_layers=2),
+    "opt": OPTConfig(**OPT, num_attention_heads=4, bos_token_id=1, eos_token_id=None),
+    "gpt_oss": GptOssConfig(**SHAPE, head_dim=16, sliding_window=24, num_local_experts=2, num_experts_per_tok=1),
+    "gemma2": Gemma2Config(**SHAPE, head_dim=16, sliding_window=24),
+    "deepseek_v3": DeepseekV3Config(**SHAPE | MLA | {"num_key_value_heads": 4}, first_k_dense_replace=3),
+}
 
 
 @pytest.fixture
@@ -53,15 +71,14 @@ def placed(models, dtype=torch.float32, gpu: FakeGpu | None = None):
     return gpu.take(model) if gpu else model
 
 
-def say(model, system: str, batch: int = 1, pad: int = 0, n: int = 150, inference: bool = False, new=NEW, **how):
+def say(model, system: str, batch=1, pad=0, n=150, inference=False, new=NEW, custom_generate=None, **how):
     """generate's tokens, on the host."""
     ids = PROMPT[:batch, :n].clone()
     ids[-1, :pad] = 0
     ids, mask = ids.to(model.device), (ids != 0).long().to(model.device)
     with torch.inference_mode(inference), torch.no_grad(), hillinfer.make_cache(model, system, **how) as cache:
-        return model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False, num_beams=1
-        ).cpu()
+        words = dict(max_new_tokens=new, do_sample=False, num_beams=1, custom_generate=custom_generate)
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, **words).cpu()
 
 
 WAYS = {
@@ -141,6 +158,20 @@ def test_bf16_as_on_the_cpu(models, tmp_path, gpu, system):
     how = options(system, tmp_path) | dict(batch=2, pad=30)
     out = say(placed(models, torch.bfloat16, gpu), system, **how)
     assert torch.equal(out, say(placed(models, torch.bfloat16), system, **how))
+
+
+@pytest.mark.parametrize("family", ["qwen2_sliding", "opt", "gpt_oss", "gemma2", "deepseek_v3"])
+def test_other_families(tmp_path, gpu, family):
+    """A sliding layer before a tiered one, heads without groups, attention sinks, a soft cap, latents."""
+    model = seeded(lambda: AutoModelForCausalLM.from_config(FAMILY[family]))
+    how = dict(drive=tmp_path, alpha=1.0 if family == "deepseek_v3" else 0.2, n=120)
+    want = say(model, "hillinfer", **how)
+    assert torch.equal(say(gpu.take(model), "hillinfer", **how), want)
+
+
+def test_exact_decoding(models, tmp_path, gpu):
+    how = dict(drive=tmp_path, custom_generate=hillinfer.exact)
+    assert torch.equal(say(placed(models, gpu=gpu), "hillinfer", **how), say(placed(models), "hillinfer", **how))
 
 
 def test_a_drive_that_scores(models, tmp_path, gpu):

@@ -1,4 +1,4 @@
-"""The window: the first and the newest records, on the model's device."""
+"""The window: the first and the newest records, which need no look-up."""
 
 import numpy as np
 import torch

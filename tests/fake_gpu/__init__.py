@@ -247,6 +247,8 @@ class FakeGpu:
         plain, named = tree_map(inner, (args, kwargs))
         if func is aten.bmm.dtype:  # products in the type of the sums: for the CPU's kernels both in fp32
             out = torch.bmm(plain[0].float(), plain[1].float()).to(plain[2])
+        elif name == "histc":  # of integers on CUDA only
+            out = func(plain[0].float(), *plain[1:], **named).to(plain[0].dtype)
         else:
             out = func(*plain, **named)
 
@@ -455,6 +457,7 @@ class FakeGpu:
             "current_device": lambda: 0,
             "device_count": lambda: 1,
             "get_device_name": lambda *_: "a stand-in",
+            "get_device_capability": lambda *_: (8, 0),
             "mem_get_info": lambda *_: (1 << 34, 1 << 34),
             "max_memory_allocated": lambda *_: 0,
             "memory_allocated": lambda *_: 0,

@@ -12,7 +12,7 @@ EXTRAS = dev,lab
 PIP = $(BIN)/pip install -q --no-compile -c constraints.txt
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # on all cores, where pip uses one
 
-.PHONY: demo install test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-real show-exact show-store show-selection show-speed show-package nvme bench trees families pretrained
+.PHONY: demo install test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-real show-exact show-store show-selection show-gpu show-speed show-package nvme bench trees families pretrained
 
 demo: $(VENV)/.ready ## offline, in seconds; MODEL=FOLDER_OR_HUB_ID asks a real model, in minutes
 	$(BIN)/hillinfer demo $(if $(MODEL),--model $(MODEL))
@@ -126,6 +126,9 @@ show-store: $(VENV)/.ready ## every claim about the prefix store: MODELS=FOLDER 
 
 show-selection: $(VENV)/.longbench ## every claim about selection on real models: MODELS=FOLDER ROWS=FOLDER; hours the first time
 	$(BIN)/python -m benchmarks.show_selection $(MODELS) $(ROWS) $(if $(PARTS),--parts $(PARTS))
+
+show-gpu: $(VENV)/.ready ## every claim about the GPU's path, on a stand-in; on a GPU also its script, 8 minutes
+	$(BIN)/python -m benchmarks.show_gpu
 
 show-speed: $(VENV)/.ready ## every claim about speed; DRIVE=FOLDER on the drive, 35 GB free; PARTS=micro,overhead,... for some
 	$(BIN)/python -m benchmarks.show_speed

@@ -41,19 +41,21 @@ def over_records(
 
 
 def over_tensors(
-    query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float, softcap: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`over_records` in torch, and its definition: kv (B, n, 2, Hkv, D), valid (B, n) bool or None."""
+    query: torch.Tensor, kv: torch.Tensor, valid: torch.Tensor | None, scaling: float, softcap=0.0, sums: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`over_records` in torch, and its definition: kv (B, n, 2, Hkv, D), valid (B, n) bool or None. Without `sums` no
+    logsumexp, for which all keys become fp32.
+    """
     batch, heads, _, dim = query.shape
     grouped = query.view(batch, kv.shape[3], -1, dim)  # (B, Hkv, G, D): a group shares its keys, nothing is repeated
     keys, values = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
-    weighed = logits(query, kv[:, :, 0], valid, scaling, softcap)
+    weighed = logits(query, kv[:, :, 0], valid, scaling, softcap) if sums or softcap else None
     if softcap:
         out = (weighed.softmax(-1).nan_to_num() @ values.float()).to(query.dtype)
     else:
-        mask = None if valid is None else valid[:, None, None].to(query.device)
+        mask = None if valid is None else valid[:, None, None]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, 1, heads, dim), weighed.logsumexp(-1).flatten(1)
+    return out.reshape(batch, 1, heads, dim), weighed.logsumexp(-1).flatten(1) if sums else None
 
 
 def logits(
@@ -66,7 +68,7 @@ def logits(
     keys = keys.permute(0, 2, 3, 1).float()  # (B, Hkv, D, n)
     out = query.float().view(len(keys), keys.shape[1], -1, keys.shape[2]) * scaling @ keys
     out = softcap * torch.tanh(out / softcap) if softcap else out
-    return out if valid is None else out.masked_fill_(~valid[:, None, None].to(out.device), -torch.inf)
+    return out if valid is None else out.masked_fill_(~valid[:, None, None], -torch.inf)
 
 
 def merge(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,54 +94,43 @@ def over_parts(
     mask  broadcasts to (B, 1, q, n), as `attendable` takes it; None if the queries are the newest tokens, unpadded
     Returns (B, H, q, D) in the query's type.
     """
-    rows = query.shape[2]
+    rows, device = query.shape[2], query.device
 
     def attended() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         start = 0
         for kv in parts:
             stop = start + kv.shape[1]
-            if mask is not None:
-                shown = attendable(mask[..., start:stop])
-            elif stop <= n - rows + 1:
-                shown = None
+            if mask is None:
+                shown = torch.ones((1, 1, rows, stop - start), dtype=torch.bool, device=device).tril_(n - rows - start)
             else:
-                shown = torch.ones((1, 1, rows, stop - start), dtype=torch.bool, device=query.device)
-                shown.tril_(n - rows - start)
-            yield over_part(query, kv, None if shown is None or shown.all() else shown, scaling)
+                shown = attendable(mask[..., start:stop])
+            plain = device.type == "cpu" and shown.all()  # to ask a GPU would make the host wait
+            yield over_part(query, to_device(kv, device), None if plain else shown, scaling)
             start = stop
 
     return merge(attended())[0].to(query.dtype)
 
 
 def over_part(
-    query: torch.Tensor, kv: torch.Tensor, shown: torch.Tensor | None, scaling: float
+    query: torch.Tensor, kv: torch.Tensor, shown: torch.Tensor | None, scaling: float, flash: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query (B, H, q, D) over records (B, m, 2, Hkv, D), of which `shown` (B, 1, q, m) may be attended to: the output,
-    fp32 (B, H, q, D), and the logsumexp, fp32 (B, H, q). On a CPU flash attention, in the query's type.
+    fp32 (B, H, q, D), and the logsumexp, fp32 (B, H, q). By definition, or by torch's flash attention for CPUs.
     """
     keys, values = kv.permute(2, 0, 3, 1, 4)
-    grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[3])  # (B, Hkv, G*q, D): keys are not repeated
-    hidden = None
+    grouped, hidden = query.reshape(len(query), keys.shape[1], -1, query.shape[3]), None  # keys are not repeated
     if shown is not None:
         hidden = torch.zeros(shown.shape, dtype=query.dtype, device=query.device).masked_fill_(~shown, -torch.inf)
         hidden = hidden.repeat(1, 1, grouped.shape[2] // query.shape[2], 1)
-    if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            grouped, keys, values, attn_mask=hidden, scale=scaling
-        )
+    if flash and query.device.type == "cpu":
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = attend(grouped, keys, values, attn_mask=hidden, scale=scaling)
+        if hidden is not None:  # torch says 0 for a query that sees nothing
+            lse = lse.masked_fill(hidden.amax(3) == -torch.inf, -torch.inf)
     else:
-        out, lse = over_part_reference(grouped, keys, values, hidden, scaling)
-    lse = lse.reshape(query.shape[:3])
-    if shown is not None:  # torch says 0 where nothing may be attended to
-        lse = lse.masked_fill(~shown.any(3), -torch.inf)
-    return out.float().reshape(query.shape), lse
-
-
-def over_part_reference(query, keys, values, hidden, scaling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and its logsumexp by their definition, in fp32; `hidden` is added to the logits."""
-    logits = query.float() * scaling @ keys.float().transpose(2, 3)
-    logits = logits if hidden is None else logits + hidden
-    return logits.softmax(3).nan_to_num() @ values.float(), logits.logsumexp(3)
+        weighed = grouped.float() * scaling @ keys.float().transpose(2, 3) + (0 if hidden is None else hidden)
+        out, lse = weighed.softmax(3).nan_to_num() @ values.float(), weighed.logsumexp(3)
+    return out.float().reshape(query.shape), lse.reshape(query.shape[:3])
 
 
 def attention_weights(
@@ -150,8 +141,13 @@ def attention_weights(
     softcap: float = 0.0,
 ) -> np.ndarray:
     """query (H, D), keys (k, Hkv, D), valid (k,) or None -> softmax weights (H, k) float32."""
-    shown = None if valid is None else torch.as_tensor(valid, device=query.device)[None]
+    shown, query = None if valid is None else torch.as_tensor(valid, device=keys.device)[None], query.to(keys.device)
     return logits(query[None, :, None], keys[None], shown, scaling, softcap).softmax(-1).flatten(0, 2).cpu().numpy()
+
+
+def to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. From host memory to another the host does not wait: torch keeps what the copy reads."""
+    return part if part.device == device else part.pin_memory().to(device, non_blocking=True)
 
 
 def attendable(mask: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ class TieredCache(Cache):
         total = dict.fromkeys(("device", "host", "codes", "hits", "page_cache"), 0)
         for layer in self.tiered:
             for kind, nbytes in layer.memory().items():
-                total[kind] += nbytes
+                total["host" if kind == "device" and layer.track.away else kind] += nbytes
         total["hits"] += self.run.hits.nbytes if self.run.hits else 0
         return total | {"drive": self.run.drive_bytes}
 

@@ -60,8 +60,8 @@ class Settings:
                  within the host budget
     split        use of the profile: `shortest` step given the measured selection rates, or the `paper`'s closed form
     paced        slow the emulated drive down to a SmartSSD's rates
-    sinks        number of first tokens that stay on the model's device
-    recent       number of last tokens that stay on the model's device
+    sinks        number of first tokens that stay in the window
+    recent       number of last tokens that stay in the window
     engine       drive reads: `io_uring`, `threads`, or `auto`, which prefers io_uring
     io_threads   concurrent reads of the `threads` engine
     checksums    verify every 4 KiB block read from the drive
@@ -145,7 +145,7 @@ class Settings:
         return int(self.precision.removeprefix("int"))
 
     def budget(self, n: int) -> int:
-        """Tokens attended to by a step over n cached tokens: alpha*n, but at least the device window."""
+        """Tokens attended to by a step over n cached tokens: alpha*n, but at least the window."""
         return min(n, max(math.ceil(self.alpha * n - 1e-9), self.sinks + self.recent))
 
 

@@ -50,12 +50,15 @@ class Layer:
         """True if a step of several query tokens gets the KV part by part; a watching policy sees all keys at once."""
         return self.store.in_parts and not self.policy.watches
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
-        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already."""
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kv=None, seen: torch.Tensor | None = None) -> None:
+        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already, and
+        `seen` the keys in host memory, if the records are on a GPU.
+        """
         run, new = self.run, keys.shape[2]
         dims = keys.shape[3], values.shape[3]
         if dims[0] != dims[1]:
             keys, values = attention.padded(keys, max(dims)), attention.padded(values, max(dims))
+        seen = keys if seen is None else attention.padded(seen, max(dims))
         geometry = Geometry(len(keys), *keys.shape[1::2], keys.dtype, keys.device)
         held = self.store.geometry if self.store else geometry
         if geometry != held or keys.shape != values.shape:
@@ -71,19 +74,17 @@ class Layer:
         run.begin_layer(self.track, new)
         run.check(self.n + new)
         self._finish_guess()  # it reads codes and pool, which change from here on
-        if keys.requires_grad or values.requires_grad:
-            keys, values = keys.detach(), values.detach()  # the cache is never trained through
-        if kv is None:
-            kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2)
+        if kv is None:  # never trained through
+            kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2).detach()
         codes = None
         if self.codes is not None:
-            with self.track.span("cpu", "encode", keys.nbytes):
-                doublings = self.codes.append(keys)
+            with self.track.span("cpu", "encode", seen.nbytes):
+                doublings = self.codes.append(seen.detach())
                 if self.store.scores_keys:
                     codes = self.codes.newest(new), doublings
         if type(self.policy).append is not Policy.append:
-            with self.track.span("cpu", "index", keys.nbytes):
-                self.policy.append(keys)
+            with self.track.span("cpu", "index", seen.nbytes):
+                self.policy.append(seen.detach())
         with self.track.span("cpu", "append", kv.nbytes):
             self.store.append(kv, codes)
         if run.keeper is not None:
@@ -115,12 +116,7 @@ class Layer:
         return kv
 
     def attend(
-        self,
-        query: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        softcap: float = 0.0,
-        sinks: torch.Tensor | None = None,
+        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap=0.0, sinks=None, asked=None
     ) -> torch.Tensor:
         """Attention of one query token (B, H, 1, D) over the selected tokens; of several tokens, exact over all.
 
@@ -128,23 +124,22 @@ class Layer:
 
         softcap  see `attention.logits`; for one token only
         sinks    (H,), one more logit per head that has no value (gpt-oss); for one token only
+        asked    the query in host memory, if the records are on a GPU
         """
         query = attention.padded(query, self.store.geometry.head_dim)
-        if query.shape[2] > 1:
-            return attention.narrowed(self._attend_all(query, mask, scaling), self.dims[1]).contiguous()
+        if query.shape[2] > 1:  # part by part, so that a layer's KV is never in memory as a whole
+            out = attention.over_parts(query, self.store.parts(), mask, scaling, self.n).transpose(1, 2)
+            return attention.narrowed(out, self.dims[1]).contiguous()
         self.softcap, valid = softcap, self._valid(mask, len(query))
-        picks = self.select(query, valid, scaling)
+        asked = query if asked is None else attention.padded(asked, query.shape[3])
+        picks = self.select(asked, valid, scaling)
         self._finish_guess()
         watch = self._watch(query, picks, valid, scaling)
-        out, lse = self.store.attend(query, picks, valid, scaling, watch, softcap)
+        out, lse = self.store.attend(query, picks, valid, scaling, watch, softcap, sinks is not None)
         if sinks is not None:  # the sink's share of the softmax leaves the others exp(lse) / (exp(lse) + exp(sink))
             out = (out * torch.sigmoid(lse - sinks.float())[:, None, :, None]).to(query.dtype)
         self.run.end_layer()
         return attention.narrowed(out, self.dims[1])
-
-    def _attend_all(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        """A prefill chunk or a new turn, part by part, so that a layer's KV is never in memory as a whole."""
-        return attention.over_parts(query, self.store.parts(), mask, scaling, self.n).transpose(1, 2)
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
         """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""
@@ -164,7 +159,7 @@ class Layer:
         """
         if not self.policy.selects:
             return [None] * len(query)
-        shown = None if valid is None else valid.cpu().numpy()
+        shown = None if valid is None else valid.numpy()
         settings, n, picks = self.run.settings, self.n, []
         budget = min(n, max(int(share * settings.budget(n)), settings.sinks + settings.recent))
         sizes = n, budget, settings.sinks, settings.recent, self.index, self.run.timeline.step

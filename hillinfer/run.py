@@ -60,6 +60,12 @@ class Run:
         self.lookahead: Lookahead | None = None
         self.trial: Trial | None = None  # finds out whether to look ahead
         self.stores: dict[int, TieredStore] = {}  # by layer
+        self.mask: tuple = None, None  # of this step on the model's device, and in host memory
+
+    @property
+    def resident(self) -> bool:
+        """True if records are to be on the model's device."""
+        return self.settings.drive is None and self.settings.host_budget is None
 
     @property
     def batch(self) -> int:
@@ -80,6 +86,11 @@ class Run:
                 raise
             if self.settings.drive is not None:
                 self.open(geometry)
+        elif self.geometry.device != geometry.device:
+            raise UsageError(
+                f"layers on {self.geometry.device} and {geometry.device}: load the model on one device, or keep its KV "
+                "in host memory (host_budget, drive)"
+            )
         elif self.geometry != geometry:
             raise UsageError(
                 f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"
@@ -111,7 +122,7 @@ class Run:
     def open_store(self, track: Track) -> Store:
         """One layer's store."""
         if self.drive is None:
-            return HostStore(self.geometry, track, resident=self.settings.host_budget is None)
+            return HostStore(self.geometry, track, self.settings.max_tokens or 0)
         return self.tiered_store(TieredStore, track, self.open_log)
 
     def tiered_store(self, kind: type[TieredStore], track: Track, open_log: Callable[[int], Any]) -> TieredStore:
@@ -204,7 +215,7 @@ class Run:
         The time between one layer's attention and the next one's keys is the model's own work: a dense span.
         """
         if self.attended_ns is not None and tokens == 1:
-            lane = "cpu" if self.geometry.device.type == "cpu" else "gpu"
+            lane = "gpu" if track.away or self.geometry.device.type != "cpu" else "cpu"
             end = track.add(lane, "dense", self.attended_ns)
             self.computed((end - self.attended_ns) / 1e9)
         self.attended_ns = None

@@ -212,6 +212,7 @@ class Track:
 
     def __init__(self, timeline: Timeline, counters: Counters, layer: int):
         self.timeline, self.counters, self.layer = timeline, counters, layer
+        self.away = False  # the model is on another device: what a store calls its device is the host
 
     def span(self, lane: str, kind: str, nbytes: int = 0) -> _Body:
         """A context manager that records its body as a span, also if it raises. Yields the span's `detail` dict."""
@@ -225,4 +226,6 @@ class Track:
 
     def count(self, cached: int, attended: int, served: Served, swapped: int) -> None:
         step, queries = self.timeline.step, sum(served[: len(TIERS)])
+        if self.away:
+            served = served._replace(device=0, host=served.device + served.host)
         self.counters.rows.append(Hits(step, self.layer, cached, queries, attended, *served, swapped))

@@ -52,7 +52,7 @@ SMOKE = {
     "test_project.py": "",
 }
 # Each test of these files runs wherever there is room; every other file stays in one process, in its order.
-SPREAD = ("test_docs.py", "test_generate.py", "test_notebooks.py", "test_streamed.py", "test_systems.py")
+SPREAD = ("test_docs.py", "test_generate.py", "test_gpu.py", "test_notebooks.py", "test_streamed.py", "test_systems.py")
 # Files that measure time, memory, threads or open files of the machine: one after the other.
 ALONE = ("test_concurrency.py", "test_computational.py", "test_faults.py", "test_memory.py", "test_speed.py")
 

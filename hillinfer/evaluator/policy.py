@@ -13,8 +13,8 @@ class Step:
 
     n: int  # cached tokens, including the newest
     budget: int  # maximum number of selected tokens; at least sinks + recent
-    sinks: int  # first tokens, kept on the device
-    recent: int  # last tokens, kept on the device
+    sinks: int  # first tokens, kept in the window
+    recent: int  # last tokens, kept in the window
     layer: int
     step: int
     scores: Callable[
@@ -38,7 +38,7 @@ class Step:
         return self.query.to("cpu", torch.float32).view(kv_heads, -1, self.query.shape[-1])
 
     def near(self) -> np.ndarray:
-        """Positions of the device window, sinks and recent tokens, which need no transfer."""
+        """Positions of the window, sinks and recent tokens, which need no transfer."""
         return np.unique(
             np.concatenate((np.arange(min(self.sinks, self.n)), np.arange(max(0, self.n - self.recent), self.n)))
         )

@@ -120,7 +120,7 @@ def _plan(model: PreTrainedModel, chosen: dict[str, dict], tokens: int) -> None:
     """UsageError if one of the systems, given its options, cannot run with that many tokens."""
     for name, options in chosen.items():
         system, settings = find_system(name, options)
-        plan(model.config, settings, tokens, model.dtype, policy=system.policy)
+        plan(model.config, settings, tokens, model.dtype, policy=system.policy, device=model.device)
 
 
 def floor(records: Sequence[dict]) -> float:

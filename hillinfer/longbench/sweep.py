@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 
 import numpy as np
+import torch
 
 from hillinfer.errors import UsageError
 from hillinfer.longbench.job import Job, Variant, run_job
@@ -61,6 +62,8 @@ def run_all(jobs: list[Job], workers: int = 1, cluster: str | None = None) -> It
     if not jobs or (workers == 1 and cluster is None):
         yield from map(run_job, jobs)
         return
+    if workers > 1 and torch.cuda.is_available():
+        raise UsageError(f"each of {workers} workers would load the model into the GPU's memory: leave out --workers")
     try:
         import joblib
     except ImportError:

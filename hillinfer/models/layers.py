@@ -8,6 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hillinfer.errors import UsageError
 from hillinfer.layer import Layer
+from hillinfer.models.crossing import Crossing, placed
 
 
 class TieredLayer(CacheLayerMixin):
@@ -16,6 +17,7 @@ class TieredLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    crossing: Crossing | None = None
 
     def __init__(self, layer: Layer):
         super().__init__()
@@ -27,20 +29,26 @@ class TieredLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         if key_states.dim() != 4 or value_states.dim() != 4:
             raise UsageError(f"keys and values must be (B, Hkv, n, D), not {key_states.shape}, {value_states.shape}")
-        self.is_initialized, first = True, self.layer.n == 0
-        self.layer.append(key_states, value_states)
+        self.is_initialized, first, layer = True, self.layer.n == 0, self.seen_from(key_states.device)
+        layer.append(key_states, value_states)
         if key_states.shape[2] == 1 or (not first and self.layer.in_parts):
-            return self.layer, self.layer
-        keys, values = (key_states, value_states) if first else self.layer.everything()
+            return layer, layer
+        keys, values = (key_states, value_states) if first else layer.everything()
         keys.tiered = True  # the attention function refuses what a later step could not do
         if self.layer.policy.watches:
             keys.watcher = self.layer  # the attention function shows it the queries
         return keys, values
 
+    def seen_from(self, device: torch.device) -> Layer:
+        """The layer for a model on this device."""
+        if device.type != "cpu" and self.crossing is None:
+            self.crossing = Crossing(self.layer, device)
+        return self.layer if device.type == "cpu" else self.crossing
+
     def fill(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         """Append keys and values computed elsewhere: see `Layer.append`."""
         self.is_initialized = True
-        self.layer.append(keys, values, kv)
+        self.layer.append(*placed(self.layer, keys, values, kv))
 
     def get_seq_length(self, *args) -> int:
         return self.layer.n
@@ -65,7 +73,7 @@ class TieredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.layer.reset()
-        self.is_initialized = False
+        self.is_initialized, self.crossing = False, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._reorder(lambda rows: rows[beam_idx.to("cpu")])
@@ -105,14 +113,14 @@ class ExactLayer(TieredLayer):
             self.is_initialized = True
         rows = torch.cat([part.transpose(1, 2).flatten(2) for part in (keys, values)], -1)  # (B, n, X)
         halves = F.pad(rows, (0, rows.shape[2] % 2)).unflatten(2, (2, 1, -1))  # (B, n, 2, 1, X/2)
-        self.layer.append(*halves.permute(2, 0, 3, 1, 4), halves)
+        self.layer.append(*placed(self.layer, *halves.permute(2, 0, 3, 1, 4), halves))
 
     def update(self, key_states, value_states, *args, **kwargs):
         first = self.layer.n == 0
         self.fill(key_states, value_states)
         if first:
             return key_states, value_states
-        rows, parts = self.layer.read(key_states.shape[2] == 1).flatten(2), []
+        rows, parts = self.layer.read(key_states.shape[2] == 1).flatten(2).to(key_states.device), []
         for part in (key_states, value_states):
             shape = part.shape[1], part.shape[3]
             own, rows = rows.split((shape[0] * shape[1], rows.shape[2] - shape[0] * shape[1]), 2)

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from hillinfer.errors import UsageError
+from hillinfer.models.crossing import guess
 from hillinfer.models.layers import TieredLayer
 
 
@@ -86,7 +87,10 @@ def _look_ahead(weak: weakref.ref, blocks: list, index: int, seen: dict, block, 
     if seen and isinstance(following := cache.layers[index + 1], TieredLayer) and following.layer.looks_ahead:
         given = ((hidden, *seen["args"]), seen["kwargs"]) if args else ((), seen["kwargs"] | {"hidden_states": hidden})
         try:
-            layer = following.layer
-            layer.speculate(*probe_query(blocks[index + 1], *given, layer.n).args)
+            found = following.layer, *probe_query(blocks[index + 1], *given, following.layer.n).args
+            if crossing := getattr(cache.layers[index], "crossing", None):
+                crossing.ahead = found  # the host waits once, for this layer's query and the next one's
+            else:
+                guess(*found)
         except Exception as error:
             cache.run.stop_guessing(error)

@@ -20,19 +20,19 @@ from hillinfer.models.layers import TieredLayer
 class RowsLayer(Layer):
     """One decoder layer of several caches, for steps of one token."""
 
-    def __init__(self, layers: list[Layer], rows: "Rows"):
+    def __init__(self, layers: list[TieredLayer], rows: "Rows"):
         self.layers, self.rows = layers, rows
 
     @property
     def n(self) -> int:
-        return max(layer.n for layer in self.layers)
+        return max(layer.layer.n for layer in self.layers)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         self.new = keys, values  # each row's worker appends them before it attends
 
     def attend(self, query, mask, scaling, softcap=0.0, sinks=None) -> torch.Tensor:
         def step(row: int) -> torch.Tensor:
-            own, layer = slice(row, row + 1), self.layers[row]
+            own, layer = slice(row, row + 1), self.layers[row].seen_from(query.device)
             layer.append(*(part[own] for part in self.new))
             return layer.attend(query[own], None if mask is None else mask[own], scaling, softcap, sinks)
 
@@ -60,7 +60,8 @@ class Rows(Cache):
         layers = []
         for index, layer in enumerate(caches[0].layers):
             if isinstance(layer, TieredLayer):
-                layers.append(TieredLayer(RowsLayer([cache.layers[index].layer for cache in caches], self)))
+                layers.append(TieredLayer(RowsLayer([cache.layers[index] for cache in caches], self)))
+                layers[-1].crossing = layers[-1].layer  # each row crosses for itself
             else:
                 layers.append(copy.deepcopy(layer))
                 layers[-1].reorder_cache(torch.zeros(len(caches), dtype=torch.long, device="cpu"))

@@ -10,7 +10,7 @@ MIB = 1 << 20
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 LIBRARIES = 320 * MIB  # anonymous memory of torch and transformers once imported, before any model (275 measured)
 AT_WORK = 80 * MIB  # their further memory, beside tensors, while a model runs: lazy imports, threads, the allocator
-PART = 512  # tokens of KV per block of prefill attention, as in `tiers.tiered_store`
+PART = 512  # tokens of KV that torch's flash attention works on at once
 LIMITS = {  # cgroup version: files with a limit, counter of anonymous memory, counter of shared memory
     "cgroup v1": (("memory.limit_in_bytes",), "total_rss", "total_shmem"),
     "cgroup v2": (("memory.max", "memory.high"), "anon", "shmem"),

@@ -22,12 +22,14 @@ def plan(
     dtype: torch.dtype,
     chunk: int | None = None,
     policy: type[Policy] | None = None,
+    device: torch.device | None = None,
 ) -> int:
     """KV bytes of one sequence of `tokens` tokens, after checking that the run is possible.
 
     tokens  of the prompt and the answer together
     chunk   tokens per prefill chunk; None prefills all at once
     policy  the system's; some families cannot serve one that selects
+    device  the model's; by default a GPU if there is one
 
     Raises UsageError for an unsupported family, a sequence longer than the model's window, a budget that is too small,
     a full drive, or a run that needs more host memory than the process may use.
@@ -37,7 +39,7 @@ def plan(
     if (window := window_of(config)) and tokens > window:
         raise UsageError(f"{tokens:,} tokens exceed the model's window of {window:,}: shorten the prompt or the answer")
     shape, run = shape_of(text, dtype.itemsize), run_for(settings)(settings, len(support.tiered))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = (1, -(-support.latents // 2)) if support.latents else (shape.kv_heads, shape.head_dim)
     run.geometry = Geometry(1, *record, dtype, device)
     run.check(tokens)

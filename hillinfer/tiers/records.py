@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from hillinfer import native
+from hillinfer.attention import to_device
 
 
 @dataclass(slots=True)
@@ -29,7 +30,7 @@ class Records:
         """(k, 2, Hkv, D) on the device of `data`; a copy unless all rows are taken."""
         if self.rows is None:
             return self.data
-        return self.data.index_select(0, torch.from_numpy(self.rows).to(self.data.device))
+        return self.data.index_select(0, to_device(torch.from_numpy(self.rows), self.data.device))
 
     def addresses(self) -> np.ndarray:
         """Of each record in host memory, int64 (k,)."""
@@ -56,26 +57,23 @@ class Selection:
             out[places] = records.addresses()
         return out
 
-    def gather(self, out: torch.Tensor) -> int:
-        """Copy the records into out (k, 2, Hkv, D). Returns the bytes that crossed to another device."""
-        crossed = 0
-        if out.device.type == "cpu" and native.available():
+    def tensor(self) -> torch.Tensor:
+        """A copy of the records, (k, 2, Hkv, D)."""
+        data = self.parts[0][1].data
+        out = data.new_empty((len(self), *data.shape[1:]))
+        if native.available():
             native.copy(self.addresses(), out, np.arange(len(self)), torch.get_num_threads())
-            return crossed
+            return out
         for places, records in self.parts:
-            part = records.tensor()
-            out[torch.from_numpy(places).to(out.device)] = part.to(out.device)
-            crossed += part.nbytes if part.device != out.device else 0
-        return crossed
+            out[torch.from_numpy(places)] = records.tensor()
+        return out
 
     def copy_to(self, index: np.ndarray, out: torch.Tensor, slots: np.ndarray) -> None:
         """out[slots] = records[index], in host memory; slots are distinct."""
         if native.available():
             native.copy(self.addresses()[index], out, slots, torch.get_num_threads())
             return
-        whole = out.new_empty((len(self), *out.shape[1:]))
-        self.gather(whole)
-        out[torch.from_numpy(slots)] = whole[torch.from_numpy(index)]
+        out[torch.from_numpy(slots)] = self.tensor()[torch.from_numpy(index)]
 
     def subset(self, index: np.ndarray) -> "Selection":
         """The records at these sorted places, in their order."""

@@ -49,11 +49,13 @@ class Store:
         scaling: float,
         watch: Watch | None = None,
         softcap: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sums: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one query token (B, H, 1, D): (B, 1, H, D), and the logsumexp of its logits, fp32 (B, H).
 
         picks  each sequence's sorted positions (k,), or None for all tokens
-        valid  bool (B, n), False for padding; None where there is none
+        valid  bool (B, n) in host memory, False for padding; None where there is none
+        sums   False: the logsumexp may be None
         watch  called with the records attended to, (B, k, 2, Hkv, D), and which of them are valid, (B, k) or None
         """
         whole = all(pick is None for pick in picks)
@@ -67,8 +69,9 @@ class Store:
         else:
             kv, shown, served = self._gather(picks, whole, valid)
             attended = kv.shape[1] * len(kv) if shown is None else int(shown.sum())
-            with self.track.span("cpu" if query.device.type == "cpu" else "gpu", "attend", kv.nbytes):
-                out, lse = attention.over_tensors(query, kv, shown, scaling, softcap)
+            shown = None if shown is None else attention.to_device(shown, kv.device)
+            with self.track.span(self.lane, "attend", kv.nbytes):
+                out, lse = attention.over_tensors(query, kv, shown, scaling, softcap, sums)
             if watch is not None:
                 watch(kv, shown)
         start = time.perf_counter_ns()
@@ -94,20 +97,22 @@ class Store:
         raise NotImplementedError
 
     def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:
-        """Records of sorted positions (k,), (k, 2, Hkv, D) on the model's device, and the tiers that served them."""
-        selection, served = self.find(row, positions)
-        return self.gather(selection), served
+        """Records of sorted positions (k,), (k, 2, Hkv, D), and the tiers that served them."""
+        records, served = self.find(row, positions)
+        return self.gather(records), served
 
-    def gather(self, selection: Selection) -> torch.Tensor:
-        """A selection's records, copied to the model's device: (k, 2, Hkv, D)."""
-        start = time.perf_counter_ns()
-        out = self.geometry.empty(len(selection), device=self.geometry.device)
-        crossed = selection.gather(out)
-        self.track.add("link" if crossed else "cpu", "transfer" if crossed else "gather", start, crossed or out.nbytes)
-        return out
+    def gather(self, records: Records | Selection) -> torch.Tensor:
+        """A copy of records, (k, 2, Hkv, D)."""
+        with self.track.span(self.lane, "gather", len(records) * self.geometry.record_bytes):
+            return records.tensor()
+
+    @property
+    def lane(self) -> str:
+        """Of the device where records are."""
+        return "cpu" if self.geometry.device.type == "cpu" else "gpu"
 
     def all(self) -> tuple[torch.Tensor, Served]:
-        """All records, (B, n, 2, Hkv, D) on the model's device, and the tiers that served them."""
+        """All records, (B, n, 2, Hkv, D), and the tiers that served them."""
         raise NotImplementedError
 
     def parts(self) -> Iterator[torch.Tensor]:
@@ -154,7 +159,9 @@ class Store:
         return rows, None, keep, total
 
     def _gather(self, picks: list, whole: bool, valid) -> tuple[torch.Tensor, torch.Tensor | None, Served]:
-        """Each sequence's records as one tensor, kv (B, k, 2, Hkv, D), and which are valid; short rows are padded."""
+        """Each sequence's records as one tensor, kv (B, k, 2, Hkv, D), and which are valid, in host memory; short rows
+        are padded.
+        """
         if whole:
             kv, served = self.all()
             return kv, valid, served
@@ -165,10 +172,10 @@ class Store:
             return parts[0][0][None] if len(parts) == 1 else torch.stack([kv for kv, _ in parts]), None, served
         longest = max(len(pick) for pick in picks)
         kv = parts[0][0].new_zeros((len(parts), longest, *self.geometry.record_shape))
-        shown = torch.zeros((len(parts), longest), dtype=torch.bool, device=kv.device)
+        shown = torch.zeros((len(parts), longest), dtype=torch.bool, device="cpu")
         for row, (pick, (records, _)) in enumerate(zip(picks, parts, strict=True)):
             kv[row, : len(pick)] = records
-            shown[row, : len(pick)] = True if valid is None else valid[row][torch.from_numpy(pick).to(valid.device)]
+            shown[row, : len(pick)] = True if valid is None else valid[row][torch.from_numpy(pick)]
         return kv, shown, served
 
     def _filled(self, picks: list) -> list[np.ndarray]:
@@ -176,13 +183,14 @@ class Store:
 
 
 class HostStore(Store):
-    """All records in one growable buffer, in host memory or, with `resident`, on the model's device."""
+    """All records in one growable buffer."""
 
-    def __init__(self, geometry: Geometry, track: Track, resident: bool = False):
+    def __init__(self, geometry: Geometry, track: Track, tokens: int = 0):
         self.geometry, self.track = geometry, track
-        self.tier = "device" if resident and geometry.device.type != "cpu" else "host"
-        device = geometry.device if self.tier == "device" else "cpu"
-        self.buffer = Growable((geometry.batch, 0, *geometry.record_shape), 1, geometry.dtype, device)
+        self.tier = "host" if geometry.device.type == "cpu" else "device"
+        self.buffer = Growable((geometry.batch, 0, *geometry.record_shape), 1, geometry.dtype, geometry.device)
+        if self.tier == "device":  # layers that grow in turn would leave holes of every older size
+            self.buffer.reserve(tokens)
 
     @property
     def n(self) -> int:
@@ -194,22 +202,10 @@ class HostStore(Store):
     def find(self, row: int, positions: np.ndarray) -> tuple[Records, Served]:
         return Records(self.buffer.data[row], positions), Served(**{self.tier: len(positions)})
 
-    def fetch(self, row: int, positions: np.ndarray) -> tuple[torch.Tensor, Served]:
-        start = time.perf_counter_ns()
-        records = Records(self.buffer.data[row], positions).tensor()
-        return self._to_device(records, start, "gather", len(positions))
-
     def all(self) -> tuple[torch.Tensor, Served]:
-        """On a machine without a GPU a view: nothing is copied."""
-        return self._to_device(self.buffer.view(), time.perf_counter_ns(), "view", self.n * self.geometry.batch)
-
-    def _to_device(self, records: torch.Tensor, start: int, kind: str, tokens: int) -> tuple[torch.Tensor, Served]:
-        lane, nbytes = "gpu" if self.tier == "device" else "cpu", 0 if kind == "view" else records.nbytes
-        moved = self.track.add(lane, kind, start, nbytes)
-        if records.device != self.geometry.device:
-            records = records.to(self.geometry.device)
-            self.track.add("link", "transfer", moved, records.nbytes)
-        return records, Served(**{self.tier: tokens})
+        """A view: nothing is copied."""
+        self.track.add(self.lane, "view", time.perf_counter_ns())
+        return self.buffer.view(), Served(**{self.tier: self.n * self.geometry.batch})
 
     def truncate(self, n: int) -> None:
         self.buffer.truncate(n)

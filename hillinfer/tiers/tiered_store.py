@@ -17,8 +17,7 @@ from hillinfer.tiers.store import Store
 from hillinfer.tiers.window import Window
 from hillinfer.timeline import Served, Track
 
-PART = 512  # tokens read at once where all are needed, at least
-READ = 8 << 20  # bytes of that, while those before them are attended to
+READ = 8 << 20  # bytes read at once where all are needed, while those before them are attended to
 
 
 class TieredStore(Store):
@@ -61,15 +60,14 @@ class TieredStore(Store):
         start, before = time.perf_counter_ns(), self.n
         self.window.append(kv)
         self.hits.extend(self.n)
-        records = kv.to("cpu")
-        codes = zip(*codes, strict=True) if codes else [None] * len(records)
-        written = sum(log.append(part, own) for log, part, own in zip(self.logs, records, codes, strict=True))
+        codes = zip(*codes, strict=True) if codes else [None] * len(kv)
+        written = sum(log.append(part, own) for log, part, own in zip(self.logs, kv, codes, strict=True))
         if written:
             self.track.add("drive", "write", start, written)
         for row, pool in enumerate(self.pools):
             pool.resize(self.capacity(self.n))
             pool.pinned_from = self.n - math.ceil(self.pinned * self.n)
-            pool.admit(np.arange(before, self.n), records[row])
+            pool.admit(np.arange(before, self.n), kv[row])
 
     def prefetch(self, row: int, positions: np.ndarray, for_step: bool = True) -> None:
         far = positions[self.window.far(positions)]
@@ -115,14 +113,13 @@ class TieredStore(Store):
         return Selection(parts), Served(len(near), len(hit), len(miss), demoted, len(expected), prefetched)
 
     def parts(self) -> Iterator[torch.Tensor]:
-        for kv, _ in self._blocks(self.stores.get(self.track.layer + 1)):
-            yield kv
+        return (kv for kv, _ in self._blocks(self.stores.get(self.track.layer + 1)))
 
     def _blocks(self, following: "TieredStore | None" = None) -> Iterator[tuple[torch.Tensor, Served]]:
         """All records in order, of all sequences, and the tiers that served them. While a block is in use the next one
         is read, after the last the first of the following layer.
         """
-        rows, size = range(self.geometry.batch), max(PART, READ // self.geometry.batch // self.geometry.record_bytes)
+        rows, size = range(self.geometry.batch), max(1, READ // self.geometry.batch // self.geometry.record_bytes)
         for start in range(0, self.n, size):
             found = [self.find(row, np.arange(start, min(start + size, self.n)), for_step=False) for row in rows]
             store, begin = (self, start + size) if start + size < self.n else (following, 0)
@@ -132,7 +129,7 @@ class TieredStore(Store):
             yield kv[0][None] if len(kv) == 1 else torch.stack(kv), sum((served for _, served in found), Served())
 
     def all(self) -> tuple[torch.Tensor, Served]:
-        out, at, total = self.geometry.empty(self.geometry.batch, self.n, device=self.geometry.device), 0, Served()
+        out, at, total = self.geometry.empty(self.geometry.batch, self.n), 0, Served()
         for kv, served in self._blocks():
             out[:, at : at + kv.shape[1]] = kv
             at, total = at + kv.shape[1], total + served
@@ -153,8 +150,7 @@ class TieredStore(Store):
             pool.truncate(n)
         self.hits.truncate(n)
         newest = np.arange(max(0, n - self.window.recent), n)
-        kv = torch.stack([log.read(newest)[0].tensor() for log in self.logs])
-        self.window.refill(n, kv.to(self.geometry.device))
+        self.window.refill(n, torch.stack([log.read(newest)[0].tensor() for log in self.logs]))
 
     def memory(self) -> dict[str, int]:
         host = sum(pool.nbytes for pool in self.pools) + sum(log.nbytes for log in self.logs)

@@ -1,4 +1,4 @@
-"""The device window: the first and the newest records, on the model's device."""
+"""The window: the first and the newest records, which need no look-up."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ class Window:
     def __init__(self, geometry: Geometry, sinks: int, recent: int):
         self.sinks, self.recent, self.n = sinks, recent, 0
         with torch.inference_mode(False):
-            self.records = geometry.empty(geometry.batch, sinks + recent, device=geometry.device)
+            self.records = geometry.empty(geometry.batch, sinks + recent)
 
     def append(self, kv: torch.Tensor) -> None:
         """kv (B, n, 2, Hkv, D)."""

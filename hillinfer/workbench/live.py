@@ -104,7 +104,7 @@ class LiveRun:
         """Raise UsageError for a run that cannot work, before it starts."""
         system, settings = find_system(self.system, self.options)
         total = len(self.case.context) + len(self.case.question) + self.case.max_new_tokens
-        plan(self.model.config, settings, total, self.model.dtype, policy=system.policy)
+        plan(self.model.config, settings, total, self.model.dtype, policy=system.policy, device=self.model.device)
         if self.exact:
             check_draft(system.policy)
         if self.session is not None:

@@ -1,4 +1,4 @@
-"""The device window and the tokens whose coded keys rank highest (HillInfer section 1.3)."""
+"""The window and the tokens whose coded keys rank highest (HillInfer section 1.3)."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from hillinfer.evaluator.topk import topk
 
 
 class TopK(Policy):
-    """The device window and the tokens that some head gives most, by their key codes."""
+    """The window and the tokens that some head gives most, by their key codes."""
 
     per_head = True
     can_speculate = True

@@ -17,7 +17,7 @@ from hillinfer.growable import Growable
 
 
 class InfiniGen(Policy):
-    """The device window and the tokens whose partial, skewed keys some head gives most."""
+    """The window and the tokens whose partial, skewed keys some head gives most."""
 
     needs_codes = False
     per_head = True

@@ -14,7 +14,7 @@ from hillinfer.growable import Growable
 
 
 class Quest(Policy):
-    """The device window and the pages of 16 tokens whose min/max bound is highest."""
+    """The window and the pages of 16 tokens whose min/max bound is highest."""
 
     needs_codes = False
     per_head = True

@@ -18,7 +18,7 @@ FINE = 2  # layers
 
 
 class LeoAMReleased(Quest):
-    """The device window and the best tokens of the chunks of highest bound, as in LeoAM's released code."""
+    """The window and the best tokens of the chunks of highest bound, as in LeoAM's released code."""
 
     needs_codes = True
     per_head = False

@@ -1,6 +1,6 @@
 """A layer's KV on a drive that computes attention over its records (InstAttention, arXiv 2409.04992).
 
-The drive attends to all tokens outside the device window and returns its output with the logsumexp, by which the host
+The drive attends to all tokens outside the window and returns its output with the logsumexp, by which the host
 merges its own part. Unlike in the paper, the host holds the most recent tokens. The paper's sparse form (SparF) is not
 implemented.
 """
@@ -23,29 +23,28 @@ class AttendingStore(ScoringStore):
     def announce(self) -> None:
         """Does nothing: a drive that scores no keys needs no hot set."""
 
-    def attend(self, query, picks, valid, scaling, watch=None, softcap=0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, query, picks, valid, scaling, watch=None, softcap=0.0, sums=True):
         """See `Store.attend`; always over all tokens."""
         everything, size = np.arange(self.n), self.geometry
         near = np.ones(self.n, bool)
         near[self.window.far(everything)] = False
         slots, dtype = torch.from_numpy(self.window.slots(everything[near])), str(size.dtype).removeprefix("torch.")
         scaled = query[:, :, 0].unflatten(1, (size.kv_heads, -1)).float() * scaling  # (B, Hkv, G, D)
-        shown = None if valid is None else valid.numpy(force=True)
+        shown = None if valid is None else valid.numpy()
         calls, rows = [], []
         for row, log in enumerate(self.logs):
             far = ~near if shown is None else ~near & shown[row]
             runs = np.flatnonzero(np.diff(np.pad(far.astype(np.int8), 1))).reshape(-1, 2)  # [start, end) each
-            calls.append(log.drive.begin_attend(log.stream, scaled[row].numpy(force=True), runs, dtype, softcap))
+            calls.append(log.drive.begin_attend(log.stream, scaled[row].numpy(), runs, dtype, softcap))
         for row, call in enumerate(calls):
             start = time.perf_counter_ns()
             kv = self.window.records[row, slots]
-            visible = None if valid is None else valid[row : row + 1, torch.from_numpy(near).to(valid.device)]
+            visible = None if valid is None else valid[row : row + 1, torch.from_numpy(near)]
             logits = attention.logits(query[row : row + 1], kv[None, :, 0], visible, scaling, softcap)[0]
             values = kv[:, 1].transpose(0, 1).float()
             near_part = logits.softmax(-1).nan_to_num() @ values, logits.logsumexp(-1)
             attended = self.track.add("cpu", "attend", start, kv.nbytes)
-            theirs = tuple(part.to(query.device) for part in call.result())
-            rows.append(attention.merge([near_part, theirs]))
+            rows.append(attention.merge([near_part, call.result()]))
             self.track.add("drive", "attend", call.work.start_ns, call.work.nand_bytes, call.work.end_ns)
             self.track.add("cpu", "wait", attended)
         self.settle()

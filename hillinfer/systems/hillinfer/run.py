@@ -117,7 +117,7 @@ class ScoringRun(Run):
 
 
 class AttendingRun(ScoringRun):
-    """InstAttention: the drive attends to all tokens outside the device window, and the host has no pool."""
+    """InstAttention: the drive attends to all tokens outside the window, and the host has no pool."""
 
     store = AttendingStore
 

@@ -100,7 +100,7 @@ class PackedStore(TieredStore):
 
     def append(self, kv: torch.Tensor, codes=None) -> None:
         start = time.perf_counter_ns()
-        written = sum(log.packed.append(pack(records)) for log, records in zip(self.logs, kv.to("cpu"), strict=True))
+        written = sum(log.packed.append(pack(records)) for log, records in zip(self.logs, kv, strict=True))
         if written:
             self.track.add("drive", "write", start, written)
         super().append(kv, codes)

@@ -16,7 +16,7 @@ from hillinfer.systems.leoam.tree import LEAF, NODES, ChunkTree
 
 
 class LeoAM(Policy):
-    """The device window and the chunks of highest bound, found top-down in a tree that adapts to the attention."""
+    """The window and the chunks of highest bound, found top-down in a tree that adapts to the attention."""
 
     needs_codes = False
     can_speculate = True

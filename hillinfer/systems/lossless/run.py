@@ -29,6 +29,8 @@ class StreamedRun(Run):
         if settings.device is not None:
             check_path(settings.device)
 
+    resident = True  # each layer's tensors are streamed to the model's device
+
     def _forget(self) -> None:
         super()._forget()
         self.tensors: Tensors | None = None

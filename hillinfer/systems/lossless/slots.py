@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hillinfer.attention import to_device
 from hillinfer.systems.lossless.plan import SPANS
 from hillinfer.tiers.block_file import BLOCK, aligned
 from hillinfer.timeline import Track
@@ -27,7 +28,7 @@ class Slot:
     device: torch.Tensor  # its copy on the GPU; without one, the same tensor
     valid: list[int] = field(default_factory=lambda: [0, 0])  # bytes of K and of V loaded
     loading: list[Future] = field(default_factory=list)
-    free: torch.cuda.Event | None = None  # recorded when the GPU was done with the previous contents
+    free: torch.Event | None = None  # recorded when the GPU was done with the previous contents, or tenant
 
 
 class Slots:
@@ -46,7 +47,7 @@ class Slots:
         self._threads = [ThreadPoolExecutor(1, f"hillinfer-{name}") for name in "kv"]
         self._turn = threading.Lock()
         device = tensors.geometry.device
-        self._copies = [torch.cuda.Stream(device) for _ in "kv"] if device.type == "cuda" else None
+        self._copies = [torch.Stream(device) for _ in "kv"] if device.type != "cpu" else None
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -71,9 +72,7 @@ class Slots:
         for i, tensor in enumerate(self.tensors.pair(layer)):
             spans += self._fill(slot, i, tensor, tensor.flushed, False)  # written since the load began
             tail = slice(tensor.flushed, tensor.flushed + len(tensor.tail))
-            slot.host[i, tail] = torch.from_numpy(tensor.tail)
-            if slot.device is not slot.host:
-                slot.device[i, tail].copy_(slot.host[i, tail])
+            slot.device[i, tail] = to_device(torch.from_numpy(tensor.tail), slot.device.device)
         for span in spans if track is not None else ():
             track.add(*span)
         return self.tensors.view(slot.device, n)
@@ -85,7 +84,7 @@ class Slots:
             return
         if self._copies:
             slot = self.slots[layer]
-            slot.free = torch.cuda.current_stream(slot.device.device).record_event()
+            slot.free = torch.accelerator.current_stream(slot.device.device).record_event()
         if self.prefetch:
             self._load(self._after(layer, len(self.slots)))
 
@@ -140,7 +139,8 @@ class Slots:
             return Slot(host, host)
         pinned = torch.empty(nbytes + BLOCK, dtype=torch.uint8, device="cpu", pin_memory=True)
         host = pinned[-pinned.data_ptr() % BLOCK :][:nbytes].view(2, -1)
-        return Slot(host, torch.empty_like(host, device=self.tensors.geometry.device))
+        device = torch.empty_like(host, device=self.tensors.geometry.device)
+        return Slot(host, device, free=torch.accelerator.current_stream(device.device).record_event())
 
     def _fill(self, slot: Slot, i: int, tensor, end: int, staggered: bool) -> list[tuple]:
         """Load a tensor's bytes up to `end` into the buffer and onto the device. Returns arguments of `Track.add`."""
@@ -154,7 +154,7 @@ class Slots:
         done = time.perf_counter_ns()
         spans = [(*SPANS[path], began, nbytes, done) for path, nbytes in read.items()]
         if slot.device is not slot.host:
-            with torch.cuda.stream(self._copies[i]):
+            with self._copies[i]:
                 if slot.free is not None:
                     slot.free.wait(self._copies[i])
                 slot.device[i, start:end].copy_(buffer, non_blocking=True)

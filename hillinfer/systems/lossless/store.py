@@ -5,6 +5,7 @@ import time
 import numpy as np
 import torch
 
+from hillinfer.attention import to_device
 from hillinfer.systems.lossless.plan import NEAR
 from hillinfer.systems.lossless.tensors import Tensors
 from hillinfer.tiers.store import Store
@@ -38,7 +39,7 @@ class TensorStore(Store):
         if kv.device == self.geometry.device:
             self.track.add("cpu", "view", start)
         else:
-            kv = kv.to(self.geometry.device)
+            kv = to_device(kv, self.geometry.device)
             self.track.add("link", "transfer", start, kv.nbytes)
         return kv, Served(host=tokens)
 

@@ -1,0 +1,89 @@
+"""Between a model on a GPU and records in host memory: the query goes to the records, which are far larger.
+
+A decode step brings a token's key, value and query of a layer to the host in one wait, with the mask, once a step, and
+the query predicted for the next layer. The output goes back without a wait. Where the records are on the GPU, the host
+is given what it selects by.
+"""
+
+import time
+
+import torch
+
+from hillinfer.attention import attendable, to_device
+from hillinfer.evaluator.policy import Policy
+from hillinfer.layer import Layer
+
+PINNED = 16 << 20  # most bytes to bring through pinned memory, of which torch keeps what it has once taken
+
+
+class Crossing(Layer):
+    """What a model on a GPU is given for a layer."""
+
+    def __init__(self, layer: Layer, device: torch.device):
+        self.layer, self.device = layer, device
+        self.new: tuple[torch.Tensor, ...] = ()  # a token's keys and values, until its query comes
+        self.ahead: tuple = None, None, None, None  # of the next layer: itself, a predicted query, its mask and scaling
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if keys.shape[2] > 1:
+            self.layer.append(*placed(self.layer, keys, values))
+        else:
+            self.new = keys, values
+
+    def attend(self, query, mask, scaling, softcap=0.0, sinks=None) -> torch.Tensor:
+        """See `Layer.attend`."""
+        layer, (following, guessed, *how) = self.layer, self.ahead
+        if query.shape[2] > 1:
+            return layer.attend(query, mask, scaling)
+        (keys, values), self.new, self.ahead = self.new, (), (None,) * 4
+        if layer.run.resident:
+            indexes = layer.policy.needs_codes or type(layer.policy).append is not Policy.append
+            mask, *seen = bring(layer, mask, *((keys, query) if indexes else ()))
+            layer.append(keys, values, None, *seen[:1])
+            return layer.attend(query, mask, scaling, softcap, sinks, *seen[1:])
+        mask, keys, values, query, guessed, sinks = bring(layer, mask, keys, values, query, guessed, sinks)
+        if following is not None:
+            guess(following, guessed, *how)
+        layer.append(keys, values)
+        return to_device(layer.attend(query, mask, scaling, softcap, sinks), self.device)
+
+    def everything(self) -> tuple[torch.Tensor, ...]:
+        return tuple(to_device(part, self.device) for part in self.layer.everything())
+
+
+def placed(layer: Layer, *parts: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Tensors of the model where the layer's records are."""
+    layer.track.away = parts[0].device.type != "cpu" and not layer.run.resident
+    return to_host(*parts) if layer.track.away else parts
+
+
+def to_host(*parts: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Tensors in host memory; what comes from another device comes in one wait."""
+    far = [part.device for part in parts if part is not None and part.device.type != "cpu"]
+    out = [part if part is None else part.to("cpu", non_blocking=part.nbytes <= PINNED) for part in parts]
+    if far:
+        torch.accelerator.current_stream(far[0]).synchronize()
+    return out
+
+
+def bring(layer: Layer, mask: torch.Tensor | None, *parts: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The mask, bool (B or 1, 1, 1, N), and tensors in host memory, in one wait. The mask crosses once a step."""
+    run, start, (known, shown) = layer.run, time.perf_counter_ns(), layer.run.mask
+    if mask is not known:
+        shown = None if mask is None else attendable(mask)
+    found = to_host(shown, *parts)
+    run.mask = (
+        (mask, found[0]) if layer.index < run.layers - 1 else (None, None)
+    )  # the next step's may be the same tensor
+    if parts:
+        layer.track.add("link", "wait", start, sum(part.nbytes for part in parts if part is not None))
+    return found
+
+
+def guess(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
+    """`Layer.speculate` for a query that may be on a GPU."""
+    if query.device.type != "cpu":
+        mask, query = bring(layer, mask, query)
+    elif mask is layer.run.mask[0]:
+        mask = layer.run.mask[1]
+    layer.speculate(query, mask, scaling)

@@ -158,7 +158,7 @@ $(VENV)/.browser: $(VENV)/.ready
 	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
 	@touch $@
 
-$(VENV)/.longbench: EXTRAS = dev,lab,longbench,cluster,gguf
+$(VENV)/.longbench: EXTRAS = dev,lab,longbench,cluster,gguf,pdf
 $(VENV)/.longbench: $(VENV)/.ready
 	@grep -qx $(EXTRAS) $< || { $(PIP) -e '.[$(EXTRAS)]' || exit 1; $(COMPILE); } # .ready notes what it installed
 	@touch $@

@@ -33,7 +33,8 @@ OTHER = {  # module: its names that notebooks and how-to pages use
     "hillinfer.longbench.needles": ["make_needles", "needle_prompt"],
     "hillinfer.longbench.runner": ["ask", "ask_each", "feed", "split_prompt", "Answer"],
     "hillinfer.longbench.synthetic": ["make_records", "load_records", "prompt_of"],
-    "hillinfer.workbench.live": ["Case", "LiveRun"],
+    "hillinfer.workbench.cases": ["Case"],
+    "hillinfer.workbench.live": ["LiveRun"],
     "hillinfer.workbench.dashboard": ["Workbench"],
     "hillinfer.workbench.board": ["Board", "show_timeline", "show_record"],
     "hillinfer.workbench.figures": [

@@ -7,7 +7,7 @@ _HOME = {
     "Board": "board",
     "show_timeline": "board",
     "show_record": "board",
-    "Case": "live",
+    "Case": "cases",
     "LiveRun": "live",
 }
 __all__ = ["Board", "Case", "LiveRun", "Workbench", "show_record", "show_timeline"]

@@ -158,7 +158,8 @@ class Board {
       done: `done: ${s.done} tokens${speed}`, stopped: `stopped after ${s.done} tokens${speed}`, failed: s.error,
     }[s.phase];
     const drafts = s.drafts ? `; ${s.drafts}` : "";
-    const judged = drafts + (s.right == null ? "" : s.right ? " - right" : " - wrong");
+    const scored = s.score == null ? "" : ` - score ${number(100 * s.score, 1)} (${s.metric})`;
+    const judged = drafts + (s.right == null ? scored : s.right ? " - right" : " - wrong");
     if (this.status.textContent !== status + judged) this.status.textContent = status + judged;
     this.status.classList.toggle("hi-error", s.phase === "failed");
     this.root.dataset.phase = s.phase;

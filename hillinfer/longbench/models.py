@@ -95,3 +95,19 @@ def load_model(path: str, dtype: str, threads: int, seed: int):
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     return loading.load_model(path, dtype)
+
+
+def load_named(name: str, dtype: str, threads: int, seed: int):
+    """`load_model` by the name in the results."""
+    return load_model(loading.model_path(name), dtype, threads, seed)
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(name: str):
+    """The tokenizer of a model; None where it is out of reach, as for results of another machine."""
+    from transformers import AutoTokenizer
+
+    try:
+        return loading.load_pretrained(AutoTokenizer, name)
+    except UsageError:
+        return None

@@ -42,7 +42,7 @@ class Board(anywidget.AnyWidget):
     parts  names of the views to show, from PARTS
     """
 
-    _esm = (STATIC / "timeline.js").read_text(encoding="utf-8") + (STATIC / "board.js").read_text(encoding="utf-8")
+    _esm = "".join((STATIC / f"{name}.js").read_text(encoding="utf-8") for name in ("common", "timeline", "board"))
     _css = (STATIC / "board.css").read_text(encoding="utf-8")
     parts = traitlets.List().tag(sync=True)
     palette = traitlets.Dict().tag(sync=True)
@@ -175,12 +175,14 @@ class Board(anywidget.AnyWidget):
             message = {"kind": "more", "run": 1, "from": dict(spans=0, hits=0, tokens=0), "kinds": list(self._kinds)}
             message |= {"state": self.state, "detail": self.detail}
             message["tokens"] = [list(token) for token in source.tokens]
-        data = json.dumps({"traits": traits, "message": message, "buffers": parts}).replace("<", "\\u003c")
-        page = (STATIC / "page.html").read_text(encoding="utf-8")
-        parts = dict(TITLE=escape(title), CSS=self._css, DATA=data, ESM=self._esm)
-        return re.sub(
-            r"/\*(TITLE|CSS|DATA|ESM)\*/", lambda mark: parts[mark[1]], page
-        )  # one pass: texts may hold markers
+        return standalone(title, self._css, self._esm, {"traits": traits, "message": message, "buffers": parts})
+
+
+def standalone(title: str, css: str, esm: str, data: dict) -> str:
+    """A page that renders a widget's module without a kernel. data: its traits, and the message that fills it."""
+    page = (STATIC / "page.html").read_text(encoding="utf-8")
+    parts = dict(TITLE=escape(title), CSS=css, DATA=json.dumps(data).replace("<", "\\u003c"), ESM=esm)
+    return re.sub(r"/\*(TITLE|CSS|DATA|ESM)\*/", lambda mark: parts[mark[1]], page)  # one pass: texts may hold markers
 
 
 class _RecordedRun:

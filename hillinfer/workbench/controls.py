@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hillinfer.errors import UsageError
 from hillinfer.longbench.models import load_checked
+from hillinfer.longbench.tasks import find_task
 from hillinfer.systems.shapes import window_of
-from hillinfer.workbench.cases import ORIGINS, OWN, TEXT, Case, read_document, rows_of, tasks_of
+from hillinfer.workbench.cases import ORIGINS, OWN, SUITES, TEXT, Case, read_document, rows_of, tasks_of
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SHOWN = 600  # characters of a question in the preview
@@ -187,6 +188,14 @@ class PromptControls:
         parts = {"question": question, "reference": answers, "length": facts, "source": self._rows[2]}
         lines = [f"<b>{name}</b> {escape(_short(text))}" for name, text in parts.items()]
         self.preview.value = f"<div class='hi-row' style='{PREVIEW}'>{'<br>'.join(lines)}</div>"
+
+    def choose(self, task: str, record: dict, data: str) -> None:
+        """Set the controls to a row; not to one of the bundled tasks, which they do not offer."""
+        origin = {suite: name for name, suite in SUITES.items()}.get(find_task(task).suite)
+        if origin is not None:
+            self.data.value, self.origin.value, self.task.value = data, origin, task
+            self.background.wait()
+            self.number.value = 1 + [row["_id"] for row in self.rows()].index(record["_id"])
 
     def _row_case(self) -> Case:
         rows, model = self.rows(), self.model

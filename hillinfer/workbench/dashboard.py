@@ -20,7 +20,7 @@ from hillinfer.workbench.cases import Case
 from hillinfer.workbench.controls import ModelControls, PromptControls, control, dropdown
 from hillinfer.workbench.differences import differences
 from hillinfer.workbench.interrupt import current_cell, stop_on_interrupt
-from hillinfer.workbench.live import LiveRun
+from hillinfer.workbench.live import LabelledRun, LiveRun
 from hillinfer.workbench.observe import AttentionRecord
 
 REFRESH_HZ = 2.25  # gaps below half a second, at little cost to generation
@@ -31,22 +31,6 @@ OBSERVATION = {  # option -> (budget, exact) of the AttentionRecord
     "off": None,
 }
 _displayed: dict[str, "Workbench"] = {}  # by notebook cell: re-running a cell replaces its workbench
-
-
-class LabelledRun:
-    """A run with the title and settings that its board displays."""
-
-    def __init__(self, run: LiveRun, title: str, setting: str):
-        self.run, self.title, self.setting = run, title, setting
-
-    def __getattr__(self, name: str):
-        return getattr(self.run, name)
-
-    def status(self) -> dict:
-        run = self.run
-        extra = dict(title=self.title, setting=self.setting, right=run.right, score=run.score, memory=run.memory)
-        extra["metric"] = run.case.judge.metric if run.case.judge else None
-        return run.status() | extra | dict(observed=run.record is not None)
 
 
 class Workbench:
@@ -169,8 +153,26 @@ class Workbench:
         self.chosen.check()
         return self.prompt.case()
 
-    def start(self, beside: bool = False) -> LiveRun:
+    def open_answer(
+        self, task: str, record: dict, data: str, system: str, alpha: float | None, at: int | None = None
+    ) -> LiveRun:
+        """Ask a row of an eval again, and mark the step whose token holds character `at` of the answer.
+
+        record, data  the row as from `sources.load`, and the folder or zip it is from
+        alpha         None for full attention
+        """
+        if self.alive:
+            raise UsageError("a run is in progress: stop it first")
+        self.prompt.choose(task, record, data)
+        self.system.value, self.alpha.value = system, alpha or 1.0
+        case = Case.row(self.tokenizer, self.model.config, task, record)
+        return self.start(case=case, mark=at)
+
+    def start(self, beside: bool = False, case: Case | None = None, mark: int | None = None) -> LiveRun:
         """Start a run with the current settings in the background. `beside` keeps the last run on a second board.
+
+        case  what is asked; None takes the controls' prompt
+        mark  a character of the answer, whose step is marked in all views once the run has ended
 
         Raises UsageError, before anything starts, for settings that cannot run.
         """
@@ -179,7 +181,7 @@ class Workbench:
         observation = OBSERVATION[self.attention.value]
         record = AttentionRecord(budget=observation[0], exact=observation[1]) if observation else None
         session = Path(self.session.value).expanduser() if self.session.value.strip() else None
-        parts = self.model, self.tokenizer, self.case(), self.system.value, self.options(), record, session
+        parts = self.model, self.tokenizer, case or self.case(), self.system.value, self.options(), record, session
         run = LiveRun(*parts, exact=self.exact.value)
         run.check()
         self.join_painter()
@@ -192,7 +194,9 @@ class Workbench:
             self._place(boards)
         self._boards[-1].show_run(LabelledRun(run, f"{run.system}, alpha {self.alpha.value:g}", self._setting(run)))
         run.start()
-        self._painter = threading.Thread(target=self._paint, args=(run, self._boards[-1]), name="hillinfer-painter")
+        self._painter = threading.Thread(
+            target=self._paint, args=(run, self._boards[-1], mark), name="hillinfer-painter"
+        )
         self._painter.daemon = True
         self._painter.start()
         return run
@@ -231,13 +235,15 @@ class Workbench:
         prefix = "<b style='color:#d55e00'>error:</b> " if error else ""
         self.message.value = f"<span role='status'>{prefix}{escape(text)}</span>"
 
-    def _paint(self, run: LiveRun, board: Board) -> None:
+    def _paint(self, run: LiveRun, board: Board, mark: int | None = None) -> None:
         """Body of the painter, the only thread that updates widgets during a run. The final state is always sent."""
         self._buttons(True)
         self._show_message("")
         while not run.join(1 / REFRESH_HZ):
             board.flush()
         board.flush()
+        if mark is not None and (step := run.step_at(mark)) is not None:
+            board.cursor = board.cursor | {"step": step}
         if run.phase == "failed":
             self._show_message(str(run.error), error=True)
         if len(self.runs) == 2 and all(one.figures for one in self.runs):

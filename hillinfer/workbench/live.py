@@ -119,6 +119,14 @@ class LiveRun:
     def answer(self) -> str:
         return "".join(token.text for token in self.tokens[:] if not token.asked).strip()
 
+    def step_at(self, character: int) -> int | None:
+        """The step whose token holds this character of the answer, or the last one's; None before the first."""
+        end, step = 0, None
+        for token in self.tokens[:]:
+            if not token.asked and end <= character:
+                end, step = end + len(token.text), token.step
+        return step
+
     def status(self) -> dict:
         """Progress: decode steps done and expected, and measured tokens per second and seconds left."""
         done, foreseen = len(self.tokens), len(self.case.question) + self.case.max_new_tokens - 1
@@ -200,6 +208,22 @@ class LiveRun:
         self.tokens.append(Token(text, cache.timeline.step, (now - self._decoding) * 1e3, asked))
         if len(self.tokens) % 8 == 1:
             self.memory = cache.memory()
+
+
+class LabelledRun:
+    """A run with the title and settings that its board displays."""
+
+    def __init__(self, run: LiveRun, title: str, setting: str):
+        self.run, self.title, self.setting = run, title, setting
+
+    def __getattr__(self, name: str):
+        return getattr(self.run, name)
+
+    def status(self) -> dict:
+        run = self.run
+        extra = dict(title=self.title, setting=self.setting, right=run.right, score=run.score, memory=run.memory)
+        extra["metric"] = run.case.judge.metric if run.case.judge else None
+        return run.status() | extra | dict(observed=run.record is not None)
 
 
 class _Growing:

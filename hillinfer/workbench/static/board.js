@@ -1,21 +1,5 @@
 // The board: linked views of one run. Python streams the rows, and sends the attention at the cursor.
 
-const DPR = () => Math.max(1, window.devicePixelRatio || 1);
-const make = (tag, cls, parent, text) => {
-  const el = document.createElement(tag);
-  if (cls) el.className = cls;
-  if (text !== undefined) el.textContent = text;
-  if (parent) parent.append(el);
-  return el;
-};
-const themeOf = (el) => {
-  const css = getComputedStyle(el), get = (name) => css.getPropertyValue(name).trim();
-  return { back: get("--hi-back"), text: get("--hi-text"), faint: get("--hi-faint"), grid: get("--hi-grid"), mark: get("--hi-mark"), link: get("--hi-link") };
-};
-const number = (x, digits = 0) => Number(x).toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
-const bytes = (x) => { const u = ["B", "KiB", "MiB", "GiB", "TiB"]; let i = 0; while (x >= 1024 && i < 4) { x /= 1024; i++; } return number(x, i ? 1 : 0) + " " + u[i]; };
-const percent = (x, digits = 0) => number(100 * x, digits) + " %";
-const save = (name, blob) => { const a = make("a", "", null); a.href = URL.createObjectURL(blob); a.download = name; a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 5000); };
 // Cividis in eight steps, from dark (low) to light (high).
 const CIVIDIS = [[0, 32, 77], [33, 61, 107], [77, 83, 110], [104, 103, 113], [130, 124, 118], [159, 147, 115], [203, 186, 105], [255, 234, 70]];
 function cividis(x) {

@@ -20,9 +20,11 @@ GALLERY = HERE.parent / "docs" / "gallery"
 WIDGET, PLOTLY = "application/vnd.jupyter.widget-view+json", "application/vnd.plotly.v1+json"
 BOARDS = """
 import ipywidgets
+from hillinfer.workbench.accuracy import ScoreTable
 from hillinfer.workbench.board import Board
 def _boards(widget):
-    return [widget] if isinstance(widget, Board) else [b for c in getattr(widget, "children", ()) for b in _boards(c)]
+    drawn = isinstance(widget, Board | ScoreTable)
+    return [widget] if drawn else [b for c in getattr(widget, "children", ()) for b in _boards(c)]
 for number, board in enumerate(_boards(ipywidgets.Widget.widgets["MODEL"])):
     open("FOLDER/MODEL-%d.html" % number, "w").write(board.html())
 """

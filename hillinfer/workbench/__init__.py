@@ -3,6 +3,7 @@
 from importlib import import_module
 
 _HOME = {
+    "AccuracyBoard": "accuracy",
     "Workbench": "dashboard",
     "Board": "board",
     "show_timeline": "board",
@@ -10,7 +11,7 @@ _HOME = {
     "Case": "cases",
     "LiveRun": "live",
 }
-__all__ = ["Board", "Case", "LiveRun", "Workbench", "show_record", "show_timeline"]
+__all__ = ["AccuracyBoard", "Board", "Case", "LiveRun", "Workbench", "show_record", "show_timeline"]
 
 
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
 """The accuracy board: LongBench and its kind as a widget, over the runner and the files of `hillinfer eval`."""
 
 import threading
+import time
 from pathlib import Path
 
 import anywidget
@@ -8,6 +9,7 @@ import ipywidgets as w
 import traitlets
 
 from hillinfer.errors import UsageError
+from hillinfer.longbench.job import Variant
 from hillinfer.longbench.models import load_named, load_tokenizer
 from hillinfer.longbench.sources import load
 from hillinfer.longbench.tasks import find_task
@@ -55,6 +57,7 @@ class AccuracyBoard:
         self.workbench, self.runner, self._painter = workbench, None, None
         self.table = ScoreTable()
         self._planned, self._known, self._watched = 0, {}, None  # _known: task -> its records by id
+        self._painted = self._cost = 0.0  # when the table was made, and how long that took, seconds
         self._closing = threading.Event()
         self.choices = EvalChoices(str(folder), self._tell)
         for name in ("folder", "model", "origin", "data", "tasks", "systems", "alphas", "samples", "question", "times"):
@@ -152,7 +155,9 @@ class AccuracyBoard:
         """Body of the painter. The final state is always painted."""
         seen = -1
         while not runner.join(REFRESH_S):
-            fresh, seen = len(runner.rows) != seen, len(runner.rows)
+            due = time.monotonic() > self._painted + 10 * self._cost  # thousands of rows take seconds to sum up
+            fresh = due and len(runner.rows) != seen
+            seen = len(runner.rows) if fresh else seen
             self._paint(runner, table=fresh)
         self._paint(runner)
         self._buttons(False)
@@ -160,9 +165,11 @@ class AccuracyBoard:
     def _paint(self, source, table: bool = True) -> None:
         rows = list(source.rows)
         if table:
+            began = time.monotonic()
             variants = len(source.evaluation.variants) if getattr(source, "total", 0) else 0
             self._planned = source.total // variants if variants else self._planned
             self.table.rows = score_rows(rows, self._planned)
+            self._painted, self._cost = time.monotonic(), time.monotonic() - began
         self.table.state = source.status() | {"folder": self.folder.value, "command": self.choices.told()}
 
     def _tell(self, error: str) -> None:
@@ -217,7 +224,9 @@ class AccuracyBoard:
             self.table.answers = {}
             return
         number = self.table.cell.get("sample", 0) % len(ids)
-        mine = [row for row in self.rows if (row["task"], row["id"]) == (task, ids[number])]
+        same = {name: self.table.cell[name] for name in ("task", "model", "question") if name in self.table.cell}
+        same |= {"id": ids[number]}
+        mine = [row for row in self.rows if all(row[name] == value for name, value in same.items())]
         about = answers_of(mine, task, ids[number], self._record(task, ids[number]), load_tokenizer(mine[0]["model"]))
         self.table.answers = about | {"number": number, "of": len(ids)}
 
@@ -243,8 +252,9 @@ class AccuracyBoard:
             self._below.children = [self.workbench.show()]
         else:
             self.workbench.chosen.use(*self._model(answer["model"]), answer["model"])
+        variant = Variant(answer["system"], answer["alpha"], answer["question"])
         at = None if answer["parts"] is None else len(answer["same"])
-        return self.workbench.open_answer(about["task"], record, self.data.value, answer["system"], answer["alpha"], at)
+        return self.workbench.open_answer(about["task"], record, self.data.value, variant, at)
 
     def _model(self, name: str):
         settings = self.evaluation().settings

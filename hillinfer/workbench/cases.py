@@ -41,15 +41,25 @@ class Case:
         return cls(title, context, question, about.max_new_tokens, record, about)
 
     @classmethod
-    def row(cls, tokenizer: PreTrainedTokenizerBase, config, task: str, record: dict, number: int = 0) -> "Case":
+    def row(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config,
+        task: str,
+        record: dict,
+        number: int = 0,
+        stepwise: bool = True,
+    ) -> "Case":
         """A row of LongBench, LongEval or RULER with its official prompt, truncated to the window of `config`.
 
-        record  as from `sources.load`
-        number  of the row in its file, from 1; only for the title
+        record    as from `sources.load`
+        number    of the row in its file, from 1; only for the title
+        stepwise  feed the question token by token; otherwise it is prefilled with the document
         """
         about = find_task(task)
         prompt = prompt_of(about, record, config, tokenizer)
-        context, question = prompt.ids[: prompt.document], prompt.ids[prompt.document :]
+        end = prompt.document if stepwise else len(prompt.ids) - 1
+        context, question = prompt.ids[:end], prompt.ids[end:]
         title = f"{task}, row {number or record['_id']}, {len(prompt.ids):,} tokens"
         title += f" of {prompt.original:,}" if prompt.truncated else ""
         short = prompt.original if prompt.truncated else 0

@@ -79,6 +79,8 @@ class EvalChoices:
         alphas = sorted({row["alpha"] for row in rows if row["alpha"] is not None})
         self.alphas.value = ", ".join(f"{alpha:g}" for alpha in alphas) or self.alphas.value
         self.samples.value = max(len({row["id"] for row in rows if row["task"] == task}) for task in names)
+        kinds = list(dict.fromkeys(row["question"] for row in rows))
+        self.question.value = kinds[0] if len(kinds) == 1 else "both"
         if (kind := tuple(manifest["settings"].get("fidelity", ()))) in FIDELITY.values():
             self.fidelity.value = kind
         self.times.value = bool(manifest["settings"].get("times"))

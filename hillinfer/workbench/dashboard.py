@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from hillinfer.assets import load_embedded, machine
 from hillinfer.errors import UsageError
+from hillinfer.longbench.job import Variant
 from hillinfer.systems.registry import list_systems
 from hillinfer.workbench.board import Board
 from hillinfer.workbench.cases import Case
@@ -153,19 +154,16 @@ class Workbench:
         self.chosen.check()
         return self.prompt.case()
 
-    def open_answer(
-        self, task: str, record: dict, data: str, system: str, alpha: float | None, at: int | None = None
-    ) -> LiveRun:
+    def open_answer(self, task: str, record: dict, data: str, variant: Variant, at: int | None = None) -> LiveRun:
         """Ask a row of an eval again, and mark the step whose token holds character `at` of the answer.
 
         record, data  the row as from `sources.load`, and the folder or zip it is from
-        alpha         None for full attention
         """
         if self.alive:
             raise UsageError("a run is in progress: stop it first")
         self.prompt.choose(task, record, data)
-        self.system.value, self.alpha.value = system, alpha or 1.0
-        case = Case.row(self.tokenizer, self.model.config, task, record)
+        self.system.value, self.alpha.value = variant.system, variant.alpha or 1.0
+        case = Case.row(self.tokenizer, self.model.config, task, record, stepwise=variant.question == "stepwise")
         return self.start(case=case, mark=at)
 
     def start(self, beside: bool = False, case: Case | None = None, mark: int | None = None) -> LiveRun:

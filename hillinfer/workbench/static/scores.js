@@ -2,16 +2,16 @@
 
 const dash = (value, text) => (value == null ? "–" : text(value));
 const signed = (x, digits = 1) => (x > 0 ? "+" : "") + number(x, digits);
-const COLUMNS = [ // title, what it is, the text of a row's cell
+const COLUMNS = [ // title, what it is, the text of a row's cell, the field without which there is no column
   ["samples", "answers so far, of those asked for", (r) => number(r.n) + (r.planned ? ` of ${number(r.planned)}` : "")],
-  ["score", "mean over the tasks in per cent, with its 95 % bootstrap interval over samples", null],
-  ["to full", "difference to full attention over the same samples, paired, with its 95 % interval", (r) => dash(r.diff, (d) => signed(d) + (r.diff_low == null ? "" : ` [${signed(r.diff_low)}, ${signed(r.diff_high)}]`))],
-  ["KL", "divergence of the next token's distribution from full attention's, in nats, the reference answer forced on both", (r) => dash(r.kl, (k) => number(k, 3))],
-  ["agree", "share of the answer's tokens whose most likely token is full attention's", (r) => dash(r.agree, (a) => number(a, 1) + " %")],
-  ["attended", "share of the cached tokens that a decode step attends to", (r) => dash(r.attended, (a) => number(a, 0) + " %")],
-  ["KV read", "bytes of KV that attention reads a token (median)", (r) => dash(r.kv, (k) => bytes(1024 * k))],
-  ["drive", "bytes from the drive a token (median)", (r) => dash(r.drive, (k) => (k ? bytes(1024 * k) : "0"))],
-  ["ms/token", "measured, median over samples; only where each system decoded by itself", (r) => dash(r.ms, (m) => number(m, 1))],
+  ["score", "mean over the tasks in per cent, with its 95 % bootstrap interval over samples", null, "score"],
+  ["to full", "difference to full attention over the same samples, paired, with its 95 % interval", (r) => dash(r.diff, (d) => signed(d) + (r.diff_low == null ? "" : ` [${signed(r.diff_low)}, ${signed(r.diff_high)}]`)), "diff"],
+  ["KL", "divergence of the next token's distribution from full attention's, in nats, the reference answer forced on both", (r) => dash(r.kl, (k) => number(k, 3)), "kl"],
+  ["agree", "share of the answer's tokens whose most likely token is full attention's", (r) => dash(r.agree, (a) => number(a, 1) + " %"), "agree"],
+  ["attended", "share of the cached tokens that a decode step attends to", (r) => dash(r.attended, (a) => number(a, 0) + " %"), "attended"],
+  ["KV read", "bytes of KV that attention reads a token (median)", (r) => dash(r.kv, (k) => bytes(1024 * k)), "kv"],
+  ["drive", "bytes from the drive a token (median)", (r) => dash(r.drive, (k) => (k ? bytes(1024 * k) : "0")), "drive"],
+  ["ms/token", "measured, median over samples; only where each system decoded by itself", (r) => dash(r.ms, (m) => number(m, 1)), "ms"],
 ];
 
 class Scores {
@@ -22,7 +22,9 @@ class Scores {
     make("strong", "", head, "Accuracy");
     this.progress = make("progress", "", head); this.progress.max = 1; this.progress.setAttribute("aria-label", "progress");
     this.status = make("span", "hi-status", head); this.status.setAttribute("role", "status"); this.status.setAttribute("aria-live", "polite");
-    this.note = make("div", "hi-note hi-setting", root);
+    const details = make("details", "hi-note hi-setting", root);
+    make("summary", "", details, "the same in a terminal");
+    this.note = make("code", "", details); this.details = details;
     this.scroll = make("div", "hi-scroll", root);
     this.pane = make("section", "hi-answers", root); this.pane.setAttribute("aria-label", "answers"); this.pane.hidden = true;
     for (const [name, draw] of [["rows", "drawTable"], ["state", "drawState"], ["answers", "drawAnswers"], ["cell", "drawTable"]]) model.on("change:" + name, () => this[draw]());
@@ -43,7 +45,7 @@ class Scores {
     }[s.phase] ?? "";
     this.status.textContent = (s.error ? `error: ${s.error} ` : "") + (s.error && s.phase === "failed" ? "" : text);
     this.status.classList.toggle("hi-error", !!s.error);
-    this.note.textContent = s.command ? `the same in a terminal: ${s.command}` : "";
+    this.note.textContent = s.command ?? ""; this.details.hidden = !s.command;
     this.root.dataset.phase = s.phase ?? "";
   }
   drawTable() {
@@ -52,11 +54,12 @@ class Scores {
     const tasks = [...new Set(rows.flatMap((r) => Object.keys(r.tasks)))];
     const several = ["model", "question"].filter((name) => new Set(rows.map((r) => r[name])).size > 1);
     const focus = document.activeElement?.dataset?.key; // kept over the redraw
+    const columns = COLUMNS.filter(([, , , name]) => !name || rows.some((r) => r[name] != null)); // an eval of fidelity alone has no scores
     const table = make("table", "", null), head = make("tr", "", make("thead", "", table));
     const title = (text, hint, cls) => { const th = make("th", cls ?? "", head, text); th.scope = "col"; if (hint) th.title = hint; };
-    for (const name of several) title(name);
-    title("system"); title("alpha", "share of the tokens that a decode step attends to");
-    for (const [name, hint] of COLUMNS) title(name, hint);
+    for (const name of [...several, "system"]) title(name, "", "hi-name");
+    title("alpha", "share of the tokens that a decode step attends to");
+    for (const [name, hint] of columns) title(name, hint);
     for (const task of tasks) title(task, `score on ${task} in per cent; click a cell to read its answers`, "hi-task");
     const body = make("tbody", "", table);
     for (const r of rows) {
@@ -64,16 +67,16 @@ class Scores {
       for (const name of several) make("td", "hi-name", tr, String(r[name]).split("/").pop()).title = r[name];
       const th = make("th", "", tr, r.system); th.scope = "row";
       make("td", "", tr, r.system === "full" ? "all" : number(r.alpha, r.alpha < 0.1 ? 2 : 1));
-      for (const [, , text] of COLUMNS) { const td = make("td", "", tr); if (text) td.textContent = text(r); else this.drawScore(td, r); }
+      for (const [, , text] of columns) { const td = make("td", "", tr); if (text) td.textContent = text(r); else this.drawScore(td, r); }
       for (const task of tasks) {
         const td = make("td", "hi-task", tr), score = r.tasks[task];
         if (score == null) { td.textContent = "–"; continue; }
         const b = make("button", "hi-cell", td, number(score, 1));
         b.type = "button"; b.dataset.key = [r.model, r.question, r.system, r.alpha, task].join("|");
         b.style.setProperty("--hi-share", score + "%");
-        b.setAttribute("aria-pressed", task === at.task && r.system === at.system && r.alpha === at.alpha);
+        b.setAttribute("aria-pressed", ["model", "question", "system", "alpha"].every((name) => r[name] === at[name]) && task === at.task);
         b.title = `the answers of all systems to ${task}`;
-        b.addEventListener("click", () => this.choose({ task, system: r.system, alpha: r.alpha, sample: 0 }));
+        b.addEventListener("click", () => this.choose({ task, model: r.model, question: r.question, system: r.system, alpha: r.alpha, sample: 0 }));
       }
     }
     this.scroll.replaceChildren(table);

@@ -250,8 +250,7 @@ class AccuracyBoard:
 
             self.workbench = Workbench(*self._model(answer["model"]), drive=self.folder.value)
             self._below.children = [self.workbench.show()]
-        else:
-            self.workbench.chosen.use(*self._model(answer["model"]), answer["model"])
+        self.workbench.chosen.use(*self._model(answer["model"]), answer["model"])
         variant = Variant(answer["system"], answer["alpha"], answer["question"])
         at = None if answer["parts"] is None else len(answer["same"])
         return self.workbench.open_answer(about["task"], record, self.data.value, variant, at)

@@ -50,7 +50,7 @@ class EvalChoices:
         ]
         return w.GridBox(
             [w.VBox(column) for column in columns],
-            layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(240px, 1fr))", grid_gap="4px 14px"),
+            layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(190px, 1fr))", grid_gap="4px 14px"),
         )
 
     def _offer_tasks(self) -> None:

@@ -60,10 +60,12 @@ class ModelControls:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, tell):
         self.model, self.tokenizer, self.name, self.loaded = model, tokenizer, name, lambda: None
         self.field = control(w.Text, "model", value=name, placeholder="embedded, a folder, hub id or .gguf")
-        self.button = w.Button(description="Load", icon="download", tooltip="load this model", layout={"width": "84px"})
+        self.button = w.Button(
+            description="Load", icon="download", tooltip="load this model", layout={"width": "84px", "flex": "0 0 auto"}
+        )
         self.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="100%", height="12px", display="none"))
         self.note = w.HTML()
-        self.field.layout.flex = "1 1 auto"
+        self.field.layout.flex, self.field.layout.min_width = "1 1 0", "0"
         self.background = Background(tell)
         self.button.on_click(lambda _: self.background.start(self.load))
         self.box = w.VBox([w.HBox([self.field, self.button]), self.bar, self.note])

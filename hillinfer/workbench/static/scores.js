@@ -8,7 +8,6 @@ const COLUMNS = [ // title, what it is, the text of a row's cell, the field with
   ["to full", "difference to full attention over the same samples, paired, with its 95 % interval", (r) => dash(r.diff, (d) => signed(d) + (r.diff_low == null ? "" : ` [${signed(r.diff_low)}, ${signed(r.diff_high)}]`)), "diff"],
   ["KL", "divergence of the next token's distribution from full attention's, in nats, the reference answer forced on both", (r) => dash(r.kl, (k) => number(k, 3)), "kl"],
   ["agree", "share of the answer's tokens whose most likely token is full attention's", (r) => dash(r.agree, (a) => number(a, 1) + " %"), "agree"],
-  ["attended", "share of the cached tokens that a decode step attends to", (r) => dash(r.attended, (a) => number(a, 0) + " %"), "attended"],
   ["KV read", "bytes of KV that attention reads a token (median)", (r) => dash(r.kv, (k) => bytes(1024 * k)), "kv"],
   ["drive", "bytes from the drive a token (median)", (r) => dash(r.drive, (k) => (k ? bytes(1024 * k) : "0")), "drive"],
   ["ms/token", "measured, median over samples; only where each system decoded by itself", (r) => dash(r.ms, (m) => number(m, 1)), "ms"],

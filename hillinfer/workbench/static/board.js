@@ -94,7 +94,9 @@ class Board {
     if (parts.includes("text")) this.buildText(this.section(grid, "Text", "wide"));
     if (parts.includes("sparsity")) this.buildSparsity(this.section(grid, "Attention sparsity"));
     if (parts.includes("hits")) this.buildHits(this.section(grid, "Attended tokens by tier"));
-    if (parts.includes("timeline")) this.buildTimeline(this.section(grid, "Timeline", "wide"));
+    const row = make("div", "hi-wide hi-beside", grid);
+    if (parts.includes("timeline")) this.buildTimeline(this.section(row, "Timeline", "wide"));
+    if (parts.includes("why")) this.buildWhy(this.section(row, "Where the time went"));
     if (parts.includes("memory")) this.buildMemory(this.section(grid, "Memory and traffic", "wide"));
     root.hillinfer = this; // gives tests access to the drawn state
   }
@@ -118,7 +120,7 @@ class Board {
       if (all || !p.seen || seen.some((value, i) => value !== p.seen[i])) p.now();
       p.seen = seen;
     }
-    this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.measureNow(); this.scrollText();
+    this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.drawWhy(); this.measureNow(); this.scrollText();
   }
 
   buildHead() {
@@ -447,6 +449,43 @@ class Board {
   exportPng() { this.time.canvas.toBlob((blob) => save("timeline.png", blob)); }
   svg() { const width = this.time.width || 1000, ctx = new SvgContext(width, timelineHeight(this.store.spans)); drawTimeline(ctx, width, this.store.spans, this.view, { theme: this.theme ??= themeOf(this.root), palette: this.palette, cursor: this.cursor.step }); return ctx.toString(); }
   exportSvg() { save("timeline.svg", new Blob([this.svg()], { type: "image/svg+xml" })); }
+
+  buildWhy(section) {
+    this.why = section; section.classList.add("hi-why"); this.whyTitle = section.bar.querySelector("h4");
+    const tools = make("span", "hi-tools", section.bar), b = make("button", "hi-button", tools, "slowest step");
+    b.type = "button"; b.title = "mark the slowest step, and explain it"; b.hidden = true; this.slowest = b;
+    b.addEventListener("click", () => this.point({ step: this.cursor.step == null ? this.store.state.why.step : null }));
+    this.whyBody = make("div", "", section); this.whyBody.setAttribute("aria-live", "polite");
+  }
+  drawWhy() {
+    if (!this.why) return;
+    const run = this.store.state.why, step = this.cursor.step, one = step == null ? run : this.store.detail.why?.sentence ? this.store.detail.why : null;
+    this.whyTitle.textContent = step == null ? "Where this run's time went" : "Why was this token slow?";
+    this.slowest.hidden = !run; this.slowest.textContent = step == null ? "slowest step" : "whole run";
+    const key = one ? one.sentence : step == null ? "" : "step";
+    if (key === this.whyKey) return;
+    this.whyKey = key;
+    const fresh = one && (step == null || one.step === step);
+    if (!fresh) { this.whyBody.replaceChildren(make("p", "hi-note", null, step == null ? "appears when the run has ended" : this.model.alone ? "this page has no kernel: steps are explained in the notebook" : "looking it up ...")); return; }
+    const sentence = make("p", "hi-sentence", null, one.sentence), bars = make("div", "hi-bars", null);
+    const works = this.palette.work, values = (column) => one.rows.filter((r) => r[0] in works).map((r) => [r[0], r[2 + column]]);
+    const longest = Math.max(1e-9, ...[0, 1].map((c) => values(c).reduce((sum, v) => sum + v[1], 0)));
+    for (const c of [0, 1]) {
+      make("span", "hi-note", bars, one.columns[c]);
+      const bar = make("div", "hi-stack", bars);
+      for (const [name, ms] of values(c)) { const i = make("i", "", bar); i.style.width = 100 * ms / longest + "%"; i.style.background = works[name]; i.title = `${name}: ${number(ms, 1)} ms`; }
+    }
+    const scroll = make("div", "hi-table", null), table = make("table", "", scroll), head = make("tr", "", make("thead", "", table)), body = make("tbody", "", table);
+    for (const name of ["", ...one.columns, ""]) make("th", "", head, name).scope = "col";
+    for (const [name, unit, mine, usual] of one.rows) {
+      const tr = make("tr", "", body), th = make("th", "", tr, name); th.scope = "row";
+      if (works[name]) { const i = make("i", "", null); i.style.background = works[name]; th.prepend(i); }
+      const digits = unit === "tokens" || unit === "MiB/s" ? 0 : 1;
+      make("td", "", tr, number(mine, digits)); make("td", "", tr, number(usual, digits)); make("td", "", tr, unit);
+    }
+    this.whyBody.replaceChildren(sentence, bars, scroll);
+    this.why.dataset.cause = one.cause;
+  }
 
   buildMemory(section) { this.memory = make("div", "hi-memory", section); this.memorySection = section; }
   drawMemory() {

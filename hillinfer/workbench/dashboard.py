@@ -92,6 +92,7 @@ class Workbench:
             button.layout.width = "104px"
         self.table = w.HTML()
         self._area = w.GridBox(layout=w.Layout(grid_gap="10px", width="100%"))
+        self._area.add_class("hi-compared")
         self.run_button.on_click(lambda _: self._clicked(False))
         self.compare_button.on_click(lambda _: self._clicked(True))
         self.stop_button.on_click(lambda _: self.stop())

@@ -124,7 +124,7 @@ def test_a_row_of_longbench_from_choosing_to_its_timeline(lab, tmp_path):
         lab.control("model").fill(model)
         lab.control("model").press("Tab")
         lab.button("Load").click()
-        lab.page.wait_for_function("() => !document.querySelector('.jp-OutputArea button[title^=load]').disabled")
+        lab.ask("workbench.chosen.background.wait()")
     lab.control("row").fill(os.environ.get("ROW", "2"))
     lab.control("row").press("Tab")
     lab.page.wait_for_selector(f".hi-row:has-text('row {os.environ.get('ROW', '2')} of')")

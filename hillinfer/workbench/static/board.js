@@ -83,6 +83,15 @@ const NEWEST = 300; // tokens in the page: the layout of more at every paint wou
 function axisText(ctx, theme, x, y, text, align = "left") { ctx.fillStyle = theme.faint; ctx.textAlign = align; ctx.fillText(text, x, y); ctx.textAlign = "left"; }
 function upright(ctx, theme, x, y, text) { ctx.save(); ctx.translate(x, y); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, text, "center"); ctx.restore(); }
 
+function alignRows(root) { // boards side by side: each view as high as the other's, so that they stay row beside row
+  const boards = [...(root.closest(".hi-compared")?.querySelectorAll(".hi-board") ?? [])];
+  const rows = boards.map((one) => [...one.querySelectorAll(".hi-top, .hi-section")]);
+  for (const parts of rows) for (const part of parts) part.style.minHeight = "";
+  if (boards.length < 2) return;
+  const heights = rows.map((parts) => parts.map((part) => part.offsetHeight));
+  rows.forEach((parts) => parts.forEach((part, i) => { part.style.minHeight = Math.max(...heights.map((one) => one[i] ?? 0)) + "px"; }));
+}
+
 class Board {
   constructor(model, store, root) {
     this.model = model; this.store = store; this.root = root; this.panels = []; this.view = null; this.following = true;
@@ -98,6 +107,8 @@ class Board {
     if (parts.includes("timeline")) this.buildTimeline(this.section(row, "Timeline", "wide"));
     if (parts.includes("why")) this.buildWhy(this.section(row, "Where the time went"));
     if (parts.includes("memory")) this.buildMemory(this.section(grid, "Memory and traffic", "wide"));
+    this.sizes = new ResizeObserver(() => alignRows(root));
+    for (const part of root.querySelectorAll(".hi-top, .hi-section")) this.sizes.observe(part);
     root.hillinfer = this; // gives tests access to the drawn state
   }
   section(parent, title, wide) {
@@ -124,11 +135,11 @@ class Board {
   }
 
   buildHead() {
-    const head = make("div", "hi-head", this.root);
+    const top = make("div", "hi-top", this.root), head = make("div", "hi-head", top);
     this.title = make("strong", "", head);
     this.progress = make("progress", "", head); this.progress.max = 1; this.progress.setAttribute("aria-label", "progress");
     this.status = make("span", "hi-status", head); this.status.setAttribute("role", "status"); this.status.setAttribute("aria-live", "polite");
-    this.setting = make("div", "hi-note hi-setting", this.root);
+    this.setting = make("div", "hi-note hi-setting", top);
   }
   drawHead() {
     const s = this.store.state;
@@ -289,7 +300,7 @@ class Board {
   drawLayers(ctx, width, height, theme) {
     const hits = this.store.hits, n = hits.layers.length, x = 46, y = 4, w = width - x - 12;
     if (!n) { this.layersFrame = null; return; }
-    this.height = Math.max(90, Math.min(420, n * 14 + 34));
+    this.height = Math.max(90, Math.min(226, n * 14 + 34));
     if (this.hitsByLayer.height !== this.height) { this.hitsByLayer.height = this.height; this.hitsByLayer.now(); return; }
     const h = (height - y - 30) / n, colours = Object.values(this.palette.tiers), step = this.cursor.step;
     this.layersFrame = { y, h, n };
@@ -528,7 +539,7 @@ const board = {
     const dark = matchMedia("(prefers-color-scheme: dark)"), changed = () => board.refresh(true);
     dark.addEventListener("change", changed);
     board.refresh();
-    return () => { store.views.delete(board); theme.disconnect(); dark.removeEventListener("change", changed); for (const p of board.panels) p.watch.disconnect(); };
+    return () => { store.views.delete(board); theme.disconnect(); dark.removeEventListener("change", changed); board.sizes.disconnect(); for (const p of board.panels) p.watch.disconnect(); };
   },
 };
 export default board;

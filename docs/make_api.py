@@ -36,6 +36,7 @@ OTHER = {  # module: its names that notebooks and how-to pages use
     "hillinfer.workbench.cases": ["Case"],
     "hillinfer.workbench.live": ["LiveRun"],
     "hillinfer.workbench.dashboard": ["Workbench"],
+    "hillinfer.workbench.accuracy": ["AccuracyBoard"],
     "hillinfer.workbench.board": ["Board", "show_timeline", "show_record"],
     "hillinfer.workbench.figures": [
         "timeline_figure",

@@ -37,6 +37,15 @@ OTHER = {  # module: its names that notebooks and how-to pages use
     "hillinfer.workbench.live": ["LiveRun"],
     "hillinfer.workbench.dashboard": ["Workbench"],
     "hillinfer.workbench.accuracy": ["AccuracyBoard"],
+    "hillinfer.workbench.published": [
+        "accuracy_by_budget",
+        "accuracy_by_bytes",
+        "fidelity_by_budget",
+        "fidelity_by_bytes",
+        "hits_by_pool",
+        "sparsity_by_model",
+    ],
+    "hillinfer.workbench.vector": ["timeline_svg"],
     "hillinfer.workbench.board": ["Board", "show_timeline", "show_record"],
     "hillinfer.workbench.figures": [
         "timeline_figure",

@@ -78,6 +78,7 @@ def load_checked(name: str, progress: Callable[[str, float], None]):
 
     set_hook = getattr(utils.logging, "set_tqdm_hook", lambda hook: None)  # releases before have none: no progress
     before = set_hook(lambda factory, args, options: Bar(*args, **options))
+    progress(f"{name}: reading its files", 0.0)  # GGUF files are unpacked without a report
     try:
         return loading.load_weights(name, config, dtype), tokenizer
     finally:

@@ -42,8 +42,8 @@ class Explanation:
     rows: list[tuple[str, str, float, float]]  # what, unit, and its value in each column
 
     def __str__(self) -> str:
-        lines = (f"{name:28}{one:>14,.1f}{other:>14,.1f} {unit}" for name, unit, one, other in self.rows)
-        return "\n".join([self.sentence, "{:28}{:>14}{:>14}".format("", *self.columns), *lines])
+        lines = (f"{name:28}{one:>14,.1f}{other:>22,.1f} {unit}" for name, unit, one, other in self.rows)
+        return "\n".join([self.sentence, "{:28}{:>14}{:>22}".format("", *self.columns), *lines])
 
 
 def explain(cache, step: int | None = None) -> Explanation:

@@ -255,7 +255,7 @@ class Board {
   drawDistribution(ctx, width, height, theme) {
     const d = this.store.detail.distribution;
     if (!d) return;
-    const x = 46, y = 6, w = width - x - 12, h = height - y - 42, n = d.mass.length, bw = w / n;
+    const x = 54, y = 6, w = width - x - 12, h = height - y - 42, n = d.mass.length, bw = w / n;
     const floor = -4; // log10: attention below 0.01 % is not drawn
     for (let i = 0; i < n; i++) {
       const top = d.mass[i] > 0 ? Math.max(0, 1 - Math.log10(d.mass[i]) / floor) : 0;
@@ -373,7 +373,7 @@ class Board {
   }
   reachStep() { // scroll to a step selected in another view
     const step = this.cursor.step, at = step == null ? null : this.store.spans.windowOf(step);
-    if (!this.time || step === this.reached) return;
+    if (!this.time || step === this.reached || (step != null && !at)) return; // its spans may be yet to come
     this.reached = step;
     if (!at || !this.view || (at[0] >= this.view.from && at[1] <= this.view.to)) return;
     const width = Math.max(this.view.to - this.view.from, 1.5 * (at[1] - at[0])), middle = (at[0] + at[1]) / 2;

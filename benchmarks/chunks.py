@@ -4,7 +4,7 @@
     python -m benchmarks.chunks --n 2 --misses
 
 A token is important if it is outside the device window and has at least 1 % of some head's attention. A method reads
-chunks, heads taking turns, until it has 95 % of the important tokens; all other tokens read are redundant.
+chunks, nearest to some head's best first, until it has 95 % of the important tokens; all others read are redundant.
 """
 
 import argparse
@@ -15,13 +15,12 @@ import pandas as pd
 from hillinfer.assets import load_embedded, machine
 from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
-from hillinfer.evaluator.boxes import bounds, sortable
-from hillinfer.evaluator.topk import merge_heads
+from hillinfer.evaluator.boxes import bounds
 from hillinfer.longbench.runner import ask
 from hillinfer.longbench.synthetic import make_records
 from hillinfer.systems.baselines import Quest
 from hillinfer.systems.leoam.policy import LeoAM
-from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES
+from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES, distance, nearest
 
 SEED, SHARE, COVER = 78, 0.01, 0.95
 METHODS = {"tokens": 1, "leoam": LEAF, "chunks of 16": 16, "chunks of 64": 64}
@@ -69,7 +68,8 @@ class Study(LeoAM):
         if name == "leoam":  # as LeoAM stores them: full pages in INT8
             page, leaf = np.divmod(np.arange(last // LEAF), NODES - LEAVES)
             return self.trees[step.row].scores(page * NODES + LEAVES + leaf, query)[1]
-        return self.fixed[name].scores(step.row, query, 0, last // size)
+        boxes = self.fixed[name].boxes.view()[step.row, : last // size]
+        return bounds(boxes, query).transpose(1, 2).flatten(0, 1).numpy()
 
 
 class Misses(Quest):
@@ -94,8 +94,8 @@ class Misses(Quest):
         for policy in self.fixed if len(best) else ():
             boxes = policy.boxes.view()[step.row, : last // policy.page]
             for slack in (1.0, 0.5):
-                score = sortable(bounds(boxes, step.grouped(policy.kv_heads), slack).amax(2))
-                chosen = merge_heads(score, (round(0.2 * step.n) - len(step.near())) // policy.page)
+                score = bounds(boxes, step.grouped(policy.kv_heads), slack).transpose(1, 2).flatten(0, 1).numpy()
+                chosen = nearest(score, (round(0.2 * step.n) - len(step.near())) // policy.page)
                 missed = ~np.isin(best // policy.page, chosen)
                 self.found.append({"size": policy.page, "slack": slack, "heads": len(best), "missed": missed.sum()})
 
@@ -112,8 +112,8 @@ def misses(task: str, tokens: int, n: int) -> pd.DataFrame:
 
 
 def covering(scores: np.ndarray, wanted: np.ndarray) -> int:
-    """Number of chunks read, heads taking turns by scores (Hkv, m), until COVER of the `wanted` (k,) are read."""
-    turn = (-scores.astype(np.int64)).argsort(1, kind="stable").argsort(1).min(0)
+    """Number of chunks read, in order of `distance` by scores (H, m), until COVER of the `wanted` (k,) are read."""
+    turn = (-distance(scores)).argsort(kind="stable").argsort()
     needed = np.sort(turn[wanted])[int(np.ceil(COVER * len(wanted))) - 1]
     return int((turn <= needed).sum())
 

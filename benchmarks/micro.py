@@ -23,6 +23,7 @@ from hillinfer.assets import machine
 from hillinfer.config import Settings
 from hillinfer.evaluator.codes import head_scores_torch
 from hillinfer.evaluator.ranks import head_ranks_reference
+from hillinfer.evaluator.segments import SEGMENT, segment_scores_torch
 from hillinfer.evaluator.topk import topk, topk_reference
 from hillinfer.layer import Layer
 from hillinfer.native import ring
@@ -94,6 +95,10 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
         name, size = f"score int{bits}", coded[bits].nbytes
         rows.append(Row(name, size, lambda b=bits: native.score(query, coded[b], b), core))
         rows.append(Row(name + torch_too, size, lambda b=bits: head_scores_torch(plain, stored[b], b)))
+    coarse = torch.from_numpy(rng.integers(-128, 128, (HEADS, TOKENS, DIM // 4), np.int8))
+    spans = torch.from_numpy(rng.integers(-127, 128, (HEADS, TOKENS // SEGMENT, 2, DIM), np.int8)).sort(2).values
+    rows.append(Row("score int2", coarse.nbytes, lambda: native.scan(plain, coarse, spans, SEGMENT, scores), core))
+    rows.append(Row("score int2" + torch_too, coarse.nbytes, lambda: segment_scores_torch(plain, coarse, spans)))
     steps = np.full(HEADS * GROUP, 0.4, np.float32)
     rows.append(Row("top-k of all heads", scores.nbytes, lambda: topk(native.head_ranks(scores, steps), CHOSEN), core))
     reference = lambda: topk_reference(head_ranks_reference(scores, steps), CHOSEN)  # noqa: E731

@@ -19,14 +19,13 @@ import torch
 from hillinfer import Policy, Settings
 from hillinfer.assets import machine
 from hillinfer.cache import TieredCache
-from hillinfer.evaluator.topk import merge_heads
 from hillinfer.loading import load_model
 from hillinfer.longbench.fidelity import force, reference_ids
 from hillinfer.longbench.job import prompt_of
 from hillinfer.longbench.prefilled import Prefilled
 from hillinfer.longbench.runner import feed
 from hillinfer.longbench.sources import load_all
-from hillinfer.systems.registry import POLICIES
+from hillinfer.systems.registry import POLICIES, list_systems
 
 CHUNK = 2048
 
@@ -47,11 +46,8 @@ class Exact(Policy):
             return None
         keys, first, last = self.keys[step.row], step.sinks, step.n - step.recent
         logits = torch.einsum("hgd,hnd->hgn", step.grouped(len(keys)) * step.scaling, keys)
-        chosen = first + self.pick(logits, first, last, step.budget - first - step.recent)
+        chosen = first + self.rank(logits)[first:last].topk(step.budget - first - step.recent).indices.numpy()
         return np.concatenate((np.arange(first), np.sort(chosen), np.arange(last, step.n)))
-
-    def pick(self, logits: torch.Tensor, first: int, last: int, k: int) -> np.ndarray:
-        return self.rank(logits)[first:last].topk(k).indices.numpy()
 
 
 class LogProbability(Exact):
@@ -84,11 +80,11 @@ class GroupBest(Exact):
 
 
 class Turns(Exact):
-    """KV heads take turns by rank."""
+    """KV heads take turns: a token ranks by the first turn at which some head takes it."""
 
-    def pick(self, logits, first, last, k):
-        best = logits.amax(1)[:, first:last]
-        return merge_heads((best * 2**16).round().to(torch.int32).numpy(), k)
+    def rank(self, logits):
+        turn = logits.amax(1).argsort(1, descending=True).argsort(1)
+        return -(turn * len(turn) + torch.arange(len(turn), device="cpu")[:, None]).amin(0)
 
 
 CODED = "coded keys (topk)"
@@ -96,10 +92,11 @@ EXACT = {"log-probability": LogProbability, "mass": Mass, "squares": Squares, "g
 RULES = {CODED: POLICIES["topk"]} | EXACT | {"highest weight (oracle)": POLICIES["oracle"]}
 PRECISIONS = {f"{CODED}, {name}": name for name in ("int4", "int2")}
 RULES |= dict.fromkeys(PRECISIONS, POLICIES["topk"])
-APART = [CODED, "log-probability", "mass", "highest weight (oracle)"]  # also each KV head for itself
-
-
-ALL = [*((rule, False) for rule in RULES), *((rule, True) for rule in APART)]
+OTHERS = ("leoam", "leoam-released", "quest", "quest-dense", "infinigen", "h2o", "snapkv")
+RULES |= {name: list_systems()[name].policy for name in OTHERS}
+APART = [CODED, "log-probability", "mass", "highest weight (oracle)", *OTHERS[2:]]  # also each KV head for itself
+ALL = [(rule, False) for rule in RULES if not RULES[rule].watches]  # what watches the prefill is of one kind
+ALL += [(rule, True) for rule in APART]
 
 
 def measure(
@@ -115,7 +112,7 @@ def measure(
     ids, exact = prompt.ids, prompt.document if stepwise else len(prompt.ids) - 1
     ways = [("full", 1.0, False), *((rule, alpha, apart) for alpha in alphas for rule, apart in kinds)]
     with torch.inference_mode(), ExitStack() as stack:
-        source = Prefilled(model.config)
+        source = Prefilled(model.config, {RULES[rule] for rule, _ in kinds if RULES[rule].watches})
         feed(model, source, ids[:exact], CHUNK)
         caches = []
         for rule, alpha, apart in ways:
@@ -153,16 +150,18 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1, help="rows of each task, shortest first")
     parser.add_argument("--tokens", type=int, default=7500, help="longest prompt")
     parser.add_argument("--alpha", default="0.1,0.05")
+    parser.add_argument("--rules", default="", help="words in the names of the rules to try: `int2,mass`; all without")
     parser.add_argument("--stepwise", action="store_true", help="the question goes through the rules as well")
     parser.add_argument("--own", action="store_true", help="the full cache's own answers, not the references")
     parser.add_argument("--out", type=Path, default=Path("out/selectors.jsonl"))
     words = parser.parse_args()
     alphas, rows = [float(alpha) for alpha in words.alpha.split(",")], []
+    kinds = [kind for kind in ALL if any(word in kind[0] for word in words.rules.split(","))]
     model, tokenizer = load_model(words.model)
     words.out.parent.mkdir(parents=True, exist_ok=True)
     for task, records, _ in load_all(words.tasks.split(","), [words.rows], "main"):
         for record in sorted(records, key=lambda record: len(record["context"]))[: words.n]:
-            rows += measure(model, tokenizer, task, record, alphas, words.tokens, ALL, words.stepwise, words.own)
+            rows += measure(model, tokenizer, task, record, alphas, words.tokens, kinds, words.stepwise, words.own)
             words.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             print(f"{task.name}, {rows[-1]['prompt']:,} tokens", flush=True)
     print(table_of(rows).to_string(index=False, float_format="%.4f"))

@@ -38,7 +38,7 @@ def kernels() -> tuple[dict, list[Claim]]:
         result = micro.measure(Path(folder))
     micro.show(result)
     rows, claims = {row["name"]: row for row in result["rows"]}, []
-    for bits in (8, 4):
+    for bits in (8, 4, 2):
         share = rows[f"score int{bits}"]["of_bound"]
         claims.append(
             Claim(f"INT{bits} scoring, of one core's read bandwidth", f"{share:.0%}", "60%", share >= 0.6).show()

@@ -8,9 +8,19 @@ from hypothesis import strategies as st
 
 import hillinfer
 from hillinfer.evaluator.boxes import bounds
-from hillinfer.evaluator.topk import merge_heads
 from hillinfer.systems.leoam.pages import Pages
-from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES, PAGE, SIZE, START, ChunkTree, first_token, overlapping
+from hillinfer.systems.leoam.tree import (
+    LEAF,
+    LEAVES,
+    NODES,
+    PAGE,
+    SIZE,
+    START,
+    ChunkTree,
+    first_token,
+    nearest,
+    overlapping,
+)
 from hillinfer.tiers.block_file import BLOCK
 from hillinfer.tiers.record_file import RecordFile
 from hillinfer.timeline import Counters, Timeline, Track
@@ -81,7 +91,7 @@ def test_the_pruned_search_finds_what_an_unpruned_one_does(seed, n, k, first, wh
         last = tree.n - 5
         found, evaluated = tree.search(query, k, first, last)
         leaves = all_leaves(tree, first, last)
-        want = first_token(leaves[merge_heads(tree.scores(leaves, query)[1], k)])
+        want = first_token(leaves[nearest(tree.scores(leaves, query)[1], k)])
         if whole or not len(want):  # elsewhere the last bit of a sum may depend on the shape of the product
             np.testing.assert_array_equal(found, want)
         else:
@@ -107,8 +117,8 @@ def test_with_exact_bounds_the_chunks_are_those_of_the_true_scores(seed, n, k):
         return
     query = draw_keys(seed + 1, 2, whole=True)
     found, _ = tree.search(query, k, 0, tree.n)
-    true = (query @ keys.transpose(1, 2)).amax(1)[:, ::LEAF].to(torch.int32).numpy()
-    np.testing.assert_array_equal(found // LEAF, merge_heads(true, k))
+    true = (query @ keys.transpose(1, 2)).flatten(0, 1)[:, ::LEAF].numpy()
+    np.testing.assert_array_equal(found // LEAF, nearest(true, k))
 
 
 @settings(max_examples=30, deadline=None)
@@ -120,7 +130,7 @@ def test_below_the_floor_is_a_desert(seed, n, level):
         query = draw_keys(seed + step, 3)
         found, _ = tree.search(query, 20, 0, n, floor=floor)
         leaves, score = tree.scores(all_leaves(tree), query, floor)
-        want = first_token(leaves[merge_heads(score, 20)])
+        want = first_token(leaves[nearest(score, 20)])
         assert abs(len(found) - len(want)) <= 1 and len(np.setdiff1d(found, want)) <= 1  # 1: a sum's last bit
 
 
@@ -158,6 +168,12 @@ def test_pages_from_the_drive_are_those_of_memory(tmp_path, capacity):
         assert np.array_equal(tree.search(query, 30, 0, 2500)[0], twin.search(query, 30, 0, 2500)[0])
     finally:
         drive.close()
+
+
+def test_boxes_are_ranked_by_the_distance_to_a_heads_best():
+    scores = np.array([[9, 8, 7, 0, 0], [100, 100, 100, 101.5, 103]], np.float32)
+    assert nearest(scores, 2).tolist() == [0, 4] and nearest(scores, 4).tolist() == [0, 1, 3, 4]
+    assert nearest(scores, 9).tolist() == [0, 1, 2, 3, 4] and not len(nearest(scores[:, :0], 3))
 
 
 def test_bounds_split_the_query_by_sign():

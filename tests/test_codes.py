@@ -17,7 +17,7 @@ from hillinfer.evaluator.codes import (
     unpack,
 )
 from hillinfer.evaluator.ranks import STEPS, head_ranks
-from hillinfer.evaluator.topk import merge_heads, merge_heads_reference, topk, topk_reference
+from hillinfer.evaluator.topk import topk, topk_reference
 from hillinfer.layer import NEVER
 
 
@@ -152,20 +152,6 @@ def test_topk_of_many_is_the_reference(n, kind, share):
     }[kind].clip(-(2**31) + 1, 2**31 - 1).astype(np.int32)  # fmt: skip
     k = max(1, int(share * n))
     assert (topk(scores, k) == topk_reference(scores, k)).all()
-    heads = np.stack([scores, scores, np.roll(scores, 7)])
-    assert (merge_heads(heads, k) == merge_heads_reference(heads, k)).all()
-
-
-@given(heads=st.integers(1, 5), n=st.integers(1, 80), k=st.integers(0, 90), seed=st.integers(0, 10**6))
-@settings(deadline=None)
-def test_merged_heads_are_the_best_ranks(heads, n, k, seed):
-    scores = np.random.default_rng(seed).integers(-9, 9, (heads, n)).astype(np.int32)
-    got = merge_heads(scores, k)
-    assert len(got) == min(k, n) and (np.diff(got) > 0).all()
-    ranks = np.stack([np.argsort(topk(head, n)) for head in scores]).min(0)  # position -> its best rank in any head
-    outside = np.setdiff1d(np.arange(n), got)
-    if len(got) and len(outside):
-        assert ranks[got].max() <= ranks[outside].min()
 
 
 @given(

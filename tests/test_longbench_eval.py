@@ -90,7 +90,7 @@ def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system,
         ]
     assert answers[True] == answers[False]
     attended = [attended for _, alpha, _, attended, _ in answers[True] if alpha]
-    assert len(set(attended)) == len(attended)
+    assert len(set(attended)) == (1 if system == "quest-dense" else len(attended))  # the model's two layers are dense
 
 
 def test_a_shared_prefill_in_chunks_is_shown_to_those_that_look(place):

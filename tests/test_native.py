@@ -24,7 +24,7 @@ from hillinfer.evaluator.boxes import bounds
 from hillinfer.evaluator.codes import TOP, KeyCodes, head_scores_reference, pack
 from hillinfer.evaluator.ranks import head_ranks_reference
 from hillinfer.evaluator.segments import SEGMENT, segment_scores_torch
-from hillinfer.evaluator.topk import merge_heads_reference, topk_reference
+from hillinfer.evaluator.topk import topk_reference
 from hillinfer.layer import NEVER
 from hillinfer.native import build as builder
 from hillinfer.native import fence, ring
@@ -142,8 +142,8 @@ def attend(query=F32, rows=(AT, AT), dtype="float32", kv_heads=1, out=None, lse=
     return native.attend(query, rows, dtype, kv_heads, 1.0, out, lse, side=side)
 
 
-def judge(query=F32, boxes=AT, scales=AT, leaf=I64 > 0, floor=None):
-    return native.bounds(query, boxes, scales, leaf, 0.5, floor)
+def judge(query=F32, boxes=AT, scales=AT, leaf=I64 > 0):
+    return native.bounds(query, boxes, scales, leaf, 0.5)
 
 
 def copy(addresses=AT, out=ROOM, slots=(0, 1)):
@@ -182,9 +182,6 @@ WRONG = [
     (native.topk, ValueError, dict(scores=SCORES, k=1), dict(scores=SCORES[0], k=-1)),
     (native.head_ranks, TypeError, dict(scores=SCORES.astype(np.int64), steps=UNIT), dict(scores=SCORES, steps=I64)),
     (native.head_ranks, ValueError, dict(scores=SCORES[:0], steps=UNIT[:0]), dict(scores=SCORES, steps=UNIT[:1])),
-    (native.merge_heads, TypeError, dict(scores=SCORES.astype(np.int64), k=1)),
-    (native.merge_heads, ValueError, dict(scores=SCORES[0], k=1), dict(scores=SCORES[:0], k=1)),
-    (native.merge_heads, ValueError, dict(scores=SCORES, k=-1)),
     (attend, ValueError, dict(rows=[AT]), dict(rows=[AT] * 3), dict(kv_heads=0), dict(kv_heads=3), dict(dtype="int8")),
     (attend, ValueError, dict(out=torch.empty(2, 1, 15)), dict(lse=torch.empty(1, 1)), dict(rows=[AT[::-1], AT])),
     (attend, ValueError, dict(query=torch.ones(2, 1, native.MAX_DIM + 1)), dict(query=F32.expand(2, 3, 16))),
@@ -193,7 +190,7 @@ WRONG = [
     (attend, IndexError, dict(rows=[I64, AT]), dict(rows=[AT + 1, AT]), dict(rows=[AT, (0, 128, 2)]), dict(side=3)),
     (attend, IndexError, dict(rows=[AT, (int(AT[0]), 127, 2)]), dict(rows=[AT, (int(AT[0]), 128, -1)])),
     (judge, TypeError, dict(query=F32.half()), dict(boxes=AT.astype(float)), dict(leaf=I64)),
-    (judge, ValueError, dict(scales=AT[:1]), dict(leaf=I64[:1] > 0), dict(floor=F32), dict(query=F32[:0])),
+    (judge, ValueError, dict(scales=AT[:1]), dict(leaf=I64[:1] > 0), dict(query=F32[:0])),
     (judge, IndexError, dict(boxes=I64), dict(scales=I64), dict(scales=AT + 2)),
     (copy, IndexError, dict(slots=[0, 4]), dict(slots=[-1, 0]), dict(slots=[1, 1]), dict(addresses=I64)),
     (copy, ValueError, dict(slots=[0]), dict(out=ROOM.T), dict(out=ROOM.to("meta"))),
@@ -238,34 +235,27 @@ def test_the_right_call_is_none(call):
 
 
 @given(
-    heads=st.integers(1, 5),
     n=st.integers(1, 400),
     share=st.floats(0, 1),
     spread=st.sampled_from([1, 5, 3000, 10**6, 2**31 - 1]),
     padded=st.booleans(),
-    threads=st.integers(1, 3),
     seed=st.integers(0, 10**6),
 )
 @settings(**EACH)
-def test_selection(heads, n, share, spread, padded, threads, seed):
+def test_selection(isa, n, share, spread, padded, seed):
     rng, k = np.random.default_rng(seed), int(share * n)
-    scores = rng.integers(-spread, spread, (heads, n), endpoint=True).astype(np.int32)
+    scores = rng.integers(-spread, spread, n, endpoint=True).astype(np.int32)
     if padded:
-        scores[:, rng.random(n) < 0.2] = np.iinfo(np.int32).min + 1
-    assert np.array_equal(native.topk(scores[0], k), topk_reference(scores[0], k))
-    assert np.array_equal(native.merge_heads(scores, k, threads), merge_heads_reference(scores, k))
-    inner = scores[:, n // 4 : n - n // 5]
-    k = min(k, inner.shape[1])
-    assert np.array_equal(native.merge_heads(inner, k, threads), merge_heads_reference(inner, k))
+        scores[rng.random(n) < 0.2] = np.iinfo(np.int32).min + 1
+    assert np.array_equal(native.topk(scores, k), topk_reference(scores, k))
 
 
 def test_selection_from_many_tokens():
     """Long enough that bins are narrowed more than once, with an outlier that spoils the first ones."""
-    rng = np.random.default_rng(0)
-    scores = rng.normal(0, 1000, (4, 20_000)).astype(np.int32)
-    scores[0, 5], scores[1, 7] = 2**31 - 1, 1 - 2**31
+    scores = np.random.default_rng(0).normal(0, 1000, 20_000).astype(np.int32)
+    scores[5], scores[7] = 2**31 - 1, 1 - 2**31
     for k in (1, 100, 2000, 19_999, 20_000):
-        assert np.array_equal(native.merge_heads(scores, k), merge_heads_reference(scores, k))
+        assert np.array_equal(native.topk(scores, k), topk_reference(scores, k))
 
 
 @given(
@@ -289,19 +279,14 @@ def test_bounds(isa, group, dim, m, slack, threads, seed):
     boxes = codes[page, node] * scales[page][:, :, None]
     want = bounds(boxes, query)
     want[:, leaf] = bounds(boxes[leaf], query, slack)
-    floor = torch.randn(heads, group) * 60
     split, native.SPLIT = native.SPLIT, 64
     try:
-        best, reach = native.bounds(query, at, scale_at, leaf, slack, floor, threads)
-        alone, every = (native.bounds(query, at, scale_at, leaf, slack, level, 1) for level in (floor, None))
+        got, alone = (native.bounds(query, at, scale_at, leaf, slack, count) for count in (threads, 1))
     finally:
         native.SPLIT = split
     size = (boxes.abs().amax(2) @ query.abs().transpose(1, 2).mean(0)).amax() if m else 1  # of what is summed
-    near = 1e-5 * float(size) * dim**0.5
-    assert np.allclose(best, want.amax(2), atol=near) and np.allclose(every[0], best, atol=near) and every[1].all()
-    assert np.array_equal(alone[0], best) and np.array_equal(alone[1], reach)  # however many threads
-    over = (want - floor[:, None]).permute(1, 0, 2).flatten(1).amax(1).numpy() if m else np.zeros(0)
-    assert np.array_equal(reach[abs(over) > near], over[abs(over) > near] > 0)
+    assert np.allclose(got, want.transpose(1, 2).flatten(0, 1), atol=1e-5 * float(size) * dim**0.5)
+    assert np.array_equal(alone, got)  # however many threads
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -8,7 +8,6 @@ import torch
 from typer.testing import CliRunner
 
 import hillinfer
-from hillinfer.evaluator.topk import merge_heads
 
 SOURCE = '''
 """Every second token of those that are not near."""
@@ -91,12 +90,6 @@ def test_topk_takes_the_window_and_the_best_of_the_rest():
 def test_streaming_takes_sinks_and_the_newest():
     picked = hillinfer.POLICIES["streaming"]().select(step_with(np.zeros(20, np.int32), 8))
     assert picked.tolist() == [0, 1, 14, 15, 16, 17, 18, 19]
-
-
-def test_heads_take_turns():
-    scores = np.array([[9, 8, 7, 0, 0], [0, 0, 0, 1, 2]], np.int32)
-    assert merge_heads(scores, 2).tolist() == [0, 4]
-    assert merge_heads(scores, 4).tolist() == [0, 1, 3, 4]
 
 
 def test_weights_are_the_models_own_attention(models, prompt):

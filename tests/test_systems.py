@@ -70,7 +70,7 @@ def test_a_tenth_runs_within_its_budget(model, prompt, system, place, tmp_path):
         model.generate(out, attention_mask=longer, past_key_values=cache, **NEW)
         rows, memory = cache.counters.rows, cache.memory()
     assert rows and all(row.device + row.host + row.drive == row.queries for row in rows)
-    if not hillinfer.list_systems()[system].policy.exact:
+    if not hillinfer.list_systems()[system].policy.exact and system != "quest-dense":
         assert all(row.attended <= 2 * cache.run.heads * cache.run.settings.budget(row.cached) for row in rows)
     assert sum(memory.values()) > 0
 

@@ -24,9 +24,8 @@ _SIGNATURES = {
     "hi_score": (_I, [_I, _I, _P, _L, _L, _P, _I, _I, _I, _P, _L, _P, _L, _I]),
     "hi_scan": (None, [_I, _P, _L, _P, _L, _L, _L, _P, _I, _I, _I, _P, _L, _I]),
     "hi_topk": (_L, [_I, _P, _L, _L, _P]),
-    "hi_merge": (_L, [_I, _P, _L, _I, _L, _L, _P, _I]),
     "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, ctypes.c_float, _P, _P, _I]),
-    "hi_bounds": (_I, [_I, _P, _P, _P, _L, _P, _I, _I, _I, ctypes.c_float, _P, _P, _P, _I]),
+    "hi_bounds": (_I, [_I, _P, _P, _P, _L, _P, _I, _I, _I, ctypes.c_float, _P, _I]),
     "hi_copy": (_I, [_P, _P, _P, _L, _L, _L, _I]),
     "hi_query": (None, [_P, _P, _I, _I, _I, _P, _P]),
     "hi_ranks": (None, [_I, _P, _I, _L, _P, _P, _I]),
@@ -153,18 +152,6 @@ def topk(scores: np.ndarray, k: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def merge_heads(scores: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
-    """As `evaluator.topk.merge_heads_reference`: one ascending selection of k positions from int32 (Hkv, n)."""
-    heads, n = scores.shape
-    if not heads:
-        raise ValueError("scores of no head")
-    scores = np.ascontiguousarray(scores)
-    out, first = np.empty(min(k, n), np.int64), address(scores[0], "int32", n)
-    shape = n, heads, n, len(out), pointer(out), _share(scores.nbytes, threads)
-    _check(library.hi_merge(library.isa, first, *shape))
-    return out
-
-
 def attend(
     query, rows: list, dtype: str, kv_heads: int, scale: float, out, lse, threads=1, side=None, softcap=0.0
 ) -> None:
@@ -194,27 +181,22 @@ def attend(
 
 
 def bounds(
-    query, boxes: np.ndarray, scales: np.ndarray, leaf: np.ndarray, slack: float, floor=None, threads: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+    query, boxes: np.ndarray, scales: np.ndarray, leaf: np.ndarray, slack: float, threads: int = 1
+) -> np.ndarray:
     """As `evaluator.boxes.bounds`, but for the order of summation: query fp32 (Hkv, G, D) against int8 boxes
-    (Hkv, 2, D) and the scales of their pages, fp32 (Hkv, D), both given as addresses int64 (m,).
+    (Hkv, 2, D) and the scales of their pages, fp32 (Hkv, D), both given as addresses int64 (m,). Returns (Hkv*G, m).
 
     leaf   bool (m,): boxes estimated with `slack`
-    floor  fp32 (Hkv, G), the bound that some head must reach
-
-    Returns the maximum over each group, fp32 (Hkv, m), and which boxes reach the floor, bool (m,).
     """
     (heads, group, dim), m = query.shape, len(boxes)
     if not (0 < dim <= MAX_DIM and heads and group):
         raise ValueError(f"no bounds for queries {tuple(query.shape)}")
-    query, floor = query.contiguous(), None if floor is None else floor.contiguous()
-    best, reach = np.empty((heads, m), np.float32), np.empty(m, bool)
+    query, out = query.contiguous(), np.empty((heads * group, m), np.float32)
     where = address(boxes, "int64", m), address(scales, "int64", m), address(leaf, "bool", m), m
     asked = address(query, "float32", heads * group * dim), heads, group, dim, slack
-    level = None if floor is None else address(floor, "float32", heads * group)
     share = _share(m * 2 * heads * dim, threads)
-    _check(library.hi_bounds(library.isa, *where, *asked, level, pointer(best), pointer(reach), share), "aligned boxes")
-    return best, reach
+    _check(library.hi_bounds(library.isa, *where, *asked, pointer(out), share), "aligned boxes")
+    return out
 
 
 def copy(addresses: np.ndarray, out, slots: np.ndarray, threads: int = 1) -> None:

@@ -7,10 +7,9 @@ struct bounding {
     const int64_t *boxes, *scales;  /* addresses (n,) of boxes and of their pages' scales, fp32 (heads, dim) */
     const uint8_t *leaf;  /* (n,): estimate with `slack` instead of bounding */
     int64_t n;
-    const float *query, *floor;  /* (heads, group, dim); (heads, group) or NULL */
-    float slack, *best, *room;  /* best: (heads, n), group maximum; room: coefficients, 2 * size per thread */
+    const float *query;  /* (heads, group, dim) */
+    float slack, *out, *room;  /* out: (heads, group, n); room: coefficients, 2 * size per thread */
     int64_t size;  /* whole cache lines: alignment decides the order of summation */
-    uint8_t *reach;  /* (n,): some query head's bound is at least its floor */
 };
 
 /* Coefficients of the codes of max and min, (heads, group, 2 dim). */
@@ -40,10 +39,8 @@ INLINE void boxes(const struct bounding *b, int share, const int dim) {
         }
         if (i + 2 < end)
             for (int at = 0; at < 2 * b->heads * dim; at += 64) __builtin_prefetch((const char *)b->boxes[i + 2] + at);
-        b->reach[i] = !b->floor;
         for (int h = 0; h < b->heads; h++) {
             const int8_t *box = (const int8_t *)b->boxes[i] + 2 * h * dim;
-            float best = -__builtin_inff();
 #pragma omp simd
             for (int d = 0; d < 2 * dim; d++) codes[d] = box[d];
             for (int g = 0; g < b->group; g++) {
@@ -51,10 +48,8 @@ INLINE void boxes(const struct bounding *b, int share, const int dim) {
                 float sum = 0;
 #pragma omp simd reduction(+ : sum)
                 for (int d = 0; d < 2 * dim; d++) sum += codes[d] * c[d];
-                best = sum > best ? sum : best;
-                if (b->floor && sum >= b->floor[h * b->group + g]) b->reach[i] = 1;
+                b->out[(int64_t)(h * b->group + g) * b->n + i] = sum;
             }
-            b->best[h * b->n + i] = best;
         }
     }
 }
@@ -82,13 +77,12 @@ static void bounds_share(void *job, int share) {
 
 /* dim <= MAX_DIM. Returns 0, NO_MEMORY, or WRONG for an address that is null or not aligned. */
 int hi_bounds(int isa, const int64_t *boxes, const int64_t *scales, const uint8_t *leaf, int64_t n, const float *query,
-              int heads, int group, int dim, float slack, const float *floor, float *best, uint8_t *reach, int threads) {
+              int heads, int group, int dim, float slack, float *out, int threads) {
     const int64_t size = ((int64_t)heads * group * 2 * dim + 15) / 16 * 16;
     if (!usable(boxes, n, 1) || !usable(scales, n, sizeof(float))) return WRONG;
     float *room = aligned_alloc(64, sizeof(float) * 2 * size * threads);
     if (!room) return NO_MEMORY;
-    struct bounding b = {isa, heads, group, dim, threads, boxes, scales, leaf, n, query, floor, slack, best, room,
-                         size, reach};
+    struct bounding b = {isa, heads, group, dim, threads, boxes, scales, leaf, n, query, slack, out, room, size};
     split(bounds_share, &b, threads);
     free(room);
     return 0;

@@ -1,4 +1,4 @@
-/* Top-k of integer scores, largest first, ties to the lowest position; and one selection merged from all heads. */
+/* Top-k of integer scores, largest first, ties to the lowest position. */
 #include "common.h"
 
 #define BINS 2048
@@ -111,61 +111,5 @@ int64_t hi_topk(int isa, const int32_t *scores, int64_t n, int64_t k, int32_t *o
     if (!items) return NO_MEMORY;
     if (k) best_first(isa, scores, n, k, out, items, items + n + 16);
     free(items);
-    return k;
-}
-
-struct merge {
-    const int32_t *scores;
-    int64_t stride, n, ranks;
-    int isa, heads, threads;
-    int32_t *ordered;  /* (heads, ranks) */
-    struct item *items;  /* (threads, 2, n + 16) */
-};
-
-static void merge_share(void *job, int share) {
-    struct merge *m = job;
-    struct item *own = m->items + 2 * share * (m->n + 16);
-    for (int h = share; h < m->heads; h += m->threads)
-        best_first(m->isa, m->scores + h * m->stride, m->n, m->ranks, m->ordered + h * m->ranks, own, own + m->n + 16);
-}
-
-/* Ranks per head and k of the last call: layers and steps are alike. Affects speed only. */
-static _Thread_local struct { int64_t ranks, k; } last;
-
-/* Heads take turns, each adding its next best, until k <= n distinct positions are selected; out (k,) ascending.
- * Sorts only as many ranks as the last call suggests; if they fall short, the positions found tell how many more. */
-int64_t hi_merge(int isa, const int32_t *scores, int64_t stride, int heads, int64_t n, int64_t k, int64_t *out,
-                 int threads) {
-    threads = threads < heads ? threads : heads;
-    struct merge m = {scores, stride, n, 0, isa, heads, threads};
-    m.items = malloc((n + 16) * sizeof(struct item) * 2 * threads);
-    m.ordered = malloc((k + 1) * sizeof(int32_t) * heads);
-    uint8_t *in = malloc(n + 1);
-    if (!m.items || !m.ordered || !in) {
-        k = NO_MEMORY;
-    } else if (k) {
-        int64_t count = 0, done = 0;  /* positions selected; ranks used */
-        memset(in, 0, n);
-        m.ranks = (last.k ? k * last.ranks / last.k * 9 / 8 : 2 * k / heads) + 16;
-        for (; count < k; m.ranks = m.ranks * k / count * 9 / 8 + 1) {
-            m.ranks = m.ranks < k ? m.ranks : k;
-            split(merge_share, &m, threads);
-            for (; done < m.ranks && count < k; done++)
-                for (int h = 0; h < heads && count < k; h++) {
-                    uint8_t *seen = in + m.ordered[h * m.ranks + done];
-                    count += !*seen;
-                    *seen = 1;
-                }
-        }
-        last.ranks = done, last.k = k;
-        int64_t at = 0;
-        for (int64_t i = 0; i < n && at < k; i++) {
-            out[at] = i;
-            at += in[i];
-        }
-    }
-    free(m.items);
-    free(m.ordered);
-    free(in);
     return k;
 }

@@ -16,6 +16,8 @@ from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.keeper import use_store
 from hillinfer.run import Run
 from hillinfer.systems.baselines import BASELINES
+from hillinfer.systems.baselines.quest import QuestDense
+from hillinfer.systems.baselines.released import LeoAMReleased
 from hillinfer.systems.hillinfer.run import AttendingRun, ScoringRun
 from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.run import LeoAMRun
@@ -58,6 +60,8 @@ SYSTEMS = {
     "leoam": System(
         LeoAM, "chunk tree, abstracts and INT4 on the drive (arXiv 2506.20187)", LeoAMRun, settings={"compress": "auto"}
     ),
+    "leoam-released": System(LeoAMReleased, "leoam's chunks as in its author's released code"),
+    "quest-dense": System(QuestDense, "quest with the first two layers dense, as in its paper"),
     "instattention": System(
         Full,
         "exact attention inside the emulated drive (arXiv 2409.04992)",

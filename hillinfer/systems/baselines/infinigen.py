@@ -3,7 +3,8 @@
 The paper skews W_Q and W_K offline by the SVD of sample queries and selects with layer i-1's input. Here the basis is
 computed at prefill from the prompt's queries after the rotary embedding, so that no weight changes, and the speculated
 selection is a prefetch, corrected by the true query. As in the paper, the columns are the ones with the largest skewed
-queries and keys, and the tokens the ones within `margin` of the best score, at most the budget.
+queries and keys. The paper takes the tokens within 4 of a head's best score, on average over heads; here the budget is
+the number, as for every system, which is better on a real model (docs/experiments.md).
 """
 
 import numpy as np
@@ -11,12 +12,12 @@ import torch
 
 from hillinfer.evaluator.boxes import sortable
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.evaluator.topk import merge_heads
+from hillinfer.evaluator.topk import topk
 from hillinfer.growable import Growable
 
 
 class InfiniGen(Policy):
-    """The device window and the tokens whose partial, skewed keys score near the best."""
+    """The device window and the tokens whose partial, skewed keys some head gives most."""
 
     needs_codes = False
     per_head = True
@@ -24,7 +25,6 @@ class InfiniGen(Policy):
     watches = True
     late = False  # its basis needs the prompt's queries
     ratio = 0.2  # fraction of the columns: the paper's partial weight ratio
-    margin = 4.0  # in logits: the paper's alpha
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         self.columns = max(1, round(self.ratio * head_dim))
@@ -54,11 +54,11 @@ class InfiniGen(Policy):
         near = step.near()[-step.budget :]
         basis = self.basis[step.row]
         query = (step.grouped(len(basis)) * step.scaling) @ basis
-        score = (query @ self.partial.view()[step.row].transpose(1, 2)).amax(1)
-        score[:, near] = score[:, : step.first] = -torch.inf
-        wanted = (score > score.amax(1, keepdim=True) - self.margin).sum(1).float().mean()
-        k = min(step.budget - len(near), int(wanted.ceil()))
-        return np.union1d(near, merge_heads(sortable(score), k))
+        logits = query @ self.partial.view()[step.row].transpose(1, 2)
+        logits[..., : step.first] = -torch.inf
+        rank = (logits - logits.logsumexp(2, keepdim=True)).amax((0, 1))
+        rank[near] = -torch.inf
+        return np.union1d(near, topk(sortable(rank.numpy()), step.budget - len(near)))
 
     def _skew(self, queries: torch.Tensor) -> None:
         """Compute the basis from queries (B, Hkv, m, D), and the partial keys appended so far."""

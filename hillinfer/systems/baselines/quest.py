@@ -1,7 +1,7 @@
 """Quest (arXiv 2406.10774): fixed pages of 16 tokens, scored by the min/max boxes of their keys.
 
-The paper selects pages per head and attends densely in the first two layers. Here the KV heads of a layer share a
-selection, because a record contains all of them, and every layer has the same budget.
+As in the paper each KV head has its own pages in memory; on a drive, where a record contains all heads, they share
+them. Every layer has the same budget: `QuestDense` is the paper's, which attends densely in the first two layers.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from hillinfer.evaluator.boxes import EMPTY, bounds, sortable, widen
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.evaluator.topk import merge_heads
+from hillinfer.evaluator.topk import topk
 from hillinfer.growable import Growable
 
 
@@ -41,15 +41,15 @@ class Quest(Policy):
             return None
         near = step.near()[-step.budget :]
         first, last = step.first // self.page, -(-(step.n - step.recent) // self.page)
-        score = self.scores(step.row, step.grouped(self.kv_heads), first, last)
+        weights = self.weights(step.row, step.grouped(self.kv_heads) * step.scaling, first, last)
         step.notes |= {"bounds": last - first, "chunks": last - first}
-        best = first + merge_heads(score, (step.budget - len(near)) // self.page)
+        best = first + topk(sortable(weights.sum((0, 1)).numpy()), (step.budget - len(near)) // self.page)
         chosen = (best[:, None] * self.page + np.arange(self.page)).ravel()
         return np.union1d(near, chosen[(chosen >= step.first) & (chosen < step.n)])
 
-    def scores(self, row: int, query: torch.Tensor, first: int, last: int) -> np.ndarray:
-        """Sortable bounds of pages first..last-1, int32 (Hkv, last - first)."""
-        return sortable(bounds(self.boxes.view()[row, first:last], query).amax(2))
+    def weights(self, row: int, query: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Softmax over pages first..last-1 of their bounds for a scaled query (Hkv, G, D): (Hkv, G, last - first)."""
+        return bounds(self.boxes.view()[row, first:last], query).transpose(1, 2).softmax(2)
 
     def truncate(self, n: int) -> None:
         """The box of a page that n cuts through keeps its width: it is still a bound."""
@@ -62,3 +62,10 @@ class Quest(Policy):
     @property
     def nbytes(self) -> int:
         return self.boxes.view().nbytes
+
+
+class QuestDense(Quest):
+    """`quest` with the first two layers dense, as in its paper."""
+
+    def select(self, step: Step) -> np.ndarray | None:
+        return None if step.layer < 2 else super().select(step)

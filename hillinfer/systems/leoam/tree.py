@@ -11,7 +11,7 @@ import torch
 
 from hillinfer import native
 from hillinfer.evaluator.boxes import EMPTY, bounds, sortable, widen
-from hillinfer.evaluator.topk import merge_heads
+from hillinfer.evaluator.topk import topk
 from hillinfer.growable import Growable
 from hillinfer.systems.leoam.pages import Pages
 
@@ -81,15 +81,15 @@ class ChunkTree:
     def search(
         self, query: torch.Tensor, k: int, first: int, last: int, learn: bool = True, floor: torch.Tensor | None = None
     ) -> tuple[np.ndarray, int]:
-        """The k best leaves that overlap tokens first..last-1, over all heads (`merge_heads`).
+        """The k best leaves that overlap tokens first..last-1, over all heads (`nearest`).
 
         query  (Hkv, G, D)
         learn  adapt the cut to the result
         floor  (Hkv, G), optional: a node below it for every query head is a desert, neither opened nor chosen
 
         Returns the first tokens of the leaves, ascending, and the number of boxes evaluated. The leaves are those that
-        an evaluation of all leaves would choose: a node is opened while its bound is among the k best, and no leaf's
-        estimate exceeds the bound of an ancestor.
+        an evaluation of all leaves would choose: a node is opened while its bound is among the k best or some head's
+        best, and no leaf's estimate exceeds the bound of an ancestor.
         """
         nodes = overlapping(np.flatnonzero(self.cut), first, last)
         evaluated = len(nodes)
@@ -98,9 +98,10 @@ class ChunkTree:
         while True:
             order = np.argsort(first_token(nodes), kind="stable")
             nodes, score = nodes[order], score[:, order]
-            best = merge_heads(score, k)
+            best = nearest(score, max(k, len(score)) if k else 0)
             inner = best[nodes[best] % NODES < LEAVES]
             if not len(inner):
+                best = nearest(score, k)
                 break
             opened.append(nodes[inner])
             children = overlapping(_children(nodes[inner]).ravel(), first, last)
@@ -134,8 +135,8 @@ class ChunkTree:
     def scores(
         self, nodes: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes (m,) that reach the floor, and their bounds (leaves: estimates), sortable, int32 (Hkv, m)."""
-        score, reach = np.empty((len(query), len(nodes)), np.float32), np.empty(len(nodes), bool)
+        """Nodes (m,) that reach the floor, and their bounds (leaves: estimates), float32 (Hkv*G, m)."""
+        score = np.empty((query.shape[0] * query.shape[1], len(nodes)), np.float32)
         compiled = native.available() and query.shape[2] <= native.MAX_DIM
         for index, data, places in self._locate(nodes):
             page, leaf = nodes[index] // NODES, nodes[index] % NODES >= LEAVES
@@ -143,16 +144,16 @@ class ChunkTree:
                 scales = self.scales.data
                 boxes = data.data_ptr() + places * data.stride(0)
                 scale = scales.data_ptr() + page * scales.stride(0) * scales.element_size()
-                judged = native.bounds(query, boxes, scale, leaf, SLACK, floor, torch.get_num_threads())
-                score[:, index], reach[index] = judged
+                score[:, index] = native.bounds(query, boxes, scale, leaf, SLACK, torch.get_num_threads())
                 continue
             for start in range(0, len(index), BATCH):
                 part = slice(start, start + BATCH)
                 boxes = self._decode(data, places[part], page[part])
-                score[:, index[part]], reach[index[part]] = _judge(boxes, leaf[part], query, floor)
+                score[:, index[part]] = _judge(boxes, leaf[part], query)
         if floor is not None:
+            reach = (score >= floor.reshape(-1, 1).numpy()).any(0)
             nodes, score = nodes[reach], score[:, reach]
-        return nodes, sortable(score)
+        return nodes, score
 
     def boxes(self, nodes: np.ndarray) -> torch.Tensor:
         """Boxes of these nodes, (m, Hkv, 2, D) float32."""
@@ -210,14 +211,24 @@ class ChunkTree:
         return sum(part.nbytes for part in parts)
 
 
-def _judge(
-    boxes: torch.Tensor, leaf: np.ndarray, query: torch.Tensor, floor: torch.Tensor | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """`native.bounds` in torch: the maximum over each group, (Hkv, m), and which boxes reach the floor, (m,)."""
+def distance(scores: np.ndarray) -> np.ndarray:
+    """How far a box lies below some query head's best: the highest of scores (H, m) less each head's own highest, (m,).
+
+    It makes heads comparable where few boxes have a logsumexp.
+    """
+    return (scores - scores.max(1, keepdims=True, initial=-np.inf)).max(0)
+
+
+def nearest(scores: np.ndarray, k: int) -> np.ndarray:
+    """The k boxes (ascending) of least `distance`, by float32 scores (H, m)."""
+    return np.sort(topk(sortable(distance(scores)), k))
+
+
+def _judge(boxes: torch.Tensor, leaf: np.ndarray, query: torch.Tensor) -> np.ndarray:
+    """`native.bounds` in torch: (Hkv*G, m)."""
     score, leaf = query.new_empty(len(query), len(boxes), query.shape[1]), torch.from_numpy(leaf)
     score[:, ~leaf], score[:, leaf] = bounds(boxes[~leaf], query), bounds(boxes[leaf], query, SLACK)
-    reach = torch.ones_like(leaf) if floor is None else (score >= floor[:, None]).any(2).any(0)
-    return score.amax(2).numpy(), reach.numpy()
+    return score.transpose(1, 2).flatten(0, 1).numpy()
 
 
 def _fill_parents(boxes: torch.Tensor) -> None:

@@ -68,7 +68,7 @@ show-systems: $(VENV)/.ready ## every claim about the other systems; N=50 for mo
 lab: $(VENV)/.ready ## JupyterLab on the first notebook
 	$(BIN)/hillinfer lab
 
-browser: $(VENV)/.browser ## the first notebook in JupyterLab and Chromium; screenshots in out/browser
+browser: $(VENV)/.browser ## dashboard and accuracy board in JupyterLab and Chromium; screenshots in out/browser
 	$(BIN)/pytest -m browser tests/browser
 
 notebooks: $(VENV)/.ready ## the .ipynb files from their sources

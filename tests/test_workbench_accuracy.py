@@ -143,6 +143,8 @@ def test_an_eval_of_another_process_is_watched(board, place):
         assert time.monotonic() < until
         time.sleep(0.05)
     assert other.table.state["phase"] == "watching"
+    other.table.cell = {"task": "hotpotqa", "sample": 0}
+    assert len(other.table.answers["answers"]) == 5
     other.watch(False)
     assert ours() == []
     watched = Watched(Path(board.folder.value))

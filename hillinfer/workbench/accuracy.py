@@ -56,7 +56,7 @@ class AccuracyBoard:
     def __init__(self, folder: str | Path = "out/eval", workbench=None):
         self.workbench, self.runner, self._painter = workbench, None, None
         self.table = ScoreTable()
-        self._planned, self._known, self._watched = 0, {}, None  # _known: task -> its records by id
+        self._planned, self._known, self._watched = 0, {}, None  # _known: task and place -> records by id
         self._painted = self._cost = 0.0  # when the table was made, and how long that took, seconds
         self._closing = threading.Event()
         self.choices = EvalChoices(str(folder), self._tell)
@@ -94,9 +94,12 @@ class AccuracyBoard:
         self._watched = Watched(Path(self.folder.value))
         self._watched.phase, self._planned = "kept", 0
         self._watched.poll()
-        if adopt and self._watched.rows:
-            self.choices.adopt(self._watched.rows)
         self._paint(self._watched)
+        if adopt and self._watched.rows:
+            try:
+                self.choices.adopt(self._watched.rows)
+            except UsageError as error:
+                self._tell(str(error))
 
     def start(self) -> EvalRun | None:
         """Answer in the background what the folder lacks. None, and a message on the board, for what cannot run."""
@@ -111,32 +114,32 @@ class AccuracyBoard:
         self._closing.clear()
         self._buttons(True)
         self.runner.start()
-        self._painter = threading.Thread(
-            target=self._follow, args=(self.runner,), name="hillinfer-painter", daemon=True
-        )
-        self._painter.start()
+        self._paint_by(self._follow, self.runner)
         return self.runner
 
     def run(self) -> list[dict]:
         """Run, wait, and return all rows of the folder. Interrupting the kernel stops the run."""
-        self.start()
-        if self.runner is None:
-            raise UsageError(self.table.state.get("error") or "nothing was started")
+        if self.alive:
+            raise UsageError("an eval is running: stop it first")
+        if (runner := self.start()) is None:
+            raise UsageError(self.table.state["error"])
         try:
-            while not self.runner.join(0.2):
+            while not runner.join(0.2):
                 pass
         except KeyboardInterrupt:
             self.stop()
-            self.runner.join()
+            runner.join()
             raise
         finally:
             self._join()
-        return self.runner.result()
+        return runner.result()
 
     def watch(self, on: bool = True) -> None:
         """Follow the results that another process writes to the folder, until `watch(False)`."""
+        if self.watch_button.value != on:
+            self.watch_button.value = on  # calls this again
+            return
         self._join()
-        self.watch_button.value = on
         if on and not self.alive:
             self._watched = Watched(Path(self.folder.value))
             self._closing.clear()
@@ -163,7 +166,7 @@ class AccuracyBoard:
         self._buttons(False)
 
     def _paint(self, source, table: bool = True) -> None:
-        rows = list(source.rows)
+        self._source, rows = source, list(source.rows)
         if table:
             began = time.monotonic()
             variants = len(source.evaluation.variants) if getattr(source, "total", 0) else 0
@@ -181,9 +184,8 @@ class AccuracyBoard:
 
     @property
     def rows(self) -> list[dict]:
-        """All rows at hand: of the run, or of the folder."""
-        source = self.runner if self.runner is not None and self.runner.rows else self._watched
-        return list(source.rows)
+        """All rows that the table sums up: of the run, or of the folder."""
+        return list(self._source.rows)
 
     @property
     def alive(self) -> bool:
@@ -205,30 +207,25 @@ class AccuracyBoard:
         self.stop()
         self._join()
 
-    def _samples(self, task: str) -> list[str]:
-        return list(dict.fromkeys(row["id"] for row in self.rows if row["task"] == task))
-
     def _record(self, task: str, sample: str) -> dict | None:
-        """The sample, if its file is at hand without a download."""
-        if task not in self._known:
+        """The sample from its source; None if that is out of reach."""
+        if (key := (task, self.data.value)) not in self._known:
             try:
-                self._known[task] = {row["_id"]: row for row in load(find_task(task), places(self.data.value))[0]}
+                self._known[key] = {row["_id"]: row for row in load(find_task(task), places(self.data.value))[0]}
             except UsageError:
                 return None
-        return self._known[task].get(sample)
+        return self._known[key].get(sample)
 
     def _show_answers(self) -> None:
-        task = self.table.cell.get("task")
-        ids = self._samples(task) if task else []
-        if not ids:
+        same = {name: value for name, value in self.table.cell.items() if name in ("task", "model", "question")}
+        rows = [row for row in self.rows if all(row[name] == value for name, value in same.items())]
+        if "task" not in same or not rows:
             self.table.answers = {}
             return
+        task, ids = same["task"], list(dict.fromkeys(row["id"] for row in rows))
         number = self.table.cell.get("sample", 0) % len(ids)
-        same = {name: self.table.cell[name] for name in ("task", "model", "question") if name in self.table.cell}
-        same |= {"id": ids[number]}
-        mine = [row for row in self.rows if all(row[name] == value for name, value in same.items())]
-        about = answers_of(mine, task, ids[number], self._record(task, ids[number]), load_tokenizer(mine[0]["model"]))
-        self.table.answers = about | {"number": number, "of": len(ids)}
+        record, tokenizer = self._record(task, ids[number]), load_tokenizer(rows[0]["model"])
+        self.table.answers = answers_of(rows, task, ids[number], record, tokenizer) | {"number": number, "of": len(ids)}
 
     def _on_message(self, _, message: dict, buffers) -> None:
         if message.get("kind") == "open":

@@ -68,7 +68,7 @@ show-systems: $(VENV)/.ready ## every claim about the other systems; N=50 for mo
 lab: $(VENV)/.ready ## JupyterLab on the first notebook
 	$(BIN)/hillinfer lab
 
-browser: $(VENV)/.browser ## the first notebook in JupyterLab and Chromium; screenshots in out/browser
+browser: $(VENV)/.browser ## dashboard and accuracy board in JupyterLab and Chromium; screenshots in out/browser
 	$(BIN)/pytest -m browser tests/browser
 
 notebooks: $(VENV)/.ready ## the .ipynb files from their sources
@@ -161,7 +161,7 @@ $(VENV)/.browser: $(VENV)/.ready
 	$(BIN)/pip install -q -c constraints.txt -e '.[browser]'
 	@touch $@
 
-$(VENV)/.longbench: EXTRAS = dev,lab,longbench,cluster,gguf
+$(VENV)/.longbench: EXTRAS = dev,lab,longbench,cluster,gguf,pdf
 $(VENV)/.longbench: $(VENV)/.ready
 	@grep -qx $(EXTRAS) $< || { $(PIP) -e '.[$(EXTRAS)]' || exit 1; $(COMPILE); } # .ready notes what it installed
 	@touch $@

@@ -181,11 +181,13 @@ def sizes() -> list[Claim]:
     text = [book.read_text(encoding="utf-8") for book in books]
     state = sum('"widgets"' in one or '"application/vnd.jupyter.widget-state+json"' in one for one in text)
     pages = list((ROOT / "docs" / "gallery").glob("*.md"))
+    codes = sum("\x1b" in page.read_text(encoding="utf-8") for page in pages)
     script = sum("<script" in page.read_text(encoding="utf-8") for page in pages)
     return [
         Claim(f"largest of {len(books)} notebooks", f"{largest:,} bytes", "1 MB", largest < 1e6).show(),
         Claim("notebooks with widget state", str(state), "0", state == 0).show(),
         Claim(f"gallery pages with scripts, of {len(pages)}", str(script), "0", script == 0 and len(pages) > 1).show(),
+        Claim("gallery pages with escape codes of a terminal", str(codes), "0", codes == 0).show(),
     ]
 
 
@@ -193,7 +195,10 @@ def all_tests() -> list[Claim]:
     return [
         tests("notebooks run without a browser, each in under 2 minutes", "tests/test_notebooks.py").show(),
         tests("every command and cell of the task pages works", "tests/test_docs.py").show(),
-        tests("the first notebook in JupyterLab and Chromium", "-m", "browser", "tests/browser").show(),
+        tests("rows of benchmarks, own files and models by name", "tests/test_workbench_cases.py").show(),
+        tests("the board is eval: same files, stopped, resumed, watched", "tests/test_workbench_accuracy.py").show(),
+        tests("slow drive, cold pool and wrong guesses are named", "tests/test_explain.py").show(),
+        tests("dashboard and board in JupyterLab and Chromium", "-m", "browser", "tests/browser").show(),
     ]
 
 

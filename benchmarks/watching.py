@@ -11,20 +11,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.workbench import dashboard, live
+from hillinfer.workbench.cases import TEXT
 
 
 def own_text(workbench, system: str, new: int) -> None:
     """Set the controls to a custom text of 1,500 tokens and an answer of exactly `new` tokens."""
     workbench.model.generation_config.eos_token_id = None
     workbench.text.value = prompt_of(make_records("lines", 1500, 1, 5)[0])
-    workbench.system.value, workbench.task.value, workbench.new_tokens.value = system, "own text", new
+    workbench.system.value, workbench.origin.value, workbench.new_tokens.value = system, TEXT, new
 
 
 def keep_busy(workbench) -> None:
     """Use a random model of 130 M parameters, large enough to keep both cores busy."""
     size = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16)
     more = dict(num_key_value_heads=4, vocab_size=len(workbench.tokenizer), max_position_embeddings=8192)
-    workbench.model, workbench.name = LlamaForCausalLM(LlamaConfig(**size, **more)).eval(), "130 M random weights"
+    model = LlamaForCausalLM(LlamaConfig(**size, **more)).eval()
+    workbench.chosen.use(model, workbench.tokenizer, "130 M random weights")
 
 
 def spent() -> tuple[float, ...]:
@@ -42,9 +44,9 @@ def windows(workbench, pairs: int, seconds: float) -> None:
     Prints the quartiles and the number of the ms/token ratios, and CPU seconds per second by process, with and without.
     """
     run, board, on = workbench.start(), workbench._boards[-1], [True]
-    flush, wants = board.flush, run.record.wants
+    flush, observes = board.flush, run.record.should_observe
     board.flush = lambda: on[0] and flush()
-    run.record.wants = lambda *where: on[0] and wants(*where)
+    run.record.should_observe = lambda *where: on[0] and observes(*where)
     while len(run.tokens) < 20:
         time.sleep(0.1)
     ratios, cpu = [], {True: [], False: []}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hillinfer.session import keep_session, open_session, save_session
     from hillinfer.speculative import exact
     from hillinfer.systems.registry import POLICIES, list_systems, make_cache
+    from hillinfer.workbench.explain import explain
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOME = {
     "UsageError": "errors",
     "disable": "models.seam",
     "enable": "models.seam",
+    "explain": "workbench.explain",
     "exact": "speculative",
     "keep_session": "session",
     "list_systems": "systems.registry",

@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+import hillinfer
 from hillinfer.config import Settings
 from hillinfer.errors import UsageError
 from hillinfer.evaluator.policies import Full, TopK
@@ -76,8 +77,11 @@ class TieredCache(Cache):
 
     def why_split(self) -> str:
         """Where the KV is and why, in one line; and which layers are not tiered."""
-        some = len(self.support.tiered) < self.support.layers
-        return self.run.why_split() + (f"; {self.support}" if some else "")
+        return self.run.why_split() + (f"; {self.support}" if len(self.support.tiered) < self.support.layers else "")
+
+    def explain(self, step: int | None = None):
+        """Why a decode step took as long as it did, or where the run's time went: `hillinfer.explain`."""
+        return hillinfer.explain(self, step)  # the public name: loads the workbench on first use
 
     def memory(self) -> dict[str, int]:
         """Bytes now: `device` and `host` records, key `codes`, `hits` tables, tensors bound to the `page_cache`, and
@@ -115,10 +119,7 @@ class TieredCache(Cache):
         """An independent cache of the same tokens, in memory: prefill once, ask often. UsageError on a drive."""
         run, new = self.run, object.__new__(type(self))
         if run.settings.drive is not None:
-            raise UsageError(
-                "a cache on a drive cannot be copied: keep its document with save_session once, and open it with "
-                "open_session for each copy"
-            )
+            raise UsageError("a cache on a drive cannot be copied: save_session once, and open_session for each copy")
         memo |= {id(self): new, id(run.owner): type(run.owner)(run.layers), id(self.hooks): []}
         memo |= {id(shared): shared for shared in (self.config, run.observer)}
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
@@ -126,9 +127,7 @@ class TieredCache(Cache):
         return new
 
     def __reduce_ex__(self, protocol):
-        raise UsageError(
-            "a cache cannot be pickled: keep its document with save_session, or copy a cache in memory by copy.deepcopy"
-        )
+        raise UsageError("a cache cannot be pickled: keep its document with save_session, or use copy.deepcopy")
 
 
 def _release(run: Run, hooks: list) -> None:

@@ -61,8 +61,7 @@ class Timeline:
         """One row per span, with its duration in ms."""
         import pandas as pd
 
-        columns = list(Span.__slots__)
-        frame = pd.DataFrame([asdict(span) for span in self.spans], columns=columns)
+        frame = pd.DataFrame([asdict(span) for span in self.spans], columns=list(Span.__slots__))
         return frame.assign(ms=(frame.end_ns - frame.start_ns) / 1e6)
 
     def busy_ms(self, *lanes: str) -> float:

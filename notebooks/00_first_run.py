@@ -64,18 +64,24 @@ for name, one, other, form in compare_figures(first, second):
     print(f"{name:40} {one:{form}}".ljust(56), f"{other:{form}}".rjust(12))
 
 # %% [markdown]
+# ## Why was a token slow?
+#
+# Click a token: the pane beside the timeline says in a sentence and a table what its step waited for, against the
+# median step. The same from code, for the whole run and for its slowest step.
+
+# %%
+import hillinfer
+
+why = hillinfer.explain(first)
+print(why.sentence)
+print(hillinfer.explain(first, why.step))
+
+# %% [markdown]
 # ## With your own model
 #
-# Any decoder-only model of the Llama, Qwen, Mistral or OPT families, from a local folder or the Hub:
-#
-# ```python
-# from transformers import AutoModelForCausalLM, AutoTokenizer
-# model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
-# tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")
-# Workbench(model, tokenizer, drive="/mnt/nvme").show()
-# ```
-#
-# Select *own text* as the task and paste a document, or keep the synthetic tasks. With a session file, a long document
-# is prefilled only once: set `workbench.session.value = "report.kv"`. The first run creates it, later runs open it.
+# Write a folder, a hub id or a `.gguf` file into *model* and press **Load**, or pass what you have loaded:
+# `Workbench(model, tokenizer, drive="/mnt/nvme")`. As *prompt* choose a row of LongBench, LongEval or RULER, or an own
+# text or file (`.txt`, `.md`, `.pdf`). With a session file, a long document is prefilled only once: set
+# `workbench.session.value = "report.kv"`. The first run creates it, later runs open it.
 #
 # Next: `01_attention_sparsity`.

@@ -47,13 +47,36 @@ from hillinfer.workbench.figures import attention_figure, sparsity_figure
 sparsity_figure(record, f"{task}, {tokens} tokens: tokens that hold 90 % of the attention")
 
 # %% [markdown]
+# ## What real models look at
+#
+# The same for two real models on LongBench rows, beside this run: kept results, which `python -m
+# benchmarks.head_sparsity MODEL --rows FOLDER` measures again. Most heads need a few per cent of the tokens; those
+# that need most lie in the first layers.
+
+# %%
+import pandas as pd
+
+from hillinfer.assets import data_folder
+from hillinfer.workbench.published import sparsity_by_model
+
+kept = pd.read_csv(data_folder("notebooks") / "kept" / "head-sparsity.csv")
+heads = {
+    name: part.pivot(index="layer", columns="head", values="needed").to_numpy()
+    for name, part in kept.groupby("model", sort=False)
+}
+setting = f"Real models: mean over the decode steps of the shortest row each of {kept.tasks[0].replace(' ', ' and ')}, "
+setting += (
+    f"about {max(kept.tokens.str.split().explode().astype(int)):,} tokens at most. This run: {task}, {tokens} tokens."
+)
+sparsity_by_model({"this run": record} | heads, setting)
+
+# %% [markdown]
 # ## Recall of the selection
 #
 # The share of the exact attention that falls on the selected tokens, by layer. At alpha 1 it would be 100 %.
 
 # %%
 import numpy as np
-import pandas as pd
 
 recall = np.array([[layers[layer].recall for layer in sorted(layers)] for layers in record.steps.values()])
 pd.DataFrame(
@@ -87,6 +110,6 @@ show_record(run.timeline, run.counters, record)
 # %% [markdown]
 # ## With your own model
 #
-# Replace the line that loads the model: `model = AutoModelForCausalLM.from_pretrained(...)`, `tokenizer =
-# AutoTokenizer.from_pretrained(...)`, of the Llama, Qwen, Mistral or OPT families. For your own text, create the case
-# with `Case.text(tokenizer, text, question, max_new_tokens=64)`. To use a separate drive, set `drive` to its folder.
+# Replace the line that loads the model: `model, tokenizer = hillinfer.load_model(NAME)` takes a folder, a hub id or a
+# `.gguf` file. For your own text, create the case with `Case.text(tokenizer, text, question, max_new_tokens=64)`, for a
+# row of LongBench with `Case.row`. To use a separate drive, set `drive` to its folder.

@@ -9,37 +9,54 @@
 # %% [markdown]
 # # LongBench
 #
-# **What you will see:** systems and budgets scored on long-context tasks by LongBench's rules: a table with
-# intervals and a paired test against the full cache, accuracy against budget and against bytes, and the models'
-# answers. Then the same command continues with more samples, without repeating any.
+# **What you will see:** what a budget costs in accuracy, and why. The accuracy board asks systems the questions of
+# long-context tasks, scores the answers by LongBench's rules, and fills a table with intervals and a paired
+# difference to full attention. Every cell opens its answers, with the first token at which a system parts from full
+# attention, and that token opens in the dashboard.
 #
-# It runs on the bundled tasks, in LongBench's format. LongBench itself is one option away, at the end. A few
-# samples show how it works, not which system is better.
+# It runs on the bundled tasks, in LongBench's format, with the bundled model. LongBench itself and a real model are
+# two fields of the board. A few samples show how it works, not which system is better.
 
 # %% tags=["parameters"]
-tasks = "lines_1k,needle_1k,two_hop_1k"  # own: all bundled tasks; longbench-en: LongBench's 16 English ones
-systems = "streaming,topk,hillinfer"  # or all; full is always added
-alpha = "0.05,0.2"
+model = "embedded"  # or a folder, a hub id or a .gguf file
+data = ""  # folder or data.zip with LongBench's rows, with tasks such as ["hotpotqa", "qasper"]
+tasks = ["lines_1k", "needle_1k", "two_hop_1k"]
+systems = ["streaming", "topk", "hillinfer"]  # full is always added
+alphas = "0.05, 0.2"
 samples = 2  # of each task
-model = "embedded"  # or a folder, or a name on the hub
 folder = None  # for the results; None takes a temporary one
 
+# %% [markdown]
+# ## The accuracy board
+#
+# Press **Run**. **Stop** ends at once, and what was answered is kept: **Run** goes on from there, also after a
+# restart of the kernel, and repeats nothing. Add a system, a task or samples at any time, and press **Run** again.
+# Click a score to read the answers behind it.
+
 # %%
-import sys
 import tempfile
 from pathlib import Path
 
+from hillinfer.workbench import AccuracyBoard
+
 temporary = tempfile.TemporaryDirectory()  # goes when the kernel ends
-python, folder = sys.executable, Path(folder or temporary.name)
-setting = f"--model {model} --tasks {tasks} --systems {systems} --alpha {alpha} --out {folder}"
+folder = Path(folder or temporary.name)
+board = AccuracyBoard(folder)
+board.model.value, board.data.value = model, data
+board.origin.value = "LongBench" if data else "the project's own"
+board.tasks.value, board.systems.value = tasks, systems
+board.alphas.value, board.samples.value = alphas, samples
+board.show()
 
 # %% [markdown]
-# ## The command
+# ## The same from code
 #
-# `hillinfer eval` on any shell does the same. Stopped at any moment, it goes on where it was.
+# `run` waits for the answers. The files in the folder are those of `hillinfer eval`, which can continue them, and the
+# other way round. An eval that runs elsewhere is followed with **Watch**.
 
 # %%
-# !{python} -m hillinfer eval {setting} --samples {samples} 2>&1
+rows = board.run()
+print(f"{len(rows)} answers; the same in a terminal: hillinfer eval --systems {','.join(board.systems.value)} ...")
 
 # %% [markdown]
 # ## Accuracy by budget
@@ -48,11 +65,10 @@ setting = f"--model {model} --tasks {tasks} --systems {systems} --alpha {alpha} 
 
 # %%
 from hillinfer.longbench import report
-from hillinfer.longbench.results import read
 from hillinfer.workbench.evaluation import budget_figure, bytes_figure, tasks_figure
 
-table, cost, _, facts = report.write(folder)
-asked = len({(row["task"], row["id"]) for row in read(folder)})
+table, cost, *_ = report.write(folder)
+asked = len({(row["task"], row["id"]) for row in rows})
 budget_figure(table, f"{model} model, {asked} questions: accuracy by budget")
 
 # %% [markdown]
@@ -67,40 +83,43 @@ bytes_figure(table.merge(cost), f"{model} model, {asked} questions: accuracy by 
 tasks_figure(table, f"{model} model: scores by task, in per cent")
 
 # %% [markdown]
-# ## What it costs
+# ## Why was an answer wrong?
 #
-# Medians over samples, measured in this run.
+# The same as a click on a score: the question, the reference, and all answers side by side.
 
 # %%
-cost.drop(columns=["model", "question", "truncated"]).set_index(["system", "alpha"]).style.format("{:,.1f}")
+board.table.cell = {"task": tasks[-1], "system": systems[0], "alpha": float(alphas.split(",")[0]), "sample": 0}
+answers = board.table.answers
+print("question: ", answers["input"], "\nreference:", answers["reference"])
+for one in answers["answers"]:
+    where = "as full" if one["parts"] is None else f"parts at token {one['parts'] + 1}"
+    print(f"{one['system']:10} {one['alpha'] or 1:<5g} {where:18} {one['same']}|{one['token']}{one['rest']}")
 
 # %% [markdown]
-# ## What was answered
-#
-# Every answer is a line of `results.jsonl`. Read the wrong ones before you trust a score.
+# That token in the dashboard: the question is asked again, and the step that chose the token is marked in all views.
+# If attention went elsewhere, the answer's place in the text was not among the selected tokens.
 
 # %%
-import pandas as pd
-
-answers = pd.DataFrame(read(folder))[["task", "id", "system", "alpha", "pred", "answers", "score"]]
-answers.sort_values(["score", "task", "id"]).head(8).style.hide(axis="index").format({"score": "{:.0%}"})
+parted = [i for i, one in enumerate(answers["answers"]) if one["parts"] is not None]
+run = board.open_token(parted[0] if parted else 0)
+print(run.system, "answers:", run.result())
+board.workbench.join_painter()
 
 # %% [markdown]
-# ## More samples, later
+# ## More, later
 #
-# Existing answers are kept, and their questions are not repeated. Add tasks, systems, budgets or models the same way.
+# Existing answers are kept, and their questions are not repeated.
 
 # %%
-before = len(read(folder))
-# !{python} -m hillinfer eval {setting} --samples {samples + 1} > {folder}/second.log 2>&1
-print(f"{before} answers were there, now {len(read(folder))}")
-table, cost, _, facts = report.write(folder)
-report.summary(table, cost)[["system", "alpha", "n", "score", "to full"]].style.hide(axis="index")
+before = len(board.rows)
+board.samples.value = samples + 1
+print(f"{before} answers were there, now {len(board.run())}")
 
 # %% [markdown]
 # ## With your own model, and LongBench's own data
 #
-# Set `model` to a folder or a name on the Hub, `tasks` to `longbench-en` and `samples` to 0 (all), add `--data
-# data.zip` to the setting, and set `folder` to a permanent one. `--workers 8` or `--cluster dask:HOST:8786` run the
-# eval in parallel.
-# `docs/longbench.md` has the steps for Llama-3.1-8B on one 24 GB GPU, and what was not run.
+# Write a folder, a hub id or a `.gguf` file into *model*, choose *LongBench* as the tasks' origin and name the folder
+# or `data.zip` of its rows; without one they come from the Hub. Name a permanent folder for the results, and set
+# *samples* to 0 for all. On many processes or a cluster use `hillinfer eval` with `--workers 8` or `--cluster
+# dask:HOST:8786`, and watch it here. `docs/longbench.md` has the steps for Llama-3.1-8B on one 24 GB GPU, and what was
+# not run.

@@ -20,22 +20,25 @@ GALLERY = HERE.parent / "docs" / "gallery"
 WIDGET, PLOTLY = "application/vnd.jupyter.widget-view+json", "application/vnd.plotly.v1+json"
 BOARDS = """
 import ipywidgets
+from hillinfer.workbench.accuracy import ScoreTable
 from hillinfer.workbench.board import Board
 def _boards(widget):
-    return [widget] if isinstance(widget, Board) else [b for c in getattr(widget, "children", ()) for b in _boards(c)]
+    drawn = isinstance(widget, Board | ScoreTable)
+    return [widget] if drawn else [b for c in getattr(widget, "children", ()) for b in _boards(c)]
 for number, board in enumerate(_boards(ipywidgets.Widget.widgets["MODEL"])):
-    open("FOLDER/MODEL-%d.html" % number, "w").write(board.html())
+    open("FOLDER/MODEL-%d-%s.html" % (number, type(board).__name__), "w").write(board.html())
 """
 
 
 def shoot(pages: list[Path]) -> bytes:
-    """A picture of boards in Chromium, side by side."""
+    """A picture of boards in Chromium: side by side, or below a table of scores."""
     from playwright.sync_api import sync_playwright
 
+    beside = len(pages) > 1 and "ScoreTable" not in pages[0].name
     with sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        tab = browser.new_page(viewport=dict(width=1060 if len(pages) == 1 else 640, height=400), color_scheme="light")
+        tab = browser.new_page(viewport=dict(width=640 if beside else 1060, height=400), color_scheme="light")
         images = []
         for page in pages:
             tab.goto(f"file://{page}")
@@ -45,10 +48,9 @@ def shoot(pages: list[Path]) -> bytes:
         if len(images) > 1:
             tab.set_viewport_size(dict(width=1300, height=400))
             urls = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in images]
-            tab.set_content(
-                "<div id=all style='display:flex;align-items:flex-start;gap:8px;width:max-content'>"
-                + "".join(f"<img src='{url}'>" for url in urls)
-            )
+            way = "row" if beside else "column"
+            style = f"display:flex;flex-direction:{way};align-items:flex-start;gap:8px;width:max-content"
+            tab.set_content(f"<div id=all style='{style}'>" + "".join(f"<img src='{url}'>" for url in urls))
             images = [tab.locator("#all").screenshot()]
         browser.close()
     return images[0]

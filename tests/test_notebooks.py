@@ -18,12 +18,12 @@ SMALL = dict.fromkeys(("00", "01", "02", "03", "06"), 'task, tokens = "lines", 1
 SMALL |= {"04": 'tasks, systems = {"lines_1k": 1}, ["full", "topk", "hillinfer"]', "05": 'tasks = {"lines_1k": 1}'}
 SMALL |= {
     "07": 'task, length = "lines", 1024',
-    "08": 'tasks, systems, alpha, samples = "lines_1k", "topk,hillinfer", "0.2", 1',
+    "08": 'tasks, systems, alphas, samples = ["lines_1k"], ["streaming", "hillinfer"], "0.2", 1',
 }
 
 
 def test_all_notebooks_are_here():
-    assert [book.stem[:2] for book in BOOKS] == [f"{number:02}" for number in range(10)]
+    assert [book.stem[:2] for book in BOOKS] == [f"{number:02}" for number in range(11)]
     assert [book.stem for book in BOOKS] == [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9]*_*.py"))]
 
 
@@ -52,12 +52,18 @@ def test_ipynb_is_its_source():
         assert source.with_suffix(".ipynb").read_text() == sync.stripped(source), "run: python notebooks/sync.py"
 
 
+def code_of(cell) -> list[str]:
+    return cell.source.splitlines() if cell.cell_type == "code" else []
+
+
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 def test_gallery_shows_all_of_it(path):
     page, book = (ROOT / "docs" / "gallery" / f"{path.stem}.md").read_text(), nbformat.read(path, 4)
     shown = "\n".join(line.rstrip() for line in page.split("\n"))
     for cell in book.cells:
         assert "\n".join(line.rstrip() for line in cell.source.split("\n")) in shown
+    assert "\x1b" not in page and len(page) < 1e6  # escape codes of a terminal
+    assert not any(line.lstrip().startswith(("!", "%")) for cell in book.cells for line in code_of(cell))
     assert "Traceback" not in page and "Warning" not in page and page.startswith(book.cells[0].source.split("\n")[0])
 
 

@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 2_963, 8_744
+CORE_LINES, PACKAGE_LINES = 2_961, 8_721
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -85,7 +85,8 @@ MAY = {
         "whatif",
     }
     | {"workbench"},
-    "__init__": {"cache", "errors", "config", "evaluator", "loading", "models", "session", "speculative", "systems"},
+    "__init__": {"cache", "errors", "config", "evaluator", "loading", "models", "session", "speculative", "systems"}
+    | {"workbench"},  # public names, each loaded on first use
     "__main__": {"commands"},
 }
 WINGS = ("baselines", "hillinfer", "leoam", "lossless")  # of systems

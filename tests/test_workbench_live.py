@@ -13,8 +13,9 @@ from hillinfer.assets import load_embedded
 from hillinfer.longbench.runner import ask, feed
 from hillinfer.speculative import describe_rounds
 from hillinfer.systems.registry import make_cache
+from hillinfer.workbench.cases import TEXT, Case
 from hillinfer.workbench.differences import compare_figures, differences, first_difference
-from hillinfer.workbench.live import Case, LiveRun, _Growing
+from hillinfer.workbench.live import LiveRun, _Growing
 from hillinfer.workbench.observe import AttentionRecord
 
 
@@ -311,7 +312,7 @@ def test_bad_settings_are_one_line(workbench):
     workbench.run_button.click()
     assert "is not an amount of memory" in workbench.message.value and not workbench.runs and ours() == []
     workbench.budget.value = ""
-    workbench.task.value = "own text"
+    workbench.origin.value = TEXT
     workbench.run_button.click()
     assert "no text" in workbench.message.value
 

@@ -12,7 +12,6 @@ from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
 
 OUT = Path("out/eval")
-QUESTIONS = {"stepwise": ["stepwise"], "prefilled": ["prefilled"], "both": ["stepwise", "prefilled"]}
 FIDELITY = {"": (), "reference": ("reference",), "own": ("own",), "both": ("reference", "own")}
 GROUPS = "own, longbench, longbench-en, longbench-e, longbench-v2, quest, auto, or names of tasks."
 
@@ -55,8 +54,8 @@ def evaluate(
         table, facts = compare_folders(*compare)
         say(f"A is {compare[0]}, B is {compare[1]}.", *facts)
         return show_table(list(table), format_rows(table))
-    if question not in QUESTIONS or dtype not in DTYPES:
-        raise UsageError(f"question is {', '.join(QUESTIONS)}, dtype {', '.join(DTYPES)}; not {question} and {dtype}")
+    if dtype not in DTYPES:
+        raise UsageError(f"no dtype '{dtype}'; choose {', '.join(DTYPES)}")
     if fidelity not in FIDELITY:
         raise UsageError(f"no fidelity '{fidelity}'; choose reference, own or both")
     if not (answers or fidelity):
@@ -67,24 +66,16 @@ def evaluate(
     for value in (alphas := split_list(alpha, float)):
         Settings(alpha=value, **options)  # refuse bad input before torch loads
     check_folder(drive)
-    from hillinfer.assets import machine
-    from hillinfer.loading import model_path
-    from hillinfer.longbench import metrics, report, sources, sweep
+    from hillinfer.longbench import report
     from hillinfer.longbench.fidelity_table import shown
-    from hillinfer.longbench.job import EvalSettings, Job
-    from hillinfer.longbench.models import describe
-    from hillinfer.longbench.results import Results
-    from hillinfer.speculative import check_draft
+    from hillinfer.longbench.job import EvalSettings
+    from hillinfer.longbench.plan import Evaluation
+    from hillinfer.longbench.sweep import run_all
     from hillinfer.systems.registry import list_systems
     from hillinfer.workbench.evaluation import write_page
     from hillinfer.workbench.report import format_rows
 
     names = list_systems() if systems == "all" else split_list(systems)
-    variants = sweep.variants_of(names, alphas, options, QUESTIONS[question])
-    for name in {variant.system for variant in variants if exact and variant.alpha is not None}:
-        check_draft(list_systems()[name].policy)
-    loaded = sources.load_all(split_list(tasks), data or [], revision)
-    metrics.check_libraries([task for task, _, _ in loaded])
     settings = EvalSettings(
         max_length=max_length,
         chat=chat,
@@ -99,31 +90,19 @@ def evaluate(
         exact=exact,
         share_prefill=share_prefill,
     )
-    tokens = max_length + max(task.max_new_tokens for task, _, _ in loaded) if max_length else 0
-    models = {name: describe(name, chat, tokens, dtype) for name in split_list(model)}
-    drawn = [(task, sweep.sample(records, samples, seed)) for task, records, _ in loaded]
-    place = drive or (None if cluster else folder)  # the machines of a cluster may not have this folder
-    jobs = [  # one sample of each task, then the next: an early estimate of the time, and a balanced half when stopped
-        Job(name, model_path(name), task, records[i], tuple(variants), settings, place and str(place.resolve()))
-        for name in models
-        for i in range(max(len(records) for _, records in drawn))
-        for task, records in drawn
-        if i < len(records)
-    ]
-    with Results(folder) as results:
-        files, hardware = [source for _, _, source in loaded], machine().partition(", torch")[0]
-        results.begin(settings.identity(), models, files, sys.argv, hardware)
-        left = sweep.plan(jobs, results.done())
-        missing, total = sum(len(job.variants) for job in left), len(jobs) * len(variants)
+    lists = split_list(model), split_list(tasks), names, alphas
+    evaluation = Evaluation(folder, *lists, samples, question, data or [], revision, settings, drive, cluster)
+    with evaluation.opened(sys.argv) as (results, left, total):
+        missing = sum(len(job.variants) for job in left)
         with progress() as bars:
             bar = bars.add_task("answers", total=total, completed=total - missing)
-            for rows in sweep.run_all(left, workers, cluster):
+            for rows in run_all(left, workers, cluster):
                 results.append(rows)
                 bars.advance(bar, len(rows))
     table, cost, close, facts = report.write(folder)
     summary = report.summary(table, cost)
     facts += ["Decoded exactly: each system's selection drafts, and all KV verifies."] * exact
-    facts += [f"Weights of {name}: {about['dtype']}." for name, about in models.items()]
+    facts += [f"Weights of {name}: {about['dtype']}." for name, about in evaluation.described.items()]
     page = write_page(folder, table, cost, close, summary, facts)
     say(*facts)
     for part in (summary, shown(close)):

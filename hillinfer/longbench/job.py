@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -83,20 +83,24 @@ class Job:
 
 def run_job(job: Job) -> list[dict]:
     """Answer one sample: one row per variant. Their `seconds` add up to the job's run time."""
-    wanted, rows = job.settings, []
+    return [row for rows in answer_groups(job) for row in rows]
+
+
+def answer_groups(job: Job) -> Iterator[list[dict]]:
+    """The rows of `run_job` as they come: of the variants that decode together, group by group."""
+    wanted = job.settings
     model, tokenizer = load_model(job.path, wanted.dtype, wanted.threads, wanted.seed)
     prompt = prompt_of(job.task, job.record, model.config, tokenizer, wanted.max_length, wanted.chat)
-    with torch.inference_mode():
-        asker = Asker(model, tokenizer, job)
-        for question in QUESTIONS:  # in this order: the document's prefill is taken on
-            asked = prompt if question == "stepwise" else replace(prompt, document=len(prompt.ids) - 1)
-            if variants := [variant for variant in job.variants if variant.question == question]:
-                for group in asker.groups(variants, asked):
-                    began = time.perf_counter()
+    asker = Asker(model, tokenizer, job)
+    for question in QUESTIONS:  # in this order: the document's prefill is taken on
+        asked = prompt if question == "stepwise" else replace(prompt, document=len(prompt.ids) - 1)
+        if variants := [variant for variant in job.variants if variant.question == question]:
+            for group in asker.groups(variants, asked):
+                began = time.perf_counter()
+                with torch.inference_mode():  # not around a yield: it would reach the caller
                     answered = asker.answer(group, asked)
-                    seconds = (time.perf_counter() - began) / len(group)
-                    rows += [row | {"seconds": seconds} for row in answered]
-    return rows
+                seconds = (time.perf_counter() - began) / len(group)
+                yield [row | {"seconds": seconds} for row in answered]
 
 
 class Asker:

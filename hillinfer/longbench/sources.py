@@ -8,6 +8,7 @@ copies do not contain the raw rows.
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from hillinfer.assets import data_folder
 from hillinfer.errors import UsageError
 from hillinfer.loading import hub_reachable
-from hillinfer.longbench.tasks import BUNDLED, Task, find_tasks
+from hillinfer.longbench.tasks import BUNDLED, RULER_TOKENS, Task, find_tasks
 
 HUB = {"longbench": ("zai-org/LongBench", "data.zip"), "longbench-e": ("zai-org/LongBench", "data.zip")}
 HUB["longbench-v2"] = ("zai-org/LongBench-v2", "data.json")
@@ -95,11 +96,8 @@ def checked(records: list[dict]) -> list[dict]:
 
 
 def _local(task: Task, data: Sequence[Path]) -> tuple[Source, bytes] | None:
-    places = [*data, *([Path(os.environ["LONGBENCH_DIR"])] if os.environ.get("LONGBENCH_DIR") else [])]
-    if missing := [str(place) for place in places if not place.exists()]:
-        raise UsageError(f"data {missing[0]} does not exist; {HINT}")
     names = _files(task)
-    for place in places:
+    for place in _places(data):
         for name in names if place.is_dir() else ():
             if (path := place / name).is_file():
                 return Source(task.name, "folder", str(path), ""), path.read_bytes()
@@ -119,6 +117,33 @@ def _files(task: Task) -> list[str]:
         name = task.name.removeprefix("ruler_")
         return [f"{name}.jsonl", f"{name}/validation.jsonl", f"data/{name}/validation.jsonl"]
     return [f"{task.name}.jsonl", f"data/{task.name}.jsonl"]
+
+
+def local_tasks(suite: str, data: Sequence[Path] = ()) -> list[str]:
+    """Names of the tasks of LongEval or RULER, whose tasks are named after files, in folders and zips (searched as by
+    `load`). Numbers in names sort by value.
+    """
+    paths = []
+    for place in _places(data):
+        if place.is_dir():
+            paths += [path.relative_to(place).as_posix() for path in place.rglob("*.jsonl")]
+        elif place.is_file():
+            with zipfile.ZipFile(place) as opened:
+                paths += opened.namelist()
+    pattern, name = {
+        "longeval": (r"(?:testcases/)?(\d+)_lines\.jsonl", "longeval_{}"),
+        "ruler": (rf"(?:data/)?((?:{'|'.join(RULER_TOKENS)})\w*)(?:/validation)?\.jsonl", "ruler_{}"),
+    }[suite]
+    found = {name.format(match[1]) for path in paths if (match := re.fullmatch(pattern, path))}
+    return sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def _places(data: Sequence[Path]) -> list[Path]:
+    """Where to look for files, in order. UsageError if one of them does not exist."""
+    places = [*data, *([Path(os.environ["LONGBENCH_DIR"])] if os.environ.get("LONGBENCH_DIR") else [])]
+    if missing := [str(place) for place in places if not place.exists()]:
+        raise UsageError(f"data {missing[0]} does not exist; {HINT}")
+    return places
 
 
 def _unzip(archive: Path, names: list[str]) -> bytes | None:

@@ -3,14 +3,15 @@
 from importlib import import_module
 
 _HOME = {
+    "AccuracyBoard": "accuracy",
     "Workbench": "dashboard",
     "Board": "board",
     "show_timeline": "board",
     "show_record": "board",
-    "Case": "live",
+    "Case": "cases",
     "LiveRun": "live",
 }
-__all__ = ["Board", "Case", "LiveRun", "Workbench", "show_record", "show_timeline"]
+__all__ = ["AccuracyBoard", "Board", "Case", "LiveRun", "Workbench", "show_record", "show_timeline"]
 
 
 def __getattr__(name: str):

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Protocol
@@ -17,10 +18,11 @@ import traitlets
 from hillinfer.errors import UsageError
 from hillinfer.timeline import LANES, Counters, Span, Timeline
 from hillinfer.workbench import palette
+from hillinfer.workbench.explain import explain
 from hillinfer.workbench.observe import AttentionRecord, AttentionSnapshot
 
 STATIC = Path(__file__).parent / "static"
-PARTS = ("head", "text", "sparsity", "hits", "timeline", "memory")
+PARTS = ("head", "text", "sparsity", "hits", "timeline", "why", "memory")
 HITS = "step layer queries device host drive demoted prefetched".split()  # column order of static/board.js
 BATCH = 50_000  # spans per message, 1.9 MB
 
@@ -42,7 +44,7 @@ class Board(anywidget.AnyWidget):
     parts  names of the views to show, from PARTS
     """
 
-    _esm = (STATIC / "timeline.js").read_text(encoding="utf-8") + (STATIC / "board.js").read_text(encoding="utf-8")
+    _esm = "".join((STATIC / f"{name}.js").read_text(encoding="utf-8") for name in ("common", "timeline", "board"))
     _css = (STATIC / "board.css").read_text(encoding="utf-8")
     parts = traitlets.List().tag(sync=True)
     palette = traitlets.Dict().tag(sync=True)
@@ -65,8 +67,9 @@ class Board(anywidget.AnyWidget):
             self._sent = dict(spans=0, hits=0, tokens=0)
             self._kinds: dict[str, int] = {}
             self._detail_key: tuple | None = None  # run and cursor that `detail` belongs to
+            self._explained: tuple | None = None  # run and step that its explanation belongs to
             self._origin: int | None = None
-            self.state, self.detail = {}, {}
+            self.state, self.detail, self._summary = {}, {}, None
             self._last_sent: tuple | None = None  # state and detail of the last message
             self.cursor = dict.fromkeys(("step", "layer", "head"))
             self.source = source
@@ -77,6 +80,9 @@ class Board(anywidget.AnyWidget):
         """Send all new rows and the current state."""
         with self._writing:
             self.state = self.source.status()
+            if self.state.get("phase") in ("done", "stopped", None):  # the whole run's record is read for it
+                self._summary = self._summary or self._explain(None)
+                self.state = self.state | {"why": self._summary}
             self._update_detail()
             while self._send_rows():
                 pass
@@ -129,6 +135,12 @@ class Board(anywidget.AnyWidget):
 
     def _update_detail(self) -> None:
         """Set `detail` to the attention at the cursor: heat map of layers by heads, and distribution over positions."""
+        if self.source is None:
+            return
+        if (self._run, self.cursor["step"]) != self._explained:
+            self._explained = self._run, self.cursor["step"]
+            why = self._explain(self.cursor["step"]) if self.cursor["step"] is not None else None
+            self.detail = self.detail | {"why": why or {}}
         record = getattr(self.source, "record", None)
         found = record.snapshots_at(self.cursor["step"]) if record is not None else None
         if found is None:
@@ -142,7 +154,15 @@ class Board(anywidget.AnyWidget):
         heat = {"step": step, "exact": record.exact, "needed": [_list(row.needed / row.n) for row in rows]}
         heat["recall"] = [_list(row.recall) for row in rows] if record.exact else None
         layer = self.cursor["layer"] if self.cursor["layer"] in layers else max(layers)
-        self.detail = {"heat": heat, "distribution": _distribution(step, layer, self.cursor["head"], layers[layer])}
+        chosen = _distribution(step, layer, self.cursor["head"], layers[layer])
+        self.detail = self.detail | {"heat": heat, "distribution": chosen}
+
+    def _explain(self, step: int | None) -> dict | None:
+        """The explanation of a step or of the run for the page; None where there is no record."""
+        try:
+            return asdict(explain(self.source, step))
+        except UsageError:
+            return None
 
     def _on_message(self, _, message: dict, buffers) -> None:
         """Handle a message of the page: it lacks rows (after a reload or a lost message), or requests an export."""
@@ -175,12 +195,14 @@ class Board(anywidget.AnyWidget):
             message = {"kind": "more", "run": 1, "from": dict(spans=0, hits=0, tokens=0), "kinds": list(self._kinds)}
             message |= {"state": self.state, "detail": self.detail}
             message["tokens"] = [list(token) for token in source.tokens]
-        data = json.dumps({"traits": traits, "message": message, "buffers": parts}).replace("<", "\\u003c")
-        page = (STATIC / "page.html").read_text(encoding="utf-8")
-        parts = dict(TITLE=escape(title), CSS=self._css, DATA=data, ESM=self._esm)
-        return re.sub(
-            r"/\*(TITLE|CSS|DATA|ESM)\*/", lambda mark: parts[mark[1]], page
-        )  # one pass: texts may hold markers
+        return standalone(title, self._css, self._esm, {"traits": traits, "message": message, "buffers": parts})
+
+
+def standalone(title: str, css: str, esm: str, data: dict) -> str:
+    """A page that renders a widget's module without a kernel. data: its traits, and the message that fills it."""
+    page = (STATIC / "page.html").read_text(encoding="utf-8")
+    parts = dict(TITLE=escape(title), CSS=css, DATA=json.dumps(data).replace("<", "\\u003c"), ESM=esm)
+    return re.sub(r"/\*(TITLE|CSS|DATA|ESM)\*/", lambda mark: parts[mark[1]], page)  # one pass: texts may hold markers
 
 
 class _RecordedRun:
@@ -203,7 +225,7 @@ def show_timeline(timeline: Timeline) -> Board:
 
 def show_record(timeline: Timeline, counters: Counters, record: AttentionRecord | None = None) -> Board:
     """A board of a finished run: linked views of timeline, hits and, if recorded, attention."""
-    parts = ("sparsity", "hits", "timeline") if record else ("hits", "timeline")
+    parts = ("sparsity", "hits", "timeline", "why") if record else ("hits", "timeline", "why")
     return Board(_RecordedRun(timeline, counters, record), parts)
 
 

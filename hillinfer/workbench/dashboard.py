@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from hillinfer.assets import load_embedded, machine
 from hillinfer.errors import UsageError
-from hillinfer.longbench.synthetic import TASKS
+from hillinfer.longbench.job import Variant
 from hillinfer.systems.registry import list_systems
-from hillinfer.systems.shapes import window_of
 from hillinfer.workbench.board import Board
+from hillinfer.workbench.cases import Case
+from hillinfer.workbench.controls import ModelControls, PromptControls, control, dropdown
 from hillinfer.workbench.differences import differences
 from hillinfer.workbench.interrupt import current_cell, stop_on_interrupt
-from hillinfer.workbench.live import Case, LiveRun
+from hillinfer.workbench.live import LabelledRun, LiveRun
 from hillinfer.workbench.observe import AttentionRecord
 
 REFRESH_HZ = 2.25  # gaps below half a second, at little cost to generation
@@ -31,21 +32,6 @@ OBSERVATION = {  # option -> (budget, exact) of the AttentionRecord
     "off": None,
 }
 _displayed: dict[str, "Workbench"] = {}  # by notebook cell: re-running a cell replaces its workbench
-
-
-class LabelledRun:
-    """A run with the title and settings that its board displays."""
-
-    def __init__(self, run: LiveRun, title: str, setting: str):
-        self.run, self.title, self.setting = run, title, setting
-
-    def __getattr__(self, name: str):
-        return getattr(self.run, name)
-
-    def status(self) -> dict:
-        run = self.run
-        extra = dict(title=self.title, setting=self.setting, right=run.right, memory=run.memory)
-        return run.status() | extra | dict(observed=run.record is not None)
 
 
 class Workbench:
@@ -62,30 +48,28 @@ class Workbench:
     ):
         if (model is None) != (tokenizer is None):
             raise UsageError("pass Workbench a model and its tokenizer, or neither for the embedded model")
-        self.model, self.tokenizer = (model, tokenizer) if model is not None else _without_progress_bar(load_embedded)
-        self.name = "the embedded model" if model is None else type(self.model).__name__
+        name = "embedded" if model is None else Path(model.name_or_path).name or type(model).__name__
+        own = (model, tokenizer) if model is not None else _without_progress_bar(load_embedded)
+        self.chosen = ModelControls(*own, name, self._told)
         self.runs: list[LiveRun] = []  # runs on the boards, from left to right
         self._boards: list[Board] = []
         self._painter: threading.Thread | None = None
         self._controls(str(drive or tempfile.gettempdir()))
 
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.chosen.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.chosen.tokenizer
+
     def _controls(self, drive: str) -> None:
-        style = {"description_width": "92px"}
-
-        def control(kind, text: str, **more):
-            return kind(description=text, style=style, layout=w.Layout(width="auto"), **more)
-
-        def dropdown(text: str, options, value) -> w.Dropdown:
-            return control(w.Dropdown, text, options=options, value=value)
-
-        longest = window_of(self.model.config) or 8192
-        lengths = [n for n in (1024, 2048, 4096, 8192, 16384, 32768) if n <= longest] or [longest // 2]
-        self.task = dropdown("task", [*TASKS, "own text"], "chain")
-        self.tokens = dropdown("tokens", lengths, lengths[min(1, len(lengths) - 1)])
-        self.seed = control(w.BoundedIntText, "seed", value=2, min=0, max=10**6)
-        self.text = control(w.Textarea, "own text", placeholder="paste a long text")
-        self.question = control(w.Text, "question", placeholder="empty: continue the text")
-        self.new_tokens = control(w.BoundedIntText, "new tokens", value=64, min=1, max=100_000)
+        self.message = w.HTML()
+        self.prompt = PromptControls(self.chosen, self._told)
+        self.chosen.loaded = self.prompt.model_changed
+        for name in ("origin", "data", "task", "number", "tokens", "seed", "file", "text", "question", "new_tokens"):
+            setattr(self, name, getattr(self.prompt, name))
         self.system = dropdown("system", list(list_systems()), "hillinfer")
         self.alpha = control(w.FloatSlider, "alpha", value=0.2, min=0.02, max=1, step=0.02, readout_format=".2f")
         self.budget = control(w.Text, "host budget", placeholder="default, or 4MiB")
@@ -106,28 +90,23 @@ class Workbench:
         self.compare_button.tooltip = "run with these settings, next to the last run"
         for button in (self.run_button, self.stop_button, self.compare_button):
             button.layout.width = "104px"
-        self.message = w.HTML()
         self.table = w.HTML()
         self._area = w.GridBox(layout=w.Layout(grid_gap="10px", width="100%"))
+        self._area.add_class("hi-compared")
         self.run_button.on_click(lambda _: self._clicked(False))
         self.compare_button.on_click(lambda _: self._clicked(True))
         self.stop_button.on_click(lambda _: self.stop())
-        for control in (self.task, self.kind, self.system):
-            control.observe(lambda _: self._enable(), "value")
+        for one in (self.kind, self.system):
+            one.observe(lambda _: self._enable(), "value")
         self._enable()
 
     def _enable(self) -> None:
-        """Show the controls of the selected task, and disable those that do not apply."""
-        own_text = self.task.value == "own text"
-        for control in (self.text, self.question, self.new_tokens):
-            control.layout.display = "flex" if own_text else "none"
-        for control in (self.tokens, self.seed):
-            control.layout.display = "none" if own_text else "flex"
+        """Disable the controls that do not apply."""
         self.pacing.disabled = self.kind.value != "emulated"
         if self.pacing.disabled:
             self.pacing.value = False
-        for control in (self.kind, self.folder, self.budget):
-            control.disabled = not self._uses_drive
+        for one in (self.kind, self.folder, self.budget):
+            one.disabled = not self._uses_drive
 
     @property
     def _uses_drive(self) -> bool:
@@ -144,7 +123,7 @@ class Workbench:
             _displayed[cell] = self
         stop_on_interrupt(self)
         columns = [
-            [self.task, self.tokens, self.seed, self.text, self.question, self.new_tokens, self.session],
+            [self.chosen.box, *self.prompt.widgets, self.session],
             [self.system, self.alpha, self.precision, self.exact, self.attention],
             [self.kind, self.pacing, self.folder, self.budget],
         ]
@@ -155,7 +134,7 @@ class Workbench:
         buttons = w.HBox([self.run_button, self.stop_button, self.compare_button, self.message])
         if not self._boards:
             self._place([Board()])
-        return w.VBox([grid, buttons, self._area, self.table], layout=w.Layout(width="100%"))
+        return w.VBox([grid, self.prompt.preview, buttons, self._area, self.table], layout=w.Layout(width="100%"))
 
     def _place(self, boards: list[Board]) -> None:
         self._boards = boards
@@ -173,12 +152,26 @@ class Workbench:
         return options
 
     def case(self) -> Case:
-        if self.task.value == "own text":
-            return Case.text(self.tokenizer, self.text.value, self.question.value, self.new_tokens.value)
-        return Case.task(self.tokenizer, self.task.value, self.tokens.value, self.seed.value)
+        self.chosen.check()
+        return self.prompt.case()
 
-    def start(self, beside: bool = False) -> LiveRun:
+    def open_answer(self, task: str, record: dict, data: str, variant: Variant, at: int | None = None) -> LiveRun:
+        """Ask a row of an eval again, and mark the step whose token holds character `at` of the answer.
+
+        record, data  the row as from `sources.load`, and the folder or zip it is from
+        """
+        if self.alive:
+            raise UsageError("a run is in progress: stop it first")
+        self.prompt.choose(task, record, data)
+        self.system.value, self.alpha.value = variant.system, variant.alpha or 1.0
+        case = Case.row(self.tokenizer, self.model.config, task, record, stepwise=variant.question == "stepwise")
+        return self.start(case=case, mark=at)
+
+    def start(self, beside: bool = False, case: Case | None = None, mark: int | None = None) -> LiveRun:
         """Start a run with the current settings in the background. `beside` keeps the last run on a second board.
+
+        case  what is asked; None takes the controls' prompt
+        mark  a character of the answer, whose step is marked in all views once the run has ended
 
         Raises UsageError, before anything starts, for settings that cannot run.
         """
@@ -187,7 +180,7 @@ class Workbench:
         observation = OBSERVATION[self.attention.value]
         record = AttentionRecord(budget=observation[0], exact=observation[1]) if observation else None
         session = Path(self.session.value).expanduser() if self.session.value.strip() else None
-        parts = self.model, self.tokenizer, self.case(), self.system.value, self.options(), record, session
+        parts = self.model, self.tokenizer, case or self.case(), self.system.value, self.options(), record, session
         run = LiveRun(*parts, exact=self.exact.value)
         run.check()
         self.join_painter()
@@ -200,7 +193,9 @@ class Workbench:
             self._place(boards)
         self._boards[-1].show_run(LabelledRun(run, f"{run.system}, alpha {self.alpha.value:g}", self._setting(run)))
         run.start()
-        self._painter = threading.Thread(target=self._paint, args=(run, self._boards[-1]), name="hillinfer-painter")
+        self._painter = threading.Thread(
+            target=self._paint, args=(run, self._boards[-1], mark), name="hillinfer-painter"
+        )
         self._painter.daemon = True
         self._painter.start()
         return run
@@ -214,7 +209,7 @@ class Workbench:
             self.join_painter()
 
     def _setting(self, run: LiveRun) -> str:
-        parts = [run.case.title, self.name, f"{self.precision.value} key codes"]
+        parts = [run.case.title, self.chosen.name, f"{self.precision.value} key codes"]
         if self._uses_drive:
             kind = "emulated drive" + (", paced to a SmartSSD's rates" if self.pacing.value else "")
             kind = "SSD" if self.kind.value == "ssd" else kind
@@ -232,17 +227,22 @@ class Workbench:
         except (UsageError, OSError) as error:
             self._show_message(str(error), error=True)
 
+    def _told(self, error: str) -> None:
+        self._show_message(error, error=bool(error))
+
     def _show_message(self, text: str, error: bool = False) -> None:
         prefix = "<b style='color:#d55e00'>error:</b> " if error else ""
         self.message.value = f"<span role='status'>{prefix}{escape(text)}</span>"
 
-    def _paint(self, run: LiveRun, board: Board) -> None:
+    def _paint(self, run: LiveRun, board: Board, mark: int | None = None) -> None:
         """Body of the painter, the only thread that updates widgets during a run. The final state is always sent."""
         self._buttons(True)
         self._show_message("")
         while not run.join(1 / REFRESH_HZ):
             board.flush()
         board.flush()
+        if mark is not None and (step := run.step_at(mark)) is not None:
+            board.cursor = board.cursor | {"step": step}
         if run.phase == "failed":
             self._show_message(str(run.error), error=True)
         if len(self.runs) == 2 and all(one.figures for one in self.runs):

@@ -11,9 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from hillinfer.cache import TieredCache, chunk_ends
-from hillinfer.errors import UsageError
-from hillinfer.longbench.runner import decode, feed, is_right, measured, split_prompt
-from hillinfer.longbench.synthetic import MAX_NEW_TOKENS, make_records
+from hillinfer.longbench.runner import decode, feed, measured
 from hillinfer.session import check_keeps, open_session, save_session, session_ids
 from hillinfer.speculative import check_draft, describe_rounds, exact
 from hillinfer.systems.planning import plan
@@ -21,44 +19,10 @@ from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
 from hillinfer.timeline import Counters, Timeline
 from hillinfer.whatif.recording import describe
+from hillinfer.workbench.cases import Case
 from hillinfer.workbench.observe import AttentionRecord
 
 CHUNK = 1024  # tokens per prefill chunk; the stop event is checked in between
-
-
-@dataclass(frozen=True)
-class Case:
-    """Prompt of a run: token ids of a document and of a question about it, and the maximum answer length."""
-
-    title: str
-    context: list[int]
-    question: list[int]
-    max_new_tokens: int
-    record: dict | None = None  # synthetic record with the correct answer
-
-    @classmethod
-    def task(cls, tokenizer: PreTrainedTokenizerBase, task: str, tokens: int, seed: int) -> "Case":
-        """A synthetic task with a document of about `tokens` tokens; `seed` determines document and question."""
-        record = make_records(task, tokens, 1, seed)[0]
-        context, question = split_prompt(tokenizer, record)
-        return cls(f"{task}, {len(context):,} tokens, seed {seed}", context, question, MAX_NEW_TOKENS[task], record)
-
-    @classmethod
-    def text(cls, tokenizer: PreTrainedTokenizerBase, text: str, question: str, max_new_tokens: int) -> "Case":
-        """A custom text with a question about it; without a question, the text is continued.
-
-        Raises UsageError if the text is empty or too short.
-        """
-        if not text.strip():
-            raise UsageError("there is no text: paste one, or choose a task")
-        context = tokenizer(text).input_ids
-        if question.strip():
-            question_ids = tokenizer("\n" + question, add_special_tokens=False).input_ids
-        else:
-            context, question_ids = context[:-1], context[-1:]
-        if not context or not question_ids:
-            raise UsageError("the text is only one token long: use a longer one")
-        return cls(f"own text, {len(context):,} tokens", context, question_ids, max_new_tokens)
 
 
 class Token(NamedTuple):
@@ -91,7 +55,7 @@ class LiveRun:
     counters: Counters = field(default_factory=Counters)
     memory: dict[str, int] = field(default_factory=dict)
     figures: dict | None = None  # `runner.measured`, once the run has ended
-    right: bool | None = None
+    score: float | None = None  # of the answer by the task's metric, 0 to 1
     prefilled: int = 0
     error: BaseException | None = None
     split_reason: str = ""
@@ -146,8 +110,22 @@ class LiveRun:
         return self.answer
 
     @property
+    def right(self) -> bool | None:
+        """Whether the answer is right; None before the end, and for a metric that gives parts of a point."""
+        graded = self.score is None or self.case.judge.metric not in ("exact", "last_number")
+        return None if graded else self.score == 1
+
+    @property
     def answer(self) -> str:
         return "".join(token.text for token in self.tokens[:] if not token.asked).strip()
+
+    def step_at(self, character: int) -> int | None:
+        """The step whose token holds this character of the answer, or the last one's; None before the first."""
+        end, step = 0, None
+        for token in self.tokens[:]:
+            if not token.asked and end <= character:
+                end, step = end + len(token.text), token.step
+        return step
 
     def status(self) -> dict:
         """Progress: decode steps done and expected, and measured tokens per second and seconds left."""
@@ -206,8 +184,8 @@ class LiveRun:
         self.memory = self.figures["memory"]
         shape = shape_of(self.model.config.get_text_config(), self.model.dtype.itemsize)
         self.timeline.about = describe(cache.run, shape, self.system)  # makes a saved trace replayable
-        if self.case.record is not None and not self._stop.is_set():
-            self.right = is_right(self.case.record, self.answer)
+        if not self._stop.is_set():
+            self.score = self.case.score(self.answer)
 
     def _decode(self, cache: TieredCache) -> None:
         context, question = self.case.context, self.case.question
@@ -222,14 +200,30 @@ class LiveRun:
             return
         ids, new = context + question, self.case.max_new_tokens
         watch = StoppingCriteriaList([_EachToken(self, cache)])
-        way = {"custom_generate": exact} if self.exact else {}
-        decode(self.model, cache, ids, new, stopping_criteria=watch, **way)
+        rules = self.case.rules(self.tokenizer) | ({"custom_generate": exact} if self.exact else {})
+        decode(self.model, cache, ids, new, stopping_criteria=watch, **rules)
 
     def _add_token(self, cache: TieredCache, text: str, asked: bool) -> None:
         now = time.perf_counter()
         self.tokens.append(Token(text, cache.timeline.step, (now - self._decoding) * 1e3, asked))
         if len(self.tokens) % 8 == 1:
             self.memory = cache.memory()
+
+
+class LabelledRun:
+    """A run with the title and settings that its board displays."""
+
+    def __init__(self, run: LiveRun, title: str, setting: str):
+        self.run, self.title, self.setting = run, title, setting
+
+    def __getattr__(self, name: str):
+        return getattr(self.run, name)
+
+    def status(self) -> dict:
+        run = self.run
+        extra = dict(title=self.title, setting=self.setting, right=run.right, score=run.score, memory=run.memory)
+        extra["metric"] = run.case.judge.metric if run.case.judge else None
+        return run.status() | extra | dict(observed=run.record is not None)
 
 
 class _Growing:

@@ -24,6 +24,16 @@ COLOURS = {
     "observe": "#8A8A8A",
     "other": "#F0E442",
 }
+# What the decoding thread was at (`explain.WORK`), in the colours of its spans.
+WORK = {
+    "the model's own work": COLOURS["compute"],
+    "selecting": COLOURS["choose"],
+    "moving records in memory": COLOURS["host memory"],
+    "reading the drive": COLOURS["drive read"],
+    "waiting for a prefetch": COLOURS["drive write"],
+    "observing attention": COLOURS["observe"],
+    "outside all spans": "#C9CDD2",
+}
 INK = {family: "#ffffff" if family in ("link", "observe") else "#111111" for family in COLOURS}  # colour of labels
 FAMILY = {kind: family for family, kinds in FAMILIES.items() for kind in kinds.split()}
 
@@ -52,4 +62,4 @@ def colour(kind: str) -> str:
 
 def for_browser() -> dict:
     """The palette for the JavaScript code."""
-    return {"family": FAMILY, "colours": COLOURS, "ink": INK, "tiers": TIERS}
+    return {"family": FAMILY, "colours": COLOURS, "ink": INK, "tiers": TIERS, "work": WORK}

@@ -139,6 +139,22 @@ def test_timeline_zooms_by_wheel_and_keys_and_has_a_table(fresh):
     assert fresh.boards("b.overlap")[0] == pytest.approx(overlap, abs=1e-6)
 
 
+def test_why_is_one_click_on_a_token(fresh):
+    fresh.button("Run").click()
+    fresh.wait_board(DONE)
+    fresh.page.wait_for_selector(".hi-why .hi-sentence:has-text('steps took')")
+    fresh.button("slowest step").click()
+    fresh.page.wait_for_selector(".hi-why .hi-sentence:has-text('times the median step')")
+    assert fresh.page.locator(".hi-why h4").inner_text() == "Why was this token slow?"
+    [step] = fresh.boards("b.cursor.step")
+    said = fresh.ask(f"e = workbench.runs[-1]; import hillinfer; print(hillinfer.explain(e, {step}).sentence)")
+    assert fresh.page.locator(".hi-why .hi-sentence").inner_text() == said
+    assert fresh.page.locator(".hi-why tbody tr").count() >= 5
+    fresh.page.locator(".hi-text span").nth(12).click()
+    fresh.page.wait_for_function("s => document.querySelector('.hi-why .hi-sentence').textContent !== s", arg=said)
+    shot(fresh, "why")
+
+
 def test_exports_are_whole_files(fresh, tmp_path):
     fresh.button("Run").click()
     fresh.wait_board(DONE)
@@ -212,6 +228,11 @@ def test_compare_shows_two_runs_and_their_differences(fresh):
     fresh.page.wait_for_selector(".hi-differences")
     titles = fresh.boards("b.title.textContent")
     assert titles[0].startswith("hillinfer") and titles[1].startswith("streaming")
+    places = """e => [...e.querySelectorAll('.hi-top, .hi-section')]
+        .map(s => Math.round(s.getBoundingClientRect().top))"""
+    fresh.page.wait_for_timeout(500)
+    one, other = (fresh.page.locator(".hi-compared .hi-board").nth(i).evaluate(places) for i in (0, 1))
+    assert len(one) == 7 and one == other  # row beside row
     rows = fresh.page.locator(".hi-differences tr").count()
     assert rows >= 10
     fresh.page.locator(".hi-text span").nth(5).click()

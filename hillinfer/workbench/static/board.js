@@ -1,21 +1,5 @@
 // The board: linked views of one run. Python streams the rows, and sends the attention at the cursor.
 
-const DPR = () => Math.max(1, window.devicePixelRatio || 1);
-const make = (tag, cls, parent, text) => {
-  const el = document.createElement(tag);
-  if (cls) el.className = cls;
-  if (text !== undefined) el.textContent = text;
-  if (parent) parent.append(el);
-  return el;
-};
-const themeOf = (el) => {
-  const css = getComputedStyle(el), get = (name) => css.getPropertyValue(name).trim();
-  return { back: get("--hi-back"), text: get("--hi-text"), faint: get("--hi-faint"), grid: get("--hi-grid"), mark: get("--hi-mark"), link: get("--hi-link") };
-};
-const number = (x, digits = 0) => Number(x).toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
-const bytes = (x) => { const u = ["B", "KiB", "MiB", "GiB", "TiB"]; let i = 0; while (x >= 1024 && i < 4) { x /= 1024; i++; } return number(x, i ? 1 : 0) + " " + u[i]; };
-const percent = (x, digits = 0) => number(100 * x, digits) + " %";
-const save = (name, blob) => { const a = make("a", "", null); a.href = URL.createObjectURL(blob); a.download = name; a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 5000); };
 // Cividis in eight steps, from dark (low) to light (high).
 const CIVIDIS = [[0, 32, 77], [33, 61, 107], [77, 83, 110], [104, 103, 113], [130, 124, 118], [159, 147, 115], [203, 186, 105], [255, 234, 70]];
 function cividis(x) {
@@ -99,6 +83,15 @@ const NEWEST = 300; // tokens in the page: the layout of more at every paint wou
 function axisText(ctx, theme, x, y, text, align = "left") { ctx.fillStyle = theme.faint; ctx.textAlign = align; ctx.fillText(text, x, y); ctx.textAlign = "left"; }
 function upright(ctx, theme, x, y, text) { ctx.save(); ctx.translate(x, y); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, text, "center"); ctx.restore(); }
 
+function alignRows(root) { // boards side by side: each view as high as the other's, so that they stay row beside row
+  const boards = [...(root.closest(".hi-compared")?.querySelectorAll(".hi-board") ?? [])];
+  const rows = boards.map((one) => [...one.querySelectorAll(".hi-top, .hi-section")]);
+  for (const parts of rows) for (const part of parts) part.style.minHeight = "";
+  if (boards.length < 2) return;
+  const heights = rows.map((parts) => parts.map((part) => part.offsetHeight));
+  rows.forEach((parts) => parts.forEach((part, i) => { part.style.minHeight = Math.max(...heights.map((one) => one[i] ?? 0)) + "px"; }));
+}
+
 class Board {
   constructor(model, store, root) {
     this.model = model; this.store = store; this.root = root; this.panels = []; this.view = null; this.following = true;
@@ -110,8 +103,12 @@ class Board {
     if (parts.includes("text")) this.buildText(this.section(grid, "Text", "wide"));
     if (parts.includes("sparsity")) this.buildSparsity(this.section(grid, "Attention sparsity"));
     if (parts.includes("hits")) this.buildHits(this.section(grid, "Attended tokens by tier"));
-    if (parts.includes("timeline")) this.buildTimeline(this.section(grid, "Timeline", "wide"));
+    const row = make("div", "hi-wide hi-beside", grid);
+    if (parts.includes("timeline")) this.buildTimeline(this.section(row, "Timeline", "wide"));
+    if (parts.includes("why")) this.buildWhy(this.section(row, "Where the time went"));
     if (parts.includes("memory")) this.buildMemory(this.section(grid, "Memory and traffic", "wide"));
+    this.sizes = new ResizeObserver(() => alignRows(root));
+    for (const part of root.querySelectorAll(".hi-top, .hi-section")) this.sizes.observe(part);
     root.hillinfer = this; // gives tests access to the drawn state
   }
   section(parent, title, wide) {
@@ -134,15 +131,15 @@ class Board {
       if (all || !p.seen || seen.some((value, i) => value !== p.seen[i])) p.now();
       p.seen = seen;
     }
-    this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.measureNow(); this.scrollText();
+    this.drawHead(); this.drawText(); this.drawSparsityNote(); this.drawMemory(); this.drawWhy(); this.measureNow(); this.scrollText();
   }
 
   buildHead() {
-    const head = make("div", "hi-head", this.root);
+    const top = make("div", "hi-top", this.root), head = make("div", "hi-head", top);
     this.title = make("strong", "", head);
     this.progress = make("progress", "", head); this.progress.max = 1; this.progress.setAttribute("aria-label", "progress");
     this.status = make("span", "hi-status", head); this.status.setAttribute("role", "status"); this.status.setAttribute("aria-live", "polite");
-    this.setting = make("div", "hi-note hi-setting", this.root);
+    this.setting = make("div", "hi-note hi-setting", top);
   }
   drawHead() {
     const s = this.store.state;
@@ -158,7 +155,8 @@ class Board {
       done: `done: ${s.done} tokens${speed}`, stopped: `stopped after ${s.done} tokens${speed}`, failed: s.error,
     }[s.phase];
     const drafts = s.drafts ? `; ${s.drafts}` : "";
-    const judged = drafts + (s.right == null ? "" : s.right ? " - right" : " - wrong");
+    const scored = s.score == null ? "" : ` - score ${number(100 * s.score, 1)} (${s.metric})`;
+    const judged = drafts + (s.right == null ? scored : s.right ? " - right" : " - wrong");
     if (this.status.textContent !== status + judged) this.status.textContent = status + judged;
     this.status.classList.toggle("hi-error", s.phase === "failed");
     this.root.dataset.phase = s.phase;
@@ -257,7 +255,7 @@ class Board {
   drawDistribution(ctx, width, height, theme) {
     const d = this.store.detail.distribution;
     if (!d) return;
-    const x = 46, y = 6, w = width - x - 12, h = height - y - 42, n = d.mass.length, bw = w / n;
+    const x = 54, y = 6, w = width - x - 12, h = height - y - 42, n = d.mass.length, bw = w / n;
     const floor = -4; // log10: attention below 0.01 % is not drawn
     for (let i = 0; i < n; i++) {
       const top = d.mass[i] > 0 ? Math.max(0, 1 - Math.log10(d.mass[i]) / floor) : 0;
@@ -302,7 +300,7 @@ class Board {
   drawLayers(ctx, width, height, theme) {
     const hits = this.store.hits, n = hits.layers.length, x = 46, y = 4, w = width - x - 12;
     if (!n) { this.layersFrame = null; return; }
-    this.height = Math.max(90, Math.min(420, n * 14 + 34));
+    this.height = Math.max(90, Math.min(226, n * 14 + 34));
     if (this.hitsByLayer.height !== this.height) { this.hitsByLayer.height = this.height; this.hitsByLayer.now(); return; }
     const h = (height - y - 30) / n, colours = Object.values(this.palette.tiers), step = this.cursor.step;
     this.layersFrame = { y, h, n };
@@ -375,7 +373,7 @@ class Board {
   }
   reachStep() { // scroll to a step selected in another view
     const step = this.cursor.step, at = step == null ? null : this.store.spans.windowOf(step);
-    if (!this.time || step === this.reached) return;
+    if (!this.time || step === this.reached || (step != null && !at)) return; // its spans may be yet to come
     this.reached = step;
     if (!at || !this.view || (at[0] >= this.view.from && at[1] <= this.view.to)) return;
     const width = Math.max(this.view.to - this.view.from, 1.5 * (at[1] - at[0])), middle = (at[0] + at[1]) / 2;
@@ -463,6 +461,43 @@ class Board {
   svg() { const width = this.time.width || 1000, ctx = new SvgContext(width, timelineHeight(this.store.spans)); drawTimeline(ctx, width, this.store.spans, this.view, { theme: this.theme ??= themeOf(this.root), palette: this.palette, cursor: this.cursor.step }); return ctx.toString(); }
   exportSvg() { save("timeline.svg", new Blob([this.svg()], { type: "image/svg+xml" })); }
 
+  buildWhy(section) {
+    this.why = section; section.classList.add("hi-why"); this.whyTitle = section.bar.querySelector("h4");
+    const tools = make("span", "hi-tools", section.bar), b = make("button", "hi-button", tools, "slowest step");
+    b.type = "button"; b.title = "mark the slowest step, and explain it"; b.hidden = true; this.slowest = b;
+    b.addEventListener("click", () => this.point({ step: this.cursor.step == null ? this.store.state.why.step : null }));
+    this.whyBody = make("div", "", section); this.whyBody.setAttribute("aria-live", "polite");
+  }
+  drawWhy() {
+    if (!this.why) return;
+    const run = this.store.state.why, step = this.cursor.step, one = step == null ? run : this.store.detail.why?.sentence ? this.store.detail.why : null;
+    this.whyTitle.textContent = step == null ? "Where this run's time went" : "Why was this token slow?";
+    this.slowest.hidden = !run; this.slowest.textContent = step == null ? "slowest step" : "whole run";
+    const key = one ? one.sentence : step == null ? "" : "step";
+    if (key === this.whyKey) return;
+    this.whyKey = key;
+    const fresh = one && (step == null || one.step === step);
+    if (!fresh) { this.whyBody.replaceChildren(make("p", "hi-note", null, step == null ? "appears when the run has ended" : this.model.alone ? "this page has no kernel: steps are explained in the notebook" : "looking it up ...")); return; }
+    const sentence = make("p", "hi-sentence", null, one.sentence), bars = make("div", "hi-bars", null);
+    const works = this.palette.work, values = (column) => one.rows.filter((r) => r[0] in works).map((r) => [r[0], r[2 + column]]);
+    const longest = Math.max(1e-9, ...[0, 1].map((c) => values(c).reduce((sum, v) => sum + v[1], 0)));
+    for (const c of [0, 1]) {
+      make("span", "hi-note", bars, one.columns[c]);
+      const bar = make("div", "hi-stack", bars);
+      for (const [name, ms] of values(c)) { const i = make("i", "", bar); i.style.width = 100 * ms / longest + "%"; i.style.background = works[name]; i.title = `${name}: ${number(ms, 1)} ms`; }
+    }
+    const scroll = make("div", "hi-table", null), table = make("table", "", scroll), head = make("tr", "", make("thead", "", table)), body = make("tbody", "", table);
+    for (const name of ["", ...one.columns, ""]) make("th", "", head, name).scope = "col";
+    for (const [name, unit, mine, usual] of one.rows) {
+      const tr = make("tr", "", body), th = make("th", "", tr, name); th.scope = "row";
+      if (works[name]) { const i = make("i", "", null); i.style.background = works[name]; th.prepend(i); }
+      const digits = unit === "tokens" || unit === "MiB/s" ? 0 : 1;
+      make("td", "", tr, number(mine, digits)); make("td", "", tr, number(usual, digits)); make("td", "", tr, unit);
+    }
+    this.whyBody.replaceChildren(sentence, bars, scroll);
+    this.why.dataset.cause = one.cause;
+  }
+
   buildMemory(section) { this.memory = make("div", "hi-memory", section); this.memorySection = section; }
   drawMemory() {
     const s = this.store.state, spans = this.store.spans;
@@ -504,7 +539,7 @@ const board = {
     const dark = matchMedia("(prefers-color-scheme: dark)"), changed = () => board.refresh(true);
     dark.addEventListener("change", changed);
     board.refresh();
-    return () => { store.views.delete(board); theme.disconnect(); dark.removeEventListener("change", changed); for (const p of board.panels) p.watch.disconnect(); };
+    return () => { store.views.delete(board); theme.disconnect(); dark.removeEventListener("change", changed); board.sizes.disconnect(); for (const p of board.panels) p.watch.disconnect(); };
   },
 };
 export default board;

@@ -99,14 +99,17 @@ def over_parts(
     def attended() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         start = 0
         for kv in parts:
-            stop = start + kv.shape[1]
-            if mask is None:
-                shown = torch.ones((1, 1, rows, stop - start), dtype=torch.bool, device=device).tril_(n - rows - start)
-            else:
-                shown = attendable(mask[..., start:stop])
-            plain = device.type == "cpu" and shown.all()  # to ask a GPU would make the host wait
-            yield over_part(query, to_device(kv, device), None if plain else shown, scaling)
-            start = stop
+            for part in kv.tensor_split([max(0, n - rows - start)], 1):  # what all queries see, apart from the rest
+                if part.shape[1]:
+                    yield over_part(query, to_device(part, device), shown(start, start + part.shape[1]), scaling)
+                start += part.shape[1]
+
+    def shown(start: int, stop: int) -> torch.Tensor | None:
+        if mask is None:
+            seen = torch.ones((1, 1, rows, stop - start), dtype=torch.bool, device=device).tril_(n - rows - start)
+        else:
+            seen = attendable(mask[..., start:stop])
+        return None if device.type == "cpu" and seen.all() else seen  # to ask a GPU would make the host wait
 
     return merge(attended())[0].to(query.dtype)
 

@@ -56,16 +56,15 @@ class Scores {
     const columns = COLUMNS.filter(([, , , name]) => !name || rows.some((r) => r[name] != null)); // an eval of fidelity alone has no scores
     const table = make("table", "", null), head = make("tr", "", make("thead", "", table));
     const title = (text, hint, cls) => { const th = make("th", cls ?? "", head, text); th.scope = "col"; if (hint) th.title = hint; };
-    for (const name of [...several, "system"]) title(name, "", "hi-name");
-    title("alpha", "share of the tokens that a decode step attends to");
+    for (const name of several) title(name, "", "hi-name");
+    title("system, alpha", "and the share of the tokens that a decode step attends to", "hi-name");
     for (const [name, hint] of columns) title(name, hint);
     for (const task of tasks) title(task, `score on ${task} in per cent; click a cell to read its answers`, "hi-task");
     const body = make("tbody", "", table);
     for (const r of rows) {
       const tr = make("tr", r.system === "full" ? "hi-reference" : "", body);
       for (const name of several) make("td", "hi-name", tr, String(r[name]).split("/").pop()).title = r[name];
-      const th = make("th", "", tr, r.system); th.scope = "row";
-      make("td", "", tr, r.system === "full" ? "all" : number(r.alpha, r.alpha < 0.1 ? 2 : 1));
+      const th = make("th", "", tr, r.system + (r.system === "full" ? "" : ` ${r.alpha}`)); th.scope = "row";
       for (const [, , text] of columns) { const td = make("td", "", tr); if (text) td.textContent = text(r); else this.drawScore(td, r); }
       for (const task of tasks) {
         const td = make("td", "hi-task", tr), score = r.tasks[task];
@@ -102,8 +101,8 @@ class Scores {
     button("‹ previous", "previous sample", () => this.choose({ ...at, sample: (a.number + a.of - 1) % a.of }));
     button("next ›", "next sample", () => this.choose({ ...at, sample: (a.number + 1) % a.of }));
     button("close", "close the answers", () => this.choose({}));
-    const facts = make("dl", "hi-asking", null);
-    const fact = (name, text) => { make("dt", "", facts, name); make("dd", "", facts, text); };
+    const facts = make("div", "hi-asking", null);
+    const fact = (name, text) => { make("span", "hi-note", facts, name); make("span", "", facts, text); };
     fact("question", a.input == null ? "not at hand: name the rows' folder or data.zip as data" : a.input.trim() || "(the task's own instruction)");
     fact("reference", a.reference.join(" | "));
     const cards = make("div", "hi-cards", null);

@@ -294,16 +294,18 @@ def test_an_nvme_device_of_another_namespace_is_refused(ours, tmp_path, monkeypa
     BlockDevice(ours).close()  # nor does anything hold it
 
 
-@pytest.mark.parametrize("metadata, words", [(None, "has no block device"), ("8", "metadata")])
-def test_unsafe_namespaces_are_refused(tmp_path, metadata, words, monkeypatch):
+@pytest.mark.parametrize("name, value, words", [(None, "", "has no block device"), ("metadata_bytes", "8", "metadata"),
+                                                ("integrity/format", "nop", "metadata")])  # fmt: skip
+def test_unsafe_namespaces_are_refused(tmp_path, name, value, words):
     path = tmp_path / "ng0n1"
     if os.geteuid() != 0:
         pytest.skip("mknod needs root")
     os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-    if metadata:
+    if name:
         (tmp_path / "nvme0n1").write_bytes(b"")
-        (tmp_path / "sys/block/nvme0n1").mkdir(parents=True)
-        (tmp_path / "sys/block/nvme0n1/metadata_bytes").write_text(metadata)
+        about = tmp_path / "sys/block/nvme0n1" / name
+        about.parent.mkdir(parents=True)
+        about.write_text(f"{value}\n")
     with pytest.raises(UsageError, match=words):
         check_namespace(path, tmp_path)
 

@@ -177,7 +177,8 @@ def refusals() -> None:
     held = os.open(empty, os.O_RDWR | os.O_EXCL)
     refused("a namespace in use", "cannot be opened exclusively", stamp, empty)
     os.close(held)
-    refused("blocks with metadata", "nvme", check_path, passthrough("small", 3))
+    stamp(block("small", 3))
+    refused("blocks with metadata", "formatted with metadata", check_path, passthrough("small", 3))
 
 
 def mount_files() -> None:

@@ -90,9 +90,9 @@ def check_namespace(path: str | Path, root: Path = Path("/")) -> tuple[Path, Pat
     system = root / "sys/block" / block.name
     if not system.exists() or not block.exists():
         raise UsageError(f"{path} has no block device {block} to check; name a block device, or nothing")
-    metadata = system / "metadata_bytes"
-    if metadata.exists() and int(metadata.read_text(encoding="utf-8")):
-        raise UsageError(f"{path} is formatted with metadata in each block; use the block device {block}")
+    for name, plain in (("metadata_bytes", "0"), ("integrity/format", "none")):  # newer kernels; all
+        if (system / name).exists() and (system / name).read_text(encoding="utf-8").strip() != plain:
+            raise UsageError(f"{path} is formatted with metadata in each block; use the block device {block}")
     return block, system / "queue"
 
 

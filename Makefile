@@ -12,7 +12,7 @@ EXTRAS = dev,lab
 PIP = $(BIN)/pip install -q --no-compile -c constraints.txt
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # on all cores, where pip uses one
 
-.PHONY: demo install test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-real show-exact show-store show-selection show-gpu show-speed bench trees families pretrained
+.PHONY: demo install test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-real show-exact show-store show-selection show-gpu show-speed show-package nvme bench trees families pretrained
 
 demo: $(VENV)/.ready ## offline, in seconds; MODEL=FOLDER_OR_HUB_ID asks a real model, in minutes
 	$(BIN)/hillinfer demo $(if $(MODEL),--model $(MODEL))
@@ -165,3 +165,10 @@ $(VENV)/.longbench: EXTRAS = dev,lab,longbench,cluster,gguf
 $(VENV)/.longbench: $(VENV)/.ready
 	@grep -qx $(EXTRAS) $< || { $(PIP) -e '.[$(EXTRAS)]' || exit 1; $(COMPILE); } # .ready notes what it installed
 	@touch $@
+
+show-package: $(VENV)/.longbench ## every claim about the wheel, in new environments; needs a package index
+	$(BIN)/pip install -q -c constraints.txt -e '.[audit]'
+	$(BIN)/python -m benchmarks.show_package
+
+nvme: $(VENV)/.ready ## the device paths on an emulated NVMe controller; needs root and Debian's QEMU, 10 minutes
+	$(BIN)/python -m benchmarks.nvme

@@ -23,8 +23,8 @@ def main() -> int:
         print(f"{package['name']} {package['version']}: {vulnerability['id']}, fixed in {fixed}")
     skipped = [package["name"] for package in packages if "skip_reason" in package]
     checked = len(packages) - len(skipped)
-    print(f"{checked} packages checked, {len(known)} known vulnerabilities; skipped: {skipped or 'none'}")
-    return int(bool(known))
+    print(f"{checked} packages checked, {len(known)} known vulnerabilities; skipped: {', '.join(skipped) or 'none'}")
+    return int(bool(known)) if checked else 2
 
 
 if __name__ == "__main__":

@@ -283,6 +283,7 @@ def test_an_nvme_device_of_another_namespace_is_refused(ours, tmp_path, monkeypa
     monkeypatch.setattr("hillinfer.systems.lossless.nvme.check_namespace", lambda path: (Path(ours), tmp_path))
     (tmp_path / "logical_block_size").write_text("512\n")
     (tmp_path / "max_hw_sectors_kb").write_text("128\n")
+    (tmp_path / "max_segments").write_text("127\n")
     with pytest.raises(UsageError, match=r"/dev/null cannot be sent NVMe commands .* name /dev/loop"):
         NvmeDevice("/dev/null")
     monkeypatch.setattr("hillinfer.systems.lossless.nvme.fcntl.ioctl", lambda fd, number: 1)

@@ -6,7 +6,6 @@
 import fcntl
 import os
 import re
-import stat
 from pathlib import Path
 
 from hillinfer.errors import UsageError
@@ -28,8 +27,9 @@ class NvmeDevice(BlockDevice):
     def __init__(self, path: str | Path, threads: int = 16, **options):
         self.path = Path(path)
         block, queue = check_namespace(self.path)
-        self.lba = int((queue / "logical_block_size").read_text(encoding="utf-8"))
-        self.max_bytes = int((queue / "max_hw_sectors_kb").read_text(encoding="utf-8")) * 1024  # of one command (MDTS)
+        names = "logical_block_size", "max_hw_sectors_kb", "max_segments"
+        self.lba, most, segments = (int((queue / name).read_text(encoding="utf-8")) for name in names)
+        self.max_bytes = min(most * 1024, segments * BLOCK)  # of one command: MDTS, and pages scattered in memory
         super().__init__(block, threads, **options | {"engine": "threads"})
         try:
             self.engine.close()
@@ -84,7 +84,7 @@ class NvmeDevice(BlockDevice):
 def check_namespace(path: str | Path, root: Path = Path("/")) -> tuple[Path, Path]:
     """The block device of /dev/ngXnY and its queue folder in /sys. UsageError if passthrough would be unsafe."""
     path = Path(path)
-    if not path.exists() or not stat.S_ISCHR(path.stat().st_mode):
+    if not path.is_char_device():
         raise UsageError(f"{path} is not an NVMe character device; name /dev/ngXnY, a block device, or nothing")
     block = path.with_name(re.sub(r"^ng", "nvme", path.name))
     system = root / "sys/block" / block.name

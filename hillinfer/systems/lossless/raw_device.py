@@ -17,7 +17,7 @@ from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned
 STAMP = 1 << 20  # size of the stamp at the start of the device; data follows
 DISCARD = 0x1277  # ioctl BLKDISCARD
 SIGNATURES = [  # (contents, offset, bytes), for error messages only: a device without our stamp is refused in any case
-    ("a GPT partition table", 512, b"EFI PART"),
+    *(("a GPT partition table", block, b"EFI PART") for block in (512, 4096)),
     ("an ext2, ext3 or ext4 file system", 0x438, b"\x53\xef"),
     ("an XFS file system", 0, b"XFSB"),
     ("a Btrfs file system", 0x10040, b"_BHRfS_M"),

@@ -4,6 +4,8 @@ import copy
 import inspect
 import json
 import textwrap
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -381,3 +383,14 @@ def test_what_is_expected_is_reserved_at_once(models, gpu):
         before = [layer.store.buffer.data for layer in cache.tiered]
         step(model, cache, 100, 200)
         assert all(layer.store.buffer.data is data for layer, data in zip(cache.tiered, before, strict=True))
+
+
+def test_the_stand_in_leaves_nothing_behind():
+    """Not even in what torch remembers of a default device: a model loaded later would lack its buffers."""
+    owners = torch, torch.cuda, torch.accelerator, torch.Tensor, threading.Thread, Future, ThreadPoolExecutor
+    before = [dict(vars(owner)) for owner in owners]
+    with FakeGpu(), torch.device("cuda"):
+        torch.tensor([1.0])
+    assert [dict(vars(owner)) for owner in owners] == before
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).device.type == "meta"

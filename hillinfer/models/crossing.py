@@ -74,16 +74,13 @@ def bring(layer: Layer, mask: torch.Tensor | None, *parts: torch.Tensor | None) 
     found = to_host(shown, *parts)
     run.mask = (
         (mask, found[0]) if layer.index < run.layers - 1 else (None, None)
-    )  # the next step's may be the same tensor
-    if parts:
+    )  # a next step's may be the same tensor
+    if parts and parts[0].device.type != "cpu":
         layer.track.add("link", "wait", start, sum(part.nbytes for part in parts if part is not None))
     return found
 
 
 def guess(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
-    """`Layer.speculate` for a query that may be on a GPU."""
-    if query.device.type != "cpu":
-        mask, query = bring(layer, mask, query)
-    elif mask is layer.run.mask[0]:
-        mask = layer.run.mask[1]
+    """`Layer.speculate`, on the host."""
+    mask, query = bring(layer, mask, query)
     layer.speculate(query, mask, scaling)

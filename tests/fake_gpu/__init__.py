@@ -376,9 +376,13 @@ class FakeGpu:
     def __enter__(self):
         load_guard()
         clocks.gpu, self.stack = self, contextlib.ExitStack()
+        factories = torch.utils._device._device_constructors  # torch keeps the functions that a default device concerns
+        self.stack.callback(factories.cache_clear)
         for owner, name, value in self._patches():
-            self.stack.callback(setattr, owner, name, getattr(owner, name))
+            undo = (setattr, owner, name, getattr(owner, name)) if name in vars(owner) else (delattr, owner, name)
+            self.stack.callback(*undo)
             setattr(owner, name, value)
+        factories.cache_clear()
         self.stack.enter_context(Mode())
         return self
 

@@ -99,16 +99,14 @@ def over_parts(
     def attended() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         start = 0
         for kv in parts:
-            for part in kv.tensor_split([max(0, n - rows - start)], 1):  # what all queries see, apart from the rest
-                if part.shape[1]:
-                    yield over_part(query, to_device(part, device), shown(start, start + part.shape[1]), scaling)
+            for part in filter(torch.numel, kv.tensor_split([max(0, n - rows - start)], 1)):  # what all see, the rest
+                yield over_part(query, to_device(part, device), shown(start, start + part.shape[1]), scaling)
                 start += part.shape[1]
 
     def shown(start: int, stop: int) -> torch.Tensor | None:
-        if mask is None:
+        seen = None if mask is None else attendable(mask[..., start:stop])
+        if seen is None:
             seen = torch.ones((1, 1, rows, stop - start), dtype=torch.bool, device=device).tril_(n - rows - start)
-        else:
-            seen = attendable(mask[..., start:stop])
         return None if device.type == "cpu" and seen.all() else seen  # to ask a GPU would make the host wait
 
     return merge(attended())[0].to(query.dtype)

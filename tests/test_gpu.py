@@ -337,7 +337,8 @@ def test_selection_on_the_device_is_the_hosts_to_the_bit():
 
 
 @pytest.mark.parametrize("device,rates", [("cpu", ",rates"), ("stand-in", "")])
-def test_the_gpus_script_runs_without_one(tmp_path, device, rates):
+def test_the_gpus_script_runs_without_one(tmp_path, monkeypatch, device, rates):
+    monkeypatch.setattr(gpu_script, "STEPS", 4)
     words = ["--shape", "tiny", "--drive", str(tmp_path), "--out", str(tmp_path), "--few"]
     words += ["--device", "cuda" if device == "stand-in" else "cpu", "--parts", f"facts,equality,speed{rates}"]
     with FakeGpu() if device == "stand-in" else nullcontext() as gpu:

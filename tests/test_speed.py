@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, growth, real, shape
+from benchmarks import growth, real, shape
 from benchmarks.stack import SHAPES, WARM, Field, Stack
 from benchmarks.trace import Trace
 from hillinfer import native
@@ -105,13 +105,3 @@ def test_real_systems_take_turns(tmp_path):
         result = real.measure((200,), tmp_path, ways, 2)
     assert [row["system"] for row in result["rows"]] == list(ways)
     assert result["rows"][3]["drive_mb"] > 0 == result["rows"][2]["drive_mb"]
-
-
-def test_the_gpu_script_runs_without_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "STEPS", 2)
-    with torch.inference_mode():
-        result = gpu.measure(TINY, "cpu", [300], [1, 2], list(gpu.SYSTEMS), tmp_path)
-    assert {(row["system"], row["batch"]) for row in result["rows"]} == {
-        (name, batch) for name in gpu.SYSTEMS if name != "offloaded" for batch in (1, 2)
-    }
-    assert all("needs a GPU" in row["case"] for row in result["left_out"])

@@ -47,8 +47,11 @@ class Layer:
 
     @property
     def in_parts(self) -> bool:
-        """True if a step of several query tokens gets the KV part by part; a watching policy sees all keys at once."""
-        return self.store.in_parts and not self.policy.watches
+        """True if a step of several query tokens gets the KV part by part, never a drive's as a whole; not on a GPU,
+        whose own attention is faster, nor for a policy that watches and sees all keys at once.
+        """
+        near = self.store.geometry.device.type == "cpu" and not self.track.away
+        return (near or self.store.can_prefetch) and not self.policy.watches
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv=None, seen: torch.Tensor | None = None) -> None:
         """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already, and

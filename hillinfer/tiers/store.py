@@ -29,7 +29,6 @@ class Store:
     """
 
     can_prefetch = False  # reads from a drive, so that a guess of the next step's tokens is of use
-    in_parts = False  # several query tokens get the KV part by part: it never lies in memory as a whole
     scores_keys = False  # the drive scores keys, and needs the codes of new ones
     in_place = True  # records can be attended to where they lie
 

@@ -30,7 +30,7 @@ class TieredStore(Store):
     stores    those of all layers, by number: reading all of one goes on with the next
     """
 
-    can_prefetch = in_parts = True
+    can_prefetch = True
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from unittest import mock
 
@@ -43,6 +43,21 @@ def write_now(self, nbytes: int, job) -> Future:
     return future
 
 
+class AtOnce(Executor):
+    """Runs a guess and its reads when they are submitted: what they find depends on no clock."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, work, *args) -> Future:
+        future = Future()
+        try:
+            future.set_result(work(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 def cases() -> list[tuple[str, str, str]]:
     return [(name, tier, how) for name in hillinfer.list_systems() for tier in TIERS for how in SETTINGS]
 
@@ -55,7 +70,8 @@ def measure(model, system: str, tier: str, how: str) -> dict | str:
         prompt[1, :40] = 0
     mask = (prompt != 0).long()
     words = dict(do_sample=False, num_beams=1)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Writer, "submit", write_now):
+    guesses = mock.patch("hillinfer.pipeline.lookahead.ThreadPoolExecutor", AtOnce)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Writer, "submit", write_now), guesses:
         options = SETTINGS[how] | OWN.get(system, {}).get(how, {}) | TIERS[tier]
         if tier == "memory":
             options.pop("host_budget", None)

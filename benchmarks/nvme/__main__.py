@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks.claims import ROOT, Claim, verdict
+from benchmarks.nvme import MIB, UNREADABLE, UNWRITABLE
 
 HERE = Path(__file__).parent
 MODULES = "nvme virtio_pci 9pnet_virtio 9p overlay ext4".split()
@@ -28,7 +29,6 @@ TOOLS = {
     "cpio": "cpio",
     "sfdisk": "fdisk",
 }
-MIB = 1 << 20
 SIZE = 96 * MIB
 NAMESPACES = {  # serial of the controller -> options of its namespaces, by number
     "small": {  # transfers of at most 32 KiB
@@ -45,7 +45,6 @@ NAMESPACES = {  # serial of the controller -> options of its namespaces, by numb
 }
 MDTS = {"small": 3, "large": 7, "multi": 7}  # as a power of two of 4 KiB
 FAULTY = ("large", 2)  # some of its blocks cannot be read, others not written
-UNREADABLE, UNWRITABLE = 5 * MIB // 4, 40 * MIB  # in guest.py as well
 DEADLINE = 1500  # seconds of one boot
 
 

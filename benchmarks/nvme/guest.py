@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.nvme import MIB, UNREADABLE, UNWRITABLE
 from hillinfer.errors import DriveError, UsageError
 from hillinfer.native.ring import Namespace, Rings
 from hillinfer.systems.lossless.nvme import NVME_ID, NvmeDevice, check_path, open_device
@@ -24,9 +25,7 @@ from hillinfer.systems.lossless.raw_device import STAMP, check_stamped, stamp, s
 from hillinfer.systems.registry import make_cache
 from hillinfer.tiers.block_file import aligned
 
-MIB = 1 << 20
 KV_END, LAST = 16 * MIB, 1 * MIB  # our runs stay below; the device's last MiB is zeros, as `stamp` demands
-UNREADABLE, UNWRITABLE = 5 * MIB // 4, 40 * MIB  # in benchmarks/nvme/__main__.py: the first within a run's KV
 ADMIN, ATTACHMENT = 0xC0484E41, 0x15  # ioctl NVME_IOCTL_ADMIN_CMD; Namespace Attachment
 MODULES, BUSYBOX = Path("/run/nvme"), "/run/nvme/busybox"
 FILES = Path("/mnt/files")

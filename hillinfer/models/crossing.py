@@ -72,9 +72,8 @@ def bring(layer: Layer, mask: torch.Tensor | None, *parts: torch.Tensor | None) 
     if mask is not known:
         shown = None if mask is None else attendable(mask)
     found = to_host(shown, *parts)
-    run.mask = (
-        (mask, found[0]) if layer.index < run.layers - 1 else (None, None)
-    )  # a next step's may be the same tensor
+    # not kept beyond the last layer: a next step's may be the same tensor
+    run.mask = (mask, found[0]) if layer.index < run.layers - 1 else (None, None)
     if parts and parts[0].device.type != "cpu":
         layer.track.add("link", "wait", start, sum(part.nbytes for part in parts if part is not None))
     return found

@@ -11,51 +11,33 @@ from hillinfer.longbench.job import answer_groups
 from hillinfer.longbench.models import load_model
 from hillinfer.longbench.plan import Evaluation
 from hillinfer.longbench.results import read
+from hillinfer.workbench.background import Background
 
 
 class Stopped(Exception):
     """Ends an answer in the middle: what it had computed is not kept."""
 
 
-class EvalRun:
+class EvalRun(Background):
     """Answers what an `Evaluation` lacks, in a thread; every group of answers is on disk before the next begins.
 
     Other threads may read rows, phase, total, kept and status() meanwhile.
     """
 
+    thread_name = "hillinfer-eval"
+
     def __init__(self, evaluation: Evaluation, command: list[str]):
+        super().__init__()
         self.evaluation, self.command = evaluation, command
-        self.phase, self.error = "waiting", None  # preparing, answering, done, stopped, failed
+        self.phase = "waiting"  # preparing, answering, done, stopped, failed
         self.rows: list[dict] = []
         self.total = self.kept = 0  # answers asked for; those of them that were there before
         self.new = 0  # answers of this run
         self.doing = ""  # the sample that is being answered
-        self._stop, self._thread, self._began = threading.Event(), None, 0.0
+        self._began = 0.0
 
-    def start(self) -> "EvalRun":
-        self._thread = threading.Thread(target=self._work, name="hillinfer-eval", daemon=True)
-        self._thread.start()
-        return self
-
-    def stop(self) -> None:
-        """Request a stop within one forward pass of a layer."""
-        self._stop.set()
-
-    def join(self, timeout: float | None = None) -> bool:
-        """Wait for the end; False on timeout."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-        return not self.alive
-
-    @property
-    def alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def result(self) -> list[dict]:
-        """Wait for the end and return all rows of the folder; re-raises the run's error."""
-        self.join()
-        if self.error is not None:
-            raise self.error
+    def _outcome(self) -> list[dict]:
+        """All rows of the folder."""
         return self.rows
 
     def status(self) -> dict:

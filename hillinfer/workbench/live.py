@@ -1,6 +1,5 @@
 """A run in a background thread, which can be observed live and stopped within one token. Independent of widgets."""
 
-import threading
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +18,7 @@ from hillinfer.systems.registry import find_system, make_cache
 from hillinfer.systems.shapes import shape_of
 from hillinfer.timeline import Counters, Timeline
 from hillinfer.whatif.recording import describe
+from hillinfer.workbench.background import Background
 from hillinfer.workbench.cases import Case
 from hillinfer.workbench.observe import AttentionRecord
 
@@ -35,8 +35,8 @@ class Token(NamedTuple):
 
 
 @dataclass
-class LiveRun:
-    """A run in the background: `start` it, optionally `stop` it, then `join`. `result` re-raises the run's exception.
+class LiveRun(Background):
+    """A run in the background: a stop ends it after the current token or chunk; `result` is the answer.
 
     Other threads may read phase, tokens, timeline, counters, record and status() during the run.
     """
@@ -61,7 +61,7 @@ class LiveRun:
     split_reason: str = ""
 
     def __post_init__(self):
-        self._stop, self._finished, self._thread = threading.Event(), threading.Event(), None
+        super().__init__()
         self._decoding = self._ended = 0.0
 
     def check(self) -> None:
@@ -77,37 +77,7 @@ class LiveRun:
 
     def start(self) -> "LiveRun":
         self.check()
-        self._thread = threading.Thread(target=self._work, name="hillinfer-run", daemon=True)
-        self._thread.start()
-        return self
-
-    def stop(self) -> None:
-        """Request a stop after the current token, or the current chunk during prefill."""
-        self._stop.set()
-
-    def join(self, timeout: float | None = None) -> bool:
-        """Wait for the end; False on timeout. Ctrl-C or a kernel interrupt stops the run."""
-        try:
-            ended = self._finished.wait(timeout)
-        except KeyboardInterrupt:  # an interrupted Thread.join would consider the thread dead (Python 3.11)
-            self.stop()
-            self._finished.wait()
-            raise
-        finally:
-            if self._finished.is_set():
-                self._thread.join()
-        return ended
-
-    @property
-    def alive(self) -> bool:
-        return self._thread is not None and not self._finished.is_set()
-
-    def result(self) -> str:
-        """Wait for the end and return the answer."""
-        self.join()
-        if self.error is not None:
-            raise self.error
-        return self.answer
+        return super().start()
 
     @property
     def right(self) -> bool | None:
@@ -144,6 +114,9 @@ class LiveRun:
             error=str(self.error or ""),
         )
 
+    def _outcome(self) -> str:
+        return self.answer
+
     def _work(self) -> None:
         try:
             with torch.inference_mode(), self._cache() as cache:
@@ -153,7 +126,6 @@ class LiveRun:
             self.error, self.phase = error, "failed"
         finally:
             self._ended = self._ended or time.perf_counter()
-            self._finished.set()
 
     def _cache(self) -> TieredCache:
         self.phase = "prefill"

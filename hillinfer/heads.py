@@ -22,9 +22,9 @@ def rows_of(mask: torch.Tensor | None, kv_heads: int) -> torch.Tensor | None:
 class HeadsLayer(Layer):
     """A layer in memory whose policy and store have a row for each KV head of each sequence."""
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, kv=None, seen: torch.Tensor | None = None) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         self.run.heads = heads = keys.shape[1]
-        super().append(apart(keys, heads), apart(values, heads), None, seen if seen is None else apart(seen, heads))
+        super().append(apart(keys, heads), apart(values, heads))
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(part.reshape(-1, self.run.heads, *part.shape[2:]) for part in super().everything())
@@ -32,13 +32,12 @@ class HeadsLayer(Layer):
     def whole(self, kv: torch.Tensor) -> torch.Tensor:
         return kv.unflatten(0, (-1, self.run.heads)).squeeze(4).permute(0, 2, 3, 1, 4)
 
-    def attend(self, query, mask, scaling, softcap=0.0, sinks=None, asked=None) -> torch.Tensor:
+    def attend(self, query, mask, scaling, softcap=0.0, sinks=None) -> torch.Tensor:
         batch = len(query)
         if sinks is not None:
             sinks = sinks.view(self.run.heads, -1).repeat(batch, 1)
-        asked = asked if asked is None else apart(asked, self.run.heads)
         mask = rows_of(mask, self.run.heads)
-        out = super().attend(apart(query, self.run.heads), mask, scaling, softcap, sinks, asked)
+        out = super().attend(apart(query, self.run.heads), mask, scaling, softcap, sinks)
         return out.unflatten(0, (batch, self.run.heads)).transpose(1, 2).flatten(2, 3)
 
     def observe(self, queries, keys, mask, scaling) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hillinfer import attention
 from hillinfer.errors import DriveError, UsageError
+from hillinfer.evaluator.codes import NEVER
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.evaluator.ranks import head_ranks
 from hillinfer.evaluator.segments import KeyCodes, SegmentCodes, open_codes
@@ -16,8 +17,6 @@ from hillinfer.run import Run
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.store import Store
 from hillinfer.timeline import Track
-
-NEVER = np.iinfo(np.int32).min + 1  # the score of padding: below every real one
 
 
 class Layer:
@@ -53,15 +52,19 @@ class Layer:
         near = self.store.geometry.device.type == "cpu" and not self.track.away
         return (near or self.store.can_prefetch) and not self.policy.watches
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, kv=None, seen: torch.Tensor | None = None) -> None:
-        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already, and
-        `seen` the keys in host memory, if the records are on a GPU.
-        """
+    @property
+    def chooses(self) -> bool:
+        """True if the layer selects on the device of its records, a GPU, and never in host memory."""
+        coded = not self.policy.needs_codes or isinstance(self.codes, KeyCodes)
+        there = self.store.geometry.device.type != "cpu"
+        return there and (not self.policy.selects or (self.policy.on_device and coded))
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
+        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already."""
         run, new = self.run, keys.shape[2]
         dims = keys.shape[3], values.shape[3]
         if dims[0] != dims[1]:
             keys, values = attention.padded(keys, max(dims)), attention.padded(values, max(dims))
-        seen = keys if seen is None else attention.padded(seen, max(dims))
         geometry = Geometry(len(keys), *keys.shape[1::2], keys.dtype, keys.device)
         held = self.store.geometry if self.store else geometry
         if geometry != held or keys.shape != values.shape:
@@ -81,13 +84,13 @@ class Layer:
             kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2).detach()
         codes = None
         if self.codes is not None:
-            with self.track.span("cpu", "encode", seen.nbytes):
-                doublings = self.codes.append(seen.detach())
+            with self.track.span("cpu", "encode", keys.nbytes):
+                doublings = self.codes.append(keys.detach())
                 if self.store.scores_keys:
                     codes = self.codes.newest(new), doublings
         if type(self.policy).append is not Policy.append:
-            with self.track.span("cpu", "index", seen.nbytes):
-                self.policy.append(seen.detach())
+            with self.track.span("cpu", "index", keys.nbytes):
+                self.policy.append(keys.detach())
         with self.track.span("cpu", "append", kv.nbytes):
             self.store.append(kv, codes)
         if run.keeper is not None:
@@ -119,7 +122,7 @@ class Layer:
         return kv
 
     def attend(
-        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap=0.0, sinks=None, asked=None
+        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap=0.0, sinks=None
     ) -> torch.Tensor:
         """Attention of one query token (B, H, 1, D) over the selected tokens; of several tokens, exact over all.
 
@@ -127,15 +130,13 @@ class Layer:
 
         softcap  see `attention.logits`; for one token only
         sinks    (H,), one more logit per head that has no value (gpt-oss); for one token only
-        asked    the query in host memory, if the records are on a GPU
         """
         query = attention.padded(query, self.store.geometry.head_dim)
         if query.shape[2] > 1:  # part by part, so that a layer's KV is never in memory as a whole
             out = attention.over_parts(query, self.store.parts(), mask, scaling, self.n).transpose(1, 2)
             return attention.narrowed(out, self.dims[1]).contiguous()
         self.softcap, valid = softcap, self._valid(mask, len(query))
-        asked = query if asked is None else attention.padded(asked, query.shape[3])
-        picks = self.select(asked, valid, scaling)
+        picks = self.select(query, valid, scaling)
         self._finish_guess()
         watch = self._watch(query, picks, valid, scaling)
         out, lse = self.store.attend(query, picks, valid, scaling, watch, softcap, sinks is not None)
@@ -154,18 +155,26 @@ class Layer:
 
     def select(
         self, query: torch.Tensor, valid, scaling: float, kind: str = "select", share: float = 1.0
-    ) -> list[np.ndarray | None]:
-        """Each sequence's sorted positions (k,), or None for all tokens, for a query (B, H, 1, D).
+    ) -> list[np.ndarray | None] | tuple[torch.Tensor, torch.Tensor | None]:
+        """Each sequence's sorted positions (k,), or None for all tokens, for a query (B, H, 1, D); as `Policy.choose`
+        where the layer `chooses`.
 
         kind   "select", or "guess" for a predicted query
         share  fraction of the budget to use
         """
         if not self.policy.selects:
             return [None] * len(query)
-        shown = None if valid is None else valid.numpy()
         settings, n, picks = self.run.settings, self.n, []
         budget = min(n, max(int(share * settings.budget(n)), settings.sinks + settings.recent))
         sizes = n, budget, settings.sinks, settings.recent, self.index, self.run.timeline.step
+        if self.chooses:
+            ranks = None if self.codes is None else partial(self.codes.ranks, query[:, :, 0], scaling, valid)
+            with self.track.span("gpu", kind):
+                chosen = self.policy.choose(Step(*sizes, ranks, None, query[:, :, 0], scaling, valid=valid))
+            return [None] * len(query) if chosen is None else chosen
+        shown = None if valid is None else valid.numpy()
+        if self.policy.needs_codes or type(self.policy).append is not Policy.append:
+            query = query.cpu()  # once
         for row in range(len(query)):
             own, visible = query[row, :, 0], None if shown is None else shown[row]
             scores = partial(self._scores, own, row, visible, scaling)
@@ -183,6 +192,10 @@ class Layer:
 
     def _scores(self, query: torch.Tensor, row: int, valid: np.ndarray | None, scaling: float) -> np.ndarray:
         """Ranks of all keys by their codes, int32 (n,), wherever these are scored. query (H, D)."""
+        if isinstance(self.codes, KeyCodes) and self.codes.device.type != "cpu":
+            shown = None if valid is None else torch.from_numpy(valid)[None].to(self.codes.device)
+            found = self.codes.ranks(query[None].to(self.codes.device), scaling, shown, slice(row, row + 1))
+            return found[0].int().numpy(force=True)
         size, (coded, unit) = self.run.geometry, self.codes.query(query, row)
         scanned = self.n * size.kv_heads * size.head_dim * self.run.settings.bits // 8
         result = self.store.scores(row, coded, self.codes.scorer(coded, row), scanned)
@@ -221,7 +234,7 @@ class Layer:
                 raise error
             self.run.stop_guessing(error)
 
-    def _watch(self, query: torch.Tensor, picks: list, valid: torch.Tensor | None, scaling: float):
+    def _watch(self, query: torch.Tensor, picks, valid: torch.Tensor | None, scaling: float):
         """A callback that shows the attended records to the observer and the policy; None if neither wants them."""
         observer, step = self.run.observer, self.track.timeline.step
         observed = observer is not None and observer.should_observe(self.index, step)
@@ -232,12 +245,15 @@ class Layer:
         def watch(kv: torch.Tensor, shown: torch.Tensor | None) -> None:
             for row in range(self.run.heads if observed else 0):  # the first sequence; the cost is a span of its own
                 with self.track.span("cpu", "observe"):
-                    own = query[row, :, 0], kv[row, :, 0], picks[row], self.n, scaling
+                    own = query[row, :, 0], *_chosen(picks, row, kv[row, :, 0]), self.n, scaling
                     visible, all_keys = None if valid is None else valid[row], partial(self._keys, row)
                     observer.observe(attention.Observed(self.index, step, *own, visible, all_keys))
             if told:
                 logits = attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
-                weights = logits.softmax(-1).flatten(1, 2).numpy(force=True)
+                weights = logits.softmax(-1).flatten(1, 2)
+                if isinstance(picks, tuple):
+                    return self.policy.attended(None, picks[0], weights)
+                weights = weights.numpy(force=True)
                 for row, pick in enumerate(picks):
                     pick = np.arange(self.n) if pick is None else pick
                     self.policy.attended(row, pick, weights[row, :, : len(pick)])
@@ -282,7 +298,9 @@ class Layer:
         self.run.start(geometry, tokens)
         self.store = self.run.open_store(self.track)
         if self.policy.needs_codes or self.store.scores_keys:
-            self.codes = open_codes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits)
+            self.codes = open_codes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits, geometry.device)
+        if self.chooses:
+            self.policy.device = geometry.device
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 
@@ -291,3 +309,12 @@ class Layer:
         if mask is None:
             return None
         return attention.attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)
+
+
+def _chosen(picks, row: int, keys: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
+    """A row's attended keys of (k, Hkv, D) and their positions, from what `Layer.select` returned."""
+    if isinstance(picks, list):
+        return keys, picks[row]
+    positions, counts = picks
+    which = slice(None) if counts is None else counts[row]
+    return keys[which], positions[row, which].numpy(force=True)

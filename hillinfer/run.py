@@ -61,6 +61,7 @@ class Run:
         self.trial: Trial | None = None  # finds out whether to look ahead
         self.stores: dict[int, TieredStore] = {}  # by layer
         self.mask: tuple = None, None  # of this step on the model's device, and in host memory
+        self.later: Any = None  # what a GPU has yet to say (`models.later.Later`)
 
     @property
     def resident(self) -> bool:
@@ -248,8 +249,14 @@ class Run:
         """Open threads and files, in the order in which they are closed."""
         return [self.lookahead, self.writer, self.drive]
 
+    def settle(self) -> None:
+        """Complete the record."""
+        if self.later is not None:
+            self.later.settle()
+
     def stop(self) -> None:
         """Free the drive's space and end the threads; `start` may follow. A fork leaves its parent's alone."""
+        self.settle()
         self.owner.free()
         for part in self.parts():
             if part is not None and self.owner.here:

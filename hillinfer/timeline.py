@@ -223,8 +223,8 @@ class Track:
         self.timeline.add(lane, kind, self.layer, self.timeline.step, start_ns, end_ns, nbytes)
         return end_ns
 
-    def count(self, cached: int, attended: int, served: Served, swapped: int) -> None:
-        step, queries = self.timeline.step, sum(served[: len(TIERS)])
+    def count(self, cached: int, attended: int, served: Served, swapped: int, step: int | None = None) -> None:
+        step, queries = self.timeline.step if step is None else step, sum(served[: len(TIERS)])
         if self.away:
             served = served._replace(device=0, host=served.device + served.host)
-        self.counters.rows.append(Hits(step, self.layer, cached, queries, attended, *served, swapped))
+        self.counters.rows.append(Hits(step, self.layer, cached, queries, int(attended), *served, swapped))

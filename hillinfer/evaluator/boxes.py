@@ -12,7 +12,7 @@ EMPTY = torch.tensor([-1e30, 1e30], dtype=torch.float32, device="cpu")[:, None]
 
 
 def bounds(boxes: torch.Tensor, query: torch.Tensor, slack: float = 1.0) -> torch.Tensor:
-    """Upper bounds on q.k: boxes (m, Hkv, 2, D) as (max, min), query (Hkv, G, D) -> (Hkv, m, G).
+    """Upper bounds on q.k: boxes (..., m, Hkv, 2, D) as (max, min), query (..., Hkv, G, D) -> (..., Hkv, m, G).
 
     slack  below 1, an estimate: this fraction of the way from the midpoint of the possible scores to the bound
 
@@ -20,19 +20,19 @@ def bounds(boxes: torch.Tensor, query: torch.Tensor, slack: float = 1.0) -> torc
     """
     above, below = query.clamp(min=0), query.clamp(max=0)
     up, down = (1 + slack) / 2, (1 - slack) / 2
-    split = torch.cat((up * above + down * below, up * below + down * above), 2)  # (Hkv, G, 2D)
-    return torch.matmul(boxes.flatten(2).transpose(0, 1), split.transpose(1, 2))
+    split = torch.cat((up * above + down * below, up * below + down * above), -1)  # (..., Hkv, G, 2D)
+    return torch.matmul(boxes.flatten(-2).transpose(-3, -2), split.mT)
 
 
 def widen(boxes: torch.Tensor, index: torch.Tensor, keys: torch.Tensor) -> None:
-    """Extend boxes (m, Hkv, 2, D) in place to contain keys (Hkv, n, D), each in the box at index (n,)."""
-    tokens = keys.transpose(0, 1)
+    """Extend boxes (..., m, Hkv, 2, D) in place to contain keys (..., Hkv, n, D), each in the box at index (n,)."""
+    tokens = keys.transpose(-3, -2)
     index = index[:, None, None].expand_as(tokens)
-    boxes[:, :, 0] = boxes[:, :, 0].scatter_reduce(0, index, tokens, "amax")
-    boxes[:, :, 1] = boxes[:, :, 1].scatter_reduce(0, index, tokens, "amin")
+    for side, most in enumerate(("amax", "amin")):
+        boxes[..., side, :] = boxes[..., side, :].scatter_reduce(-3, index, tokens, most)
 
 
-def sortable(values: torch.Tensor | np.ndarray) -> np.ndarray:
-    """float32 values as int32 with the same order."""
-    bits = np.ascontiguousarray(values).view(np.int32)
+def sortable(values: torch.Tensor | np.ndarray) -> torch.Tensor | np.ndarray:
+    """float32 values as int32 with the same order, in the same form."""
+    bits = values.view(torch.int32) if torch.is_tensor(values) else np.ascontiguousarray(values).view(np.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

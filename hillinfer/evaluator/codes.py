@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from hillinfer import native
+from hillinfer.evaluator.ranks import STEPS, head_ranks_reference
 from hillinfer.growable import Growable
 
 TOP = {8: 127, 4: 7}  # largest code by bits; symmetric
 EXACT_FP32_DIM = 2**24 // TOP[8] ** 2  # 1,040: the largest head_dim with exact fp32 sums of code products
 TINY = torch.finfo(torch.float32).tiny
+NEVER = torch.iinfo(torch.int32).min + 1  # the score of padding: below every real one
 
 
 class KeyCodes:
@@ -23,17 +25,18 @@ class KeyCodes:
 
     The zero point, the middle of the first keys' range, shifts all scores of a head alike: scoring does without it.
 
-    `codes` is (B, Hkv, n, D) for INT8, and (B, Hkv, n, D/2) for INT4 with even channels in the low nibbles.
+    `codes` is (B, Hkv, n, D) for INT8, and (B, Hkv, n, D/2) for INT4 with even channels in the low nibbles. On a GPU
+    nothing here makes the host wait, except for a result in host memory.
     """
 
-    def __init__(self, batch: int, kv_heads: int, head_dim: int, bits: int = 8):
+    def __init__(self, batch: int, kv_heads: int, head_dim: int, bits: int = 8, device="cpu"):
         if head_dim > EXACT_FP32_DIM:
             raise ValueError(f"head_dim {head_dim} is above {EXACT_FP32_DIM}: fp32 scores would be inexact")
         if bits == 4 and head_dim % 2:
             raise ValueError(f"INT4 needs an even head_dim, not {head_dim}; use int8")
         self.bits = bits
-        self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8)
-        self.scale = torch.zeros((batch, kv_heads, 1, head_dim), dtype=torch.float32, device="cpu")
+        self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8, device)
+        self.scale = torch.zeros((batch, kv_heads, 1, head_dim), dtype=torch.float32, device=device)
         self.zero = torch.zeros_like(self.scale)
 
     def append(self, keys: torch.Tensor) -> torch.Tensor:
@@ -42,16 +45,16 @@ class KeyCodes:
         If a key exceeds a channel's scale, the scale doubles until it fits and the old codes are halved accordingly:
         codes never saturate and differ from direct quantisation by at most one step.
         """
-        keys = keys.to("cpu")
+        keys = keys.to(self.device)
+        if self.device.type != "cpu" or not native.available():
+            return self.append_reference(keys.float())
         if keys.stride(3) != 1 or keys.dtype not in (torch.float32, torch.bfloat16):
             keys = keys.float().contiguous()
-        if not native.available():
-            return self.append_reference(keys.float())
         at = self.codes.extend(keys.shape[2])
         return torch.from_numpy(native.encode(keys, self.bits, self.scale, self.zero, self.codes.data, at))
 
     def append_reference(self, keys: torch.Tensor) -> torch.Tensor:
-        """`append` in torch, for fp32 keys in host memory."""
+        """`append` in torch, for fp32 keys where the codes are."""
         top = TOP[self.bits]
         if self.codes.n == 0:
             self.zero = (keys.amin(2, keepdim=True) + keys.amax(2, keepdim=True)) / 2
@@ -61,10 +64,11 @@ class KeyCodes:
         mantissa, exponent = torch.frexp(need / self.scale)  # exact ceiling of log2
         exponent -= (mantissa == 0.5).int()
         doublings = torch.where((need > self.scale) & ~fresh, exponent, 0).clamp_(min=0)
-        if doublings.any():
-            old = self.codes.view()
-            old.copy_(pack((unpack(old, self.bits).float() / 2**doublings).round_().to(torch.int8), self.bits))
-        self.scale = torch.where(fresh, need, self.scale * 2**doublings)
+        times, old = 2 ** doublings.long(), self.codes.view()
+        if old.numel() and (old.device.type != "cpu" or doublings.any()):  # to ask a GPU would make the host wait
+            halved = (unpack(old, self.bits) * (1 / times).bfloat16()).round_()  # bf16 holds them exactly
+            old.copy_(pack(halved.to(torch.int8), self.bits))
+        self.scale = torch.where(fresh, need, self.scale * times)
         new = (keys / self.scale.clamp(min=TINY)).round_().clamp_(-top, top)
         self.codes.append(pack(new.to(torch.int8), self.bits))
         return doublings.squeeze(2).to(torch.uint8)
@@ -79,16 +83,21 @@ class KeyCodes:
         """
         query, scale = query.to("cpu", torch.float32), self.scale[row]
         if not native.available():
-            return self.query_reference(query, row)
+            out, step = fold(query, scale)
+            return out, step.numpy()
         out = torch.empty((len(scale), len(query) // len(scale), scale.shape[2]), dtype=torch.int8, device="cpu")
         return out, native.quantise_query(query.contiguous(), scale, out)
 
-    def query_reference(self, query: torch.Tensor, row: int) -> tuple[torch.Tensor, np.ndarray]:
-        """`query` in torch, for fp32 in host memory."""
-        scale = self.scale[row]  # (Hkv, 1, D)
-        folded = query.view(scale.shape[0], -1, scale.shape[2]) * scale
-        step = (folded.abs().amax((1, 2), keepdim=True) / TOP[8]).clamp(min=TINY)
-        return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8), step.flatten().numpy()
+    def ranks(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None, rows=slice(None)) -> torch.Tensor:
+        """`ranks.head_ranks` of all keys of these rows, int64 (B, n), where the codes are: queries (B, H, D), and valid
+        bool (B, n), False for padding, or None.
+        """
+        coded, unit = fold(query.float(), self.scale[rows])
+        scores = products(coded, unpack(self.codes.view()[rows], self.bits)).flatten(1, 2)
+        if valid is not None:
+            scores = scores.masked_fill(~valid[:, None], NEVER)
+        steps = unit * scaling * float(np.float32(STEPS / np.log(2)))
+        return head_ranks_reference(scores, steps[..., None].expand(coded.shape[:3]).flatten(1))
 
     def scorer(self, query: torch.Tensor, row: int) -> Callable[[np.ndarray | None], np.ndarray]:
         """`head_scores` of a quantised query (Hkv, G, D) against a row's keys, at positions (m,) or None for all."""
@@ -102,7 +111,12 @@ class KeyCodes:
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.codes.reorder(rows)
-        self.scale, self.zero = (part.index_select(0, rows.to("cpu")) for part in (self.scale, self.zero))
+        rows = rows.to(self.device)
+        self.scale, self.zero = (part.index_select(0, rows) for part in (self.scale, self.zero))
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +135,24 @@ def unpack(stored: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack(((stored << 4) >> 4, stored >> 4), -1).flatten(-2)  # arithmetic shifts extend the sign
 
 
+def fold(query: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`KeyCodes.query` in torch, on any device: queries fp32 (..., H, D) and scales (..., Hkv, 1, D)."""
+    folded = query.unflatten(-2, (scale.shape[-3], -1)) * scale
+    step = (folded.abs().amax((-2, -1), keepdim=True) / TOP[8]).clamp(min=TINY)
+    return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8), step[..., 0, 0]
+
+
+def products(query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Dot products of int8 (..., G, D) and (..., n, D): int32 (..., G, n), on any device.
+
+    fp32 is exact: every partial sum is an integer below 2**24; and bf16 holds codes exactly.
+    """
+    if codes.device.type != "cuda":
+        return (query.float() @ codes.float().mT).int()
+    asked, keys = (part.flatten(0, -3).bfloat16() for part in (query, codes))
+    return torch.bmm(asked, keys.mT, out_dtype=torch.float32).int().unflatten(0, codes.shape[:-2])
+
+
 def head_scores(
     query: torch.Tensor, stored: torch.Tensor, bits: int = 8, positions: np.ndarray | None = None
 ) -> np.ndarray:
@@ -134,14 +166,10 @@ def head_scores(
 
 
 def head_scores_torch(query: torch.Tensor, stored: torch.Tensor, bits: int = 8, block: int = 4096) -> np.ndarray:
-    """`head_scores` of all keys in torch.
-
-    fp32 is exact: every partial sum is an integer below 2**24. `block` keys at a time fit into the processor's cache.
-    """
+    """`head_scores` of all keys in torch. `block` keys at a time fit into the processor's cache."""
     out = torch.empty((*query.shape[:2], stored.shape[1]), dtype=torch.int32, device="cpu")
     for start in range(0, stored.shape[1], block):
-        part = unpack(stored[:, start : start + block], bits).float()
-        out[:, :, start : start + block] = torch.matmul(query.float(), part.transpose(1, 2)).to(torch.int32)
+        out[:, :, start : start + block] = products(query, unpack(stored[:, start : start + block], bits))
     return out.flatten(0, 1).numpy()
 
 

@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from hillinfer.evaluator.topk import highest
+
 
 @dataclass
 class Step:
-    """One decode step of one layer and sequence: the input of `Policy.select`."""
+    """One decode step of one layer and sequence: the input of `Policy.select`. For `Policy.choose` of all sequences B,
+    with a query (B, H, D), ranks int64 (B, n), and valid (B, n), all tensors on a GPU.
+    """
 
     n: int  # cached tokens, including the newest
     budget: int  # maximum number of selected tokens; at least sinks + recent
@@ -43,6 +47,13 @@ class Step:
             np.concatenate((np.arange(min(self.sinks, self.n)), np.arange(max(0, self.n - self.recent), self.n)))
         )
 
+    def best(self, ranks: torch.Tensor) -> torch.Tensor:
+        """Positions (B, budget) of the window and of the highest ranks (B, n) beside it, ascending; without a wait."""
+        batch, first, last = len(ranks), min(self.sinks, self.n), self.n - self.recent
+        order = torch.arange(self.n, dtype=torch.int64, device=ranks.device).expand(batch, -1)
+        chosen = first + highest(ranks[:, first:last], self.budget - first - self.recent).sort(1).values
+        return torch.cat((order[:, :first], chosen, order[:, last:]), 1)
+
     def accepts(self, picked) -> bool:
         """Whether a selection is None, for all tokens, or sorted, distinct positions within the budget."""
         if not isinstance(picked, np.ndarray) or picked.ndim != 1:
@@ -62,6 +73,8 @@ class Policy:
     needs_codes = True  # uses `Step.scores`; otherwise no key codes are built
     per_head = False  # each KV head selects for itself where the KV is in memory: a row of the batch for each
     can_speculate = False  # `select` accepts a predicted query (see `Step.guess`)
+    on_device = False  # with KV on a GPU, `choose` is asked there, of all sequences at once and without a wait
+    device = torch.device("cpu")  # where keys are given to `append`, and an index belongs
     watches = False  # needs `observe` and `attended`, which cost as much as an attention
     late = True  # can take over a filled cache, with all keys in one `append`
     nbytes = 0
@@ -78,8 +91,10 @@ class Policy:
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> None:
         """Exact attention of several tokens: queries (B, H, q, D) of the newest of keys (B, Hkv, n, D)."""
 
-    def attended(self, row: int, picked: np.ndarray, weights: np.ndarray) -> None:
-        """Attention weights (H, k) of the selected tokens (k,) in a decode step of this sequence."""
+    def attended(self, row: int | None, picked: np.ndarray, weights: np.ndarray) -> None:
+        """Attention weights (H, k) of the selected tokens (k,) in a decode step of this sequence. After `choose` row is
+        None: tensors (B, H, k) and (B, k) of all sequences, 0 where a token does not count.
+        """
 
     def truncate(self, n: int) -> None:
         """Forget all tokens from n on."""
@@ -89,4 +104,10 @@ class Policy:
 
     def select(self, step: Step) -> np.ndarray | None:
         """Sorted, distinct positions, at most `step.budget` of them; None for all tokens."""
+        raise NotImplementedError
+
+    def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """As `select`, with `on_device`: ascending positions int64 (B, k), and which of them count, bool (B, k) or None
+        for all.
+        """
         raise NotImplementedError

@@ -82,9 +82,9 @@ class SegmentCodes:
         return self.newest.nbytes + self.codes.view().nbytes + self.ranges.view().nbytes
 
 
-def open_codes(batch: int, kv_heads: int, head_dim: int, bits: int) -> KeyCodes | SegmentCodes:
-    """Codes of 8, 4 or 2 bits."""
-    return SegmentCodes(batch, kv_heads, head_dim) if bits == 2 else KeyCodes(batch, kv_heads, head_dim, bits)
+def open_codes(batch: int, kv_heads: int, head_dim: int, bits: int, device="cpu") -> KeyCodes | SegmentCodes:
+    """Codes of 8, 4 or 2 bits; those of 2 bits are in host memory."""
+    return SegmentCodes(batch, kv_heads, head_dim) if bits == 2 else KeyCodes(batch, kv_heads, head_dim, bits, device)
 
 
 def interleave(codes: torch.Tensor) -> torch.Tensor:

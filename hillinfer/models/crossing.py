@@ -1,8 +1,8 @@
 """Between a model on a GPU and records in host memory: the query goes to the records, which are far larger.
 
 A decode step brings a token's key, value and query of a layer to the host in one wait, with the mask, once a step, and
-the query predicted for the next layer. The output goes back without a wait. Where the records are on the GPU, the host
-is given what it selects by.
+the query predicted for the next layer. The output goes back without a wait. Where the records are on the GPU, so are codes
+and indices, and nothing crosses, unless a policy selects in host memory: then the mask does.
 """
 
 import time
@@ -10,8 +10,8 @@ import time
 import torch
 
 from hillinfer.attention import attendable, to_device
-from hillinfer.evaluator.policy import Policy
 from hillinfer.layer import Layer
+from hillinfer.models.later import DeviceTrack, Later
 
 PINNED = 16 << 20  # most bytes to bring through pinned memory, of which torch keeps what it has once taken
 
@@ -23,9 +23,14 @@ class Crossing(Layer):
         self.layer, self.device = layer, device
         self.new: tuple[torch.Tensor, ...] = ()  # a token's keys and values, until its query comes
         self.ahead: tuple = None, None, None, None  # of the next layer: itself, a predicted query, its mask and scaling
+        if layer.run.resident:
+            layer.run.later = layer.run.later or Later(device)
+            layer.track = DeviceTrack(layer.track, layer.run.later)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if keys.shape[2] > 1:
+            if self.layer.run.later is not None:
+                self.layer.run.later.attended = None
             self.layer.append(*placed(self.layer, keys, values))
         else:
             self.new = keys, values
@@ -37,15 +42,22 @@ class Crossing(Layer):
             return layer.attend(query, mask, scaling)
         (keys, values), self.new, self.ahead = self.new, (), (None,) * 4
         if layer.run.resident:
-            indexes = layer.policy.needs_codes or type(layer.policy).append is not Policy.append
-            mask, *seen = bring(layer, mask, *((keys, query) if indexes else ()))
-            layer.append(keys, values, None, *seen[:1])
-            return layer.attend(query, mask, scaling, softcap, sinks, *seen[1:])
+            return self._attend_there(layer, layer.run.later, keys, values, query, mask, scaling, softcap, sinks)
         mask, keys, values, query, guessed, sinks = bring(layer, mask, keys, values, query, guessed, sinks)
         if following is not None:
             guess(following, guessed, *how)
         layer.append(keys, values)
         return to_device(layer.attend(query, mask, scaling, softcap, sinks), self.device)
+
+    def _attend_there(self, layer: Layer, later: Later, keys, values, query, mask, *how) -> torch.Tensor:
+        if layer.index == 0:
+            later.settle(wait=False)
+        if later.attended is not None:
+            layer.track.since(later.attended, "dense")
+        layer.append(keys, values)
+        out = layer.attend(query, mask if layer.chooses else bring(layer, mask)[0], *how)
+        later.attended, layer.run.attended_ns = later.mark(), None
+        return out
 
     def everything(self) -> tuple[torch.Tensor, ...]:
         return tuple(to_device(part, self.device) for part in self.layer.everything())

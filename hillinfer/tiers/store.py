@@ -43,7 +43,7 @@ class Store:
     def attend(
         self,
         query: torch.Tensor,
-        picks: list[np.ndarray | None],
+        picks: list[np.ndarray | None] | tuple[torch.Tensor, torch.Tensor | None],
         valid: torch.Tensor | None,
         scaling: float,
         watch: Watch | None = None,
@@ -52,12 +52,12 @@ class Store:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one query token (B, H, 1, D): (B, 1, H, D), and the logsumexp of its logits, fp32 (B, H).
 
-        picks  each sequence's sorted positions (k,), or None for all tokens
-        valid  bool (B, n) in host memory, False for padding; None where there is none
+        picks  each sequence's sorted positions (k,), or None for all tokens; or as `Policy.choose`
+        valid  bool (B, n) where the selection was made, False for padding; None where there is none
         sums   False: the logsumexp may be None
         watch  called with the records attended to, (B, k, 2, Hkv, D), and which of them are valid, (B, k) or None
         """
-        whole = all(pick is None for pick in picks)
+        whole = isinstance(picks, list) and all(pick is None for pick in picks)
         if watch is None and (self.in_place or whole) and attention.is_native(query):
             shown = None if valid is None else valid.numpy()
             rows, side, keep, served = self._locate(picks, whole, shown)
@@ -67,7 +67,7 @@ class Store:
             del keep  # until here the records had to stay where they are
         else:
             kv, shown, served = self._gather(picks, whole, valid)
-            attended = kv.shape[1] * len(kv) if shown is None else int(shown.sum())
+            attended = kv.shape[1] * len(kv) if shown is None else shown.sum()
             shown = None if shown is None else attention.to_device(shown, kv.device)
             with self.track.span(self.lane, "attend", kv.nbytes):
                 out, lse = attention.over_tensors(query, kv, shown, scaling, softcap, sums)
@@ -164,6 +164,8 @@ class Store:
         if whole:
             kv, served = self.all()
             return kv, valid, served
+        if isinstance(picks, tuple):
+            return self.take(*picks, valid)
         picks = self._filled(picks)
         parts = [self.fetch(row, positions) for row, positions in enumerate(picks)]
         served = sum((served for _, served in parts), Served())
@@ -200,6 +202,14 @@ class HostStore(Store):
 
     def find(self, row: int, positions: np.ndarray) -> tuple[Records, Served]:
         return Records(self.buffer.data[row], positions), Served(**{self.tier: len(positions)})
+
+    def take(self, positions: torch.Tensor, counts: torch.Tensor | None, valid: torch.Tensor | None) -> tuple:
+        """`_gather` on the records' device, without a wait."""
+        with self.track.span(self.lane, "gather", positions.numel() * self.geometry.record_bytes):
+            rows = torch.arange(len(positions), dtype=torch.int64, device=positions.device)[:, None]
+            kv, seen = self.buffer.data[rows, positions], None if valid is None else valid.gather(1, positions)
+        shown = seen if counts is None else counts if seen is None else counts & seen
+        return kv, shown, Served(device=positions.numel() if counts is None else counts.sum())
 
     def all(self) -> tuple[torch.Tensor, Served]:
         """A view: nothing is copied."""

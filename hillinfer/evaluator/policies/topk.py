@@ -1,6 +1,7 @@
 """The window and the tokens whose coded keys rank highest (HillInfer section 1.3)."""
 
 import numpy as np
+import torch
 
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.evaluator.topk import topk
@@ -11,6 +12,7 @@ class TopK(Policy):
 
     per_head = True
     can_speculate = True
+    on_device = True
 
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:
@@ -19,3 +21,6 @@ class TopK(Policy):
         last = max(first, step.n - step.recent)  # candidates are first..last-1
         chosen = first + np.sort(topk(step.scores()[first:last], step.budget - first - step.n + last))
         return np.concatenate((np.arange(first), chosen, np.arange(last, step.n)))
+
+    def choose(self, step: Step) -> tuple[torch.Tensor, None] | None:
+        return None if step.budget >= step.n else (step.best(step.scores()), None)

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from hillinfer.evaluator.boxes import sortable
 from hillinfer.evaluator.policy import Policy, Step
+from hillinfer.evaluator.topk import highest
+from hillinfer.growable import Growable
 
 BLOCK = 128  # queries per block of attention weights
 
@@ -16,45 +19,62 @@ class Eviction(Policy):
     needs_codes = False
     watches = True
     per_head = True
+    on_device = True
     late = False
+    fresh = 0.0  # worth of a new token
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
-        self.n = 0
-        self.alive = np.zeros((batch, 0), bool)
-        self.worth = np.zeros((batch, 0), np.float32)
+        self.alive = Growable((batch, 0), 1, torch.bool, self.device)
+        self.worth = Growable((batch, 0), 1, torch.float32, self.device)
 
     def append(self, keys: torch.Tensor) -> None:
-        new = keys.shape[2]
-        self.n += new
-        short = self.n - self.alive.shape[1]
-        if short > 0:
-            room = ((0, 0), (0, max(256, short)))
-            self.alive, self.worth = np.pad(self.alive, room), np.pad(self.worth, room)
-        self.alive[:, self.n - new : self.n], self.worth[:, self.n - new : self.n] = True, 0
+        for part, value in ((self.alive, True), (self.worth, self.fresh)):
+            part.extend(keys.shape[2])
+            part.view()[:, -keys.shape[2] :] = value
 
-    def keep(self, step: Step, newest: int) -> np.ndarray | None:
-        """Select the newest tokens and the ones of highest worth within the budget; evict all others."""
+    def newest(self, budget: int) -> int:
+        """How many of the newest live tokens are kept whatever their worth."""
+        raise NotImplementedError
+
+    def select(self, step: Step) -> np.ndarray | None:
+        """The newest tokens and those of highest worth within the budget; all others are evicted."""
         if step.budget >= step.n:
             return None
-        alive = self.alive[step.row, : step.n]
+        alive = self.alive.view()[step.row].numpy()
         alive[: step.first] = False
         candidates = np.flatnonzero(alive)
         if len(candidates) > step.budget:
-            worth = self.worth[step.row, candidates].copy()
-            worth[len(candidates) - newest :] = np.inf
+            worth = self.worth.view()[step.row].numpy()[candidates]
+            worth[len(candidates) - self.newest(step.budget) :] = np.inf
             order = np.lexsort((candidates, worth))
             alive[candidates[order[: -step.budget]]] = False
         return np.flatnonzero(alive)
 
+    def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if step.budget >= step.n:
+            return None
+        alive = self.alive.view()
+        if step.valid is not None:
+            alive &= step.valid.cumsum(1) > 0
+        newest = alive.flip(1).cumsum(1).flip(1) <= self.newest(step.budget)
+        worth = self.worth.view().masked_fill(newest, torch.inf).masked_fill(~alive, -torch.inf)
+        kept = step.n - 1 - highest(sortable(worth).flip(1), step.budget)  # of equals the newer, as above
+        kept = kept.sort(1).values
+        counts = alive.gather(1, kept)
+        alive.zero_().scatter_(1, kept, counts)
+        return kept, counts
+
     def truncate(self, n: int) -> None:
-        self.n = n
+        self.alive.truncate(n)
+        self.worth.truncate(n)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        self.alive, self.worth = self.alive[rows.numpy(force=True)], self.worth[rows.numpy(force=True)]
+        self.alive.reorder(rows)
+        self.worth.reorder(rows)
 
     @property
     def nbytes(self) -> int:
-        return self.alive.nbytes + self.worth.nbytes
+        return self.alive.view().nbytes + self.worth.view().nbytes
 
 
 def causal_weights(queries, keys, valid, scaling: float, last: int | None = None) -> Iterator[torch.Tensor]:

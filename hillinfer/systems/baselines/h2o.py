@@ -4,10 +4,8 @@ As in the paper each KV head has its own set, where the KV is in memory; else th
 sum of their weights.
 """
 
-import numpy as np
 import torch
 
-from hillinfer.evaluator.policy import Step
 from hillinfer.systems.baselines.eviction import Eviction, causal_weights
 
 
@@ -16,10 +14,13 @@ class H2O(Eviction):
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
         for weights in causal_weights(queries, keys, valid, scaling):
-            self.worth[:, : weights.shape[-1]] += weights.sum((1, 2, 3)).numpy(force=True)
+            self.worth.view()[:, : weights.shape[-1]] += weights.sum((1, 2, 3)).to(self.device)
 
-    def attended(self, row: int, picked: np.ndarray, weights: np.ndarray) -> None:
-        self.worth[row, picked] += weights.sum(0)
+    def attended(self, row, picked, weights) -> None:
+        if row is None:
+            self.worth.view().scatter_add_(1, picked, weights.sum(1))
+        else:
+            self.worth.view()[row].numpy()[picked] += weights.sum(0)
 
-    def select(self, step: Step) -> np.ndarray | None:
-        return self.keep(step, step.budget // 2)
+    def newest(self, budget: int) -> int:
+        return budget // 2

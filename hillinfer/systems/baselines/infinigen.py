@@ -22,6 +22,7 @@ class InfiniGen(Policy):
     needs_codes = False
     per_head = True
     can_speculate = True
+    on_device = True
     watches = True
     late = False  # its basis needs the prompt's queries
     ratio = 0.2  # fraction of the columns: the paper's partial weight ratio
@@ -29,11 +30,11 @@ class InfiniGen(Policy):
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         self.columns = max(1, round(self.ratio * head_dim))
         self.basis = None  # (B, Hkv, D, r)
-        self.partial = Growable((batch, kv_heads, 0, self.columns), 2, torch.float32)
+        self.partial = Growable((batch, kv_heads, 0, self.columns), 2, torch.float32, self.device)
         self.waiting: list[torch.Tensor] = []  # keys appended before there is a basis
 
     def append(self, keys: torch.Tensor) -> None:
-        keys = keys.to("cpu", torch.float32)
+        keys = keys.to(self.device, torch.float32)
         if self.basis is None:
             self.waiting.append(keys)
         else:
@@ -41,24 +42,32 @@ class InfiniGen(Policy):
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
         if self.basis is None:
-            queries = queries.to("cpu", torch.float32)
+            queries = queries.to(self.device, torch.float32)
             self._skew(queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3))
-
-    def attended(self, row: int, picked: np.ndarray, weights: np.ndarray) -> None: ...
 
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:
             return None
-        if self.basis is None:  # the prompt was decoded token by token
-            self._skew(torch.cat(self.waiting, 2))
-        near = step.near()[-step.budget :]
-        basis = self.basis[step.row]
-        query = (step.grouped(len(basis)) * step.scaling) @ basis
-        logits = query @ self.partial.view()[step.row].transpose(1, 2)
-        logits[..., : step.first] = -torch.inf
-        rank = (logits - logits.logsumexp(2, keepdim=True)).amax((0, 1))
+        near, row = step.near()[-step.budget :], slice(step.row, step.row + 1)
+        valid = None if step.valid is None else torch.from_numpy(step.valid)[None]
+        rank = self._ranks(step.query[None], step.scaling, valid, row)[0]
         rank[near] = -torch.inf
         return np.union1d(near, topk(sortable(rank.numpy()), step.budget - len(near)))
+
+    def choose(self, step: Step) -> tuple[torch.Tensor, None] | None:
+        if step.budget >= step.n:
+            return None
+        return step.best(sortable(self._ranks(step.query, step.scaling, step.valid))), None
+
+    def _ranks(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None, rows=slice(None)):
+        """The highest log-probability of each key, (B, n), for queries (B, H, D) of these rows."""
+        if self.basis is None:  # the prompt was decoded token by token
+            self._skew(torch.cat(self.waiting, 2))
+        basis = self.basis[rows]
+        logits = (query.float().unflatten(1, (basis.shape[1], -1)) * scaling @ basis) @ self.partial.view()[rows].mT
+        if valid is not None:
+            logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
+        return (logits - logits.logsumexp(3, keepdim=True)).amax((1, 2))
 
     def _skew(self, queries: torch.Tensor) -> None:
         """Compute the basis from queries (B, Hkv, m, D), and the partial keys appended so far."""
@@ -75,7 +84,7 @@ class InfiniGen(Policy):
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.partial.reorder(rows)
-        rows = rows.to("cpu")
+        rows = rows.to(self.device)
         self.waiting = [keys[rows] for keys in self.waiting]
         self.basis = None if self.basis is None else self.basis[rows]
 

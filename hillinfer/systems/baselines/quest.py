@@ -6,10 +6,11 @@ them. Every layer has the same budget: `QuestDense` is the paper's, which attend
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from hillinfer.evaluator.boxes import EMPTY, bounds, sortable, widen
+from hillinfer.evaluator.boxes import bounds, sortable, widen
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.evaluator.topk import topk
+from hillinfer.evaluator.topk import highest, topk
 from hillinfer.growable import Growable
 
 
@@ -19,22 +20,22 @@ class Quest(Policy):
     needs_codes = False
     per_head = True
     can_speculate = True
+    on_device = True
     page = 16
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         self.n, self.kv_heads = 0, kv_heads
-        self.boxes = Growable((batch, 0, kv_heads, 2, head_dim), 1, torch.float32)
+        self.boxes = Growable((batch, 0, kv_heads, 2, head_dim), 1, torch.float32, self.device)
 
     def append(self, keys: torch.Tensor) -> None:
-        keys = keys.to("cpu", torch.float32)
-        batch, _, new, dim = keys.shape
-        index = torch.arange(self.n, self.n + new, device="cpu") // self.page
-        self.n += new
+        first, at = self.n // self.page, self.n % self.page
+        index = torch.arange(at, at + keys.shape[2], dtype=torch.int64, device=self.device) // self.page
+        self.n += keys.shape[2]
         more = -(-self.n // self.page) - self.boxes.n
         if more > 0:
-            self.boxes.append(EMPTY.expand(batch, more, self.kv_heads, 2, dim))
-        for boxes, added in zip(self.boxes.view(), keys, strict=True):
-            widen(boxes, index, added)
+            self.boxes.extend(more)
+            self.boxes.view()[:, -more:, :, 0], self.boxes.view()[:, -more:, :, 1] = -1e30, 1e30
+        widen(self.boxes.view()[:, first:], index, keys.to(self.device, torch.float32))
 
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:
@@ -46,6 +47,23 @@ class Quest(Policy):
         best = first + topk(sortable(weights.sum((0, 1)).numpy()), (step.budget - len(near)) // self.page)
         chosen = (best[:, None] * self.page + np.arange(self.page)).ravel()
         return np.union1d(near, chosen[(chosen >= step.first) & (chosen < step.n)])
+
+    def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Whole pages, as their number must not depend on data: what is of the window or padding does not count."""
+        if step.budget >= step.n:
+            return None
+        sinks, last = min(step.sinks, step.n), step.n - step.recent
+        order = torch.arange(step.n, dtype=torch.int64, device=self.device).expand(len(step.query), -1)
+        start = order[:, :1] * 0 if step.valid is None else step.valid.int().argmax(1, keepdim=True)
+        boxes = self.boxes.view()[:, : -(-last // self.page)]
+        query = step.query.float().unflatten(1, (self.kv_heads, -1)) * step.scaling
+        padding = order[:, : boxes.shape[1]] < start // self.page
+        score = bounds(boxes, query).mT.masked_fill(padding[:, None, None], -torch.inf)
+        ranks = sortable(score.softmax(3).sum((1, 2))).masked_fill(padding, -1)  # a sum of weights has no sign
+        best = highest(ranks, (step.budget - sinks - step.recent) // self.page).sort(1).values
+        chosen = (best[:, :, None] * self.page + order[0, : self.page]).flatten(1)
+        counts = F.pad((chosen >= start.clamp(min=sinks)) & (chosen < last), (sinks, step.recent), value=True)
+        return torch.cat((order[:, :sinks], chosen.clamp(max=step.n - 1), order[:, last:]), 1), counts
 
     def weights(self, row: int, query: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Softmax over pages first..last-1 of their bounds for a scaled query (Hkv, G, D): (Hkv, G, last - first)."""
@@ -69,3 +87,6 @@ class QuestDense(Quest):
 
     def select(self, step: Step) -> np.ndarray | None:
         return None if step.layer < 2 else super().select(step)
+
+    def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if step.layer < 2 else super().choose(step)

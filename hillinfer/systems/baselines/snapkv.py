@@ -5,28 +5,23 @@ paper each KV head has its own set, where the KV is in memory; else the heads of
 prompt are kept within the budget.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hillinfer.evaluator.policy import Step
 from hillinfer.systems.baselines.eviction import Eviction, causal_weights
 
 
 class SnapKV(Eviction):
     """The tokens that the last 32 queries of the prefill attend to most, and all newer ones; others are evicted."""
 
+    fresh = torch.inf  # until the next vote
     window, kernel = 32, 7  # voting queries, and tokens per pooled vote: the paper's LongBench settings
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
         votes = sum(weights.sum(3) for weights in causal_weights(queries, keys, valid, scaling, self.window))
         pooled = F.max_pool1d(votes.flatten(1, 2), self.kernel, 1, self.kernel // 2)
-        self.worth[:, : self.n] = pooled.sum(1).numpy(force=True)
-        self.worth[:, max(0, self.n - self.window) : self.n] = np.inf  # the window itself is kept
+        self.worth.view()[:] = pooled.sum(1).to(self.device)
+        self.worth.view()[:, -self.window :] = torch.inf  # the window itself is kept
 
-    def append(self, keys: torch.Tensor) -> None:
-        super().append(keys)
-        self.worth[:, self.n - keys.shape[2] : self.n] = np.inf  # until the next vote
-
-    def select(self, step: Step) -> np.ndarray | None:
-        return self.keep(step, 1)
+    def newest(self, budget: int) -> int:
+        return 1

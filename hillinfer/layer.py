@@ -54,10 +54,15 @@ class Layer:
 
     @property
     def chooses(self) -> bool:
-        """True if the layer selects on the device of its records, a GPU, and never in host memory."""
+        """True if the policy is asked for tensors; on a GPU nothing of the selection is in host memory then."""
         coded = not self.policy.needs_codes or isinstance(self.codes, KeyCodes)
-        there = self.store.geometry.device.type != "cpu"
-        return there and (not self.policy.selects or (self.policy.on_device and coded))
+        asks = self.policy.there and coded if self.on_gpu else not self.policy.here
+        return asks or (self.on_gpu and not self.policy.selects)
+
+    @property
+    def on_gpu(self) -> bool:
+        """True if records are in a GPU's memory."""
+        return self.store.geometry.device.type != "cpu"
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already."""
@@ -169,9 +174,13 @@ class Layer:
         sizes = n, budget, settings.sinks, settings.recent, self.index, self.run.timeline.step
         if self.chooses:
             ranks = None if self.codes is None else partial(self.codes.ranks, query[:, :, 0], scaling, valid)
-            with self.track.span("gpu", kind):
-                chosen = self.policy.choose(Step(*sizes, ranks, None, query[:, :, 0], scaling, valid=valid))
-            return [None] * len(query) if chosen is None else chosen
+            step = Step(*sizes, ranks, None, query[:, :, 0], scaling, valid=valid, guess=kind == "guess")
+            with self.track.span(self.store.lane, kind) as detail:
+                chosen = self.policy.choose(step)
+                detail |= step.notes
+            if chosen is None or self.on_gpu:
+                return chosen or [None] * len(query)
+            return [_row(chosen[0], row, chosen[1]).numpy() for row in range(len(query))]
         shown = None if valid is None else valid.numpy()
         if self.policy.needs_codes or type(self.policy).append is not Policy.append:
             query = query.cpu()  # once
@@ -192,10 +201,6 @@ class Layer:
 
     def _scores(self, query: torch.Tensor, row: int, valid: np.ndarray | None, scaling: float) -> np.ndarray:
         """Ranks of all keys by their codes, int32 (n,), wherever these are scored. query (H, D)."""
-        if isinstance(self.codes, KeyCodes) and self.codes.device.type != "cpu":
-            shown = None if valid is None else torch.from_numpy(valid)[None].to(self.codes.device)
-            found = self.codes.ranks(query[None].to(self.codes.device), scaling, shown, slice(row, row + 1))
-            return found[0].int().numpy(force=True)
         size, (coded, unit) = self.run.geometry, self.codes.query(query, row)
         scanned = self.n * size.kv_heads * size.head_dim * self.run.settings.bits // 8
         result = self.store.scores(row, coded, self.codes.scorer(coded, row), scanned)
@@ -242,21 +247,25 @@ class Layer:
         if not (observed or told):
             return None
 
+        def which(row: int, keys: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
+            if isinstance(picks, list):
+                return keys[row], picks[row]
+            return _row(keys, row, picks[1]), _row(picks[0], row, picks[1]).numpy(force=True)
+
         def watch(kv: torch.Tensor, shown: torch.Tensor | None) -> None:
             for row in range(self.run.heads if observed else 0):  # the first sequence; the cost is a span of its own
                 with self.track.span("cpu", "observe"):
-                    own = query[row, :, 0], *_chosen(picks, row, kv[row, :, 0]), self.n, scaling
+                    own = query[row, :, 0], *which(row, kv[:, :, 0]), self.n, scaling
                     visible, all_keys = None if valid is None else valid[row], partial(self._keys, row)
                     observer.observe(attention.Observed(self.index, step, *own, visible, all_keys))
             if told:
                 logits = attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
-                weights = logits.softmax(-1).flatten(1, 2)
+                weights = logits.softmax(-1).flatten(1, 2).to(self.policy.device)
                 if isinstance(picks, tuple):
-                    return self.policy.attended(None, picks[0], weights)
-                weights = weights.numpy(force=True)
-                for row, pick in enumerate(picks):
-                    pick = np.arange(self.n) if pick is None else pick
-                    self.policy.attended(row, pick, weights[row, :, : len(pick)])
+                    self.policy.attended(slice(None), picks[0], weights)
+                for row, pick in enumerate(picks if isinstance(picks, list) else ()):
+                    pick = torch.arange(self.n, dtype=torch.int64) if pick is None else torch.from_numpy(pick)
+                    self.policy.attended(slice(row, row + 1), pick[None], weights[row : row + 1, :, : len(pick)])
 
         return watch
 
@@ -297,10 +306,10 @@ class Layer:
     def _start(self, geometry: Geometry, tokens: int) -> None:
         self.run.start(geometry, tokens)
         self.store = self.run.open_store(self.track)
+        where = geometry.device if self.policy.there else torch.device("cpu")
         if self.policy.needs_codes or self.store.scores_keys:
-            self.codes = open_codes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits, geometry.device)
-        if self.chooses:
-            self.policy.device = geometry.device
+            self.codes = open_codes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits, where)
+        self.policy.device = where
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 
@@ -311,10 +320,6 @@ class Layer:
         return attention.attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)
 
 
-def _chosen(picks, row: int, keys: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
-    """A row's attended keys of (k, Hkv, D) and their positions, from what `Layer.select` returned."""
-    if isinstance(picks, list):
-        return keys, picks[row]
-    positions, counts = picks
-    which = slice(None) if counts is None else counts[row]
-    return keys[which], positions[row, which].numpy(force=True)
+def _row(part: torch.Tensor, row: int, counts: torch.Tensor | None) -> torch.Tensor:
+    """Of one sequence, what counts."""
+    return part[row] if counts is None else part[row][counts[row]]

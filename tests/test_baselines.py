@@ -16,6 +16,15 @@ def step(n: int, budget: int, **more) -> hillinfer.Step:
     return hillinfer.Step(n, budget, sinks=2, recent=3, layer=0, step=0, scores=None, weights=None, **more)
 
 
+def chosen(policy, *sizes, row: int = 0, **more) -> np.ndarray | None:
+    """One row's positions that count."""
+    found = policy.choose(step(*sizes, **more))
+    if found is None:
+        return None
+    positions, counts = found
+    return (positions[row] if counts is None else positions[row][counts[row]]).numpy()
+
+
 def attention(queries, keys, scaling) -> torch.Tensor:
     """Causal weights (B, H, q, n), the plain way."""
     n, q, group = keys.shape[2], queries.shape[2], queries.shape[1] // keys.shape[1]
@@ -37,13 +46,13 @@ def test_h2o_adds_up_the_attention_and_evicts_for_good(prefill):
     policy.observe(queries, keys, None, 0.3)
     want = attention(queries, keys, 0.3).sum((1, 2)).numpy()
     np.testing.assert_allclose(policy.worth.view()[:, :300], want, rtol=1e-4, atol=1e-4)
-    first = policy.select(step(300, 40, row=1))
+    first = chosen(policy, 300, 40, row=1)
     heavy = np.sort(np.argsort(-want[1, :280], kind="stable")[:20])
     np.testing.assert_array_equal(first, np.append(heavy, np.arange(280, 300)))
-    policy.attended(1, first, np.full((4, 40), 0.25, np.float32))
+    policy.attended(slice(1, 2), torch.from_numpy(first)[None], torch.full((1, 4, 40), 0.25))
     np.testing.assert_allclose(policy.worth.view()[1, first], want[1, first] + 1, rtol=1e-4)
     policy.append(keys[:, :, :1])
-    again = policy.select(step(301, 60, row=1))  # a larger budget brings nothing back
+    again = chosen(policy, 301, 60, row=1)  # a larger budget brings nothing back
     np.testing.assert_array_equal(again, np.append(first, 300))
 
 
@@ -57,7 +66,7 @@ def test_padding_has_no_weight(prefill):
     policy.observe(queries, keys, valid, 0.3)
     want = attention(queries[1:, :, 90:], keys[1:, :, 90:], 0.3).sum((0, 1, 2)).numpy()
     np.testing.assert_allclose(policy.worth.view()[1, 90:300], want, rtol=1e-4, atol=1e-4)
-    assert policy.select(step(300, 40, row=1, valid=valid[1].numpy()))[0] >= 90
+    assert chosen(policy, 300, 40, row=1, valid=valid)[0] >= 90
 
 
 def test_snapkv_keeps_what_the_last_queries_want_and_what_comes_later(prefill):
@@ -67,10 +76,10 @@ def test_snapkv_keeps_what_the_last_queries_want_and_what_comes_later(prefill):
     policy.start(2, 2, 8)
     policy.append(keys)
     policy.observe(queries, keys, None, 0.3)
-    picked = policy.select(step(300, 60))
+    picked = chosen(policy, 300, 60)
     assert {100, *range(268, 300)} <= set(picked.tolist()) and len(picked) == 60
     policy.append(keys[:, :, :1])
-    later = policy.select(step(301, 60))
+    later = chosen(policy, 301, 60)
     assert 300 in later and set(later.tolist()) <= {*picked.tolist(), 300}
 
 
@@ -83,7 +92,7 @@ def test_quest_takes_the_pages_of_highest_bound():
     policy.append(keys[:, :, 50:])
     query = torch.zeros(4, 8)
     query[0, 3], query[2, 5] = 1, -1
-    picked = policy.select(step(100, 40, query=query))
+    picked = chosen(policy, 100, 40, query=query[None])
     np.testing.assert_array_equal(picked, [0, 1, *range(32, 48), *range(64, 80), 97, 98, 99])
 
 
@@ -98,9 +107,9 @@ def test_infinigen_with_all_columns_takes_what_the_heads_give_most(prefill):
     policy.append(keys[:, :, :200])
     policy.observe(queries[:, :, :200], keys[:, :, :200], None, 1.0)
     policy.append(keys[:, :, 200:])
-    query = queries[0, :, -1]
-    picked = policy.select(step(300, 50, query=query, scaling=1.0))
-    weights = attention(query[None, :, None], keys[:1], 1.0)[0, :, 0].amax(0)
+    query = queries[:, :, -1]
+    picked = chosen(policy, 300, 50, query=query, scaling=1.0)
+    weights = attention(query[:1, :, None], keys[:1], 1.0)[0, :, 0].amax(0)
     weights[[0, 1, 297, 298, 299]] = 2  # the device window
     assert set(picked.tolist()) == set(weights.topk(50).indices.tolist())
 
@@ -136,10 +145,10 @@ def test_quest_dense_attends_to_all_in_the_first_two_layers():
     policy.start(1, 2, 8)
     policy.append(torch.randn(1, 2, 100, 8))
     for layer in range(3):
-        given = step(100, 40, query=torch.ones(4, 8))
+        given = step(100, 40, query=torch.ones(1, 4, 8))
         given.layer = layer
-        picked.append(policy.select(given))
-    assert picked[0] is picked[1] is None and len(picked[2]) <= 40
+        picked.append(policy.choose(given))
+    assert picked[0] is picked[1] is None and picked[2][1].sum() <= 40
 
 
 def test_the_released_leoam_takes_tokens_of_the_best_chunks():

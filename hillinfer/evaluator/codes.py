@@ -45,8 +45,8 @@ class KeyCodes:
         If a key exceeds a channel's scale, the scale doubles until it fits and the old codes are halved accordingly:
         codes never saturate and differ from direct quantisation by at most one step.
         """
-        keys = keys.to(self.device)
-        if self.device.type != "cpu" or not native.available():
+        keys = keys.to(self.scale.device)
+        if keys.device.type != "cpu" or not native.available():
             return self.append_reference(keys.float())
         if keys.stride(3) != 1 or keys.dtype not in (torch.float32, torch.bfloat16):
             keys = keys.float().contiguous()
@@ -88,12 +88,12 @@ class KeyCodes:
         out = torch.empty((len(scale), len(query) // len(scale), scale.shape[2]), dtype=torch.int8, device="cpu")
         return out, native.quantise_query(query.contiguous(), scale, out)
 
-    def ranks(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None, rows=slice(None)) -> torch.Tensor:
-        """`ranks.head_ranks` of all keys of these rows, int64 (B, n), where the codes are: queries (B, H, D), and valid
-        bool (B, n), False for padding, or None.
+    def ranks(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
+        """`ranks.head_ranks` of all keys, int32 (B, n), where the codes are: queries (B, H, D), and valid bool (B, n),
+        False for padding, or None.
         """
-        coded, unit = fold(query.float(), self.scale[rows])
-        scores = products(coded, unpack(self.codes.view()[rows], self.bits)).flatten(1, 2)
+        coded, unit = fold(query.float(), self.scale)
+        scores = products(coded, unpack(self.codes.view(), self.bits)).flatten(1, 2)
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None], NEVER)
         steps = unit * scaling * float(np.float32(STEPS / np.log(2)))
@@ -111,12 +111,8 @@ class KeyCodes:
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.codes.reorder(rows)
-        rows = rows.to(self.device)
+        rows = rows.to(self.scale.device)
         self.scale, self.zero = (part.index_select(0, rows) for part in (self.scale, self.zero))
-
-    @property
-    def device(self) -> torch.device:
-        return self.scale.device
 
     @property
     def nbytes(self) -> int:

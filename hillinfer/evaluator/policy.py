@@ -73,14 +73,15 @@ class Policy:
     needs_codes = True  # uses `Step.scores`; otherwise no key codes are built
     per_head = False  # each KV head selects for itself where the KV is in memory: a row of the batch for each
     can_speculate = False  # `select` accepts a predicted query (see `Step.guess`)
-    on_device = False  # with KV on a GPU, `choose` is asked there, of all sequences at once and without a wait
-    device = torch.device("cpu")  # where keys are given to `append`, and an index belongs
+    device = torch.device("cpu")  # of an index, if the policy has `choose`
     watches = False  # needs `observe` and `attended`, which cost as much as an attention
     late = True  # can take over a filled cache, with all keys in one `append`
     nbytes = 0
 
     def __init_subclass__(cls) -> None:
         cls.exact = not cls.selects  # attends to every token
+        own = next(vars(kind) for kind in cls.__mro__ if not {"select", "choose"}.isdisjoint(vars(kind)))
+        cls.here, cls.there = "select" in own, "choose" in own  # asked in host memory; on a GPU
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         """Start with an empty cache of this shape."""
@@ -91,10 +92,8 @@ class Policy:
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> None:
         """Exact attention of several tokens: queries (B, H, q, D) of the newest of keys (B, Hkv, n, D)."""
 
-    def attended(self, row: int | None, picked: np.ndarray, weights: np.ndarray) -> None:
-        """Attention weights (H, k) of the selected tokens (k,) in a decode step of this sequence. After `choose` row is
-        None: tensors (B, H, k) and (B, k) of all sequences, 0 where a token does not count.
-        """
+    def attended(self, rows: slice, picked: torch.Tensor, weights: torch.Tensor) -> None:
+        """Attention weights (b, H, k) of the selected tokens (b, k) in a decode step of these sequences."""
 
     def truncate(self, n: int) -> None:
         """Forget all tokens from n on."""
@@ -107,7 +106,7 @@ class Policy:
         raise NotImplementedError
 
     def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """As `select`, with `on_device`: ascending positions int64 (B, k), and which of them count, bool (B, k) or None
-        for all.
+        """`select` of all sequences, in place of it or, on a GPU, beside it: positions int64 (B, k), ascending where they
+        count, bool (B, k), or None if all do. To make the host wait is not forbidden, but slow.
         """
         raise NotImplementedError

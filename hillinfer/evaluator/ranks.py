@@ -23,15 +23,15 @@ def head_ranks(scores: np.ndarray, unit: np.ndarray) -> np.ndarray:
     steps = unit * np.float32(STEPS / np.log(2))
     if native.available():
         return native.head_ranks(scores, steps, torch.get_num_threads())
-    return head_ranks_reference(torch.from_numpy(scores), torch.from_numpy(steps)).int().numpy()
+    return head_ranks_reference(torch.from_numpy(scores), torch.from_numpy(steps)).numpy()
 
 
 def head_ranks_reference(scores: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """The definition, on any device: int64 (..., n) by int32 scores (..., H, n) and steps float32 (..., H) of one."""
+    """The definition, on any device: int32 (..., n) by int32 scores (..., H, n) and steps float32 (..., H) of one."""
     apart = (scores.amax(-1, keepdim=True).long() - scores).float() * steps[..., None]
     below = apart.clamp(max=FAR).long()
     weights = (8192 - (below & 4095) << 7) >> (below >> 12).clamp(max=31)  # 2**20 * 2**(-below / STEPS), nearly
-    return (-below - (_log2(weights.sum(-1)) - 20 * STEPS)[..., None]).amax(-2)
+    return (-below - (_log2(weights.sum(-1)) - 20 * STEPS)[..., None]).amax(-2).int()
 
 
 def _log2(total: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ class TopK(Policy):
 
     per_head = True
     can_speculate = True
-    on_device = True
 
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from hillinfer.evaluator.boxes import sortable
@@ -19,7 +18,6 @@ class Eviction(Policy):
     needs_codes = False
     watches = True
     per_head = True
-    on_device = True
     late = False
     fresh = 0.0  # worth of a new token
 
@@ -36,21 +34,8 @@ class Eviction(Policy):
         """How many of the newest live tokens are kept whatever their worth."""
         raise NotImplementedError
 
-    def select(self, step: Step) -> np.ndarray | None:
-        """The newest tokens and those of highest worth within the budget; all others are evicted."""
-        if step.budget >= step.n:
-            return None
-        alive = self.alive.view()[step.row].numpy()
-        alive[: step.first] = False
-        candidates = np.flatnonzero(alive)
-        if len(candidates) > step.budget:
-            worth = self.worth.view()[step.row].numpy()[candidates]
-            worth[len(candidates) - self.newest(step.budget) :] = np.inf
-            order = np.lexsort((candidates, worth))
-            alive[candidates[order[: -step.budget]]] = False
-        return np.flatnonzero(alive)
-
     def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The newest tokens and those of highest worth within the budget; all others are evicted."""
         if step.budget >= step.n:
             return None
         alive = self.alive.view()
@@ -58,7 +43,7 @@ class Eviction(Policy):
             alive &= step.valid.cumsum(1) > 0
         newest = alive.flip(1).cumsum(1).flip(1) <= self.newest(step.budget)
         worth = self.worth.view().masked_fill(newest, torch.inf).masked_fill(~alive, -torch.inf)
-        kept = step.n - 1 - highest(sortable(worth).flip(1), step.budget)  # of equals the newer, as above
+        kept = step.n - 1 - highest(sortable(worth).flip(1), step.budget)  # of equals the newer
         kept = kept.sort(1).values
         counts = alive.gather(1, kept)
         alive.zero_().scatter_(1, kept, counts)

@@ -16,11 +16,8 @@ class H2O(Eviction):
         for weights in causal_weights(queries, keys, valid, scaling):
             self.worth.view()[:, : weights.shape[-1]] += weights.sum((1, 2, 3)).to(self.device)
 
-    def attended(self, row, picked, weights) -> None:
-        if row is None:
-            self.worth.view().scatter_add_(1, picked, weights.sum(1))
-        else:
-            self.worth.view()[row].numpy()[picked] += weights.sum(0)
+    def attended(self, rows: slice, picked: torch.Tensor, weights: torch.Tensor) -> None:
+        self.worth.view()[rows].scatter_add_(1, picked, weights.sum(1))
 
     def newest(self, budget: int) -> int:
         return budget // 2

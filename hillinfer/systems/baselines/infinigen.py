@@ -7,12 +7,10 @@ queries and keys. The paper takes the tokens within 4 of a head's best score, on
 the number, as for every system, which is better on a real model (docs/experiments.md).
 """
 
-import numpy as np
 import torch
 
 from hillinfer.evaluator.boxes import sortable
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.evaluator.topk import topk
 from hillinfer.growable import Growable
 
 
@@ -22,7 +20,6 @@ class InfiniGen(Policy):
     needs_codes = False
     per_head = True
     can_speculate = True
-    on_device = True
     watches = True
     late = False  # its basis needs the prompt's queries
     ratio = 0.2  # fraction of the columns: the paper's partial weight ratio
@@ -45,29 +42,16 @@ class InfiniGen(Policy):
             queries = queries.to(self.device, torch.float32)
             self._skew(queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3))
 
-    def select(self, step: Step) -> np.ndarray | None:
-        if step.budget >= step.n:
-            return None
-        near, row = step.near()[-step.budget :], slice(step.row, step.row + 1)
-        valid = None if step.valid is None else torch.from_numpy(step.valid)[None]
-        rank = self._ranks(step.query[None], step.scaling, valid, row)[0]
-        rank[near] = -torch.inf
-        return np.union1d(near, topk(sortable(rank.numpy()), step.budget - len(near)))
-
     def choose(self, step: Step) -> tuple[torch.Tensor, None] | None:
         if step.budget >= step.n:
             return None
-        return step.best(sortable(self._ranks(step.query, step.scaling, step.valid))), None
-
-    def _ranks(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None, rows=slice(None)):
-        """The highest log-probability of each key, (B, n), for queries (B, H, D) of these rows."""
         if self.basis is None:  # the prompt was decoded token by token
             self._skew(torch.cat(self.waiting, 2))
-        basis = self.basis[rows]
-        logits = (query.float().unflatten(1, (basis.shape[1], -1)) * scaling @ basis) @ self.partial.view()[rows].mT
-        if valid is not None:
-            logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
-        return (logits - logits.logsumexp(3, keepdim=True)).amax((1, 2))
+        query = step.query.float().unflatten(1, (self.basis.shape[1], -1)) * step.scaling
+        logits = (query @ self.basis) @ self.partial.view().mT
+        if step.valid is not None:
+            logits = logits.masked_fill(~step.valid[:, None, None], -torch.inf)
+        return step.best(sortable((logits - logits.logsumexp(3, keepdim=True)).amax((1, 2)))), None
 
     def _skew(self, queries: torch.Tensor) -> None:
         """Compute the basis from queries (B, Hkv, m, D), and the partial keys appended so far."""

@@ -4,13 +4,12 @@ As in the paper each KV head has its own pages in memory; on a drive, where a re
 them. Every layer has the same budget: `QuestDense` is the paper's, which attends densely in the first two layers.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from hillinfer.evaluator.boxes import bounds, sortable, widen
 from hillinfer.evaluator.policy import Policy, Step
-from hillinfer.evaluator.topk import highest, topk
+from hillinfer.evaluator.topk import highest
 from hillinfer.growable import Growable
 
 
@@ -20,7 +19,6 @@ class Quest(Policy):
     needs_codes = False
     per_head = True
     can_speculate = True
-    on_device = True
     page = 16
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
@@ -37,21 +35,11 @@ class Quest(Policy):
             self.boxes.view()[:, -more:, :, 0], self.boxes.view()[:, -more:, :, 1] = -1e30, 1e30
         widen(self.boxes.view()[:, first:], index, keys.to(self.device, torch.float32))
 
-    def select(self, step: Step) -> np.ndarray | None:
-        if step.budget >= step.n:
-            return None
-        near = step.near()[-step.budget :]
-        first, last = step.first // self.page, -(-(step.n - step.recent) // self.page)
-        weights = self.weights(step.row, step.grouped(self.kv_heads) * step.scaling, first, last)
-        step.notes |= {"bounds": last - first, "chunks": last - first}
-        best = first + topk(sortable(weights.sum((0, 1)).numpy()), (step.budget - len(near)) // self.page)
-        chosen = (best[:, None] * self.page + np.arange(self.page)).ravel()
-        return np.union1d(near, chosen[(chosen >= step.first) & (chosen < step.n)])
-
     def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Whole pages, as their number must not depend on data: what is of the window or padding does not count."""
         if step.budget >= step.n:
             return None
+        step.notes |= dict.fromkeys(("bounds", "chunks"), -(-(step.n - step.recent) // self.page))
         sinks, last = min(step.sinks, step.n), step.n - step.recent
         order = torch.arange(step.n, dtype=torch.int64, device=self.device).expand(len(step.query), -1)
         start = order[:, :1] * 0 if step.valid is None else step.valid.int().argmax(1, keepdim=True)
@@ -64,10 +52,6 @@ class Quest(Policy):
         chosen = (best[:, :, None] * self.page + order[0, : self.page]).flatten(1)
         counts = F.pad((chosen >= start.clamp(min=sinks)) & (chosen < last), (sinks, step.recent), value=True)
         return torch.cat((order[:, :sinks], chosen.clamp(max=step.n - 1), order[:, last:]), 1), counts
-
-    def weights(self, row: int, query: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Softmax over pages first..last-1 of their bounds for a scaled query (Hkv, G, D): (Hkv, G, last - first)."""
-        return bounds(self.boxes.view()[row, first:last], query).transpose(1, 2).softmax(2)
 
     def truncate(self, n: int) -> None:
         """The box of a page that n cuts through keeps its width: it is still a bound."""
@@ -84,9 +68,6 @@ class Quest(Policy):
 
 class QuestDense(Quest):
     """`quest` with the first two layers dense, as in its paper."""
-
-    def select(self, step: Step) -> np.ndarray | None:
-        return None if step.layer < 2 else super().select(step)
 
     def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None if step.layer < 2 else super().choose(step)

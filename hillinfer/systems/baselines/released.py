@@ -21,7 +21,7 @@ class LeoAMReleased(Quest):
     """The window and the best tokens of the chunks of highest bound, as in LeoAM's released code."""
 
     needs_codes = True
-    per_head = on_device = False
+    per_head = False
     page, coarse = 8, 16  # tokens; pages of a chunk beyond the first layers
 
     def select(self, step: Step) -> np.ndarray | None:

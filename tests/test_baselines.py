@@ -45,12 +45,12 @@ def test_h2o_adds_up_the_attention_and_evicts_for_good(prefill):
     policy.append(keys)
     policy.observe(queries, keys, None, 0.3)
     want = attention(queries, keys, 0.3).sum((1, 2)).numpy()
-    np.testing.assert_allclose(policy.worth.view()[:, :300], want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(policy.worth, want, rtol=1e-4, atol=1e-4)
     first = chosen(policy, 300, 40, row=1)
     heavy = np.sort(np.argsort(-want[1, :280], kind="stable")[:20])
     np.testing.assert_array_equal(first, np.append(heavy, np.arange(280, 300)))
     policy.attended(slice(1, 2), torch.from_numpy(first)[None], torch.full((1, 4, 40), 0.25))
-    np.testing.assert_allclose(policy.worth.view()[1, first], want[1, first] + 1, rtol=1e-4)
+    np.testing.assert_allclose(policy.worth[1], want[1, first] + 1, rtol=1e-4)
     policy.append(keys[:, :, :1])
     again = chosen(policy, 301, 60, row=1)  # a larger budget brings nothing back
     np.testing.assert_array_equal(again, np.append(first, 300))
@@ -65,7 +65,7 @@ def test_padding_has_no_weight(prefill):
     policy.append(keys)
     policy.observe(queries, keys, valid, 0.3)
     want = attention(queries[1:, :, 90:], keys[1:, :, 90:], 0.3).sum((0, 1, 2)).numpy()
-    np.testing.assert_allclose(policy.worth.view()[1, 90:300], want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(policy.worth[1, 90:], want, rtol=1e-4, atol=1e-4)
     assert chosen(policy, 300, 40, row=1, valid=valid)[0] >= 90
 
 

@@ -3,17 +3,21 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 from hillinfer.evaluator.boxes import sortable
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.evaluator.topk import highest
-from hillinfer.growable import Growable
 
 BLOCK = 128  # queries per block of attention weights
 
 
 class Eviction(Policy):
-    """An evicted token is never selected again. Its record stays in the store, so that later turns prefill exactly."""
+    """An evicted token is never selected again. Its record stays in the store, so that later turns prefill exactly.
+
+    kept   positions (B, m), ascending, of the tokens that are not evicted
+    worth  float32 (B, m); minus infinity for padding and what has been forgotten, which does not count
+    """
 
     needs_codes = False
     watches = True
@@ -22,44 +26,49 @@ class Eviction(Policy):
     fresh = 0.0  # worth of a new token
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
-        self.alive = Growable((batch, 0), 1, torch.bool, self.device)
-        self.worth = Growable((batch, 0), 1, torch.float32, self.device)
+        self.n = 0
+        self.kept = torch.zeros((batch, 0), dtype=torch.int64, device=self.device)
+        self.worth = torch.zeros((batch, 0), dtype=torch.float32, device=self.device)
 
     def append(self, keys: torch.Tensor) -> None:
-        for part, value in ((self.alive, True), (self.worth, self.fresh)):
-            part.extend(keys.shape[2])
-            part.view()[:, -keys.shape[2] :] = value
+        new = torch.arange(self.n, self.n + keys.shape[2], dtype=torch.int64, device=self.device)
+        self.n += len(new)
+        self.kept = torch.cat((self.kept, new.expand(len(keys), -1)), 1)
+        self.worth = F.pad(self.worth, (0, len(new)), value=self.fresh)
 
     def newest(self, budget: int) -> int:
-        """How many of the newest live tokens are kept whatever their worth."""
+        """How many of the newest tokens are kept whatever their worth."""
         raise NotImplementedError
 
     def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The newest tokens and those of highest worth within the budget; all others are evicted."""
         if step.budget >= step.n:
             return None
-        alive = self.alive.view()
         if step.valid is not None:
-            alive &= step.valid.cumsum(1) > 0
-        newest = alive.flip(1).cumsum(1).flip(1) <= self.newest(step.budget)
-        worth = self.worth.view().masked_fill(newest, torch.inf).masked_fill(~alive, -torch.inf)
-        kept = step.n - 1 - highest(sortable(worth).flip(1), step.budget)  # of equals the newer
-        kept = kept.sort(1).values
-        counts = alive.gather(1, kept)
-        alive.zero_().scatter_(1, kept, counts)
-        return kept, counts
+            self.worth = self.worth.masked_fill(self.of_kept(step.valid.cumsum(1)) == 0, -torch.inf)
+        if (m := self.kept.shape[1]) > step.budget:
+            counts = self.worth > -torch.inf
+            newest = counts & (counts.flip(1).cumsum(1).flip(1) <= self.newest(step.budget))
+            ranks = sortable(self.worth.masked_fill(newest, torch.inf)).flip(1)  # of equals the newer is kept
+            best = (m - 1 - highest(ranks, step.budget)).sort(1).values
+            self.kept, self.worth = self.kept.gather(1, best), self.worth.gather(1, best)
+        return self.kept.clamp(max=self.n - 1), self.worth > -torch.inf
+
+    def of_kept(self, values: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """Of values (B, n or less), those of the tokens kept."""
+        values = F.pad(values, (0, self.n - values.shape[1])).to(self.device)
+        return values.gather(1, self.kept[rows].clamp(max=self.n - 1))
 
     def truncate(self, n: int) -> None:
-        self.alive.truncate(n)
-        self.worth.truncate(n)
+        self.n = min(self.n, n)
+        self.worth = self.worth.masked_fill(self.kept >= n, -torch.inf)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        self.alive.reorder(rows)
-        self.worth.reorder(rows)
+        self.kept, self.worth = self.kept[rows.to(self.device)], self.worth[rows.to(self.device)]
 
     @property
     def nbytes(self) -> int:
-        return self.alive.view().nbytes + self.worth.view().nbytes
+        return self.kept.nbytes + self.worth.nbytes
 
 
 def causal_weights(queries, keys, valid, scaling: float, last: int | None = None) -> Iterator[torch.Tensor]:

@@ -14,10 +14,13 @@ class H2O(Eviction):
 
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
         for weights in causal_weights(queries, keys, valid, scaling):
-            self.worth.view()[:, : weights.shape[-1]] += weights.sum((1, 2, 3)).to(self.device)
+            self.worth = self.worth + self.of_kept(weights.sum((1, 2, 3)))
 
     def attended(self, rows: slice, picked: torch.Tensor, weights: torch.Tensor) -> None:
-        self.worth.view()[rows].scatter_add_(1, picked, weights.sum(1))
+        dense = weights.new_zeros(len(weights), self.n).scatter_(1, picked, weights.sum(1))
+        worth = self.worth.clone()  # it may be an inference tensor
+        worth[rows] += self.of_kept(dense, rows)
+        self.worth = worth
 
     def newest(self, budget: int) -> int:
         return budget // 2

@@ -20,8 +20,8 @@ class SnapKV(Eviction):
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid, scaling: float) -> None:
         votes = sum(weights.sum(3) for weights in causal_weights(queries, keys, valid, scaling, self.window))
         pooled = F.max_pool1d(votes.flatten(1, 2), self.kernel, 1, self.kernel // 2)
-        self.worth.view()[:] = pooled.sum(1).to(self.device)
-        self.worth.view()[:, -self.window :] = torch.inf  # the window itself is kept
+        votes = F.pad(pooled.sum(1)[:, : -self.window], (0, self.window), value=torch.inf)  # the window itself is kept
+        self.worth = self.of_kept(votes[:, -self.n :]).masked_fill(self.worth == -torch.inf, -torch.inf)
 
     def newest(self, budget: int) -> int:
         return 1

@@ -15,10 +15,10 @@ import pandas as pd
 from hillinfer.assets import load_embedded, machine
 from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
-from hillinfer.evaluator.boxes import bounds
 from hillinfer.longbench.runner import ask
 from hillinfer.longbench.synthetic import make_records
 from hillinfer.systems.baselines import Quest
+from hillinfer.systems.boxes import bounds
 from hillinfer.systems.leoam.policy import LeoAM
 from hillinfer.systems.leoam.tree import LEAF, LEAVES, NODES, distance, nearest
 

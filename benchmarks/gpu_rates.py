@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import gpu_select
 from hillinfer import native
+from hillinfer.evaluator.codes import KeyCodes
+from hillinfer.evaluator.policies.topk import TopK
+from hillinfer.evaluator.policy import Step
+from hillinfer.evaluator.ranks import head_ranks
 from hillinfer.tiers.block_file import MAX_READ, BlockFile, aligned
 
 Rate = tuple[str, Callable[[], dict]]
@@ -86,15 +89,26 @@ def launches() -> dict:
 
 
 def selection(device: str, n: int, heads: int = 8, group: int = 4, dim: int = 128) -> dict:
-    """A layer's scores, ranks and top-k by codes on the device, against the same on the host."""
-    random = np.random.default_rng(0)
-    codes = torch.from_numpy(random.integers(-127, 128, (1, heads, n, dim), np.int8))
-    query = torch.from_numpy(random.integers(-127, 128, (1, heads, group, dim), np.int8))
-    steps, k = torch.full((1, heads * group), 0.7), n // 10
-    there = codes.to(device), query.to(device), steps.to(device)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    host = ms(lambda: gpu_select.on_host(codes[0], query[0], steps[0], k), n=3)
-    return {"device ms": ms(lambda: gpu_select.select(*there, k), wait), "host ms": host}
+    """A layer's encoding of a token, scores, ranks and top-k by codes on the device, and on the host."""
+    keys, query, took = torch.randn(1, heads, n, dim), torch.randn(1, heads * group, dim), {}
+    sizes = n + 1, n // 10, 4, 16, 0, 0
+
+    def step(codes: KeyCodes, key: torch.Tensor, asked: torch.Tensor, policy: TopK) -> object:
+        codes.append(key)
+        codes.truncate(n + 1)
+        if codes.scale.device.type != "cpu":
+            return policy.choose(Step(*sizes, lambda: codes.ranks(asked, 0.1, None), None))
+        coded, unit = codes.query(asked[0], 0)
+        ranks = head_ranks(codes.scorer(coded, 0)(None), np.repeat(unit * np.float32(0.1), group))
+        return policy.select(Step(*sizes, lambda: ranks, None))
+
+    for where in dict.fromkeys((device, "cpu")):
+        codes = KeyCodes(1, heads, dim, 8, where)
+        codes.append(keys.to(where))
+        wait = torch.cuda.synchronize if where == "cuda" else lambda: None
+        work = partial(step, codes, keys[:, :, :1].to(where), query.to(where), TopK())
+        took["host ms" if where == "cpu" else "device ms"] = ms(work, wait)
+    return took
 
 
 def into_pinned(folder: Path) -> dict:

@@ -21,7 +21,7 @@ import torch
 from hillinfer import native
 from hillinfer.assets import machine
 from hillinfer.config import Settings
-from hillinfer.evaluator.codes import head_scores_torch
+from hillinfer.evaluator.codes import products, unpack
 from hillinfer.evaluator.ranks import head_ranks_reference
 from hillinfer.evaluator.segments import SEGMENT, segment_scores_torch
 from hillinfer.evaluator.topk import topk, topk_reference
@@ -94,7 +94,7 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     for bits in (8, 4):
         name, size = f"score int{bits}", coded[bits].nbytes
         rows.append(Row(name, size, lambda b=bits: native.score(query, coded[b], b), core))
-        rows.append(Row(name + torch_too, size, lambda b=bits: head_scores_torch(plain, stored[b], b)))
+        rows.append(Row(name + torch_too, size, lambda b=bits: products(plain, unpack(stored[b], b))))
     coarse = torch.from_numpy(rng.integers(-128, 128, (HEADS, TOKENS, DIM // 4), np.int8))
     spans = torch.from_numpy(rng.integers(-127, 128, (HEADS, TOKENS // SEGMENT, 2, DIM), np.int8)).sort(2).values
     rows.append(Row("score int2", coarse.nbytes, lambda: native.scan(plain, coarse, spans, SEGMENT, scores), core))

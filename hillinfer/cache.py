@@ -65,12 +65,12 @@ class TieredCache(Cache):
 
     @property
     def timeline(self) -> Timeline:
-        self.run.settle()
+        self.run.later and self.run.later.settle()
         return self.run.timeline
 
     @property
     def counters(self) -> Counters:
-        self.run.settle()
+        self.run.later and self.run.later.settle()
         return self.run.counters
 
     def attach(self, model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from hillinfer import attention
 from hillinfer.errors import DriveError, UsageError
@@ -56,13 +57,9 @@ class Layer:
     def chooses(self) -> bool:
         """True if the policy is asked for tensors; on a GPU nothing of the selection is in host memory then."""
         coded = not self.policy.needs_codes or isinstance(self.codes, KeyCodes)
-        asks = self.policy.there and coded if self.on_gpu else not self.policy.here
-        return asks or (self.on_gpu and not self.policy.selects)
-
-    @property
-    def on_gpu(self) -> bool:
-        """True if records are in a GPU's memory."""
-        return self.store.geometry.device.type != "cpu"
+        if self.store.lane == "cpu":
+            return not self.policy.here
+        return not self.policy.selects or (self.policy.there and coded)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already."""
@@ -87,16 +84,16 @@ class Layer:
         self._finish_guess()  # it reads codes and pool, which change from here on
         if kv is None:  # never trained through
             kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2).detach()
-        codes = None
+        codes, lane = None, self.store.lane if self.chooses else "cpu"
         if self.codes is not None:
-            with self.track.span("cpu", "encode", keys.nbytes):
+            with self.track.span(lane, "encode", keys.nbytes):
                 doublings = self.codes.append(keys.detach())
                 if self.store.scores_keys:
                     codes = self.codes.newest(new), doublings
         if type(self.policy).append is not Policy.append:
-            with self.track.span("cpu", "index", keys.nbytes):
+            with self.track.span(lane, "index", keys.nbytes):
                 self.policy.append(keys.detach())
-        with self.track.span("cpu", "append", kv.nbytes):
+        with self.track.span(self.store.lane, "append", kv.nbytes):
             self.store.append(kv, codes)
         if run.keeper is not None:
             run.keeper.take(self.index, self.whole(kv))
@@ -126,9 +123,7 @@ class Layer:
         """Records of the store as those of a sequence, (B, n, 2, Hkv, D)."""
         return kv
 
-    def attend(
-        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, softcap=0.0, sinks=None
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, mask, scaling: float, softcap=0.0, sinks=None) -> torch.Tensor:
         """Attention of one query token (B, H, 1, D) over the selected tokens; of several tokens, exact over all.
 
         Returns (B, q, H, D). mask is None or broadcasts to (B, 1, q, N); False (or a large negative number) hides.
@@ -158,9 +153,7 @@ class Layer:
             queries, keys = (attention.padded(part.detach(), dim) for part in (queries, keys))
             self.policy.observe(queries, keys, self._valid(visible, len(queries)), scaling)
 
-    def select(
-        self, query: torch.Tensor, valid, scaling: float, kind: str = "select", share: float = 1.0
-    ) -> list[np.ndarray | None] | tuple[torch.Tensor, torch.Tensor | None]:
+    def select(self, query: torch.Tensor, valid, scaling: float, kind="select", share=1.0) -> list | tuple:
         """Each sequence's sorted positions (k,), or None for all tokens, for a query (B, H, 1, D); as `Policy.choose`
         where the layer `chooses`.
 
@@ -178,17 +171,15 @@ class Layer:
             with self.track.span(self.store.lane, kind) as detail:
                 chosen = self.policy.choose(step)
                 detail |= step.notes
-            if chosen is None or self.on_gpu:
+            if chosen is None or self.store.lane == "gpu":
                 return chosen or [None] * len(query)
             return [_row(chosen[0], row, chosen[1]).numpy() for row in range(len(query))]
-        shown = None if valid is None else valid.numpy()
         if self.policy.needs_codes or type(self.policy).append is not Policy.append:
             query = query.cpu()  # once
         for row in range(len(query)):
-            own, visible = query[row, :, 0], None if shown is None else shown[row]
-            scores = partial(self._scores, own, row, visible, scaling)
-            weights = partial(self._weights, own, row, visible, scaling)
-            step = Step(*sizes, scores, weights, own, scaling, row, visible, guess=kind == "guess")
+            own, visible = query[row, :, 0], None if valid is None else valid[row].numpy()
+            asked = (partial(which, own, row, visible, scaling) for which in (self._scores, self._weights))
+            step = Step(*sizes, *asked, own, scaling, row, visible, guess=kind == "guess")
             with self.track.span("cpu", kind) as detail:
                 picked = self.policy.select(step)
                 detail |= step.notes
@@ -247,25 +238,23 @@ class Layer:
         if not (observed or told):
             return None
 
-        def which(row: int, keys: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
-            if isinstance(picks, list):
-                return keys[row], picks[row]
-            return _row(keys, row, picks[1]), _row(picks[0], row, picks[1]).numpy(force=True)
+        positions, counts = picks if isinstance(picks, tuple) else (picks, None)
 
         def watch(kv: torch.Tensor, shown: torch.Tensor | None) -> None:
             for row in range(self.run.heads if observed else 0):  # the first sequence; the cost is a span of its own
                 with self.track.span("cpu", "observe"):
-                    own = query[row, :, 0], *which(row, kv[:, :, 0]), self.n, scaling
+                    keys, pick = (_row(part, row, counts) for part in (kv[:, :, 0], positions))
+                    pick = pick.numpy(force=True) if torch.is_tensor(pick) else pick
+                    own = query[row, :, 0], keys, pick, self.n, scaling
                     visible, all_keys = None if valid is None else valid[row], partial(self._keys, row)
                     observer.observe(attention.Observed(self.index, step, *own, visible, all_keys))
             if told:
                 logits = attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
-                weights = logits.softmax(-1).flatten(1, 2).to(self.policy.device)
-                if isinstance(picks, tuple):
-                    self.policy.attended(slice(None), picks[0], weights)
-                for row, pick in enumerate(picks if isinstance(picks, list) else ()):
-                    pick = torch.arange(self.n, dtype=torch.int64) if pick is None else torch.from_numpy(pick)
-                    self.policy.attended(slice(row, row + 1), pick[None], weights[row : row + 1, :, : len(pick)])
+                picked = positions
+                if isinstance(picks, list):
+                    each = (np.arange(self.n) if pick is None else pick for pick in picks)
+                    picked = pad_sequence([*map(torch.from_numpy, each)], True)
+                self.policy.attended(picked, logits.softmax(-1).flatten(1, 2).to(self.policy.device))
 
         return watch
 
@@ -275,10 +264,8 @@ class Layer:
         self._finish_guess()  # it reads codes and pool, which are about to change
         if self.store is not None and n < self.n:
             self.store.truncate(n)
-            while sum(self.pieces) > n:
-                self.pieces[-1] = max(0, self.pieces[-1] - sum(self.pieces) + n)
-                if not self.pieces[-1]:
-                    self.pieces.pop()
+            ends = np.minimum(np.cumsum(self.pieces), n)
+            self.pieces = [piece for piece in np.diff(ends, prepend=0).tolist() if piece]
             self.policy.truncate(n)
             if self.codes is not None:
                 self.codes.truncate(n)
@@ -306,10 +293,11 @@ class Layer:
     def _start(self, geometry: Geometry, tokens: int) -> None:
         self.run.start(geometry, tokens)
         self.store = self.run.open_store(self.track)
-        where = geometry.device if self.policy.there else torch.device("cpu")
+        self.policy.device = geometry.device if self.policy.there else torch.device("cpu")
         if self.policy.needs_codes or self.store.scores_keys:
-            self.codes = open_codes(geometry.batch, *geometry.record_shape[1:], self.run.settings.bits, where)
-        self.policy.device = where
+            self.codes = open_codes(
+                geometry.batch, *geometry.record_shape[1:], self.run.settings.bits, self.policy.device
+            )
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 

@@ -247,16 +247,10 @@ class Run:
 
     def parts(self) -> list:
         """Open threads and files, in the order in which they are closed."""
-        return [self.lookahead, self.writer, self.drive]
-
-    def settle(self) -> None:
-        """Complete the record."""
-        if self.later is not None:
-            self.later.settle()
+        return [self.later, self.lookahead, self.writer, self.drive]
 
     def stop(self) -> None:
         """Free the drive's space and end the threads; `start` may follow. A fork leaves its parent's alone."""
-        self.settle()
         self.owner.free()
         for part in self.parts():
             if part is not None and self.owner.here:

@@ -49,7 +49,7 @@ def test_h2o_adds_up_the_attention_and_evicts_for_good(prefill):
     first = chosen(policy, 300, 40, row=1)
     heavy = np.sort(np.argsort(-want[1, :280], kind="stable")[:20])
     np.testing.assert_array_equal(first, np.append(heavy, np.arange(280, 300)))
-    policy.attended(slice(1, 2), torch.from_numpy(first)[None], torch.full((1, 4, 40), 0.25))
+    policy.attended(torch.from_numpy(first).expand(2, -1), torch.full((2, 4, 40), 0.25))
     np.testing.assert_allclose(policy.worth[1], want[1, first] + 1, rtol=1e-4)
     policy.append(keys[:, :, :1])
     again = chosen(policy, 301, 60, row=1)  # a larger budget brings nothing back

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hillinfer
-from hillinfer.evaluator.boxes import bounds
+from hillinfer.systems.boxes import bounds
 from hillinfer.systems.leoam.pages import Pages
 from hillinfer.systems.leoam.tree import (
     LEAF,

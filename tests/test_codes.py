@@ -12,12 +12,12 @@ from hillinfer.evaluator.codes import (
     KeyCodes,
     head_scores,
     head_scores_reference,
-    head_scores_torch,
     pack,
+    products,
     unpack,
 )
 from hillinfer.evaluator.ranks import STEPS, head_ranks
-from hillinfer.evaluator.topk import topk, topk_reference
+from hillinfer.evaluator.topk import highest, topk, topk_reference
 from hillinfer.layer import NEVER
 
 
@@ -41,15 +41,16 @@ def test_scores_equal_the_numpy_reference(bits, heads, group, dim, n, extreme, s
     query, codes = draw(TOP[8], heads, group, dim), draw(TOP[bits], heads, n, dim)
     stored = pack(torch.from_numpy(codes), bits)
     assert stored.shape[2] == dim * bits // 8 and np.array_equal(unpack(stored, bits).numpy(), codes)
-    got = head_scores_torch(torch.from_numpy(query), stored, bits, block=128)
-    assert got.dtype == np.int32
-    assert np.array_equal(got, head_scores_reference(query, codes))
+    want = head_scores_reference(query, codes)
+    got = products(torch.from_numpy(query), unpack(stored, bits)).flatten(0, 1)
+    assert got.dtype == torch.int32 and np.array_equal(got, want)
+    assert np.array_equal(head_scores(torch.from_numpy(query), stored, bits), want)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_largest_scores_are_exact(sign):
     query = np.full((1, 1, EXACT_FP32_DIM), TOP[8], np.int8)
-    for scores in (head_scores_torch, head_scores):
+    for scores in (products, head_scores):
         got = scores(torch.from_numpy(query), torch.from_numpy(sign * query))
         assert got.item() == sign * TOP[8] ** 2 * EXACT_FP32_DIM
 
@@ -185,3 +186,35 @@ def test_ranks_do_not_depend_on_the_scale_of_a_head():
     sharp[7] = 12
     order = topk(head_ranks(np.stack((flat, sharp)), np.array([1, 1], np.float32)), 100)
     assert order[0] == 7 and (flat[order[1:50]] == 5001).all()
+
+
+@given(
+    bits=st.sampled_from([8, 4]),
+    heads=st.integers(1, 4),
+    group=st.integers(1, 4),
+    n=st.sampled_from([3, 40, 300, 5000]),
+    few=st.sampled_from([0, 1, 9, 10**4]),
+    hidden=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=30, deadline=None)
+def test_ranks_of_a_batch_in_tensors_are_those_of_each_row(bits, heads, group, n, few, hidden, seed):
+    """What a GPU computes, here on the CPU, against kernels: to the bit, with ties, padding and scales that double."""
+    rng = np.random.default_rng(seed)
+    keys = torch.from_numpy(rng.integers(-few, few + 1, (2, heads, n, 16))).float()
+    keys[:, :, -1] *= 9
+    query = torch.from_numpy(rng.integers(-few, few + 1, (2, heads * group, 16))).float()
+    one, other = KeyCodes(2, heads, 16, bits), KeyCodes(2, heads, 16, bits)
+    for piece in keys.split((n - 1, 1), 2):
+        one.append(piece), other.append_reference(piece)
+    valid = torch.arange(n) >= torch.tensor([[0], [n // 2 * hidden]])
+    got = other.ranks(query, 0.1, valid)
+    chosen = highest(got, n // 3)
+    for row in range(2):
+        coded, unit = one.query(query[row], row)
+        scores = one.scorer(coded, row)(None)
+        scores[:, ~valid[row].numpy()] = NEVER
+        want = head_ranks(scores, np.repeat(unit * np.float32(0.1), group))
+        assert np.array_equal(got[row], want)
+        assert np.array_equal(chosen[row], topk(want, n // 3))
+        assert np.array_equal(chosen[row], topk_reference(got[row], n // 3))

@@ -5,6 +5,7 @@ import inspect
 import json
 import textwrap
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import pairwise
@@ -23,15 +24,16 @@ from transformers import (
 
 import hillinfer
 from benchmarks import gpu as gpu_script
-from benchmarks import gpu_select
 from benchmarks.gpu import FEW
-from hillinfer import attention, native
+from hillinfer import attention
 from hillinfer.evaluator import codes
-from hillinfer.evaluator.ranks import head_ranks_reference
-from hillinfer.evaluator.topk import topk_reference
+from hillinfer.evaluator.policies.topk import TopK
+from hillinfer.evaluator.policy import Step
+from hillinfer.evaluator.ranks import head_ranks
 from hillinfer.longbench import sweep
 from hillinfer.models import crossing
 from hillinfer.models.rows import as_batch
+from hillinfer.systems.baselines import quest
 from hillinfer.systems.lossless import slots
 from hillinfer.systems.registry import list_systems
 from hillinfer.tiers import store
@@ -219,6 +221,33 @@ def test_the_host_hardly_waits(models, tmp_path, gpu, system, batch):
     assert sum(map(sum, (one.values() for one in seen))) <= WAITS[system] * LAYERS * steps + masks, seen
 
 
+@pytest.mark.parametrize("system", ["full", "topk", "quest", "quest-dense", "infinigen", "h2o", "streaming"])
+def test_what_a_gpu_says_is_in_the_record_a_step_later(models, gpu, system):
+    """Hits as on the CPU, though the GPU knows their number first; and times of its work by events, not launches."""
+    kept = []
+    for model in (placed(models, gpu=gpu), placed(models)):
+        ids, mask = PROMPT[:, :200].to(model.device), torch.ones(2, 203, dtype=torch.long).to(model.device)
+        mask[1, :30] = 0
+        with torch.no_grad(), hillinfer.make_cache(model, system) as cache:
+            for start, end in pairwise((0, 200, 201, 202, 203)):
+                began = time.perf_counter_ns()
+                model(ids[:, start - end :], attention_mask=mask[:, :end], past_key_values=cache)
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                    known = {row.step for row in cache.run.counters.rows}  # without asking
+                    assert known >= set(range(1, cache.run.timeline.step))
+            spans = [span for span in cache.timeline.spans if span.lane == "gpu" and span.kind != "view"]
+            kept.append((cache.counters.frame(), [span for span in spans if span.start_ns >= began], spans))
+    (there, last, every), (here, *_) = kept
+    where = ["device", "host"]
+    assert there.drop(columns=where).equals(here.drop(columns=where)) and there.device.equals(here.host)
+    kinds = {span.kind for span in every}
+    assert kinds >= {"append", "attend", "dense"} and ("select" in kinds) == (system not in ("full", "streaming"))
+    assert {span.layer for span in last} == set(range(LAYERS)) and all(span.end_ns >= span.start_ns for span in every)
+    attends = [span for span in last if span.kind == "attend"]  # one after another, within the step
+    assert all(one.end_ns <= other.start_ns for one, other in pairwise(attends)) and len(attends) == LAYERS
+
+
 def mutated(monkeypatch, owner, name: str, old: str, new: str) -> None:
     """A function of the package with a fault in it."""
     source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
@@ -249,8 +278,20 @@ FAULTS = {
         "pass",
     ),
     "an output that is not pinned": ("hillinfer", attention, "to_device", "part.pin_memory()", "part"),
-    "a mask that stays on the host": ("full", store.Store, "attend", "attention.to_device(shown, kv.device)", "shown"),
-    "keys that stay on the device": ("topk", codes.KeyCodes, "append", 'keys.to("cpu")', "keys"),
+    "a mask that stays on the host": (
+        "streaming",
+        store.Store,
+        "attend",
+        "attention.to_device(shown, kv.device)",
+        "shown",
+    ),
+    "keys that stay on the device": (
+        "leoam-released",
+        quest.Quest,
+        "append",
+        "keys.to(self.device, torch.float32)",
+        "keys",
+    ),
 }
 
 
@@ -302,30 +343,37 @@ def test_the_stand_in_itself():
 
 
 def test_selection_on_the_device_is_the_hosts_to_the_bit():
-    """benchmarks.gpu_select over random codes, with ties and padding, and without a wait."""
+    """Random keys of growing scale, ties and padding; codes, ranks and choice, without a wait."""
     random = np.random.default_rng(0)
     for case in range(200):
         heads, group, dim, n = (int(random.choice(of)) for of in ((1, 2, 8), (1, 4, 7), (32, 128), (40, 300, 900)))
-        top = int(random.choice((1, 7, 127)))  # of codes: small ones give many ties
-        keys = torch.from_numpy(random.integers(-top, top + 1, (2, heads, n, dim), np.int8))
-        query = torch.from_numpy(random.integers(-top, top + 1, (2, heads, group, dim), np.int8))
-        steps = torch.from_numpy(
-            (random.random((2, heads * group)) * 10.0 ** random.integers(-4, 3)).astype(np.float32)
-        )
-        hidden, k = torch.arange(n) < torch.tensor([[0], [n // 3 * (case % 2)]]), int(random.integers(1, n // 2))
+        bits, few = (8, 4)[case % 2], int(random.choice((1, 7, 1000)))  # few values give many ties
+        keys = torch.from_numpy(random.integers(-few, few + 1, (2, heads, n, dim))).float()
+        keys *= 2.0 ** torch.arange(n).mul(4).floor_divide(n)[:, None]  # scales double three times
+        query = torch.from_numpy(random.integers(-few, few + 1, (2, heads * group, dim))).float()
+        valid = torch.arange(n) >= torch.tensor([[0], [n // 3 * (case % 3 // 2)]])
+        sizes, scaling = (n, int(random.integers(24, n)), 4, 16, 0, 0), float(10.0 ** random.integers(-4, 1))
+        held = codes.KeyCodes(2, heads, dim, bits)
         with FakeGpu() as gpu:
-            there = [part.to("cuda") for part in (keys, query, steps, hidden)]
+            there, asked, seen = codes.KeyCodes(2, heads, dim, bits, DEVICE), query.to("cuda"), valid.to("cuda")
+            pieces = [part.to("cuda") for part in keys.tensor_split([n // 2, n - 1], 2)]
             gpu.clear()
-            got = gpu_select.select(*there[:3], k, there[3])
+            for piece in pieces:
+                there.append(piece)
+            found = there.ranks(asked, scaling, seen)
+            got, _ = TopK().choose(Step(*sizes, lambda found=found: found, None))
             assert not gpu.waits(model=True) and not gpu.hazards
-            got = got.cpu().numpy()
+            got, found, coded = got.cpu().numpy(), found.cpu().numpy(), there.codes.view().cpu()
+        for piece in keys.tensor_split([n // 2, n - 1], 2):
+            held.append(piece)
+        assert torch.equal(held.codes.view(), coded), case
         for row in range(2):
-            found = codes.head_scores_reference(query[row].numpy(), keys[row].numpy())
-            found[:, hidden[row].numpy()] = gpu_select.NEVER
-            plain = np.sort(topk_reference(head_ranks_reference(found, steps[row].numpy()), k))
-            assert np.array_equal(got[row], plain), case
-            if native.available():
-                assert np.array_equal(plain, gpu_select.on_host(keys[row], query[row], steps[row], k, hidden[row]))
+            quantised, unit = held.query(query[row], row)
+            scores = held.scorer(quantised, row)(None)
+            scores[:, ~valid[row].numpy()] = codes.NEVER
+            ranks = head_ranks(scores, np.repeat(unit * np.float32(scaling), group))
+            assert np.array_equal(found[row], ranks), case
+            assert np.array_equal(got[row], TopK().select(Step(*sizes, lambda: ranks, None))), case  # noqa: B023
 
 
 @pytest.mark.parametrize("device,rates", [("cpu", ",rates"), ("stand-in", "")])

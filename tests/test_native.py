@@ -20,7 +20,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hillinfer import native
-from hillinfer.evaluator.boxes import bounds
 from hillinfer.evaluator.codes import TOP, KeyCodes, fold, head_scores_reference, pack
 from hillinfer.evaluator.ranks import head_ranks_reference
 from hillinfer.evaluator.segments import SEGMENT, segment_scores_torch
@@ -29,6 +28,7 @@ from hillinfer.layer import NEVER
 from hillinfer.native import build as builder
 from hillinfer.native import fence, ring
 from hillinfer.native.ring import Namespace, Rings
+from hillinfer.systems.boxes import bounds
 from hillinfer.tiers.block_file import aligned
 from hillinfer.tiers.checksums import BLOCK, Checksums
 

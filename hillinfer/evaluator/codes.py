@@ -158,15 +158,8 @@ def head_scores(
     """
     if native.available():
         return native.score(query, stored, bits, positions, torch.get_num_threads())
-    return head_scores_torch(query, stored if positions is None else stored[:, torch.from_numpy(positions)], bits)
-
-
-def head_scores_torch(query: torch.Tensor, stored: torch.Tensor, bits: int = 8, block: int = 4096) -> np.ndarray:
-    """`head_scores` of all keys in torch. `block` keys at a time fit into the processor's cache."""
-    out = torch.empty((*query.shape[:2], stored.shape[1]), dtype=torch.int32, device="cpu")
-    for start in range(0, stored.shape[1], block):
-        out[:, :, start : start + block] = products(query, unpack(stored[:, start : start + block], bits))
-    return out.flatten(0, 1).numpy()
+    stored = stored if positions is None else stored[:, torch.from_numpy(positions)]
+    return products(query, unpack(stored, bits)).flatten(0, 1).numpy()
 
 
 def head_scores_reference(query: np.ndarray, codes: np.ndarray) -> np.ndarray:

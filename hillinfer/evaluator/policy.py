@@ -67,6 +67,10 @@ class Policy:
 
     Each layer has its own instance, for all sequences of the batch. A policy with an index also implements `append`,
     `truncate` and `reorder`, and `nbytes` is the size of the index in memory.
+
+    In place of `select`, or beside it for KV in a GPU's memory, `choose(step)` is asked once for all sequences, in
+    tensors. It returns positions int64 (B, k) and which of them count, bool (B, k) or None for all, ascending; or None
+    for all tokens. Its index is on `device`, and it should not make the host wait for a GPU.
     """
 
     selects = True  # False: every step attends to all tokens, and `select` is never called
@@ -81,7 +85,7 @@ class Policy:
     def __init_subclass__(cls) -> None:
         cls.exact = not cls.selects  # attends to every token
         own = next(vars(kind) for kind in cls.__mro__ if not {"select", "choose"}.isdisjoint(vars(kind)))
-        cls.here, cls.there = "select" in own, "choose" in own  # asked in host memory; on a GPU
+        cls.here, cls.there = "select" in own, "choose" in own  # asked of what is in host memory, or on a GPU
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:
         """Start with an empty cache of this shape."""
@@ -92,8 +96,8 @@ class Policy:
     def observe(self, queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None, scaling: float) -> None:
         """Exact attention of several tokens: queries (B, H, q, D) of the newest of keys (B, Hkv, n, D)."""
 
-    def attended(self, rows: slice, picked: torch.Tensor, weights: torch.Tensor) -> None:
-        """Attention weights (b, H, k) of the selected tokens (b, k) in a decode step of these sequences."""
+    def attended(self, picked: torch.Tensor, weights: torch.Tensor) -> None:
+        """Attention weights (B, H, k) of the selected tokens (B, k) in a decode step; 0 for those that do not count."""
 
     def truncate(self, n: int) -> None:
         """Forget all tokens from n on."""
@@ -103,10 +107,4 @@ class Policy:
 
     def select(self, step: Step) -> np.ndarray | None:
         """Sorted, distinct positions, at most `step.budget` of them; None for all tokens."""
-        raise NotImplementedError
-
-    def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """`select` of all sequences, in place of it or, on a GPU, beside it: positions int64 (B, k), ascending where they
-        count, bool (B, k), or None if all do. To make the host wait is not forbidden, but slow.
-        """
         raise NotImplementedError

@@ -1,8 +1,8 @@
 """Between a model on a GPU and records in host memory: the query goes to the records, which are far larger.
 
 A decode step brings a token's key, value and query of a layer to the host in one wait, with the mask, once a step, and
-the query predicted for the next layer. The output goes back without a wait. Where the records are on the GPU, so are codes
-and indices, and nothing crosses, unless a policy selects in host memory: then the mask does.
+the query predicted for the next layer. The output goes back without a wait. Where the records are on the GPU, codes and
+indices are there too, and nothing crosses, unless a policy selects in host memory: then the mask does.
 """
 
 import time

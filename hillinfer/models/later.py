@@ -51,6 +51,8 @@ class Later:
             if event is not None:  # a time from far back would be rounded: events count ms in fp32
                 self.base, self.base_ns = event, self.time(event)
 
+    close = settle
+
     def time(self, event: torch.Event) -> int:
         """Of an event that has passed, by time.perf_counter_ns."""
         return self.base_ns + round(1e6 * self.base.elapsed_time(event))

@@ -183,7 +183,7 @@ def attend(
 def bounds(
     query, boxes: np.ndarray, scales: np.ndarray, leaf: np.ndarray, slack: float, threads: int = 1
 ) -> np.ndarray:
-    """As `evaluator.boxes.bounds`, but for the order of summation: query fp32 (Hkv, G, D) against int8 boxes
+    """As `systems.boxes.bounds`, but for the order of summation: query fp32 (Hkv, G, D) against int8 boxes
     (Hkv, 2, D) and the scales of their pages, fp32 (Hkv, D), both given as addresses int64 (m,). Returns (Hkv*G, m).
 
     leaf   bool (m,): boxes estimated with `slack`

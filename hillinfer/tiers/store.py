@@ -58,6 +58,8 @@ class Store:
         watch  called with the records attended to, (B, k, 2, Hkv, D), and which of them are valid, (B, k) or None
         """
         whole = isinstance(picks, list) and all(pick is None for pick in picks)
+        if isinstance(picks, list) and not whole:
+            picks = [np.arange(self.n) if pick is None else pick for pick in picks]
         if watch is None and (self.in_place or whole) and attention.is_native(query):
             shown = None if valid is None else valid.numpy()
             rows, side, keep, served = self._locate(picks, whole, shown)
@@ -147,7 +149,7 @@ class Store:
                 rows = [base + np.flatnonzero(own) * width for (base, _, _), own in zip(rows, shown, strict=True)]
             return rows, side, [kv], served
         rows, keep, total = [], [], None
-        for row, positions in enumerate(self._filled(picks)):
+        for row, positions in enumerate(picks):
             selection, served = self.find(row, positions)
             start = time.perf_counter_ns()
             addresses = selection.addresses()
@@ -166,7 +168,6 @@ class Store:
             return kv, valid, served
         if isinstance(picks, tuple):
             return self.take(*picks, valid)
-        picks = self._filled(picks)
         parts = [self.fetch(row, positions) for row, positions in enumerate(picks)]
         served = sum((served for _, served in parts), Served())
         if valid is None and len({len(pick) for pick in picks}) == 1:
@@ -178,9 +179,6 @@ class Store:
             kv[row, : len(pick)] = records
             shown[row, : len(pick)] = True if valid is None else valid[row][torch.from_numpy(pick)]
         return kv, shown, served
-
-    def _filled(self, picks: list) -> list[np.ndarray]:
-        return [np.arange(self.n) if pick is None else pick for pick in picks]
 
 
 class HostStore(Store):

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from hillinfer.evaluator.boxes import sortable
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.evaluator.topk import highest
+from hillinfer.systems.boxes import sortable
 
 BLOCK = 128  # queries per block of attention weights
 
@@ -54,10 +54,10 @@ class Eviction(Policy):
             self.kept, self.worth = self.kept.gather(1, best), self.worth.gather(1, best)
         return self.kept.clamp(max=self.n - 1), self.worth > -torch.inf
 
-    def of_kept(self, values: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    def of_kept(self, values: torch.Tensor) -> torch.Tensor:
         """Of values (B, n or less), those of the tokens kept."""
         values = F.pad(values, (0, self.n - values.shape[1])).to(self.device)
-        return values.gather(1, self.kept[rows].clamp(max=self.n - 1))
+        return values.gather(1, self.kept.clamp(max=self.n - 1))
 
     def truncate(self, n: int) -> None:
         self.n = min(self.n, n)

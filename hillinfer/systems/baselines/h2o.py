@@ -16,11 +16,9 @@ class H2O(Eviction):
         for weights in causal_weights(queries, keys, valid, scaling):
             self.worth = self.worth + self.of_kept(weights.sum((1, 2, 3)))
 
-    def attended(self, rows: slice, picked: torch.Tensor, weights: torch.Tensor) -> None:
-        dense = weights.new_zeros(len(weights), self.n).scatter_(1, picked, weights.sum(1))
-        worth = self.worth.clone()  # it may be an inference tensor
-        worth[rows] += self.of_kept(dense, rows)
-        self.worth = worth
+    def attended(self, picked: torch.Tensor, weights: torch.Tensor) -> None:
+        dense = weights.new_zeros(len(weights), self.n).scatter_add_(1, picked, weights.sum(1))
+        self.worth = self.worth + self.of_kept(dense)
 
     def newest(self, budget: int) -> int:
         return budget // 2

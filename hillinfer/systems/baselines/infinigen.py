@@ -9,9 +9,9 @@ the number, as for every system, which is better on a real model (docs/experimen
 
 import torch
 
-from hillinfer.evaluator.boxes import sortable
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.growable import Growable
+from hillinfer.systems.boxes import sortable
 
 
 class InfiniGen(Policy):

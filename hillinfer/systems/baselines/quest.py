@@ -7,10 +7,10 @@ them. Every layer has the same budget: `QuestDense` is the paper's, which attend
 import torch
 import torch.nn.functional as F
 
-from hillinfer.evaluator.boxes import bounds, sortable, widen
 from hillinfer.evaluator.policy import Policy, Step
 from hillinfer.evaluator.topk import highest
 from hillinfer.growable import Growable
+from hillinfer.systems.boxes import bounds, sortable, widen
 
 
 class Quest(Policy):

@@ -9,10 +9,10 @@ codes, and the budget is that of every system.
 import numpy as np
 import torch
 
-from hillinfer.evaluator.boxes import EMPTY, bounds, sortable
 from hillinfer.evaluator.policy import Step
 from hillinfer.evaluator.topk import topk
 from hillinfer.systems.baselines.quest import Quest
+from hillinfer.systems.boxes import EMPTY, bounds, sortable
 
 FINE = 2  # layers
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from hillinfer import native
-from hillinfer.evaluator.boxes import EMPTY, bounds, sortable, widen
 from hillinfer.evaluator.topk import topk
 from hillinfer.growable import Growable
+from hillinfer.systems.boxes import EMPTY, bounds, sortable, widen
 from hillinfer.systems.leoam.pages import Pages
 
 SIZES = (128, 32, 8, 2)  # tokens per chunk by level, from a page to a leaf; the paper leaves them open

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -38,6 +39,7 @@ from hillinfer.systems.lossless import slots
 from hillinfer.systems.registry import list_systems
 from hillinfer.tiers import store
 from hillinfer.tiers.geometry import Geometry
+from hillinfer.workbench.observe import AttentionRecord
 from tests.conftest import SHAPE, seeded
 from tests.fake_gpu import DEVICE, FakeGpu, FakeGpuError, why_not
 
@@ -156,12 +158,20 @@ def test_a_default_device_of_the_users(models, tmp_path, gpu, system):
     assert torch.equal(out, say(placed(models), system, **how))
 
 
-@pytest.mark.parametrize("system", ["hillinfer", "lru", "leoam", "instattention"])
-def test_bf16_as_on_the_cpu(models, tmp_path, gpu, system):
-    """Selection and attention are the same code on the same bits; only the model's own layers are the device's."""
+SELECTIVE = [name for name, system in list_systems().items() if system.policy.selects]
+
+
+@pytest.mark.parametrize("system", [*SELECTIVE, "instattention"])
+def test_bf16_as_on_the_cpu(models, tmp_path, monkeypatch, gpu, system):
+    """Selection is the same, to the bit, wherever it runs. What is attended to on the host is, too; on a GPU attention
+    is torch's, which is therefore taken on the CPU, in its plain form: sums in another order would change a token.
+    """
     how = options(system, tmp_path) | dict(batch=2, pad=30)
-    out = say(placed(models, torch.bfloat16, gpu), system, **how)
-    assert torch.equal(out, say(placed(models, torch.bfloat16), system, **how))
+    if system not in ON_DRIVE:
+        monkeypatch.setattr(attention, "is_native", lambda query: False)
+    with sdpa_kernel(SDPBackend.MATH):
+        out = say(placed(models, torch.bfloat16, gpu), system, **how)
+        assert torch.equal(out, say(placed(models, torch.bfloat16), system, **how))
 
 
 @pytest.mark.parametrize("family", ["qwen2_sliding", "opt", "gpt_oss", "gemma2", "deepseek_v3"])
@@ -246,6 +256,24 @@ def test_what_a_gpu_says_is_in_the_record_a_step_later(models, gpu, system):
     assert {span.layer for span in last} == set(range(LAYERS)) and all(span.end_ns >= span.start_ns for span in every)
     attends = [span for span in last if span.kind == "attend"]  # one after another, within the step
     assert all(one.end_ns <= other.start_ns for one, other in pairwise(attends)) and len(attends) == LAYERS
+
+
+@pytest.mark.parametrize("system", ["full", "topk", "quest", "h2o", "streaming"])
+def test_an_observer_sees_what_it_sees_on_the_cpu(models, gpu, system):
+    kept = []
+    for model in (placed(models, gpu=gpu), placed(models)):
+        ids, mask = PROMPT[:, :203].to(model.device), torch.ones(2, 203, dtype=torch.long).to(model.device)
+        mask[0, :30] = 0
+        with torch.no_grad(), hillinfer.make_cache(model, system) as cache:
+            model(ids[:, :200], attention_mask=mask[:, :200], past_key_values=cache)
+            cache.run.observer = AttentionRecord(blocks=16)
+            for end in (201, 202, 203):
+                model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+            kept.append(cache.run.observer.steps)
+    for step, layers in kept[1].items():
+        for layer, part in layers.items():
+            other = kept[0][step][layer]
+            assert np.array_equal(other.chosen, part.chosen) and np.allclose(other.mass, part.mass, atol=2e-3)
 
 
 def mutated(monkeypatch, owner, name: str, old: str, new: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.claims import Claim, tests, verdict
+from benchmarks.gpu_speed import HELD
 
 STAND_IN = (  # claim, tests
     ("every system says on the stand-in what it says on the CPU, bf16 too", "every_system or bf16 or scores or ways"),
@@ -38,9 +39,9 @@ def claims_of(rows: list[dict]) -> list[Claim]:
         (row["case"], row["tokens"], row["batch"]): row["ms"] for row in rows if row["part"] == "speed" and "ms" in row
     }
     for tokens in (1 << 15, 1 << 17):
-        own, slow, all_there = (found.get((name, tokens, 1)) for name in (gpu.HELD, "offloaded", "full"))
+        own, slow, all_there = (found.get((name, tokens, 1)) for name in (HELD, "offloaded", "full"))
         if own and slow:
-            text = f"{gpu.HELD}, {tokens} tokens, over transformers' offloaded cache"
+            text = f"{HELD}, {tokens} tokens, over transformers' offloaded cache"
             made.append(Claim(text, f"{slow / own:.2f}x", "4x or more", slow / own >= 4).show())
         if own and all_there:
             print(f"       | the same, ms a step beside all KV in GPU memory | {own:.1f} and {all_there:.1f}")

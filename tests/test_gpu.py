@@ -25,7 +25,8 @@ from transformers import (
 
 import hillinfer
 from benchmarks import gpu as gpu_script
-from benchmarks.gpu import FEW
+from benchmarks import gpu_speed
+from benchmarks.gpu_speed import FEW
 from hillinfer import attention
 from hillinfer.evaluator import codes
 from hillinfer.evaluator.policies.topk import TopK
@@ -406,7 +407,7 @@ def test_selection_on_the_device_is_the_hosts_to_the_bit():
 
 @pytest.mark.parametrize("device,rates", [("cpu", ",rates"), ("stand-in", "")])
 def test_the_gpus_script_runs_without_one(tmp_path, monkeypatch, device, rates):
-    monkeypatch.setattr(gpu_script, "STEPS", 4)
+    monkeypatch.setattr(gpu_speed, "STEPS", 4)
     words = ["--shape", "tiny", "--drive", str(tmp_path), "--out", str(tmp_path), "--few"]
     words += ["--device", "cuda" if device == "stand-in" else "cpu", "--parts", f"facts,equality,speed{rates}"]
     with FakeGpu() if device == "stand-in" else nullcontext() as gpu:
@@ -421,7 +422,7 @@ def test_the_gpus_script_runs_without_one(tmp_path, monkeypatch, device, rates):
 def test_what_fails_is_a_row_and_the_exit_code(tmp_path, monkeypatch, capsys):
     """An error in one case must not take the others with it."""
     monkeypatch.setattr(gpu_script, "said", lambda model, system, *_, **__: torch.tensor([1 / (system != "topk")]))
-    monkeypatch.setattr(gpu_script, "speed", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
+    monkeypatch.setattr(gpu_speed, "speed", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
     words = ["--shape", "tiny", "--device", "cpu", "--drive", str(tmp_path), "--out", str(tmp_path), "--few"]
     assert gpu_script.main([*words, "--parts", "equality,speed"]) == 2 + 8
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 
 import pandas as pd
@@ -47,7 +48,7 @@ def test_a_rule_keeps_its_bytes_and_its_lanes(name):
         own.sort()
         assert all(a[1] <= b[0] + 1e-12 for a, b in pairwise(own))
     layers = SHAPE.layers
-    assert moved["attend", 2] == pytest.approx(traffic.attend * layers, rel=1e-3)
+    assert moved["attend", 2] == pytest.approx((traffic.attend + traffic.near) * layers, rel=1e-3)
     read = moved["read", 2] + moved["mapped", 2] + moved["prefetch", 2]
     least = (traffic.stream + traffic.keys + traffic.fetched) * layers
     assert least * 0.999 <= read <= 2 * least + 1
@@ -87,14 +88,27 @@ def test_more_context_never_makes_a_step_shorter(name):
 
 def test_a_step_solved_by_hand():
     """All KV on the GPU, one layer: its weights, its KV and the head, each read once at 1,008 GB/s."""
-    from dataclasses import replace
-
     shape = replace(SHAPE, layers=1)
     own = Scenario(SMART, shape, 4096, 1)
     took = (shape.layer_weights * 2 + own.layer + shape.head_weights * 2) / 1.008e12
     calls = (12 + 1 + 1) * 5e-6
     append = 4096 / 45e9 + 20e-6  # the new token's record, gathered at half of 90 GB/s
     assert seconds(own, "full") == pytest.approx(took + calls + append, rel=1e-9)
+
+
+def test_a_query_that_goes_to_the_records_solved_by_hand():
+    """One layer, all KV in host memory: what crosses, the wait, thread starts and Python are tasks of their own."""
+    shape, profile = replace(SHAPE, layers=1), find_profile("rtx4090-gen4-nvme")
+    own = Scenario(profile, shape, 32_768, 1, 0.1)
+    tasks = [task for task in model(own, "hillinfer-near")[0] if task.step == 2]
+    took = {task.kind: task.seconds for task in tasks}
+    assert took["query"] == pytest.approx((4096 * 2 + 4096) / profile.get("link.from_gpu") + 10e-6)
+    assert took["output"] == pytest.approx(4096 * 2 / profile.get("link.to_gpu") + 10e-6)
+    assert took["attend"] == pytest.approx(own.selected / 70e9 + 20e-6)
+    assert (took["synchronize"], took["python"]) == (14e-6, 0.5e-3)
+    assert [task.seconds for task in tasks if task.kind == "threads"] == [100e-6] * 2
+    assert seconds(own, "hillinfer-near") == pytest.approx(sum(task.seconds for task in tasks))
+    assert seconds(own, "hillinfer-near-codes") < seconds(own, "hillinfer-near")
 
 
 def test_streaming_everything_is_bound_by_the_drive():

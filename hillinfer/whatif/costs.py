@@ -10,6 +10,8 @@ RATES = {
     "transfer": "link.to_gpu",
     "weights": "link.to_gpu",
     "store": "link.from_gpu",
+    "query": "link.from_gpu",
+    "output": "link.to_gpu",
     "read": "drive.read",
     "prefetch": "drive.read",
     "mapped": "drive.mapped",
@@ -18,6 +20,7 @@ RATES = {
     "scan": "scorer.nand_read",
     "inside": "scorer.nand_read",
 }
+FIXED = {"synchronize": "link.wait", "threads": "cpu.start", "python": "cpu.python"}  # seconds of a call
 DEFAULT_RATES = {"drive": "drive.read", "link": "link.to_gpu"}  # of all other kinds, by lane
 
 
@@ -55,6 +58,8 @@ def seconds(
             return profile.kinds[name].at(size, calls)
     if kind in OVERHEAD:
         return 0.0
+    if kind in FIXED:
+        return calls * profile.get(FIXED[kind], default=0.0)
     part = lane.partition(":")[0]
     if part == "gpu" or (kind in MODEL and part == "cpu"):
         took = max(size / profile.get(f"{part}.bandwidth"), flops / profile.get(f"{part}.flops"))

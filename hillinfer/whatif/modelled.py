@@ -34,7 +34,7 @@ class _Steps:
             return after[0] if after else None
         if not size:
             lane, kind = "cpu:join", "wait"
-        case, moved = self.case, round(size)
+        case, moved = self.case, round(size) if kind not in costs.FIXED else 0
         if kind in ("select", "guess") and case.profile.kinds:
             size = case.context * case.batch * case.shape.code_bytes()  # as in its measured cost
         if kind in PER_ROW:
@@ -81,6 +81,8 @@ class _Steps:
         size = shape.layer_weights * shape.width
         dense = self.add(device, "dense", size, [last, weights], flops=flops, kernels=12)
         new = case.batch * shape.record_bytes
+        if t.near:
+            return self._near(dense, new)
         ready = self.add("cpu", "append", new, [dense])
         if t.stream + t.keys + t.fetched + t.dram + t.nand + t.inside > 0:
             self.add("drive", "write", new, [ready], kernels=0)  # written in batches, which share the latency
@@ -105,6 +107,23 @@ class _Steps:
         inside = self.add("drive", "scan", t.inside, [ready], NAND_BLOCK)
         flops = 4 * t.attend / shape.record_bytes * shape.heads * shape.head_dim
         return self.add(device, "attend", t.attend, [*attend, inside], flops=flops)
+
+    def _near(self, dense: int, new: int) -> int:
+        """One layer after its `dense` task: the query goes to the records, in pinned memory, and the output returns."""
+        case, t, shape = self.case, self.traffic, self.case.shape
+        row = case.batch * shape.heads * shape.head_dim * shape.width  # a query, or an output
+        ready = self.add("link", "query", row + new, [dense])
+        if t.device_score:
+            ready = self.add("gpu", "score", t.device_score, [ready], kernels=30)
+        ready = self.add("cpu", "python", 1, [self.add("link", "synchronize", 1, [ready])])
+        self.add("drive", "write", new * (t.fetched > 0), [ready], kernels=0)
+        if not t.device_score:
+            scored = self.add("cpu", "score", t.score, [self.add("cpu", "threads", 1, [ready])])
+            ready = self.add("cpu", "select", 4 * case.context * case.batch * shape.kv_heads, [scored])
+        ready = self.add("drive", "read", t.fetched, [ready], t.block)
+        flops = 4 * t.near / shape.record_bytes * shape.heads * shape.head_dim
+        attended = self.add("cpu", "attend", t.near, [self.add("cpu", "threads", 1, [ready])], flops=flops)
+        return self.add("link", "output", row, [attended])
 
 
 def model(case: Scenario, system: str, steps: int = 3) -> tuple[list[Task], Traffic]:

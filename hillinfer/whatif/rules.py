@@ -20,6 +20,8 @@ LRU = 1.08  # misses of LRU relative to hit counters, same source: 36.2 to 33.4 
 CHUNK = 16  # tokens of a Quest page and of a LeoAM leaf
 REDUNDANT = 1.2  # bytes of LeoAM's selected chunks relative to the selected tokens: assumed; fixed chunks have 1.4
 INT4 = 0.28  # bytes of a record in INT4 with its scales, relative to FP16
+WIDENED = 5  # bytes moved for one of an INT8 code on a GPU: read, written as bf16, and read by the product
+RECODED = 10  # and more where the host does not know whether scales have doubled: halved, rounded and written back
 PARTIAL = 0.25  # partial keys read to be scored ahead, share of the KV's bytes: 20 to 30 % (2602.18750)
 
 
@@ -27,7 +29,8 @@ PARTIAL = 0.25  # partial keys read to be scored ahead, share of the KV's bytes:
 class Traffic:
     """Bytes of one layer's step.
 
-    attend        attended to on the model's device; `inside` in the drive
+    attend        attended to on the model's device; `inside` in the drive; `near` in host memory, to which the query
+                  goes with the new token
     stream        read from the drive independently of the selection, hence early; `mapped`: through the page cache
     resident      crosses the link independently of the selection
     keys          read from the drive to be scored on the host
@@ -50,6 +53,7 @@ class Traffic:
     block: float = math.inf
     gather: float = 0
     inside: float = 0
+    near: float = 0
     lookahead: bool = False
     reselect: bool = False
 
@@ -81,8 +85,9 @@ def quest(case: Scenario) -> Traffic:
 
 def topk(case: Scenario) -> Traffic:
     crosses = _spilled(case, case.kv + case.codes * case.shape.layers, "KV and codes")
-    crosses = crosses if case.profile.has("gpu") else 1.0
-    return Traffic(case.selected, score=case.codes, gather=crosses * case.selected)
+    if case.profile.has("gpu") and not crosses:
+        return Traffic(case.selected, device_score=(WIDENED + RECODED) * case.codes)
+    return Traffic(case.selected, score=case.codes, gather=(crosses or 1.0) * case.selected)
 
 
 def flexgen(case: Scenario) -> Traffic:
@@ -148,6 +153,19 @@ def hillinfer(case: Scenario) -> Traffic:
     return Traffic(case.selected, **scored, **moved, lookahead=True, reselect=True)
 
 
+def hillinfer_near(case: Scenario) -> Traffic:
+    """As this project beside a GPU: the host scores, and attends to what it holds."""
+    traffic = hillinfer(case)
+    return replace(traffic, attend=0, near=traffic.attend, gather=0, lookahead=False, reselect=False)
+
+
+def hillinfer_near_codes(case: Scenario) -> Traffic:
+    """The same with codes in GPU memory, widened to bf16 there to be multiplied: not built."""
+    if case.codes * case.shape.layers > case.gpu_room:
+        raise DoesNotFit(f"{case.codes * case.shape.layers / 1e9:.1f} GB of codes beside the weights in GPU memory")
+    return replace(hillinfer_near(case), score=0, device_score=WIDENED * case.codes)
+
+
 def hillinfer_paper(case: Scenario) -> Traffic:
     """As in the paper: the selection made one layer ahead is used, nothing is scored twice."""
     return replace(hillinfer(case), reselect=False)
@@ -176,4 +194,5 @@ RULES: dict[str, Callable[[Scenario], Traffic]] = {
     "flexgen": flexgen, "flexgen-held": flexgen_held, "page-cache": page_cache, "dualblade": flexgen_held,
     "scan": scan, "infinigen": infinigen, "leoam": leoam, "instattention": instattention, "lru": lru,
     "hillinfer": hillinfer, "hillinfer-paper": hillinfer_paper, "hillinfer-nand": hillinfer_nand,
+    "hillinfer-near": hillinfer_near, "hillinfer-near-codes": hillinfer_near_codes,
 }  # fmt: skip

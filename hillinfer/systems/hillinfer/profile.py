@@ -27,8 +27,10 @@ RETIRED = {"fc", "fs", "bc", "bs"}  # keys of the drive profiles of earlier vers
 # Part -> required numbers, optional numbers. Sizes in bytes, rates in bytes/s, `call` (latency) in s, flops in 1/s.
 PARTS = {
     "gpu": ({"memory", "bandwidth", "flops"}, {"call"}),
-    "cpu": ({"memory", "bandwidth", "flops"}, {"call", "score", "gather", "lanes"}),  # lanes: concurrent tasks
-    "link": ({"to_gpu", "from_gpu"}, {"call"}),  # between host and GPU memory
+    # lanes: concurrent tasks; start: of a native call's threads; python: of a layer's step, around its kernels
+    "cpu": ({"memory", "bandwidth", "flops"}, {"call", "score", "gather", "lanes", "start", "python"}),
+    # between host and GPU memory, pinned; wait: seconds from the end of the GPU's work until the host goes on
+    "link": ({"to_gpu", "from_gpu"}, {"call", "wait"}),
     # read: at high queue depth; read_one: at queue depth 1; mapped: through a page cache that must evict
     "drive": ({"read", "write"}, {"read_one", "mapped", "call"}),
     "scorer": ({"memory", "dram_read", "nand_read", "link"}, set()),  # a computational drive, with its own DRAM

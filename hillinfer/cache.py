@@ -120,6 +120,7 @@ class TieredCache(Cache):
     def __deepcopy__(self, memo: dict) -> "TieredCache":
         """An independent cache of the same tokens, in memory: prefill once, ask often. UsageError on a drive."""
         run, new = self.run, object.__new__(type(self))
+        run.later and run.later.settle()
         if run.settings.drive is not None:
             raise UsageError("a cache on a drive cannot be copied: save_session once, and open_session for each copy")
         memo |= {id(self): new, id(run.owner): type(run.owner)(run.layers), id(self.hooks): []}

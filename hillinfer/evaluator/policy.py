@@ -11,8 +11,8 @@ from hillinfer.evaluator.topk import highest
 
 @dataclass
 class Step:
-    """One decode step of one layer and sequence: the input of `Policy.select`. For `Policy.choose` of all sequences B,
-    with a query (B, H, D), ranks int64 (B, n), and valid (B, n), all tensors on a GPU.
+    """One decode step of one layer and sequence: the input of `Policy.select`. For `Policy.choose` it is of all
+    sequences, in tensors: query (B, H, D), ranks int32 (B, n), valid bool (B, n); without weights.
     """
 
     n: int  # cached tokens, including the newest

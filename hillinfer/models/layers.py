@@ -47,7 +47,8 @@ class TieredLayer(CacheLayerMixin):
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         """Append keys and values computed elsewhere: see `Layer.append`."""
-        self.is_initialized = self.seen_from(keys.device) is not None
+        self.is_initialized = True
+        self.seen_from(keys.device)  # before there is a store, which keeps the layer's track
         self.layer.append(*placed(self.layer, keys, values, kv))
 
     def get_seq_length(self, *args) -> int:

@@ -248,6 +248,14 @@ class TestLending:
             assert all((log.lent is None) == (left < WHOLE) for layer in cache.tiered for log in layer.store.logs)
         assert {path: path.read_bytes() for path in kept} == kept
 
+    def test_cropped_to_nothing_the_next_prompt_is_copied(self, model, store, ids, tmp_path, kept):
+        with self.opened(model, store, ids, tmp_path) as cache:
+            want, lent = generate(model, cache, [*ids, 5]), cache.run.lent
+            cache.crop(-cache.get_seq_length())
+            feed(model, cache, ids)
+            assert cache.run.keeper.report.opened == WHOLE and cache.run.lent is lent
+            assert generate(model, cache, [*ids, 5]) == want
+
     def test_damage_after_opening(self, model, store, ids, tmp_path, kept):
         """A block's checksums are in memory from its opening on, so that a later read that differs names its place."""
         with self.opened(model, store, ids, tmp_path) as cache:

@@ -124,7 +124,7 @@ class Keeper:
         """Fill the cache with blocks: lent to its drive, or copied. Returns the number of tokens."""
         blocks, run, read = Blocks(known, len(cache.layers)), cache.run, None
         try:
-            if lends(self.store, run.settings) and Lent.fits(blocks):
+            if run.geometry is None and lends(self.store, run.settings) and Lent.fits(blocks):
                 run.lent = Lent(blocks, self.store.folder, run.settings)
                 read = run.lent.verified
             fill(cache, read or blocks.read, [blocks.n], self.model.device)

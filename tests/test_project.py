@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 2_956, 8_850
+CORE_LINES, PACKAGE_LINES = 2_954, 8_997
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -60,7 +60,7 @@ MAY = {
     "run": GROUND | {"config", "evaluator", "pipeline", "tiers", "timeline"},
     "layer": CORE_PARTS,
     "heads": {"layer"},
-    "models": {"attention", "errors", "evaluator", "layer"},
+    "models": {"attention", "errors", "evaluator", "layer", "timeline"},
     "cache": CORE_PARTS | {"heads", "layer", "models"},
     "fingerprint": {"errors"},
     "session_file": {"errors", "files"},

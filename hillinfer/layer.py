@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hillinfer import attention
 from hillinfer.errors import DriveError, UsageError
 from hillinfer.evaluator.codes import NEVER
-from hillinfer.evaluator.policy import Policy, Step
+from hillinfer.evaluator.policy import Policy, Step, of_row
 from hillinfer.evaluator.ranks import head_ranks
 from hillinfer.evaluator.segments import KeyCodes, SegmentCodes, open_codes
 from hillinfer.run import Run
@@ -40,10 +40,8 @@ class Layer:
     @property
     def looks_ahead(self) -> bool:
         """True if a guess would be of use: the store reads from a drive, and the policy can be asked twice."""
-        run = self.run
-        return bool(
-            self.store and self.store.can_prefetch and self.policy.can_speculate and run.trial.on and run.owner.here
-        )
+        able = self.store and self.store.can_prefetch and self.policy.can_speculate
+        return bool(able and self.run.trial.on and self.run.owner.here)
 
     @property
     def in_parts(self) -> bool:
@@ -149,16 +147,12 @@ class Layer:
         """Show the policy a pass of several tokens: queries (B, H, q, D) over all keys (B, Hkv, n, D)."""
         visible = None if mask is None else mask[:, :, -1:]  # the newest query sees all but padding
         with self.track.span("cpu", "observe", queries.nbytes):
-            dim = self.store.geometry.head_dim  # as `append` shows it keys
-            queries, keys = (attention.padded(part.detach(), dim) for part in (queries, keys))
+            queries, keys = (attention.padded(part.detach(), max(self.dims)) for part in (queries, keys))
             self.policy.observe(queries, keys, self._valid(visible, len(queries)), scaling)
 
     def select(self, query: torch.Tensor, valid, scaling: float, kind="select", share=1.0) -> list | tuple:
-        """Each sequence's sorted positions (k,), or None for all tokens, for a query (B, H, 1, D); as `Policy.choose`
-        where the layer `chooses`.
-
-        kind   "select", or "guess" for a predicted query
-        share  fraction of the budget to use
+        """Each sequence's sorted positions (k,), or None for all tokens, for a query (B, H, 1, D), predicted if
+        the kind is "guess", within a share of the budget. On a GPU what `Policy.choose` returned.
         """
         if not self.policy.selects:
             return [None] * len(query)
@@ -173,7 +167,7 @@ class Layer:
                 detail |= step.notes
             if chosen is None or self.store.lane == "gpu":
                 return chosen or [None] * len(query)
-            return [_row(chosen[0], row, chosen[1]).numpy() for row in range(len(query))]
+            return [of_row(chosen[0], row, chosen[1]).numpy() for row in range(len(query))]
         if self.policy.needs_codes or type(self.policy).append is not Policy.append:
             query = query.cpu()  # once
         for row in range(len(query)):
@@ -184,9 +178,8 @@ class Layer:
                 picked = self.policy.select(step)
                 detail |= step.notes
             if not step.accepts(picked):
-                raise UsageError(
-                    f"{type(self.policy).__name__}.select must return at most {budget} sorted, distinct positions <{n}"
-                )
+                name = type(self.policy).__name__
+                raise UsageError(f"{name}.select must return at most {budget} sorted, distinct positions <{n}")
             picks.append(picked)
         return picks
 
@@ -237,17 +230,15 @@ class Layer:
         told = type(self.policy).attended is not Policy.attended
         if not (observed or told):
             return None
-
         positions, counts = picks if isinstance(picks, tuple) else (picks, None)
 
         def watch(kv: torch.Tensor, shown: torch.Tensor | None) -> None:
             for row in range(self.run.heads if observed else 0):  # the first sequence; the cost is a span of its own
                 with self.track.span("cpu", "observe"):
-                    keys, pick = (_row(part, row, counts) for part in (kv[:, :, 0], positions))
+                    keys, pick = (of_row(part, row, counts) for part in (kv[:, :, 0], positions))
                     pick = pick.numpy(force=True) if torch.is_tensor(pick) else pick
-                    own = query[row, :, 0], keys, pick, self.n, scaling
-                    visible, all_keys = None if valid is None else valid[row], partial(self._keys, row)
-                    observer.observe(attention.Observed(self.index, step, *own, visible, all_keys))
+                    seen = query[row, :, 0], keys, pick, self.n, scaling, None if valid is None else valid[row]
+                    observer.observe(attention.Observed(self.index, step, *seen, partial(self._keys, row)))
             if told:
                 logits = attention.logits(query, kv[:, :, 0], shown, scaling, self.softcap)
                 picked = positions
@@ -295,9 +286,8 @@ class Layer:
         self.store = self.run.open_store(self.track)
         self.policy.device = geometry.device if self.policy.there else torch.device("cpu")
         if self.policy.needs_codes or self.store.scores_keys:
-            self.codes = open_codes(
-                geometry.batch, *geometry.record_shape[1:], self.run.settings.bits, self.policy.device
-            )
+            size = geometry.batch, *geometry.record_shape[1:]
+            self.codes = open_codes(*size, self.run.settings.bits, self.policy.device)
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 
@@ -306,8 +296,3 @@ class Layer:
         if mask is None:
             return None
         return attention.attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)
-
-
-def _row(part: torch.Tensor, row: int, counts: torch.Tensor | None) -> torch.Tensor:
-    """Of one sequence, what counts."""
-    return part[row] if counts is None else part[row][counts[row]]

@@ -62,6 +62,11 @@ class Step:
         return bool(inside and (picked[1:] > picked[:-1]).all())
 
 
+def of_row(part: torch.Tensor, row: int, counts: torch.Tensor | None) -> torch.Tensor:
+    """Of one sequence, what counts."""
+    return part[row] if counts is None else part[row][counts[row]]
+
+
 class Policy:
     """Selects the tokens that a decode step attends to. Subclass, write `select`, add one line to `policies`.
 

@@ -167,7 +167,8 @@ class Layer:
                 detail |= step.notes
             if chosen is None or self.store.lane == "gpu":
                 return chosen or [None] * len(query)
-            return [of_row(chosen[0], row, chosen[1]).numpy() for row in range(len(query))]
+            positions, counts = (None if part is None else part.numpy() for part in chosen)
+            return [of_row(positions, row, counts) for row in range(len(query))]
         if self.policy.needs_codes or type(self.policy).append is not Policy.append:
             query = query.cpu()  # once
         for row in range(len(query)):

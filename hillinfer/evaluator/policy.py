@@ -62,8 +62,8 @@ class Step:
         return bool(inside and (picked[1:] > picked[:-1]).all())
 
 
-def of_row(part: torch.Tensor, row: int, counts: torch.Tensor | None) -> torch.Tensor:
-    """Of one sequence, what counts."""
+def of_row(part, row: int, counts):
+    """Of one sequence, what counts: of a tensor or array (B, k, ...), by bool (B, k) or None for all."""
     return part[row] if counts is None else part[row][counts[row]]
 
 

@@ -12,6 +12,8 @@ OTHER = {  # module: its names that notebooks and how-to pages use
     "hillinfer.prefix_store.blocks": ["PrefixStore"],
     "hillinfer.prefix_store.keeper": ["Keeper", "Report"],
     "hillinfer.workbench.observe": ["AttentionRecord", "AttentionSnapshot"],
+    "hillinfer.workbench.pyramid": ["AttentionMap"],
+    "hillinfer.workbench.attention": ["AttentionView", "show_attention"],
     "hillinfer.systems.hillinfer.profile": ["Profile", "Rate"],
     "hillinfer.whatif.devices": ["find_profile", "list_profiles"],
     "hillinfer.whatif.scenario": ["Scenario"],

@@ -277,7 +277,7 @@ def test_the_dashboard_runs_compares_and_ends(workbench, case):
     wait_for(lambda: not workbench.alive)
     workbench.close()
     assert [run.system for run in workbench.runs] == ["full", "streaming"]
-    assert "full, alpha" in workbench.table.value and "streaming, alpha" in workbench.table.value
+    assert "full, alpha" in workbench.compared.table.value and "streaming, alpha" in workbench.compared.table.value
     assert [board.state["phase"] for board in workbench._boards] == ["done", "done"]  # the last state was sent
     assert [board._sent["spans"] for board in workbench._boards] == [len(r.timeline.spans) for r in workbench.runs]
     assert ours() == [] and not workbench.run_button.disabled and workbench.stop_button.disabled

@@ -4,6 +4,9 @@ from importlib import import_module
 
 _HOME = {
     "AccuracyBoard": "accuracy",
+    "AttentionMap": "pyramid",
+    "AttentionView": "attention",
+    "show_attention": "attention",
     "Workbench": "dashboard",
     "Board": "board",
     "show_timeline": "board",
@@ -11,7 +14,7 @@ _HOME = {
     "Case": "cases",
     "LiveRun": "live",
 }
-__all__ = ["AccuracyBoard", "Board", "Case", "LiveRun", "Workbench", "show_record", "show_timeline"]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):

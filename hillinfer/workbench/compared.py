@@ -1,0 +1,47 @@
+"""Below the dashboard's boards: the last run's attention map on request, and the figures of runs side by side."""
+
+from collections.abc import Sequence
+
+import ipywidgets as w
+
+from hillinfer.workbench.attention import AttentionView
+from hillinfer.workbench.differences import differences
+from hillinfer.workbench.live import LiveRun
+
+
+class Compared:
+    """What is shown of ended runs. `button` opens the map; `box` holds everything."""
+
+    def __init__(self):
+        self.button = w.ToggleButton(description="Attention map", icon="th", disabled=True)
+        self.button.tooltip = "the last run's attention over every position of its text"
+        self.button.layout.width, self.table = "144px", w.HTML()
+        self.view: AttentionView | None = None
+        self.run: LiveRun | None = None
+        self.box = w.VBox([self.table], layout=w.Layout(width="100%"))
+        self.button.observe(lambda _: self._show_map(), "value")
+
+    def begin(self) -> None:
+        self.table.value, self.run, self.button.disabled = "", None, True
+
+    def end(self, runs: Sequence[LiveRun]) -> None:
+        """Show what these runs, from left to right on the boards, have come to."""
+        self.run = runs[-1]
+        self.button.disabled = self.run.record is None or not self.run.record.map.steps
+        if len(runs) == 2 and all(one.figures for one in runs):
+            self.table.value = differences(*runs)
+        self._show_map()
+
+    def _show_map(self) -> None:
+        shown = self.button.value and not self.button.disabled
+        if shown:
+            about = self.run.record.map, self.run.text_of, f"{self.run.system}, {self.run.case.title}{self._partial()}"
+            if self.view is None:
+                self.view = AttentionView(*about)
+            else:
+                self.view.show_map(*about)
+        self.box.children = [self.view, self.table] if shown else [self.table]
+
+    def _partial(self) -> str:
+        """What the weights cover: without the exact observation, the selected tokens only."""
+        return "" if self.run.record.exact else "; attention over the selected tokens"

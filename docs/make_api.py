@@ -49,6 +49,7 @@ OTHER = {  # module: its names that notebooks and how-to pages use
     ],
     "hillinfer.workbench.vector": ["timeline_svg"],
     "hillinfer.workbench.board": ["Board", "show_timeline", "show_record"],
+    "hillinfer.workbench.overlay": ["RunsChart", "show_runs"],
     "hillinfer.workbench.figures": [
         "timeline_figure",
         "hits_figure",

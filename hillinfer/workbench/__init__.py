@@ -9,6 +9,7 @@ _HOME = {
     "show_attention": "attention",
     "Workbench": "dashboard",
     "Board": "board",
+    "show_runs": "overlay",
     "show_timeline": "board",
     "show_record": "board",
     "Case": "cases",

@@ -1,4 +1,4 @@
-"""Below the dashboard's boards: the last run's attention map on request, and the figures of runs side by side."""
+"""Below the dashboard's boards: the last run's attention map on request, and the compared runs' figures."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ import ipywidgets as w
 from hillinfer.workbench.attention import AttentionView
 from hillinfer.workbench.differences import differences
 from hillinfer.workbench.live import LiveRun
+from hillinfer.workbench.overlay import RunsChart
 
 
 class Compared:
@@ -16,18 +17,23 @@ class Compared:
         self.button = w.ToggleButton(description="Attention map", icon="th", disabled=True)
         self.button.tooltip = "the last run's attention over every position of its text"
         self.button.layout.width, self.table = "144px", w.HTML()
-        self.view: AttentionView | None = None
+        self.chart, self.view = RunsChart(), None
         self.run: LiveRun | None = None
-        self.box = w.VBox([self.table], layout=w.Layout(width="100%"))
+        self.box = w.VBox([self.chart, self.table], layout=w.Layout(width="100%"))
         self.button.observe(lambda _: self._show_map(), "value")
 
-    def begin(self) -> None:
+    def begin(self, beside: bool) -> None:
+        """A run starts: with `beside` it will be laid over those before it."""
         self.table.value, self.run, self.button.disabled = "", None, True
+        if not beside:
+            self.chart.clear()
 
     def end(self, runs: Sequence[LiveRun]) -> None:
         """Show what these runs, from left to right on the boards, have come to."""
         self.run = runs[-1]
         self.button.disabled = self.run.record is None or not self.run.record.map.steps
+        if self.run.figures:
+            self.chart.add(f"{self.run.system}, alpha {self.run.options['alpha']:g}", self.run)
         if len(runs) == 2 and all(one.figures for one in runs):
             self.table.value = differences(*runs)
         self._show_map()
@@ -40,7 +46,7 @@ class Compared:
                 self.view = AttentionView(*about)
             else:
                 self.view.show_map(*about)
-        self.box.children = [self.view, self.table] if shown else [self.table]
+        self.box.children = [*([self.view] if shown else []), self.chart, self.table]
 
     def _partial(self) -> str:
         """What the weights cover: without the exact observation, the selected tokens only."""

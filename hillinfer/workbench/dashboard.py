@@ -88,7 +88,7 @@ class Workbench:
             description="Stop", icon="stop", disabled=True, tooltip="stop after the current token"
         )
         self.compare_button = w.Button(description="Compare", icon="columns", disabled=True)
-        self.compare_button.tooltip = "run with these settings, next to the last run"
+        self.compare_button.tooltip = "run with these settings, next to the last run and over all compared ones"
         for button in (self.run_button, self.stop_button, self.compare_button):
             button.layout.width = "104px"
         self.compared = Compared()
@@ -188,7 +188,7 @@ class Workbench:
         run = LiveRun(*parts, exact=self.exact.value)
         run.check()
         self.join_painter()
-        self.compared.begin()
+        self.compared.begin(beside)
         self.runs = [*(self.runs[-1:] if beside else []), run]
         boards = self._boards[-1:] if beside else self._boards[:1]
         if len(boards) < len(self.runs):

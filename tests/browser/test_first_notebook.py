@@ -240,6 +240,38 @@ def test_compare_shows_two_runs_and_their_differences(fresh):
     shot(fresh, "compare", 2000)
 
 
+def test_three_runs_are_laid_over_each_other(fresh):
+    for system, button in (("hillinfer", "Run"), ("streaming", "Compare"), ("full", "Compare")):
+        fresh.control("system").select_option(system)
+        fresh.button(button).click()
+        fresh.page.wait_for_function(
+            "n => [...document.querySelectorAll('.hi-overlay')].at(-1)?.hillinfer.lines.length === n",
+            arg=dict(hillinfer=1, streaming=2, full=3)[system],
+        )
+    chart = fresh.page.locator(".hi-overlay").last
+    chart.scroll_into_view_if_needed()
+    chart.locator("canvas").focus()
+    fresh.page.keyboard.press("ArrowRight")
+    said = chart.locator(".hi-facts").inner_text()
+    assert said.startswith("step 1: hillinfer, alpha 0.2 ") and said.count(" ms") == 3
+    chart.locator("select").select_option("missed, demoted before")
+    drawn = "b => { const e = document.querySelectorAll('.hi-overlay'); return e[e.length - 1].hillinfer"
+    fresh.page.wait_for_function(f"{drawn}.unit === 'tokens' }}")
+    assert fresh.page.evaluate(f"{drawn}.drawn }}") == 3
+    held = "import numpy as np; print(np.median(workbench.compared.chart.runs['hillinfer, alpha 0.2'][{!r}]))"
+    median = float(fresh.ask(held.format("missed, demoted before")))
+    assert fresh.page.evaluate(f"{drawn}.lines[0].median }}") == median > 0
+    chart.locator("select").select_option("time")
+    chart.locator(".hi-legend button").nth(1).click()
+    fresh.page.wait_for_function(f"{drawn}.drawn === 2 }}")
+    chart.locator(".hi-legend button").nth(1).click()
+    fresh.page.set_viewport_size(dict(width=1280, height=1000))
+    chart.evaluate("e => e.scrollIntoView({block: 'center'})")
+    fresh.page.mouse.move(800, 480)
+    fresh.page.wait_for_timeout(500)
+    fresh.page.screenshot(path=SHOTS / "three-runs.png")
+
+
 def test_an_error_is_one_line_that_names_the_fix(fresh):
     fresh.ask("workbench.folder.value = '/nowhere/at/all'")
     fresh.button("Run").click()

@@ -495,12 +495,9 @@ const board = {
   render({ model, el }) {
     const store = storeOf(model), board = new Board(model, store, make("div", "", el));
     store.views.add(board);
-    const theme = new MutationObserver(() => board.refresh(true)); // JupyterLab's theme; below, the system's
-    theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
-    const dark = matchMedia("(prefers-color-scheme: dark)"), changed = () => board.refresh(true);
-    dark.addEventListener("change", changed);
+    const ended = watchTheme(() => board.refresh(true));
     board.refresh();
-    return () => { store.views.delete(board); theme.disconnect(); dark.removeEventListener("change", changed); board.sizes.disconnect(); for (const p of board.panels) p.watch.disconnect(); };
+    return () => { store.views.delete(board); ended(); board.sizes.disconnect(); for (const p of board.panels) p.watch.disconnect(); };
   },
 };
 export default board;

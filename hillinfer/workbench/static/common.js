@@ -16,6 +16,12 @@ const number = (x, digits = 0) => Number(x).toLocaleString("en", { maximumFracti
 const bytes = (x) => { const u = ["B", "KiB", "MiB", "GiB", "TiB"]; let i = 0; while (x >= 1024 && i < 4) { x /= 1024; i++; } return number(x, i ? 1 : 0) + " " + u[i]; };
 const percent = (x, digits = 0) => number(100 * x, digits) + " %";
 const save = (name, blob) => { const a = make("a", "", null); a.href = URL.createObjectURL(blob); a.download = name; a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 5000); };
+const watchTheme = (changed) => { // JupyterLab's theme, and the system's; returns what ends the watch
+  const theme = new MutationObserver(changed), dark = matchMedia("(prefers-color-scheme: dark)");
+  theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+  dark.addEventListener("change", changed);
+  return () => { theme.disconnect(); dark.removeEventListener("change", changed); };
+};
 
 // Cividis in eight steps, from dark (low) to light (high).
 const CIVIDIS = [[0, 32, 77], [33, 61, 107], [77, 83, 110], [104, 103, 113], [130, 124, 118], [159, 147, 115], [203, 186, 105], [255, 234, 70]];

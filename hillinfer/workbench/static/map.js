@@ -210,11 +210,8 @@ const percentOf = (x) => (x >= 0.1 ? percent(x) : Number((100 * x).toPrecision(2
 
 const board = {
   render({ model, el }) {
-    const pane = new AttentionPane(model, make("div", "", el)), changed = () => { pane.theme = null; pane.panel.redraw(); };
-    const theme = new MutationObserver(changed), dark = matchMedia("(prefers-color-scheme: dark)");
-    theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
-    dark.addEventListener("change", changed);
-    return () => { theme.disconnect(); dark.removeEventListener("change", changed); pane.panel.watch.disconnect(); };
+    const pane = new AttentionPane(model, make("div", "", el)), ended = watchTheme(() => { pane.theme = null; pane.panel.redraw(); });
+    return () => { ended(); pane.panel.watch.disconnect(); };
   },
 };
 export default board;

@@ -1,5 +1,7 @@
 """Figures and the report show the recorded data, and escape all text."""
 
+import re
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,3 +85,13 @@ def test_long_lines_are_means():
     line = _line("long", np.arange(2501, dtype=np.float32))
     assert line["each"] == 3 and len(line["values"]) == 834 and line["values"][:2] == [1, 4]
     assert line["values"][-1] == 2499.5 and line["median"] == 1250
+
+
+@pytest.mark.parametrize("name", ["board.Board", "accuracy.ScoreTable", "attention.AttentionView", "overlay.RunsChart"])
+def test_widgets_are_modules_that_stand_alone(name):
+    """marimo, VS Code and Colab load them too: nothing is imported or fetched, and nothing of one host is used."""
+    module, widget = name.split(".")
+    code = re.sub(r"//.*", "", getattr(import_module(f"hillinfer.workbench.{module}"), widget)._esm)
+    assert code.count("export default") == 1
+    for word in (r"\bimport\b", r"\brequire\b", r"\bfetch\b", "jupyterapp", "Jupyter", "IPython"):
+        assert not re.search(word, code), word

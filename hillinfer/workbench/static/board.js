@@ -287,7 +287,7 @@ class Board {
     button("+", "zoom in (W or +)", () => this.zoom(0.5)); button("-", "zoom out (S or -)", () => this.zoom(2));
     this.tableButton = button("Table", "the spans in view as a table (T)", () => this.toggleTable());
     button("PNG", "save the current view as PNG", () => this.exportPng()); button("SVG", "save the current view as SVG", () => this.exportSvg());
-    if (!this.model.alone) { button("HTML", "save this board as a self-contained page", () => this.model.send({ kind: "export", what: "html" })); button("Perfetto", "save all spans for ui.perfetto.dev", () => this.model.send({ kind: "export", what: "trace" })); }
+    if (!this.model.alone) { button("HTML", "save this board as a self-contained page", () => this.model.send({ kind: "export", what: "html" })); button("Trace", "save all spans as a file for ui.perfetto.dev", () => this.model.send({ kind: "export", what: "trace" })); button("Perfetto", "open all spans in ui.perfetto.dev; without a network they are saved", () => { this.store.tab = navigator.onLine ? window.open(this.model.get("perfetto")) : null; this.model.send({ kind: "export", what: "perfetto" }); }); }
     const legend = make("div", "hi-legend", section);
     for (const [name, colour] of Object.entries(this.palette.colours)) { const item = make("span", "", legend, name), i = make("i", ""); i.style.background = colour; item.prepend(i); }
     const pale = make("i", "hi-pale"); make("span", "", legend, "modelled: pale, dashed, ~").prepend(pale);
@@ -472,6 +472,21 @@ class Board {
   }
 }
 
+// A trace to a tab of ui.perfetto.dev by its documented handshake: PING until it answers PONG, then the file. Where no tab
+// opens or answers (no network, a blocked popup) the trace is saved.
+async function toPerfetto(tab, address, name, blob) {
+  if (!tab) return save(name, blob);
+  const buffer = await blob.arrayBuffer(), { origin } = new URL(address);
+  const done = (answered) => {
+    clearInterval(pinging); clearTimeout(patience); window.removeEventListener("message", hear);
+    if (answered) return tab.postMessage({ perfetto: { buffer, title: "hillinfer", fileName: name } }, origin);
+    tab.close(); save(name, blob);
+  };
+  const hear = (e) => { if (e.source === tab && e.data === "PONG") done(true); };
+  window.addEventListener("message", hear);
+  const pinging = setInterval(() => (tab.closed ? done(false) : tab.postMessage("PING", origin)), 100), patience = setTimeout(() => done(false), 10_000);
+}
+
 const stores = new WeakMap();
 function storeOf(model) {
   if (stores.has(model)) return stores.get(model);
@@ -480,7 +495,10 @@ function storeOf(model) {
   store.views = new Set();
   store.refresh = () => { if (!store.queued) { store.queued = true; requestAnimationFrame(() => { store.queued = false; for (const board of store.views) board.refresh(); }); } };
   model.on("msg:custom", (message, buffers) => {
-    if (message.kind === "file") return save(message.name, new Blob(buffers, { type: message.type }));
+    if (message.kind === "file") {
+      const blob = new Blob(buffers, { type: message.type });
+      return message.open ? toPerfetto(store.tab, model.get("perfetto"), message.name, blob) : save(message.name, blob);
+    }
     if (message.kind !== "more") return;
     if (!store.accept(message, buffers)) { if (!store.asked) { store.asked = true; model.send({ kind: "have", run: store.run, have: store.have() }); } return; }
     store.asked = false;
@@ -493,9 +511,8 @@ function storeOf(model) {
 
 const board = {
   render({ model, el }) {
-    const store = storeOf(model), board = new Board(model, store, make("div", "", el));
+    const store = storeOf(model), root = make("div", "", el), ended = watchTheme(root, () => board.refresh(true)), board = new Board(model, store, root);
     store.views.add(board);
-    const ended = watchTheme(() => board.refresh(true));
     board.refresh();
     return () => { store.views.delete(board); ended(); board.sizes.disconnect(); for (const p of board.panels) p.watch.disconnect(); };
   },

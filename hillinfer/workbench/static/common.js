@@ -16,11 +16,19 @@ const number = (x, digits = 0) => Number(x).toLocaleString("en", { maximumFracti
 const bytes = (x) => { const u = ["B", "KiB", "MiB", "GiB", "TiB"]; let i = 0; while (x >= 1024 && i < 4) { x /= 1024; i++; } return number(x, i ? 1 : 0) + " " + u[i]; };
 const percent = (x, digits = 0) => number(100 * x, digits) + " %";
 const save = (name, blob) => { const a = make("a", "", null); a.href = URL.createObjectURL(blob); a.download = name; a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 5000); };
-const watchTheme = (changed) => { // JupyterLab's theme, and the system's; returns what ends the watch
-  const theme = new MutationObserver(changed), dark = matchMedia("(prefers-color-scheme: dark)");
-  theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
-  dark.addEventListener("change", changed);
-  return () => { theme.disconnect(); dark.removeEventListener("change", changed); };
+const isDark = () => { // by JupyterLab's mark, the classes of VS Code and marimo, or the system's wish
+  const marks = [...document.body.classList, ...document.documentElement.classList], light = document.body.dataset.jpThemeLight;
+  if (light) return light === "false";
+  if (marks.some((mark) => ["vscode-dark", "vscode-high-contrast", "dark"].includes(mark))) return true;
+  return !marks.some((mark) => ["vscode-light", "light"].includes(mark)) && matchMedia("(prefers-color-scheme: dark)").matches;
+};
+const watchTheme = (root, changed) => { // marks a view as dark or light, now and at each change; returns what ends the watch
+  const mark = () => { root.dataset.dark = isDark(); }, again = () => { mark(); changed(); };
+  const theme = new MutationObserver(again), system = matchMedia("(prefers-color-scheme: dark)");
+  for (const el of [document.body, document.documentElement]) theme.observe(el, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+  system.addEventListener("change", again);
+  mark();
+  return () => { theme.disconnect(); system.removeEventListener("change", again); };
 };
 
 // Cividis in eight steps, from dark (low) to light (high).

@@ -210,7 +210,7 @@ const percentOf = (x) => (x >= 0.1 ? percent(x) : Number((100 * x).toPrecision(2
 
 const board = {
   render({ model, el }) {
-    const pane = new AttentionPane(model, make("div", "", el)), ended = watchTheme(() => { pane.theme = null; pane.panel.redraw(); });
+    const root = make("div", "", el), ended = watchTheme(root, () => { pane.theme = null; pane.panel.redraw(); }), pane = new AttentionPane(model, root);
     return () => { ended(); pane.panel.watch.disconnect(); };
   },
 };

@@ -77,7 +77,7 @@ class Overlay {
 
 const board = {
   render({ model, el }) {
-    const chart = new Overlay(model, make("div", "", el)), ended = watchTheme(() => { chart.theme = null; chart.changed(); });
+    const root = make("div", "", el), ended = watchTheme(root, () => { chart.theme = null; chart.changed(); }), chart = new Overlay(model, root);
     return () => { ended(); chart.panel.watch.disconnect(); };
   },
 };

@@ -254,15 +254,24 @@ def sizes() -> list[Claim]:
     ]
 
 
+IN_CHROMIUM = {
+    "first_notebook": "Lab: run, stop, compare, three runs in one chart, why on a click, the trace in Perfetto",
+    "accuracy": "Lab: accuracy board stopped, resumed after a restart, a cell opened to its token; a LongBench row",
+    "attention_map": "Lab: attention map zoomed to a token's text, and of a run",
+    "hosts": "a page that is not Jupyter draws every widget, and loads nothing",
+}
+
+
 def all_tests() -> list[Claim]:
     return [
         tests("notebooks run without a browser, each in under 2 minutes", "tests/test_notebooks.py").show(),
         tests("every command and cell of the task pages works", "tests/test_docs.py").show(),
+        tests("figures from a results folder, with their settings", "tests/test_workbench_published.py").show(),
         tests("rows of benchmarks, own files and models by name", "tests/test_workbench_cases.py").show(),
         tests("the board is eval: same files, stopped, resumed, watched", "tests/test_workbench_accuracy.py").show(),
         tests("the attention map's sums, tiles and bounds", "tests/test_workbench_map.py").show(),
         tests("slow drive, cold pool and wrong guesses are named", "tests/test_explain.py").show(),
-        tests("dashboard and board in JupyterLab and Chromium", "-m", "browser", "tests/browser").show(),
+        *(tests(text, "-m", "browser", f"tests/browser/test_{name}.py").show() for name, text in IN_CHROMIUM.items()),
     ]
 
 

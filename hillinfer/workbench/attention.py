@@ -90,15 +90,21 @@ def show_attention(source, text: TextOf | None = None, setting: str = "") -> Att
 
     source  a finished `LiveRun` whose record has a map; an `AttentionMap`; or an array, or any iterable of layers, each
             (H, n) or (n,): attention weights of one step, read layer by layer
-    text    see `AttentionView`; that of a run is known
+    text, setting  see `AttentionView`; a run has its own
     """
     if isinstance(source, AttentionMap):
         return AttentionView(source, text, setting)
-    if hasattr(source, "record"):
-        if source.record is None or source.record.map is None:
-            raise UsageError("this run recorded no map: give it AttentionRecord(map=AttentionMap())")
-        return AttentionView(source.record.map, text or source.text_of, setting or source.case.title)
-    return AttentionView(map_of(source), text, setting)
+    if not hasattr(source, "record"):
+        return AttentionView(map_of(source), text, setting)
+    if source.record is None or source.record.map is None:
+        raise UsageError("this run recorded no map: give it AttentionRecord(map=AttentionMap())")
+    return AttentionView(*map_of_run(source))
+
+
+def map_of_run(run) -> tuple[AttentionMap, TextOf, str]:
+    """A `LiveRun`'s map, text and setting. Without the exact observation the weights cover the selected tokens only."""
+    partial = "" if run.record.exact else "; attention over the selected tokens"
+    return run.record.map, run.text_of, f"{run.system}, {run.case.title}{partial}"
 
 
 def map_of(layers: Iterable[np.ndarray]) -> AttentionMap:

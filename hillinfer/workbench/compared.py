@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import ipywidgets as w
 
-from hillinfer.workbench.attention import AttentionView
+from hillinfer.workbench.attention import AttentionView, map_of_run
 from hillinfer.workbench.differences import differences
 from hillinfer.workbench.live import LiveRun
 from hillinfer.workbench.overlay import RunsChart
@@ -32,7 +32,7 @@ class Compared:
         """Show what these runs, from left to right on the boards, have come to."""
         self.run = runs[-1]
         self.button.disabled = self.run.record is None or not self.run.record.map.steps
-        if self.run.figures:
+        if self.run.figures and self.run.counters.rows:
             self.chart.add(f"{self.run.system}, alpha {self.run.options['alpha']:g}", self.run)
         if len(runs) == 2 and all(one.figures for one in runs):
             self.table.value = differences(*runs)
@@ -40,14 +40,8 @@ class Compared:
 
     def _show_map(self) -> None:
         shown = self.button.value and not self.button.disabled
-        if shown:
-            about = self.run.record.map, self.run.text_of, f"{self.run.system}, {self.run.case.title}{self._partial()}"
-            if self.view is None:
-                self.view = AttentionView(*about)
-            else:
-                self.view.show_map(*about)
+        if shown and self.view is None:
+            self.view = AttentionView(*map_of_run(self.run))
+        elif shown:
+            self.view.show_map(*map_of_run(self.run))
         self.box.children = [*([self.view] if shown else []), self.chart, self.table]
-
-    def _partial(self) -> str:
-        """What the weights cover: without the exact observation, the selected tokens only."""
-        return "" if self.run.record.exact else "; attention over the selected tokens"

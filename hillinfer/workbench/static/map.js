@@ -62,6 +62,7 @@ class AttentionPane {
       for (const one of tiles) this.asked.add("tiles" + one);
       for (const one of texts) this.asked.add("texts" + one);
       this.wanted = null;
+      setTimeout(() => this.asked.clear(), 3000); // what was lost is asked for again
       this.model.send({ kind: "want", version: this.state.version, tiles, texts });
     }, 40);
   }

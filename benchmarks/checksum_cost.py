@@ -57,11 +57,11 @@ def costs(folder: Path, rounds: int = 20, shares=(0.01, 0.1, 0.5), direct: bool 
             file.write(0, 0, rng.integers(0, 256, (TOKENS, RECORD), dtype=np.uint8))
         for share in shares:
             positions = np.flatnonzero(rng.random(TOKENS) < share)
-            out, times, nbytes = np.empty((len(positions), RECORD), np.uint8), ([], []), 0
+            times, nbytes = ([], []), 0
             for number in range(rounds + 1):
                 for file, seconds in list(zip(files, times, strict=True))[:: 1 if number % 2 else -1]:
                     start = time.perf_counter()
-                    nbytes = file.read(0, positions, out)
+                    nbytes = file.read_in_place(0, positions)[2]
                     seconds.append(time.perf_counter() - start)
             found.append(Cost(share, *(statistics.median(seconds[1:]) for seconds in times), nbytes))
     finally:

@@ -251,14 +251,16 @@ class Sequence:
             layer.speculate(query, mask, self.dim**-0.5)
 
 
-def run(sequences: range, seed: int, folder: Path, report: Callable[[str], None] = print) -> tuple[Counter, list[str]]:
+def run(
+    sequences: range, seed: int, folder: Path, calls: int = CALLS, report: Callable[[str], None] = print
+) -> tuple[Counter, list[str]]:
     """Run the sequences. Returns the calls made, the refused ones among them, and a text for each failure."""
     done, failures = Counter(), []
     for number in sequences:
         sequence = Sequence(seed, number, folder)
         try:
             with sequence.cache:
-                done["calls"] += sequence.run(sequence.rng.randint(5, 2 * CALLS))
+                done["calls"] += sequence.run(sequence.rng.randint(min(5, calls), 2 * calls))
         except Exception as error:
             where = "" if isinstance(error, Wrong) else traceback.format_exc()
             failures.append("\n".join((f"--seed {seed} --only {number}: {error!r}", *sequence.log, where)))
@@ -275,6 +277,7 @@ def run(sequences: range, seed: int, folder: Path, report: Callable[[str], None]
 def main() -> int:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--sequences", type=int, default=3000)
+    words.add_argument("--calls", type=int, default=CALLS, help="of a sequence, in the mean")
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--only", type=int, help="this sequence alone")
     words.add_argument("--drive", type=Path, help="folder for the drives' files")
@@ -283,7 +286,7 @@ def main() -> int:
     warnings.simplefilter("error")
     chosen = range(args.sequences) if args.only is None else range(args.only, args.only + 1)
     with tempfile.TemporaryDirectory(dir=args.drive) as folder:
-        done, failures = run(chosen, args.seed, Path(folder))
+        done, failures = run(chosen, args.seed, Path(folder), args.calls)
     took = time.perf_counter() - start
     print(f"{done['calls']:,} calls, {done['refused']:,} refused, {len(failures)} failures, {took:.0f} s")
     return int(bool(failures))

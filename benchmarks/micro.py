@@ -119,7 +119,7 @@ def drive_rows(rng: np.random.Generator, folder: Path) -> tuple[list[Row], Calla
         for layer in range(4):
             file.write(layer, 0, part)
         turns = {"stream": 0, "fetch": 0}
-        buffer, out = aligned(CHOSEN * RECORD // MAX_READ * MAX_READ), np.empty((CHOSEN, RECORD), np.uint8)
+        buffer = aligned(CHOSEN * RECORD // MAX_READ * MAX_READ)
 
         def stream(file=file, buffer=buffer, turns=turns) -> None:
             turns["stream"] += 1
@@ -127,14 +127,14 @@ def drive_rows(rng: np.random.Generator, folder: Path) -> tuple[list[Row], Calla
             jobs = [(base + at, buffer[at : at + MAX_READ]) for at in range(0, len(buffer), MAX_READ)]
             file.transfer("read", jobs, 0, 0)
 
-        def fetch(file=file, out=out, turns=turns) -> None:
+        def fetch(file=file, turns=turns) -> None:
             turns["fetch"] += 1
-            file.read(turns["fetch"] % 4, choices[turns["fetch"] % 16], out)
+            file.read_in_place(turns["fetch"] % 4, choices[turns["fetch"] % 16])
 
         how = engine + ("" if file.direct else ", page cache")
         bound = f"stream 1 MiB, {engines[0]}" if file.direct else None
         rows.append(Row(f"stream 1 MiB, {how}", len(buffer), stream))
-        rows.append(Row(f"fetch tokens, {how}", out.nbytes, fetch, bound))
+        rows.append(Row(f"fetch tokens, {how}", CHOSEN * RECORD, fetch, bound))
 
     def close() -> None:
         for file in files:

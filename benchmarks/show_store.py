@@ -66,6 +66,7 @@ def processes() -> list[Claim]:
 def suite() -> list[Claim]:
     names = {
         "every system and three families: to the bit a prefill of the same pieces": "TestEqualsAPrefill",
+        "blocks that a cache reads where they lie: shared, evicted, damaged, cropped": "TestLending",
         "what is kept, and what is not": "TestKept",
         "batches, padding, all logits, other inputs: an ordinary prefill, with the reason": "TestNotUsed",
         "truncated, flipped bit, other model or dtype, disk full, read-only: a line, and right": "TestLostAndDamaged",
@@ -123,12 +124,21 @@ def faster(tokens: int, systems: list[str], bar: float, rounds: int) -> list[Cla
             claims.append(Claim(text, figure, f"opened {bar:.0f} x", fresh / opened >= bar).show())
         read = found[0][2] / kv
         claims.append(Claim("bytes read over the KV of the opened tokens", f"{read:.2f}", "1", read == 1).show())
+        text = "hillinfer: bytes written to its drive to open the prompt, which it reads in the store"
+        written = copied(model, ids, drive, store)
+        claims.append(Claim(text, f"{written:,}", "0", written == 0).show())
         half = (len(ids) // 2 // BLOCK) * BLOCK
         fresh = seconds(model, ids, "full", drive)[0]
         took, _, nbytes = seconds(model, ids[:half] + ids[half:][::-1], "full", drive, store)
     share, read = took / fresh, nbytes / kv * (len(ids) - 2) / half
     text = "half of the prompt known: time over the whole prefill's, and bytes read over the KV of that half"
     return [*claims, Claim(text, f"{share:.2f}, {read:.2f}", "0.80, 1", share <= 0.8 and read == 1).show()]
+
+
+def copied(model, ids: list[int], drive: Path, store: PrefixStore) -> int:
+    with make_cache(model, "hillinfer", store, **options_of("hillinfer", drive)) as cache:
+        cache.run.keeper.open(ids)
+        return sum(span.bytes for span in cache.timeline.spans if span.kind == "write")
 
 
 def kv_of(model, ids: list[int]) -> list[torch.Tensor]:

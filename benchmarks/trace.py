@@ -1,4 +1,8 @@
-"""Selected and predicted tokens of decode steps, recorded on the embedded model and tiled over longer contexts.
+"""Selected and predicted tokens of decode steps, recorded on a model and tiled over longer contexts.
+
+    python -m benchmarks.trace MODEL --rows FOLDER [--tasks ...] --out FILE    # for benchmarks.shape --trace FILE
+
+By default the embedded model's, on texts of its own; MODEL's on a LongBench row of each task, cut to 8K tokens.
 
 A context of 32,768 tokens consists of four documents of 8,192, each with its own question: if a step of one document
 selects token p, the long context selects document * 8,192 + p. Locality, overlap between steps and differences between
@@ -6,6 +10,7 @@ layers are those recorded. The attention over a single text of that length is un
 layers except the first, for which there is no guess.
 """
 
+import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,31 +23,39 @@ from hillinfer.assets import load_embedded
 from hillinfer.cache import TieredCache
 from hillinfer.config import Settings
 from hillinfer.evaluator.policies import TopK
+from hillinfer.loading import load_model
+from hillinfer.longbench.job import prompt_of as row_prompt
 from hillinfer.longbench.runner import feed
+from hillinfer.longbench.sources import load_all
 from hillinfer.longbench.synthetic import make_records, prompt_of
 from hillinfer.pipeline.lookahead import AHEAD
 
-TOKENS, SEED = 8192, 5
+TOKENS, SEED, CHUNK = 8192, 5, 2048
 
 
-def record(path: Path, documents: int = 4, steps: int = 48, alpha: float = 0.1) -> "Trace":
-    """Load the recorded trace, or record it: prefills `documents` texts of 8K tokens."""
+def record(path: Path, documents: int = 4) -> "Trace":
+    """Load the recorded trace, or record the embedded model's: prefills `documents` texts of 8K tokens."""
     if not path.exists():
         logging.disable_progress_bar()
         model, tokenizer = load_embedded()
-        picks = {}
-        for number in range(documents):
-            text = make_records("chain", TOKENS, 1, SEED + number)[0]
-            ids = tokenizer(prompt_of(text)).input_ids
-            notes, _ = selections(model, ids, steps, alpha)
-            for index, noted in enumerate(notes):
-                for kind, kept in noted.kept.items():
-                    for step, positions in enumerate(kept):
-                        picks[f"{kind}-{number}-{step}-{index}"] = positions.astype(np.int32)
-            picks[f"n-{number}"] = np.array([len(ids), len(notes), len(notes[0].kept["true"])])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **picks)
+        texts = [make_records("chain", TOKENS, 1, SEED + number)[0] for number in range(documents)]
+        keep(path, model, [tokenizer(prompt_of(text)).input_ids for text in texts])
     return Trace(path)
+
+
+def keep(path: Path, model, documents: list[list[int]], chunk=None, steps: int = 48, alpha: float = 0.1) -> None:
+    """Record what `model` selects after each of these prompts."""
+    picks = {}
+    for number, ids in enumerate(documents):
+        notes, _ = selections(model, ids, steps, alpha, chunk)
+        for index, noted in enumerate(notes):
+            for kind, kept in noted.kept.items():
+                for step, positions in enumerate(kept):
+                    picks[f"{kind}-{number}-{step}-{index}"] = positions.astype(np.int32)
+        picks[f"n-{number}"] = np.array([len(ids), len(notes), len(notes[0].kept["true"])])
+        print(f"{number + 1} of {len(documents)} documents", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **picks)
 
 
 def selections(model, ids: list[int], steps: int, alpha: float, chunk: int | None = None) -> tuple[list, list[int]]:
@@ -77,6 +90,27 @@ class _Noted(TopK):
 
 def _column(token: int):
     return torch.tensor([[token]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--rows", type=Path, required=True, help="folder of LongBench rows")
+    parser.add_argument("--tasks", default="gov_report,narrativeqa,hotpotqa,repobench-p", help="of long rows")
+    parser.add_argument("--out", type=Path, default=Path("out/trace-real.npz"))
+    words = parser.parse_args()
+    model, tokenizer = load_model(words.model)
+    documents = []
+    for task, rows, _ in load_all(words.tasks.split(","), [words.rows]):
+        prompts = (row_prompt(task, row, model.config, tokenizer, TOKENS) for row in rows)
+        documents.append(
+            next(prompt.ids for prompt in prompts if len(prompt.ids) > TOKENS - 64)
+        )  # long enough to be cut
+    keep(words.out, model, documents, CHUNK)
+
+
+if __name__ == "__main__":
+    main()
 
 
 class Trace:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from hillinfer import native
 
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -119,13 +120,17 @@ def over_part(
     fp32 (B, H, q, D), and the logsumexp, fp32 (B, H, q). By definition, or by torch's flash attention for CPUs.
     """
     keys, values = kv.permute(2, 0, 3, 1, 4)
-    grouped, hidden = query.reshape(len(query), keys.shape[1], -1, query.shape[3]), None  # keys are not repeated
+    grouped, flash = query.unflatten(1, (keys.shape[1], -1)), flash and query.device.type == "cpu"
+    if flash and shown is not None and torch.equal(shown, torch.ones_like(shown).tril_()):
+        each = [FLASH(own, keys, values, is_causal=True, scale=scaling) for own in grouped.unbind(2)]
+        out, lse = (torch.stack(part, 2) for part in zip(*each, strict=True))
+        return out.float().reshape(query.shape), lse.reshape(query.shape[:3])
+    grouped, hidden = grouped.flatten(2, 3), None  # keys are not repeated
     if shown is not None:
         hidden = torch.zeros(shown.shape, dtype=query.dtype, device=query.device).masked_fill_(~shown, -torch.inf)
         hidden = hidden.repeat(1, 1, grouped.shape[2] // query.shape[2], 1)
-    if flash and query.device.type == "cpu":
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = attend(grouped, keys, values, attn_mask=hidden, scale=scaling)
+    if flash:
+        out, lse = FLASH(grouped, keys, values, attn_mask=hidden, scale=scaling)
         if hidden is not None:  # torch says 0 for a query that sees nothing
             lse = lse.masked_fill(hidden.amax(3) == -torch.inf, -torch.inf)
     else:

@@ -55,6 +55,7 @@ class Run:
     def _forget(self) -> None:
         self.geometry: Geometry | None = None
         self.drive = None
+        self.lent: Any = None  # stored blocks that hold the first tokens (`prefix_store.lending.Lent`)
         self.hits: SharedHits | None = None  # the table that all layers share, if they do
         self.writer: Writer | None = None
         self.lookahead: Lookahead | None = None
@@ -135,7 +136,8 @@ class Run:
         return self.stores[track.layer]
 
     def open_log(self, stream: int) -> RecordLog:
-        return RecordLog(self.drive, self.geometry, stream, self.writer)
+        parts = self.drive, self.geometry, stream, self.writer
+        return RecordLog(*parts) if self.lent is None else self.lent.log(*parts)
 
     def prepare(self, policy: Policy, layer: int) -> None:
         """Configure a layer's policy before `Policy.start`."""
@@ -246,7 +248,7 @@ class Run:
 
     def parts(self) -> list:
         """Open threads and files, in the order in which they are closed."""
-        return [self.lookahead, self.writer, self.drive]
+        return [self.lookahead, self.writer, self.drive, self.lent]
 
     def stop(self) -> None:
         """Free the drive's space and end the threads; `start` may follow. A fork leaves its parent's alone."""

@@ -10,14 +10,15 @@
 # # Ask your document
 #
 # **What you will see:** a file is prefilled once and asked twice. The second question opens the document's KV from a
-# file instead of computing it. Then a small budget is compared with full attention: whether the answer is the same,
-# from which token on it is not, and what each token cost.
+# store instead of computing it, and says what came from there. Then a small budget is compared with full attention:
+# whether the answer is the same, from which token on it is not, and what each token cost.
 #
 # Without a file of yours it writes a register of a hundred lines, which the bundled model can read; it knows no other
 # English. A file of yours needs a real model, in the same two fields.
 
 # %% tags=["parameters"]
 model = "embedded"  # or a folder, a hub id or a .gguf file
+store = None  # a folder that keeps the KV of all prompts, also when this kernel has ended; None forgets it then
 file = None  # your .txt, .md or .pdf; None writes the register
 questions = ["What is the main result?", "How was it measured?"]  # asked of your file
 alpha = 0.2  # share of the tokens that a decode step attends to
@@ -45,7 +46,9 @@ if file is None:
 # %% [markdown]
 # ## One document, two questions
 #
-# *prompt* is *own text or file*. With a session file the first run keeps the document's KV, and later runs open it.
+# *prompt* is *own text or file*. With a prefix store the first run keeps the document's KV, in blocks of 256 tokens.
+# Later runs open what their prompt has in common with any earlier one, also after a restart of the kernel, and prefill
+# the rest.
 
 # %%
 from hillinfer.workbench import Workbench
@@ -56,7 +59,7 @@ if model != "embedded":
     workbench.chosen.load(model)
 workbench.origin.value, workbench.file.value = TEXT, str(file)
 workbench.new_tokens.value, workbench.alpha.value = new_tokens, alpha
-workbench.session.value = str(place / "document.kv")
+workbench.store.value = str(store or place / "kv")
 workbench.show()
 
 # %%
@@ -65,8 +68,8 @@ import time
 for question in questions:
     workbench.question.value, began = question, time.perf_counter()
     answer = workbench.run()
-    run = workbench.runs[-1]
     print(f"{question[-70:]}\n    {answer}\n    {time.perf_counter() - began:.1f} s in all")
+    print(f"    {workbench.runs[-1].opened}")
 
 # %% [markdown]
 # ## Is it the full cache's answer?
@@ -77,7 +80,7 @@ for question in questions:
 # %%
 from hillinfer.workbench.differences import first_difference
 
-workbench.session.value, workbench.system.value = "", "full"
+workbench.system.value = "full"
 workbench.run(beside=True)
 small, full = workbench.runs
 print(first_difference(small, full))

@@ -21,6 +21,7 @@ from hillinfer.longbench.job import EvalSettings, Job, run_job
 from hillinfer.longbench.results import Results, read, read_manifest
 from hillinfer.longbench.statistics import interval, paired
 from hillinfer.longbench.tasks import find_task, longbench
+from hillinfer.prefix_store.keeper import Keeper
 from tests.longbench_rows import rows, write_model, write_rows
 
 for library in ("datasets", "rapidfuzz", "rouge", "jieba", "joblib"):
@@ -91,6 +92,21 @@ def test_a_shared_prefill_gives_the_answers_of_a_prefill_for_each(place, system,
     assert answers[True] == answers[False]
     attended = [attended for _, alpha, _, attended, _ in answers[True] if alpha]
     assert len(set(attended)) == (1 if system == "quest-dense" else len(attended))  # the model's two layers are dense
+
+
+def test_a_store_has_the_documents_of_an_earlier_run(place, tmp_path, monkeypatch):
+    """The same answers, and the second run opens what the first one prefilled. One that watches needs all queries."""
+    opened, known = [], Keeper.open
+    monkeypatch.setattr(Keeper, "open", lambda self, ids, *more: opened.append(known(self, ids, *more)) or opened[-1])
+    words = ["--model", place / "model", "--tasks", "needle_1k", "--samples", "1", "--max-length", "600"]
+    for systems, runs in (("topk,streaming", (None, "kv", "kv")), ("topk,h2o", ("kv",))):
+        for number, store in enumerate(runs):
+            more = ["--store", tmp_path / store] if store else []
+            hillinfer(*words, "--systems", systems, *more, "--out", tmp_path / f"{systems}{number}")
+    one, two, three = ([row["pred"] for row in read(tmp_path / f"topk,streaming{number}")] for number in range(3))
+    assert one == two == three and any(one) and opened == [0, 0, 512]
+    refused = hillinfer(*words, "--store", tmp_path / "kv", "--no-share-prefill", "--out", tmp_path / "x", code=2)
+    assert "leave out --no-share-prefill" in refused.output
 
 
 def test_a_shared_prefill_in_chunks_is_shown_to_those_that_look(place):

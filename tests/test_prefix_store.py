@@ -4,6 +4,7 @@ import copy
 import errno
 import gc
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,89 @@ def prefilled(model, ids: list[int]):
     return cache
 
 
+class TestLending:
+    """A cache on a drive reads stored blocks where they lie, and never writes to them."""
+
+    @staticmethod
+    @contextmanager
+    def opened(model, store, ids, drive, system="hillinfer", **options):
+        with hillinfer.make_cache(model, system, store, drive=drive, alpha=0.3, **options) as cache:
+            feed(model, cache, ids)
+            assert cache.run.keeper.report.opened == WHOLE
+            yield cache
+
+    @pytest.fixture
+    def kept(self, model, store, ids):
+        stored(model, store, ids)
+        return {block.path: block.path.read_bytes() for block in store.blocks()}
+
+    @pytest.mark.parametrize("engine", ["auto", "threads"])
+    @pytest.mark.parametrize("system", ["hillinfer", "lru", "leoam"])
+    def test_nothing_is_copied(self, model, store, ids, tmp_path, kept, system, engine):
+        options = dict(engine=engine, compress=0) if system == "leoam" else dict(engine=engine)
+        with self.opened(model, store, ids, tmp_path, system, **options) as cache:
+            written = [span for span in cache.timeline.spans if (span.lane, span.kind) == ("drive", "write")]
+            assert (cache.run.lent.capacity, written) == (WHOLE, [])
+            generate(model, cache, [*ids, 5], 80)  # so that its own file is written to
+            assert any(span.lane == "drive" and span.kind != "write" for span in cache.timeline.spans)
+        assert {path: path.read_bytes() for path in kept} == kept
+
+    def test_what_is_not_lent(self, model, store, ids, tmp_path, kept):
+        for system, options in (("dualblade", {}), ("instattention", {}), ("leoam", {"compress": 0.5})):
+            with self.opened(model, store, ids, tmp_path, system, **options) as cache:
+                assert cache.run.lent is None
+
+    def test_two_caches_and_an_eviction(self, model, store, ids, tmp_path, kept):
+        with self.opened(model, store, ids, tmp_path) as alone:
+            want = generate(model, alone, [*ids, 5])
+        with self.opened(model, store, ids, tmp_path) as one, self.opened(model, store, ids, tmp_path) as other:
+            assert store.prune(0) == 0
+            assert [generate(model, cache, [*ids, 5]) for cache in (one, other)] == [want] * 2
+
+    @pytest.mark.parametrize("left", [WHOLE, WHOLE - 1, BLOCK + 3, 3])
+    def test_cropped_into_what_was_lent(self, model, store, ids, tmp_path, kept, left):
+        """What is left moves to the cache's own file, and a new prompt goes on from there."""
+        other = [*ids[:left], *ids[::-1]]
+        with hillinfer.make_cache(model, "hillinfer", drive=tmp_path, alpha=0.3) as cache:
+            for part in (ids[:WHOLE], ids[WHOLE:]):
+                feed(model, cache, part)
+            cache.crop(left)
+            want = generate(model, cache, other, 80)
+        with self.opened(model, store, ids, tmp_path) as cache:
+            cache.crop(left)
+            assert generate(model, cache, other, 80) == want
+            assert all((log.lent is None) == (left < WHOLE) for layer in cache.tiered for log in layer.store.logs)
+        assert {path: path.read_bytes() for path in kept} == kept
+
+    def test_cropped_to_nothing_the_next_prompt_is_copied(self, model, store, ids, tmp_path, kept):
+        with self.opened(model, store, ids, tmp_path) as cache:
+            want, lent = generate(model, cache, [*ids, 5]), cache.run.lent
+            cache.crop(-cache.get_seq_length())
+            feed(model, cache, ids)
+            assert cache.run.keeper.report.opened == WHOLE and cache.run.lent is lent
+            assert generate(model, cache, [*ids, 5]) == want
+
+    def test_damage_after_opening(self, model, store, ids, tmp_path, kept):
+        """A block's checksums are in memory from its opening on, so that a later read that differs names its place."""
+        with self.opened(model, store, ids, tmp_path) as cache:
+            for path, data in kept.items():
+                path.write_bytes(data[:4096] + bytes(len(data) - 4096))
+            with pytest.raises(hillinfer.DriveError, match=r"layer 0, sequence 0, position .* is not what was written"):
+                cache.tiered[0].store.all()
+
+    def test_too_many_open_files(self, model, store, ids, kept):
+        """No reason to think a block damaged."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with hillinfer.make_cache(model, "full", store) as cache:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 2, hard))
+            try:
+                assert cache.run.keeper.open(ids) == 0
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert "Too many open files" in cache.run.keeper.report.why
+        assert {block.path for block in store.blocks()} == set(kept)
+
+
 class TestKept:
     @pytest.mark.parametrize("chunk", [None, 50, 32, 90])
     def test_a_chunked_prefill(self, model, store, ids, chunk):
@@ -334,7 +418,7 @@ class TestLostAndDamaged:
             bad[at] ^= 1 << at % 8
             path.write_bytes(bad)
             assert check(path) or (at < 8 + int.from_bytes(whole[:8], "little") and whole[at : at + 1] == b" ")
-        self.damaged(model, store, ids, "damaged", 3 * BLOCK)
+        self.damaged(model, store, ids, "cannot be used and is computed again", 3 * BLOCK)
 
     def test_a_block_under_anothers_name_and_a_link(self, model, store, ids, tmp_path):
         stored(model, store, ids)

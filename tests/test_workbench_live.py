@@ -49,6 +49,16 @@ def wait_for(condition) -> None:
         time.sleep(0.005)
 
 
+def test_a_store_has_what_an_earlier_run_prefilled(embedded, case, ended, tmp_path):
+    """Chunk by chunk at first, at once after that; the answer stays the same."""
+    options = dict(alpha=0.2, drive=tmp_path)
+    asked, known = len(case.context), (len(case.context) - 2) // 256 * 256
+    for opened in (0, known):
+        run = LiveRun(*embedded, case, "hillinfer", options, store=tmp_path / "kv").start()
+        assert run.result() == ended.answer
+        assert f"{opened:,} of {asked:,} prompt tokens came from the store" in run.status()["notes"]
+
+
 def test_a_live_run_answers_as_the_runner_does(embedded, case, ended, tmp_path):
     model, tokenizer = embedded
     with make_cache(model, "hillinfer", alpha=0.2, drive=tmp_path) as cache:
@@ -64,7 +74,7 @@ def test_a_live_run_decodes_exactly(embedded, case, tmp_path):
     ways = ("full", {}, False), ("hillinfer", dict(alpha=0.1, drive=tmp_path), True)
     full, exact = (LiveRun(*embedded, case, system, options, exact=way).start() for system, options, way in ways)
     assert exact.result() == full.result()
-    assert exact.status()["drafts"] == describe_rounds(exact.counters.rounds) != "" == full.status()["drafts"]
+    assert exact.status()["notes"] == describe_rounds(exact.counters.rounds) != "" == full.status()["notes"]
     with pytest.raises(UsageError, match="no exact decoding"):
         LiveRun(*embedded, case, "full", {}, exact=True).start()
 

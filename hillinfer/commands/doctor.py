@@ -190,16 +190,16 @@ def drive_speed(folder: Path, seconds: float) -> Check:
     rng, n = np.random.default_rng(0), FILE // RECORD
     tenth, pieces = n // 10, np.arange(n).reshape(8, -1)
     records = rng.integers(0, 255, (len(pieces[0]), RECORD), np.uint8)
-    buffer, in_order = np.empty_like(records), cycle(pieces)
+    in_order = cycle(pieces)
     try:
         with closing(RecordFile(folder, RECORD, 1)) as file:
             begin = time.perf_counter()
             for piece in pieces:
                 file.write(0, int(piece[0]), records)
             written = FILE / (time.perf_counter() - begin) / 1e9
-            stream = rate(records.nbytes, lambda: file.read(0, next(in_order), buffer), seconds)
+            stream = rate(records.nbytes, lambda: file.read_in_place(0, next(in_order)), seconds)
             choose = partial(rng.choice, n, tenth, replace=False)
-            tokens = rate(tenth * RECORD, lambda: file.read(0, np.sort(choose()), buffer[:tenth]), seconds)
+            tokens = rate(tenth * RECORD, lambda: file.read_in_place(0, np.sort(choose())), seconds)
     except DriveError as error:
         return Check("drive", str(error), False, "it cannot store the KV cache", "name another folder with --drive")
     found = f"{stream:.2f} GB/s in order, {tokens:.2f} a tenth of the 4 KiB records, {written:.2f} written"

@@ -42,6 +42,7 @@ def evaluate(
     per_head: Annotated[bool, typer.Option(help="In memory, each KV head selects for itself.")] = True,
     dtype: Dtype = "auto",
     prefill_chunk: PrefillChunk = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of prompts' KV: no document is prefilled twice.")] = None,
     share_prefill: Annotated[bool, typer.Option(help="One prefill for all systems of a sample.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the samples and of torch.")] = 42,
     compare: Annotated[tuple[Path, Path] | None, typer.Option(help="Compare two --out folders, and stop.")] = None,
@@ -54,6 +55,8 @@ def evaluate(
         table, facts = compare_folders(*compare)
         say(f"A is {compare[0]}, B is {compare[1]}.", *facts)
         return show_table(list(table), format_rows(table))
+    if store is not None and not share_prefill:
+        raise UsageError("--store keeps the prefill that systems share: leave out --no-share-prefill")
     if dtype not in DTYPES:
         raise UsageError(f"no dtype '{dtype}'; choose {', '.join(DTYPES)}")
     if fidelity not in FIDELITY:
@@ -89,6 +92,7 @@ def evaluate(
         times=times,
         exact=exact,
         share_prefill=share_prefill,
+        store=store and str(store.expanduser().absolute()),
     )
     lists = split_list(model), split_list(tasks), names, alphas
     evaluation = Evaluation(folder, *lists, samples, question, data or [], revision, settings, drive, cluster)

@@ -58,13 +58,15 @@ class EvalSettings:
     options: tuple[tuple[str, object], ...] = ()  # further fields of `Settings`
     times: bool = False  # one variant at a time, so that its time is its own
     share_prefill: bool = True
+    store: str | None = None  # folder of prompts' KV, which opens and keeps the document of a shared prefill
     exact: bool = False  # systems that select draft, and all KV verifies
 
     def identity(self) -> dict:
-        """The settings that all runs of one folder must share, as JSON. A shared prefill changes no answer."""
+        """The settings that all runs of one folder must share, as JSON. A shared prefill changes no answer,
+        nor does a store, but for rounding."""
         values = asdict(self) | {"options": dict(self.options), "fidelity": list(self.fidelity)}
         values["exact"] = self.exact or None  # folders of before have none
-        del values["share_prefill"]
+        del values["share_prefill"], values["store"]
         return values
 
 
@@ -141,9 +143,7 @@ class Asker:
             return took, took, 0.0
         paid, before, policy = 0.0, self.source.get_seq_length(), self.policies[variant]
         if before < len(ids):
-            self.source.to(self.model.device)
-            paid = timed(feed, self.model, self.source, ids[before:], chunk)
-            self.source.to("cpu")
+            paid = timed(self.prefill, ids[before:])
             self.seconds += paid
         plain = self.seconds - sum(self.source.seconds.values())
         copied = timed(self.source.fill, cache, self.model.device, chunk)
@@ -199,6 +199,20 @@ class Asker:
         with self.opened((FULL, *group), prompt) as (caches, _):
             found = force(self.model, caches, prompt.ids[prompt.document :], gold if kind == "reference" else None)
         return [asdict(each) for each in found[1:]]
+
+    def prefill(self, ids: list[int]) -> None:
+        """Take these tokens into the shared prefill; its first ones from the store as far as they are there."""
+        chunk, store = self.job.settings.prefill_chunk, self.job.settings.store
+        if store is not None and not self.source.seconds and not self.source.get_seq_length():
+            with make_cache(self.model, "full", store) as cache:
+                cache.run.keeper.open(ids)
+                feed(self.model, cache, ids[cache.get_seq_length() :], chunk)
+                for layer, own in zip(self.source.layers, cache.tiered, strict=True):
+                    layer.update(*(part.clone() for part in own.everything()))
+            return
+        self.source.to(self.model.device)
+        feed(self.model, self.source, ids, chunk)
+        self.source.to("cpu")
 
 
 def timed(function, *arguments) -> float:

@@ -9,18 +9,20 @@ from hillinfer.errors import UsageError
 from hillinfer.longbench.results import fingerprint
 
 
-def describe(name: str, chat: bool | None, tokens: int = 0, dtype: str = "auto") -> dict:
+def describe(name: str, chat: bool | None, tokens: int = 0, dtype: str = "auto", stored: bool = False) -> dict:
     """Manifest entry of a model. Raises UsageError if its config or tokenizer shows that it cannot be evaluated.
 
     tokens  that --max-length asks for, the answer included
+    stored  its prompts are to be kept in a prefix store
     """
     from transformers import AutoConfig, AutoTokenizer
 
     from hillinfer.models.support import check_supported
+    from hillinfer.prefix_store.keeper import check_stored
     from hillinfer.systems.shapes import window_of
 
     config, tokenizer = (loading.load_pretrained(kind, name) for kind in (AutoConfig, AutoTokenizer))
-    check_supported(config)
+    (check_stored if stored else check_supported)(config)
     if (window := window_of(config)) and tokens > window:
         raise UsageError(f"{tokens:,} tokens exceed the window of {name}, {window:,}: lower --max-length")
     if chat and not tokenizer.chat_template:

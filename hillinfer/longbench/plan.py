@@ -67,7 +67,8 @@ class Evaluation:
         """The manifest's entry of each model."""
         most, settings = self.settings.max_length, self.settings
         tokens = most + max(task.max_new_tokens for task, _, _ in self.loaded) if most else 0
-        return {name: describe(name, settings.chat, tokens, settings.dtype) for name in self.models}
+        stored = settings.store is not None
+        return {name: describe(name, settings.chat, tokens, settings.dtype, stored) for name in self.models}
 
     @cached_property
     def jobs(self) -> list[Job]:

@@ -32,7 +32,7 @@ _SIGNATURES = {
     "hi_read": (ctypes.c_uint64, [_I, _P, _L, _I]),
     "hi_ring_open": (_P, [_I, _I, _P]),
     "hi_ring_close": (None, [_P]),
-    "hi_ring_run": (_I, [_P, _I, _I, _L, _P, _P, _P, _P, _P, _L, _I, _P, _L, _L]),
+    "hi_ring_run": (_I, [_P, _P, _I, _L, _P, _P, _P, _P, _P, _L, _I, _P, _L, _L]),
     "hi_ring_result": (_I, [_I, _I, _L, _P]),
     "hi_ring_in_flight": (_L, [_P]),
     "hi_nvme_entry": (None, [_P, _I, _I, _L, _L, _L, _L, _L]),

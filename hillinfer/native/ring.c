@@ -146,15 +146,16 @@ int64_t hi_ring_in_flight(struct ring *ring) {
     return ring->in_flight;
 }
 
-/* Moves n pieces between fd at offsets and memory at addresses; done (n,) counts bytes. Short transfers are continued.
+/* Moves n pieces between the file of each at offsets and memory at addresses; done (n,) counts bytes. Short transfers are
+ * continued.
  * With `lba` each piece is one NVMe command to namespace `nsid` (a wide ring); without it, a read or write.
  * Returns 0 or an error as `hi_ring_result` does, with the failed piece's index in *failed; by then no request is in
  * flight. ETIMEDOUT with *failed = -1: no completion for timeout_ms (0: no limit), `hi_ring_in_flight` remain.
  * With `sums`, each piece is verified as soon as it is read, while others are in flight: EBADMSG, and done[*failed] is
  * where the damaged block begins. */
-int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
-                const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms, int isa, uint32_t *sums,
-                int64_t nsid, int64_t lba) {
+int hi_ring_run(struct ring *ring, const int32_t *fds, int write, int64_t n, const int64_t *offsets,
+                const int64_t *addresses, const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms,
+                int isa, uint32_t *sums, int64_t nsid, int64_t lba) {
     int64_t again[4096], waiting = 0, next = 0, in_flight = 0;
     unsigned depth = ring->depth < 4096 ? ring->depth : 4096, queued = 0;
     int error = 0, silent = 0;
@@ -167,11 +168,11 @@ int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *
             int64_t left = lengths[i] - done[i];
             struct io_uring_sqe *entry = (struct io_uring_sqe *)(ring->entries + slot * ring->entry_bytes);
             if (lba) {
-                hi_nvme_entry((struct nvme_entry *)entry, fd, write, nsid, lba, offsets[i], addresses[i], lengths[i]);
+                hi_nvme_entry((struct nvme_entry *)entry, fds[i], write, nsid, lba, offsets[i], addresses[i], lengths[i]);
             } else {
                 memset(entry, 0, ring->entry_bytes);
                 entry->opcode = write ? IORING_OP_WRITE : IORING_OP_READ;
-                entry->fd = fd;
+                entry->fd = fds[i];
                 entry->off = (uint64_t)(offsets[i] + done[i]);
                 entry->addr = (uint64_t)(addresses[i] + done[i]);
                 entry->len = left > 1 << 30 ? 1u << 30 : (unsigned)left;
@@ -230,11 +231,11 @@ int64_t hi_ring_in_flight(struct ring *ring) {
     (void)ring;
     return 0;
 }
-int hi_ring_run(struct ring *ring, int fd, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
-                const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms, int isa, uint32_t *sums,
-                int64_t nsid, int64_t lba) {
-    (void)timeout_ms, (void)isa, (void)sums, (void)ring, (void)fd, (void)write, (void)n, (void)offsets, (void)addresses;
-    (void)lengths, (void)done, (void)failed, (void)nsid, (void)lba;
+int hi_ring_run(struct ring *ring, const int32_t *fds, int write, int64_t n, const int64_t *offsets,
+                const int64_t *addresses, const int64_t *lengths, int64_t *done, int64_t *failed, int64_t timeout_ms,
+                int isa, uint32_t *sums, int64_t nsid, int64_t lba) {
+    (void)timeout_ms, (void)isa, (void)sums, (void)ring, (void)fds, (void)write, (void)n, (void)offsets;
+    (void)addresses, (void)lengths, (void)done, (void)failed, (void)nsid, (void)lba;
     return ENOSYS;
 }
 #endif

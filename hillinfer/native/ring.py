@@ -59,10 +59,11 @@ class Rings:
     allocate = staticmethod(reserve)
 
     def transfer(
-        self, write: bool, fd: int, offsets, addresses, lengths, timeout=0.0, keep=None, sums=None, share=1.0
+        self, write: bool, fd, offsets, addresses, lengths, timeout=0.0, keep=None, sums=None, share=1.0
     ) -> None:
         """Move pieces between file and memory, int64 (m,) each. With `nvme`, every piece is one command.
 
+        fd       int for all pieces, or int32 (m,)
         timeout  seconds without a completion until ETIMEDOUT; 0 waits forever
         keep     owner of the memory, referenced after a timeout for as long as the kernel may write to it
         sums     uint32, expected checksums of the file's blocks; EBADMSG if a block read differs
@@ -76,12 +77,13 @@ class Rings:
             limits |= dict(unit=max(lba, native.BLOCK), end=len(sums) * native.BLOCK)
         pieces = native.pieces(offsets, addresses, lengths, **limits)
         table = None if sums is None else native.address(sums, "uint32", len(sums))
+        fds = np.ascontiguousarray(np.broadcast_to(fd, len(offsets)), np.int32)
         done, failed = np.empty(len(pieces[0]), np.int64), ctypes.c_int64(0)
         ring, error = self._take(), 0
         try:
             where = *map(native.pointer, (*pieces, done)), ctypes.byref(failed)
             rest = int(timeout * 1000), native.library.isa, table, nsid, lba
-            error = native.library.hi_ring_run(ring, fd, int(write), len(done), *where, *rest)
+            error = native.library.hi_ring_run(ring, native.pointer(fds), int(write), len(done), *where, *rest)
         finally:
             if error == errno.ETIMEDOUT and failed.value < 0:
                 _stuck.append((ring, keep))

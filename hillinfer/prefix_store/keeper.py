@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from hillinfer.fingerprint import fingerprint
 from hillinfer.models.support import check_supported
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.filling import check_whole, fill
+from hillinfer.prefix_store.lending import Lent, lends
 from hillinfer.prefix_store.passes import computed, ids_of, why_not, without_first
 from hillinfer.prefix_store.reading import Blocks, Damaged
 from hillinfer.prefix_store.writing import OPEN, BlockWriter, Pass
@@ -103,8 +104,7 @@ class Keeper:
         self.report = Report(len(ids), why=self._why(len(ids), len(known), len(paths)))
         while known and not n:
             try:
-                with closing(Blocks(known, len(cache.layers))) as blocks:
-                    fill(cache, blocks.read, [blocks.n], self.model.device)
+                n = self._fill(cache, known)
             except Damaged as error:
                 cache.reset()
                 known, self.report.why = known[: known.index(error.path)], str(error)
@@ -112,12 +112,27 @@ class Keeper:
                     warnings.warn(f"a block of the store cannot be used and is computed again: {error}", stacklevel=2)
                 with suppress(OSError):
                     error.path.unlink(missing_ok=True)
+            except OSError as error:
+                known, self.report.why = [], f"{error.strerror}: raise their limit (ulimit -n), or close caches"
             else:
                 self.store.touch(known)
-                self.ids, n = list(ids[: blocks.n]), blocks.n
-                self.report.opened, self.report.nbytes = n, blocks.nbytes
+                self.ids, self.report.opened = list(ids[:n]), n
         self.report.seconds = time.perf_counter() - start
         return n
+
+    def _fill(self, cache: TieredCache, known: list[Path]) -> int:
+        """Fill the cache with blocks: lent to its drive, or copied. Returns the number of tokens."""
+        blocks, run, read = Blocks(known, len(cache.layers)), cache.run, None
+        try:
+            if run.geometry is None and lends(self.store, run.settings) and Lent.fits(blocks):
+                run.lent = Lent(blocks, self.store.folder, run.settings)
+                read = run.lent.verified
+            fill(cache, read or blocks.read, [blocks.n], self.model.device)
+        finally:
+            self.report.nbytes = blocks.nbytes
+            if read is None:
+                blocks.close()
+        return blocks.n
 
     def _why(self, asked: int, known: int, possible: int) -> str:
         """Why tokens after the known blocks are computed."""

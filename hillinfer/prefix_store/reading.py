@@ -1,6 +1,7 @@
 """Read blocks: each is verified, and is what its name says."""
 
 from collections.abc import Sequence
+from errno import EMFILE, ENFILE
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ class Damaged(UsageError):
 
 
 class Blocks:
-    """A prompt's first blocks, open for reading. Raises Damaged, here or on reading, for one that cannot be used.
+    """A prompt's first blocks, open for reading. Raises Damaged, here or on reading, for one that cannot be used;
+    OSError where too many files are open.
 
     layers  that each must have; None for any number
     """
@@ -32,7 +34,7 @@ class Blocks:
                 first = self.files[0]
                 if (file.shape, file.dtype, file.layers) != (first.shape, first.dtype, layers or first.layers):
                     raise Damaged(path, f"{path} has another shape than the model's KV")
-        except Damaged:
+        except (Damaged, OSError):
             self.close()
             raise
 
@@ -60,6 +62,8 @@ def _open(path: Path) -> Saved:
     try:
         file = Saved(path)
     except UsageError as error:
+        if getattr(error.__context__, "errno", None) in (EMFILE, ENFILE):
+            raise error.__context__ from None  # says nothing about the block
         raise Damaged(path, str(error)) from None
     if file.facts.get("block") != path.stem:
         file.close()

@@ -26,7 +26,7 @@ class Engine(Protocol):
     def transfer(
         self,
         write: bool,
-        fd: int,
+        fd: int | np.ndarray,
         offsets: np.ndarray,
         addresses: np.ndarray,
         lengths: np.ndarray,
@@ -37,6 +37,7 @@ class Engine(Protocol):
     ) -> None:
         """Move pieces between the file and memory, int64 (m,) each.
 
+        fd       one for all pieces, or one for each, (m,)
         timeout  seconds without any progress after which the transfer fails with ETIMEDOUT
         keep     owner of the memory, kept alive for as long as a late request may touch it
         sums     checksums of the file's blocks, uint32; a read that differs fails with EBADMSG
@@ -62,10 +63,10 @@ class Threads:
     allocate = staticmethod(reserve)
 
     def transfer(self, write, fd, offsets, addresses, lengths, timeout, keep, sums=None, share=1) -> None:
-        pieces, moved = np.stack((offsets, addresses, lengths), 1), [0]
+        pieces, moved = np.stack((np.broadcast_to(fd, len(offsets)), offsets, addresses, lengths), 1), [0]
         threads = min(max(1, int(self.threads * share)), len(pieces))
         call = self.write or os.pwritev if write else self.read or os.preadv
-        work = [self._pool.submit(_move, call, fd, pieces[i::threads].tolist(), moved, keep) for i in range(threads)]
+        work = [self._pool.submit(_move, call, pieces[i::threads].tolist(), moved, keep) for i in range(threads)]
         self._wait(work, moved, timeout)
         if errors := [future.exception() for future in work if future.exception()]:
             raise min(errors, key=lambda error: getattr(error, "offset", 0))  # the first one in the file
@@ -91,9 +92,9 @@ class Threads:
         return late
 
 
-def _move(call: Callable, fd: int, pieces: list, moved: list[int], keep: object) -> None:
+def _move(call: Callable, pieces: list, moved: list[int], keep: object) -> None:
     """One thread's pieces. `keep` holds their memory for as long as this runs; `moved` counts progress."""
-    for offset, address, length in pieces:
+    for fd, offset, address, length in pieces:
         try:
             done, buffer = 0, memory_at(address, length)
             while done < length:  # short transfers are legal: continue where one ended

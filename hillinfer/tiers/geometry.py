@@ -1,13 +1,10 @@
 """The shape of one layer's KV records."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-
-from hillinfer.tiers.block_file import BLOCK
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,6 @@ class Geometry:
     @cached_property
     def record_bytes(self) -> int:
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
-
-    @property
-    def group(self) -> int:
-        """Smallest number of consecutive records that fill whole blocks."""
-        return math.lcm(self.record_bytes, BLOCK) // self.record_bytes
 
     def as_bytes(self, records: torch.Tensor) -> np.ndarray:
         """Records (n, 2, Hkv, D) as (n, record_bytes) uint8; a view where they are contiguous."""

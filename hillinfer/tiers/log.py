@@ -111,10 +111,13 @@ class RecordLog:
         if not on_drive:
             return held, 0
         data, rows, nbytes = self.file.read_in_place(self.stream, positions[:on_drive])
-        stored = Records(torch.from_numpy(data).view(self.geometry.dtype).view(-1, *self.geometry.record_shape), rows)
+        stored = self._records(data, rows)
         if on_drive == len(positions):
             return stored, nbytes
         return Records(torch.cat((stored.tensor(), held.tensor()))), nbytes
+
+    def _records(self, data: np.ndarray, rows: np.ndarray | None) -> Records:
+        return Records(torch.from_numpy(data).view(self.geometry.dtype).view(-1, *self.geometry.record_shape), rows)
 
     def truncate(self, n: int) -> None:
         """Forget all tokens from n on. The block that n falls into comes back into memory, to be written again."""

@@ -69,12 +69,6 @@ class RecordFile(BlockFile):
             self.transfer("write", pieces(offset, buffer), stream, position)
             done += n
 
-    def read(self, stream: int, positions: np.ndarray, out: np.ndarray) -> int:
-        """Copy records of sorted positions (k,) into out (k, record_bytes) uint8. Returns the bytes read."""
-        records, rows, nbytes = self.read_in_place(stream, positions)
-        np.take(records, np.arange(len(positions)) if rows is None else rows, axis=0, out=out, mode="clip")
-        return nbytes
-
     def read_in_place(self, stream: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, int]:
         """Zero-copy read of sorted positions (k,), joined with what lies in small gaps between them.
 

@@ -74,11 +74,3 @@ class Selection:
             native.copy(self.addresses()[index], out, slots, torch.get_num_threads())
             return
         out[torch.from_numpy(slots)] = self.tensor()[torch.from_numpy(index)]
-
-    def subset(self, index: np.ndarray) -> "Selection":
-        """The records at these sorted places, in their order."""
-        parts = []
-        for places, records in self.parts:
-            mine = np.isin(places, index, kind="table")
-            parts.append((np.searchsorted(index, places[mine]), records[np.flatnonzero(mine)]))
-        return Selection(parts)

@@ -80,6 +80,7 @@ class Workbench:
         self.pacing = dropdown("pacing", {"unlimited": False, "a SmartSSD's rates": True}, False)
         self.folder = control(w.Text, "drive folder", value=drive)
         self.session = control(w.Text, "session file", placeholder="none, or report.kv")
+        self.store = control(w.Text, "prefix store", placeholder="none, or a folder of prompts' KV")
         self.attention = dropdown("attention", list(OBSERVATION), next(iter(OBSERVATION)))
         self.run_button = w.Button(
             description="Run", button_style="primary", icon="play", tooltip="run with these settings"
@@ -124,7 +125,7 @@ class Workbench:
             _displayed[cell] = self
         stop_on_interrupt(self)
         columns = [
-            [self.chosen.box, *self.prompt.widgets, self.session],
+            [self.chosen.box, *self.prompt.widgets, self.session, self.store],
             [self.system, self.alpha, self.precision, self.exact, self.attention],
             [self.kind, self.pacing, self.folder, self.budget],
         ]
@@ -183,9 +184,13 @@ class Workbench:
         record = None
         if observation:
             record = AttentionRecord(budget=observation[0], exact=observation[1], map=AttentionMap())
-        session = Path(self.session.value).expanduser() if self.session.value.strip() else None
+        session, store = (
+            Path(field.value).expanduser() if field.value.strip() else None for field in (self.session, self.store)
+        )
+        if session and store:
+            raise UsageError("a session keeps its document and a store all prompts: name one of them")
         parts = self.model, self.tokenizer, case or self.case(), self.system.value, self.options(), record, session
-        run = LiveRun(*parts, exact=self.exact.value)
+        run = LiveRun(*parts, store, exact=self.exact.value)
         run.check()
         self.join_painter()
         self.compared.begin(beside)

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from hillinfer.cache import TieredCache, chunk_ends
 from hillinfer.longbench.runner import decode, feed, measured
+from hillinfer.prefix_store.blocks import PrefixStore
+from hillinfer.prefix_store.keeper import check_stored
 from hillinfer.session import check_keeps, open_session, save_session, session_ids
 from hillinfer.speculative import check_draft, describe_rounds, exact
 from hillinfer.systems.planning import plan
@@ -48,6 +50,7 @@ class LiveRun(Background):
     options: dict
     record: AttentionRecord | None = None
     session: Path | None = None  # session file with the document's KV: opened if it exists, else created
+    store: Path | None = None  # folder of prompts' KV: the known prefix is opened, and what is prefilled is kept
     exact: bool = False  # verify drafts with all KV
     phase: str = "waiting"  # prefill, decode, done, stopped, failed
     tokens: list[Token] = field(default_factory=list)
@@ -59,6 +62,7 @@ class LiveRun(Background):
     prefilled: int = 0
     error: BaseException | None = None
     split_reason: str = ""
+    opened: str = ""  # what came from the store, and why the rest was prefilled
 
     def __post_init__(self):
         super().__init__()
@@ -74,6 +78,9 @@ class LiveRun(Background):
         if self.session is not None:
             check_keeps(self.model.config, self.system, self.options)
             session_ids(self.session, self.case.context)
+        if self.store is not None:
+            check_stored(self.model.config)
+            PrefixStore(self.store)
 
     def start(self) -> "LiveRun":
         self.check()
@@ -119,7 +126,7 @@ class LiveRun(Background):
             foreseen=foreseen,
             speed=speed,
             left_s=(foreseen - done) / speed if speed and self.phase == "decode" else 0.0,
-            drafts=describe_rounds(self.counters.rounds),
+            notes="; ".join(filter(None, (self.opened, describe_rounds(self.counters.rounds)))),
             error=str(self.error or ""),
         )
 
@@ -139,18 +146,21 @@ class LiveRun(Background):
     def _cache(self) -> TieredCache:
         self.phase = "prefill"
         if self.session is None or not self.session.exists():
-            return make_cache(self.model, self.system, **self.options)
+            return make_cache(self.model, self.system, self.store, **self.options)
         cache, ids = open_session(self.session, self.model, self.system, **self.options)
         self.prefilled = len(ids)
         return cache
 
     def _run(self, cache: TieredCache) -> None:
-        context, start, opened = self.case.context, time.perf_counter(), self.prefilled > 0
-        for first, last in pairwise(() if opened else chunk_ends(len(context), CHUNK)):
+        context, start, opened, keeper = self.case.context, time.perf_counter(), self.prefilled > 0, cache.run.keeper
+        if keeper is not None:
+            self.prefilled, self.opened = keeper.open(context), str(keeper.report)
+        known = self.prefilled
+        for first, last in pairwise(() if opened else chunk_ends(len(context) - known, CHUNK)):
             if self._stop.is_set():
                 return
-            feed(self.model, cache, context[first:last])
-            self.prefilled = last
+            feed(self.model, cache, context[known + first : known + last])
+            self.prefilled = known + last
         prefill_s = time.perf_counter() - start
         if self.session is not None and not opened:
             save_session(cache, self.session, self.model, context)

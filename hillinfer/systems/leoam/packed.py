@@ -15,7 +15,7 @@ from hillinfer.systems.leoam.compression import Compression
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import SharedHits
 from hillinfer.tiers.log import RecordLog
-from hillinfer.tiers.records import Records
+from hillinfer.tiers.records import Records, Selection
 from hillinfer.tiers.tiered_store import TieredStore
 
 GROUP, TOP = 32, codes.TOP[4]
@@ -42,6 +42,15 @@ def unpack(packed: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     nibbles, scale = packed.tensor_split((-(-dim // 2),), -1)
     scale = scale.contiguous().view(torch.float16).float().repeat_interleave(GROUP, -1)[..., :dim]
     return (codes.unpack(nibbles.view(torch.int8), 4)[..., :dim] * scale).to(dtype)
+
+
+def subset(records: Selection, index: np.ndarray) -> Selection:
+    """The records at these sorted places, in their order."""
+    parts = []
+    for places, own in records.parts:
+        mine = np.isin(places, index, kind="table")
+        parts.append((np.searchsorted(index, places[mine]), own[np.flatnonzero(mine)]))
+    return Selection(parts)
 
 
 class PackedLog(RecordLog):
@@ -109,5 +118,5 @@ class PackedStore(TieredStore):
         """Promote full records only."""
         exact = [np.flatnonzero(~self.logs[row].coarse[tokens]) for row, tokens, _ in self.missed]
         missed = zip(self.missed, exact, strict=True)
-        self.missed = [(row, tokens[index], records.subset(index)) for (row, tokens, records), index in missed]
+        self.missed = [(row, tokens[index], subset(records, index)) for (row, tokens, records), index in missed]
         return super().settle()

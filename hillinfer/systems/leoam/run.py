@@ -92,4 +92,4 @@ class LeoAMRun(Run):
             self.compression.observe("compute", seconds + (attention.end_ns - attention.start_ns) / 1e9)
 
     def parts(self) -> list:
-        return [self.lookahead, self.writer, self.packed, self.drive]
+        return [*super().parts(), self.packed]

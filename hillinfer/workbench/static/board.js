@@ -115,9 +115,9 @@ class Board {
       decode: `token ${s.done} of at most ${s.foreseen}${speed}, at most ${number(s.left_s, 0)} s left`,
       done: `done: ${s.done} tokens${speed}`, stopped: `stopped after ${s.done} tokens${speed}`, failed: s.error,
     }[s.phase];
-    const drafts = s.drafts ? `; ${s.drafts}` : "";
+    const notes = s.notes ? `; ${s.notes}` : "";
     const scored = s.score == null ? "" : ` - score ${number(100 * s.score, 1)} (${s.metric})`;
-    const judged = drafts + (s.right == null ? scored : s.right ? " - right" : " - wrong");
+    const judged = notes + (s.right == null ? scored : s.right ? " - right" : " - wrong");
     if (this.status.textContent !== status + judged) this.status.textContent = status + judged;
     this.status.classList.toggle("hi-error", s.phase === "failed");
     this.root.dataset.phase = s.phase;

@@ -68,6 +68,17 @@ def test_memory_is_bounded_and_sums_stay(monkeypatch):
     assert fine.shape == top.shape == (3, TILE, 2) and shares(top, map, map.top()).sum(1) == pytest.approx(1, rel=0.04)
 
 
+def test_counts_stop_before_they_would_wrap(monkeypatch):
+    monkeypatch.setattr(pyramid, "MOST", 5)
+    map, grid = AttentionMap(), pyramid.Grid(2048, np.uint16)
+    for _ in range(8):
+        map.add(0, weights(1, 50), None, np.array([3]))
+    assert map.picks[0] == 5 and map.tile(None, 0, 0)[0, 3, 1] == 3 << 6 | 63  # of the first five steps
+    grid.add((0, 0), np.array([0, 1]), np.array([4, 4]), 1000)
+    grid.add((0, 1), np.array([0]), np.array([1]), 1000)
+    assert grid.level == 1 and grid.rows[0, 0][0] == 5
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     model, tokenizer = load_embedded()

@@ -100,10 +100,8 @@ class LiveRun(Background):
         """The texts of the tokens [first, last): document, question and answer."""
         known = self.case.context + self.case.question
         new = [token.text for token in self.tokens[:] if not token.asked]
-        return (
-            self.tokenizer.batch_decode([[one] for one in known[first:last]])
-            + new[max(0, first - len(known)) : max(0, last - len(known))]
-        )
+        after = slice(max(0, first - len(known)), max(0, last - len(known)))
+        return self.tokenizer.batch_decode([[one] for one in known[first:last]]) + new[after]
 
     def step_at(self, character: int) -> int | None:
         """The step whose token holds this character of the answer, or the last one's; None before the first."""

@@ -4,6 +4,7 @@ import numpy as np
 
 TILE = 512  # cells of a tile
 LAYERS, HEADS, PICKED = 20_000_000, 18_000_000, 26_000_000  # bytes of the three grids, 64 MB together
+MOST = 65_535  # of a uint16: counts stop there
 TIERS = ("device", "host", "drive")  # the order of the codes; 3: not recorded
 EVEN, DECADE = 97, 32  # code of an even share of the attention; codes a decade
 
@@ -31,7 +32,8 @@ class Grid:
         while count * self._cells() * np.dtype(self.dtype).itemsize > self.limit:
             self.level += 1
             for key, old in self.rows.items():
-                self.rows[key] = np.pad(old, (0, len(old) % 2)).reshape(-1, 2).sum(1, dtype=self.dtype)
+                pairs = np.pad(old, (0, len(old) % 2)).reshape(-1, 2).sum(1, dtype=np.float64)
+                self.rows[key] = np.minimum(pairs, MOST if self.dtype is np.uint16 else np.inf).astype(self.dtype)
         own = self.rows.get(row, np.zeros(0, self.dtype))
         if len(own) < self._cells():
             own = self.rows[row] = np.pad(own, (0, self._cells() - len(own)))
@@ -92,12 +94,12 @@ class AttentionMap:
         self.seen[layer] = self.seen.get(layer, 0) + len(weights)
         self.counts[layer] = max(self.counts.get(layer, 0), first + len(weights))
         self.steps = max(self.steps, self.seen[layer] // self.counts[layer])
-        if picked is not None:
+        if picked is not None and self.picks.get(layer, 0) < MOST >> self.picked.level:
             self.picks[layer] = self.picks.get(layer, 0) + 1
-            for tier in range(4):
-                own = picked[tiers == tier] if tiers is not None else picked if tier == 3 else picked[:0]
-                if len(own):
-                    self.picked.add((layer, tier), own, np.ones(len(own), np.uint16), n)
+            tiers = np.full(len(picked), 3, np.uint8) if tiers is None else tiers
+            for tier in np.unique(tiers):
+                own = picked[tiers == tier]
+                self.picked.add((layer, int(tier)), own, np.ones(len(own), np.uint16), n)
 
     def rows_of(self, layer: int | None) -> list[tuple[int, int]]:
         """The rows of a view: all layers, or one layer's heads."""

@@ -49,7 +49,7 @@ function alignRows(root) { // boards side by side: each view as high as the othe
   const rows = boards.map((one) => [...one.querySelectorAll(".hi-top, .hi-section")]);
   for (const parts of rows) for (const part of parts) part.style.minHeight = "";
   if (boards.length < 2) return;
-  const heights = rows.map((parts) => parts.map((part) => part.offsetHeight));
+  const heights = rows.map((parts) => parts.map((part) => Math.ceil(part.getBoundingClientRect().height)));
   rows.forEach((parts) => parts.forEach((part, i) => { part.style.minHeight = Math.max(...heights.map((one) => one[i] ?? 0)) + "px"; }));
 }
 

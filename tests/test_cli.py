@@ -215,7 +215,7 @@ def test_prompts_that_cannot_be_used(prompt_file, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
     check(run(empty, "--system", "topk"), "empty")
-    check(run(tmp_path / "absent.txt", "--system", "topk"), "absent.txt", "UTF-8 text file")
+    check(run(tmp_path / "absent.txt", "--system", "topk"), "absent.txt", "there is no file")
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
     check(run(binary, "--system", "topk"), "UTF-8")

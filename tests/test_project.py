@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 2_956, 8_850
+CORE_LINES, PACKAGE_LINES = 2_956, 8_873
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -62,6 +62,7 @@ MAY = {
     "heads": {"layer"},
     "models": {"attention", "errors", "evaluator", "layer"},
     "cache": CORE_PARTS | {"heads", "layer", "models"},
+    "documents": {"errors"},
     "fingerprint": {"errors"},
     "session_file": {"errors", "files"},
     "prefix_store": {"cache", "config", "errors", "files", "fingerprint", "models", "session_file", "tiers"},
@@ -72,11 +73,23 @@ MAY = {
     | {"assets", "cache", "heads", "loading", "models", "prefix_store", "speculative", "systems"},
     "whatif": CORE_PARTS | {"assets", "cache", "models", "systems"},
     "workbench": CORE_PARTS
-    | {"assets", "cache", "longbench", "models", "prefix_store", "session", "speculative", "systems", "whatif"},
+    | {
+        "assets",
+        "cache",
+        "documents",
+        "longbench",
+        "models",
+        "prefix_store",
+        "session",
+        "speculative",
+        "systems",
+        "whatif",
+    },
     "commands": CORE_PARTS
     | {
         "assets",
         "cache",
+        "documents",
         "loading",
         "longbench",
         "models",

@@ -7,10 +7,11 @@ import pytest
 
 from hillinfer import UsageError
 from hillinfer.assets import load_embedded
+from hillinfer.documents import read_document
 from hillinfer.longbench.job import prompt_of
 from hillinfer.longbench.models import load_checked
 from hillinfer.longbench.tasks import find_task
-from hillinfer.workbench.cases import TEXT, Case, read_document, rows_of, tasks_of
+from hillinfer.workbench.cases import TEXT, Case, rows_of, tasks_of
 from hillinfer.workbench.live import LiveRun
 from tests.longbench_rows import rows, write_model, write_rows
 
@@ -94,6 +95,9 @@ def test_own_files(tmp_path):
         read_document(str(tmp_path / "old.txt"))
     with pytest.raises(UsageError, match="there is no file"):
         read_document(str(tmp_path / "none.txt"))
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(UsageError, match="is empty"):
+        read_document(str(tmp_path / "blank.txt"))
     pytest.importorskip("pypdf", reason="pip install 'hillinfer[pdf]'")
     (tmp_path / "r.pdf").write_bytes(pdf("The code is 4711."))
     assert read_document(str(tmp_path / "r.pdf")) == "The code is 4711."

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import typer
 from rich import box
@@ -100,14 +99,3 @@ def split_list(text: str, kind: Callable = str) -> list:
         return [kind(item.strip()) for item in text.split(",") if item.strip()] or [kind(text)]
     except ValueError:
         raise UsageError(f"'{text}' is not a list of numbers; separate them with commas, as in 0.1,0.2") from None
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. UsageError if it is unreadable or blank."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path} ({error}); give a UTF-8 text file") from None
-    if not text.strip():
-        raise UsageError(f"{path} is empty; put the text in it")
-    return text

@@ -5,18 +5,19 @@ from typing import Annotated
 
 import typer
 
-from hillinfer.commands.console import err, read_text, say
+from hillinfer.commands.console import err, say
 from hillinfer.commands.options import Alpha, DriveKind, Dtype, HostBudget, Precision, PrefillChunk
 from hillinfer.config import Settings, check_folder
+from hillinfer.documents import read_document
 from hillinfer.errors import UsageError
 from hillinfer.pipeline.memory import check_libraries
 
 
 def run(
     model: Annotated[str, typer.Option(help="Folder, .gguf file, hub id or hub-id:file.gguf; 'embedded' ships.")],
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file or PDF to continue.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue, instead of --prompt-file.")] = None,
-    document: Annotated[Path | None, typer.Option(help="File with a text that precedes the prompt.")] = None,
+    document: Annotated[Path | None, typer.Option(help="Text file or PDF that precedes the prompt.")] = None,
     session: Annotated[Path | None, typer.Option(help="File for the document's KV, created if missing.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of prompts' KV: known prefixes are not prefilled.")] = None,
     system: Annotated[str, typer.Option(help="System, as listed by `hillinfer systems`.")] = "hillinfer",
@@ -48,7 +49,7 @@ def run(
         raise UsageError("--document, --session and --store hold one sequence: use --num-beams 1 with them")
     if session and store:
         raise UsageError("a session keeps its document and a store all prompts: give --session or --store")
-    text = prompt if prompt_file is None else read_text(prompt_file)
+    text = prompt if prompt_file is None else read_document(prompt_file)
     if not text.strip():
         raise UsageError("the prompt is empty; give the text to continue")
     if exact and num_beams > 1:
@@ -62,7 +63,7 @@ def run(
         dtype=dtype,
         chunk=prefill_chunk,
     )
-    job["document"] = document and read_text(document)
+    job["document"] = document and read_document(document)
     check_libraries()
     from hillinfer.commands.continuation import continue_text
 

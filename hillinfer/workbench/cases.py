@@ -1,6 +1,5 @@
 """Prompts of runs: the project's own tasks, rows of LongBench, LongEval and RULER, and own texts or files."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,27 +124,3 @@ def rows_of(task: str, data: str = "") -> tuple[list[dict], str]:
     metrics.check_libraries([find_task(task)])
     records, source = load(find_task(task), places(data))
     return records, str(source)
-
-
-def read_document(path: str) -> str:
-    """The text of a .txt, .md or .pdf file. UsageError if it cannot be read, or holds no text."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"there is no file {path}: name a .txt, .md or .pdf file")
-    if file.suffix.lower() != ".pdf":
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UsageError(f"{file.name} is no UTF-8 text: convert it, or name a .txt, .md or .pdf file") from None
-    try:
-        from pypdf import PdfReader
-    except ImportError:
-        raise UsageError("reading a PDF needs pypdf: pip install 'hillinfer[pdf]'") from None
-    try:
-        pages = [page.extract_text() for page in PdfReader(file).pages]
-    except Exception as error:  # on a damaged file pypdf raises whatever comes
-        raise UsageError(f"cannot read {file.name} ({str(error)[:100] or type(error).__name__})") from None
-    text = re.sub(r"[ \t]+\n", "\n", "\n\n".join(pages)).strip()
-    if not text:
-        raise UsageError(f"{file.name} holds no text, only pictures: convert it with OCR first")
-    return text

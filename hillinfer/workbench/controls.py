@@ -7,11 +7,12 @@ from html import escape
 import ipywidgets as w
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hillinfer.documents import read_document
 from hillinfer.errors import UsageError
 from hillinfer.longbench.models import load_checked
 from hillinfer.longbench.tasks import find_task
 from hillinfer.systems.shapes import window_of
-from hillinfer.workbench.cases import ORIGINS, OWN, SUITES, TEXT, Case, read_document, rows_of, tasks_of
+from hillinfer.workbench.cases import ORIGINS, OWN, SUITES, TEXT, Case, rows_of, tasks_of
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 SHOWN = 600  # characters of a question in the preview

@@ -1,7 +1,7 @@
 """`make show-workbench`: measure all machine-checkable claims about the workbench.
 
 MINUTES=10 sets the length of the long run (default 1), PAIRS the number of paired windows of the slow-down measurement.
-`python -m benchmarks.show_workbench canvas cost traffic sizes tests` runs selected parts.
+`python -m benchmarks.show_workbench canvas map cost traffic sizes tests` runs selected parts.
 """
 
 import os
@@ -17,6 +17,7 @@ from tests.browser.lab import Notebook, chromium, serve
 
 MINUTES, PAIRS = float(os.environ.get("MINUTES", "1")), int(os.environ.get("PAIRS", "40"))
 SPANS, LANES = 100_000, 4
+TOKENS, LAYERS = 131_072, 32
 FIRST = "00_first_run.ipynb"
 
 
@@ -73,6 +74,68 @@ def canvas() -> list[Claim]:
         Claim(f"{shown:,} spans: first paint", text, "300 ms", middle < 300 and shown == SPANS).show(),
         Claim(f"{shown:,} spans: zoom, a frame", figure, "50 ms", slow < 50).show(),
     ]
+
+
+FRAMES = """async (act) => { // ms until the next drawn frame, and until it is as fine as the screen
+    const map = document.querySelector(".hi-map").hillinfer, drawn = [], sharp = [];
+    const frame = () => new Promise((done) => requestAnimationFrame(done));
+    const box = map.panel.canvas.getBoundingClientRect();
+    for (let i = 0; i < 48; i++) {
+        await frame();
+        const start = performance.now(), before = map.panel.frame;
+        if (act === "zoom") map.zoom(i < 24 ? 0.65 : 1 / 0.65, box.width * 0.4);
+        else map.panel.canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: box.x + 80 + 15 * i,
+                                                                              clientY: box.y + 10 + 7 * i }));
+        while (map.panel.frame === before) await frame();
+        drawn.push(performance.now() - start);
+        while (!map.sharp) await frame();
+        sharp.push(performance.now() - start);
+    }
+    return [drawn, sharp];
+}"""
+
+
+def attention_map() -> list[Claim]:
+    """The attention of 131,072 tokens in 32 layers of 32 heads, made up, in JupyterLab; and as a page of its own."""
+    import jupytext
+
+    text, claims, name = f"{TOKENS:,} tokens x {LAYERS} layers", [], "map.ipynb"
+    cells = "import tracemalloc\nfrom benchmarks import watching\ntracemalloc.start()\n"
+    cells += f"map, view = watching.long_map({TOKENS}, {LAYERS}, {LAYERS})\n\n# %%\nview"
+    with tempfile.TemporaryDirectory() as folder:
+        book = jupytext.reads(f"# %%\n{cells}", "py:percent")
+        book.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+        jupytext.write(book, Path(folder) / name)
+        with serve(Path(folder)) as (address, token), chromium() as page:
+            notebook, paints = Notebook(page, address, token, name), []
+            notebook.run_cell(0)
+            notebook.ask("tracemalloc.reset_peak()")
+            for _ in range(5):
+                notebook.run_cell(1)
+                page.wait_for_function("() => document.querySelector('.hi-map')?.hillinfer.paintedMs")
+                paints.append(page.evaluate("() => document.querySelector('.hi-map').hillinfer.paintedMs"))
+                page.evaluate("() => document.querySelector('.hi-map').remove()")
+            notebook.run_cell(1)
+            page.wait_for_function("() => document.querySelector('.hi-map')?.hillinfer.paintedMs")
+            moved = {act: page.evaluate(FRAMES, act) for act in ("zoom", "hover")}
+            held = float(notebook.ask("print(tracemalloc.get_traced_memory()[1] / 1e6)"))
+            own = float(notebook.ask("print(map.nbytes / 1e6)"))
+            page_file = Path(folder) / "map.html"
+            notebook.ask(f"open({str(page_file)!r}, 'w').write(view.html())")
+        with chromium() as page:
+            page.goto(f"file://{page_file}")
+            page.wait_for_function("() => window.hillinferPainted")
+            alone = page.evaluate("() => window.hillinferPainted")
+    middle = statistics.median(paints)
+    figure = f"{middle:.0f} ms ({min(paints):.0f} to {max(paints):.0f}, 5 times in Lab); as a page {alone:.0f} ms"
+    claims.append(Claim(f"{text}: first paint", figure, "300 ms", max(middle, alone) < 300).show())
+    for act, (drawn, sharp) in moved.items():
+        slow, fine = (statistics.quantiles(one, n=20)[-1] for one in (drawn, sharp))
+        figure = f"median {statistics.median(drawn):.0f} ms, 95 % under {slow:.0f} ms; tiles within {fine:.0f} ms"
+        claims.append(Claim(f"{text}: {act}, a frame", figure, "50 ms", slow < 50).show())
+    figure = f"{own:.1f} MB of sums, {held:.1f} MB with the view and its tiles at the peak"
+    claims.append(Claim(f"{text} x {LAYERS} heads: kernel memory", figure, "64 MB", held < 64).show())
+    return claims
 
 
 WATCH = """() => {
@@ -191,19 +254,34 @@ def sizes() -> list[Claim]:
     ]
 
 
+IN_CHROMIUM = {
+    "first_notebook": "Lab: run, stop, compare, three runs in one chart, why on a click, the trace in Perfetto",
+    "accuracy": "Lab: accuracy board stopped, resumed after a restart, a cell opened to its token; a LongBench row",
+    "attention_map": "Lab: attention map zoomed to a token's text, and of a run",
+    "hosts": "a page that is not Jupyter draws every widget, and loads nothing",
+}
+
+
 def all_tests() -> list[Claim]:
     return [
         tests("notebooks run without a browser, each in under 2 minutes", "tests/test_notebooks.py").show(),
         tests("every command and cell of the task pages works", "tests/test_docs.py").show(),
+        tests("figures from a results folder, with their settings", "tests/test_workbench_published.py").show(),
         tests("rows of benchmarks, own files and models by name", "tests/test_workbench_cases.py").show(),
         tests("the board is eval: same files, stopped, resumed, watched", "tests/test_workbench_accuracy.py").show(),
+        tests("the attention map's sums, tiles and bounds", "tests/test_workbench_map.py").show(),
         tests("slow drive, cold pool and wrong guesses are named", "tests/test_explain.py").show(),
-        tests("dashboard and board in JupyterLab and Chromium", "-m", "browser", "tests/browser").show(),
+        *(tests(text, "-m", "browser", f"tests/browser/test_{name}.py").show() for name, text in IN_CHROMIUM.items()),
     ]
 
 
 def main(wanted: list[str]) -> int:
-    parts = {"canvas": canvas, "cost": lambda: in_lab(slowdown), "traffic": lambda: in_lab(long_run, ten_minutes)}
+    parts = {
+        "canvas": canvas,
+        "map": attention_map,
+        "cost": lambda: in_lab(slowdown),
+        "traffic": lambda: in_lab(long_run, ten_minutes),
+    }
     parts |= {"sizes": sizes, "tests": all_tests}
     return verdict([claim for name in wanted or parts for claim in parts[name]()])
 

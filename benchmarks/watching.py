@@ -6,11 +6,12 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 
+import numpy as np
 import psutil
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hillinfer.longbench.synthetic import make_records, prompt_of
-from hillinfer.workbench import dashboard, live
+from hillinfer.workbench import AttentionMap, dashboard, live, show_attention
 from hillinfer.workbench.cases import TEXT
 
 
@@ -124,3 +125,20 @@ def for_minutes(workbench, minutes: float) -> None:
             time.sleep(0.5)
         workbench.close()
     held(workbench)
+
+
+def long_map(tokens: int, layers: int, heads: int):
+    """A made-up attention map and its view: sinks, the newest tokens, passages; a tenth selected, of three tiers."""
+    rng, map = np.random.default_rng(0), AttentionMap()
+    recent = np.exp(-np.arange(tokens, dtype=np.float32)[::-1] / 300)
+    for layer in range(layers):
+        weights = rng.exponential(size=(heads, tokens)).astype(np.float32) ** 3 * 0.01
+        weights += recent * rng.exponential(size=(heads, 1)).astype(np.float32)
+        weights[:, :4] += tokens / 400
+        for start in rng.integers(4, tokens - 200, 8):
+            weights[:, start : start + rng.integers(4, 200)] += rng.exponential(size=(heads, 1))
+        weights /= weights.sum(1, keepdims=True)
+        picked = np.sort(np.argsort(-weights.sum(0))[: tokens // 10])
+        tiers = np.where(picked >= tokens - 256, 0, 1 + (picked // 97 % 3 == 0)).astype(np.uint8)
+        map.add(layer, weights, None, picked, tiers)
+    return map, show_attention(map, lambda first, last: [f"w{i} " for i in range(first, last)], "made up")

@@ -12,6 +12,8 @@ OTHER = {  # module: its names that notebooks and how-to pages use
     "hillinfer.prefix_store.blocks": ["PrefixStore"],
     "hillinfer.prefix_store.keeper": ["Keeper", "Report"],
     "hillinfer.workbench.observe": ["AttentionRecord", "AttentionSnapshot"],
+    "hillinfer.workbench.pyramid": ["AttentionMap"],
+    "hillinfer.workbench.attention": ["AttentionView", "show_attention"],
     "hillinfer.systems.hillinfer.profile": ["Profile", "Rate"],
     "hillinfer.whatif.devices": ["find_profile", "list_profiles"],
     "hillinfer.whatif.scenario": ["Scenario"],
@@ -47,6 +49,7 @@ OTHER = {  # module: its names that notebooks and how-to pages use
     ],
     "hillinfer.workbench.vector": ["timeline_svg"],
     "hillinfer.workbench.board": ["Board", "show_timeline", "show_record"],
+    "hillinfer.workbench.overlay": ["RunsChart", "show_runs"],
     "hillinfer.workbench.figures": [
         "timeline_figure",
         "hits_figure",

@@ -25,12 +25,12 @@ seed = 2  # makes the document and the question
 from transformers import logging
 
 from hillinfer.assets import load_embedded
-from hillinfer.workbench import Case, LiveRun
+from hillinfer.workbench import AttentionMap, Case, LiveRun
 from hillinfer.workbench.observe import AttentionRecord
 
 logging.disable_progress_bar()
 model, tokenizer = load_embedded()
-record = AttentionRecord(exact=True)
+record = AttentionRecord(exact=True, map=AttentionMap())
 run = LiveRun(model, tokenizer, Case.task(tokenizer, task, tokens, seed), "topk", dict(alpha=alpha), record)
 print("answer:", run.start().result())
 print("right: ", run.right)
@@ -96,6 +96,18 @@ pd.DataFrame(
 # %%
 layer, head = np.unravel_index(record.needed().argmax(), record.needed().shape)
 attention_figure(record, int(layer), int(head))
+
+# %% [markdown]
+# ## Every position, layer and head
+#
+# The whole text from left to right, a row for each layer, mean over the decode steps; below each row what was selected,
+# and where it lay. The wheel zooms to the single token, pointing shows its text, a click on a layer opens its heads.
+# The map takes at most 64 MB, at 128K tokens too. Here the first two layers look at the newest tokens only.
+
+# %%
+from hillinfer.workbench import show_attention
+
+show_attention(run)
 
 # %% [markdown]
 # ## Linked views

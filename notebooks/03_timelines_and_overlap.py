@@ -63,8 +63,8 @@ table.style.format("{:.1f}").format("{:.0%}", subset=["overlap"])
 # ## The timeline
 #
 # Zoom with the wheel or W and S, pan by dragging or with A and D, press 0 to show everything, N and P to step through
-# spans, T for a table. The line above the timeline shows the overlap in the current view. *Perfetto* saves a trace
-# for [ui.perfetto.dev](https://ui.perfetto.dev).
+# spans, T for a table. The line above the timeline shows the overlap in the current view. *Perfetto* opens
+# all spans in [ui.perfetto.dev](https://ui.perfetto.dev), or saves them where there is no network; *Trace* saves them.
 
 # %%
 show_timeline(runs["SSD, looking ahead"].timeline)

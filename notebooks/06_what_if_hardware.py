@@ -130,5 +130,5 @@ figure.update_xaxes(title="change of a step's time, modelled", tickformat="+.0%"
 #
 # `hillinfer profile --drive FOLDER` measures this machine and writes `out/this-machine.toml`; add `this-machine` to
 # the profiles. Record a run of your own model with `hillinfer run --model M --prompt-file long.txt --drive FOLDER
-# --trace trace.json`, or save one with the dashboard's *Perfetto* button, and load it with `sweep.load_run(path)`. To
+# --trace trace.json`, or save one with the dashboard's *Trace* button, and load it with `sweep.load_run(path)`. To
 # describe another machine, copy and edit one of the files in `hillinfer/whatif/profiles/`.

@@ -10,8 +10,8 @@
 # # Ask your document
 #
 # **What you will see:** a file is prefilled once and asked twice. The second question opens the document's KV from a
-# store instead of computing it, and says what came from there. Then a small budget is compared with full attention: whether the answer is the same,
-# from which token on it is not, and what each token cost.
+# store instead of computing it, and says what came from there. Then a small budget is compared with full attention:
+# whether the answer is the same, from which token on it is not, and what each token cost.
 #
 # Without a file of yours it writes a register of a hundred lines, which the bundled model can read; it knows no other
 # English. A file of yours needs a real model, in the same two fields.
@@ -46,8 +46,9 @@ if file is None:
 # %% [markdown]
 # ## One document, two questions
 #
-# *prompt* is *own text or file*. With a prefix store the first run keeps the document's KV, in blocks of 256 tokens. Later
-# runs open what their prompt has in common with any earlier one, also after a restart of the kernel, and prefill the rest.
+# *prompt* is *own text or file*. With a prefix store the first run keeps the document's KV, in blocks of 256 tokens.
+# Later runs open what their prompt has in common with any earlier one, also after a restart of the kernel, and prefill
+# the rest.
 
 # %%
 from hillinfer.workbench import Workbench

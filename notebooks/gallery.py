@@ -21,9 +21,10 @@ WIDGET, PLOTLY = "application/vnd.jupyter.widget-view+json", "application/vnd.pl
 BOARDS = """
 import ipywidgets
 from hillinfer.workbench.accuracy import ScoreTable
+from hillinfer.workbench.attention import AttentionView
 from hillinfer.workbench.board import Board
 def _boards(widget):
-    drawn = isinstance(widget, Board | ScoreTable)
+    drawn = isinstance(widget, AttentionView | Board | ScoreTable)
     return [widget] if drawn else [b for c in getattr(widget, "children", ()) for b in _boards(c)]
 for number, board in enumerate(_boards(ipywidgets.Widget.widgets["MODEL"])):
     open("FOLDER/MODEL-%d-%s.html" % (number, type(board).__name__), "w").write(board.html())

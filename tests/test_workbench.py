@@ -1,9 +1,16 @@
 """Figures and the report show the recorded data, and escape all text."""
 
+import re
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
+from hillinfer import UsageError
 from hillinfer.timeline import Counters, Hits, Timeline
 from hillinfer.workbench.figures import hits_figure, systems_figure, timeline_figure, tradeoff_figure
+from hillinfer.workbench.overlay import _line, show_runs
 from hillinfer.workbench.report import write_report
 
 
@@ -53,3 +60,38 @@ def test_systems_on_one_point_share_a_label():
     assert list(trace.text) == ["c", "a, b"] and list(trace.x) == [2, 1] and list(trace.y) == [0.5, 1]
     [trace] = tradeoff_figure(["a", "b", "c"], [10 * 2**20, 11 * 2**20, 2**20], [1, 1, 1], "t").data
     assert list(trace.text) == ["c", "a", "<br>b"]  # near points: one label below the other
+
+
+def test_runs_are_laid_over_each_other(timeline):
+    counters = Counters()
+    for step in range(3):
+        timeline.add("cpu", "attend", 0, step, 1000 * step + 900, 1000 * step + 950)
+    counters.rows += [Hits(step, 0, 10, 4, 4, 0, 4, 0, 0, 0, 0, 0) for step in range(3)]
+    chart = show_runs({"one": SimpleNamespace(timeline=timeline, counters=counters)}, "read from the drive")
+    chart.add("one", SimpleNamespace(timeline=timeline, counters=counters))
+    assert [line["name"] for line in chart.lines] == ["one", "one (2)"] and chart.lines[0]["steps"] == 3
+    assert chart.lines[0]["values"] == pytest.approx([4096 / 2**20] * 3, abs=1e-4)
+    assert {"time", "read from the drive", "selected tokens"} <= {name for name, _ in chart.figures}
+    assert "prefetched" not in {name for name, _ in chart.figures}  # 0 in all runs
+    chart.figure = "selected tokens"
+    assert chart.lines[1]["median"] == 4 and "one (2)" in chart.html("a < b")
+    with pytest.raises(UsageError, match="no figure"):
+        show_runs({}, "speed")
+    with pytest.raises(UsageError, match="nothing to compare"):
+        chart.add("none", SimpleNamespace(timeline=Timeline(), counters=Counters()))
+
+
+def test_long_lines_are_means():
+    line = _line("long", np.arange(2501, dtype=np.float32))
+    assert line["each"] == 3 and len(line["values"]) == 834 and line["values"][:2] == [1, 4]
+    assert line["values"][-1] == 2499.5 and line["median"] == 1250
+
+
+@pytest.mark.parametrize("name", ["board.Board", "accuracy.ScoreTable", "attention.AttentionView", "overlay.RunsChart"])
+def test_widgets_are_modules_that_stand_alone(name):
+    """marimo, VS Code and Colab load them too: nothing is imported or fetched, and nothing of one host is used."""
+    module, widget = name.split(".")
+    code = re.sub(r"//.*", "", getattr(import_module(f"hillinfer.workbench.{module}"), widget)._esm)
+    assert code.count("export default") == 1
+    for word in (r"\bimport\b", r"\brequire\b", r"\bfetch\b", "jupyterapp", "Jupyter", "IPython"):
+        assert not re.search(word, code), word

@@ -287,10 +287,19 @@ def test_the_dashboard_runs_compares_and_ends(workbench, case):
     wait_for(lambda: not workbench.alive)
     workbench.close()
     assert [run.system for run in workbench.runs] == ["full", "streaming"]
-    assert "full, alpha" in workbench.table.value and "streaming, alpha" in workbench.table.value
+    assert "full, alpha" in workbench.compared.table.value and "streaming, alpha" in workbench.compared.table.value
     assert [board.state["phase"] for board in workbench._boards] == ["done", "done"]  # the last state was sent
     assert [board._sent["spans"] for board in workbench._boards] == [len(r.timeline.spans) for r in workbench.runs]
     assert ours() == [] and not workbench.run_button.disabled and workbench.stop_button.disabled
+    below = workbench.compared
+    assert list(below.chart.runs) == ["full, alpha 0.2", "streaming, alpha 0.2"]
+    below.button.value = True  # the attention map, of the last run
+    assert below.view in below.box.children and below.view.map is workbench.runs[1].record.map
+    assert below.view.state["setting"].endswith("attention over the selected tokens")
+    assert workbench.run() and list(below.chart.runs) == ["streaming, alpha 0.2"]
+    assert below.view.map is workbench.runs[0].record.map
+    workbench.attention.value = "off"
+    assert workbench.run() and below.button.disabled and below.view not in below.box.children
 
 
 def test_one_run_at_a_time_and_showing_again_ends_it(workbench, embedded, tmp_path, monkeypatch):

@@ -4,14 +4,18 @@ from importlib import import_module
 
 _HOME = {
     "AccuracyBoard": "accuracy",
+    "AttentionMap": "pyramid",
+    "AttentionView": "attention",
+    "show_attention": "attention",
     "Workbench": "dashboard",
     "Board": "board",
+    "show_runs": "overlay",
     "show_timeline": "board",
     "show_record": "board",
     "Case": "cases",
     "LiveRun": "live",
 }
-__all__ = ["AccuracyBoard", "Board", "Case", "LiveRun", "Workbench", "show_record", "show_timeline"]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):

@@ -49,6 +49,7 @@ class Board(anywidget.AnyWidget):
     parts = traitlets.List().tag(sync=True)
     palette = traitlets.Dict().tag(sync=True)
     cursor = traitlets.Dict().tag(sync=True)
+    perfetto = traitlets.Unicode("https://ui.perfetto.dev").tag(sync=True)  # where traces are opened
 
     def __init__(self, source: RunSource | None = None, parts: Sequence[str] = PARTS):
         if unknown := set(parts) - set(PARTS):
@@ -175,14 +176,14 @@ class Board(anywidget.AnyWidget):
                 self._last_sent = None
                 while self._send_rows():
                     pass
-            elif message["what"] == "trace":
-                data = gzip.compress(json.dumps(self.source.timeline.chrome_trace()).encode(), 3)
-                self._file("hillinfer-trace.json.gz", "application/gzip", data)
-            else:
+            elif message["what"] == "html":
                 self._file("hillinfer-board.html", "text/html", self.html().encode())
+            else:
+                data = gzip.compress(json.dumps(self.source.timeline.chrome_trace()).encode(), 3)
+                self._file("hillinfer-trace.json.gz", "application/gzip", data, message["what"] == "perfetto")
 
-    def _file(self, name: str, kind: str, data: bytes) -> None:
-        self.send({"kind": "file", "name": name, "type": kind}, [data])
+    def _file(self, name: str, kind: str, data: bytes, open: bool = False) -> None:
+        self.send({"kind": "file", "name": name, "type": kind, "open": open}, [data])
 
     def html(self, title: str = "hillinfer") -> str:
         """A self-contained page with this board and all its data. It needs neither kernel nor network."""

@@ -18,11 +18,12 @@ from hillinfer.longbench.job import Variant
 from hillinfer.systems.registry import list_systems
 from hillinfer.workbench.board import Board
 from hillinfer.workbench.cases import Case
+from hillinfer.workbench.compared import Compared
 from hillinfer.workbench.controls import ModelControls, PromptControls, control, dropdown
-from hillinfer.workbench.differences import differences
 from hillinfer.workbench.interrupt import current_cell, stop_on_interrupt
 from hillinfer.workbench.live import LabelledRun, LiveRun
 from hillinfer.workbench.observe import AttentionRecord
+from hillinfer.workbench.pyramid import AttentionMap
 
 REFRESH_HZ = 2.25  # gaps below half a second, at little cost to generation
 OBSERVATION = {  # option -> (budget, exact) of the AttentionRecord
@@ -88,10 +89,10 @@ class Workbench:
             description="Stop", icon="stop", disabled=True, tooltip="stop after the current token"
         )
         self.compare_button = w.Button(description="Compare", icon="columns", disabled=True)
-        self.compare_button.tooltip = "run with these settings, next to the last run"
+        self.compare_button.tooltip = "run with these settings, next to the last run and over all compared ones"
         for button in (self.run_button, self.stop_button, self.compare_button):
             button.layout.width = "104px"
-        self.table = w.HTML()
+        self.compared = Compared()
         self._area = w.GridBox(layout=w.Layout(grid_gap="10px", width="100%"))
         self._area.add_class("hi-compared")
         self.run_button.on_click(lambda _: self._clicked(False))
@@ -132,10 +133,11 @@ class Workbench:
             [w.VBox(column) for column in columns],
             layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(270px, 1fr))", grid_gap="4px 14px"),
         )
-        buttons = w.HBox([self.run_button, self.stop_button, self.compare_button, self.message])
+        buttons = [self.run_button, self.stop_button, self.compare_button, self.compared.button, self.message]
         if not self._boards:
             self._place([Board()])
-        return w.VBox([grid, self.prompt.preview, buttons, self._area, self.table], layout=w.Layout(width="100%"))
+        rows = [grid, self.prompt.preview, w.HBox(buttons), self._area, self.compared.box]
+        return w.VBox(rows, layout=w.Layout(width="100%"))
 
     def _place(self, boards: list[Board]) -> None:
         self._boards = boards
@@ -179,7 +181,9 @@ class Workbench:
         if self.alive:
             raise UsageError("a run is in progress: stop it first")
         observation = OBSERVATION[self.attention.value]
-        record = AttentionRecord(budget=observation[0], exact=observation[1]) if observation else None
+        record = None
+        if observation:
+            record = AttentionRecord(budget=observation[0], exact=observation[1], map=AttentionMap())
         session, store = (
             Path(field.value).expanduser() if field.value.strip() else None for field in (self.session, self.store)
         )
@@ -189,7 +193,7 @@ class Workbench:
         run = LiveRun(*parts, store, exact=self.exact.value)
         run.check()
         self.join_painter()
-        self.table.value = ""
+        self.compared.begin(beside)
         self.runs = [*(self.runs[-1:] if beside else []), run]
         boards = self._boards[-1:] if beside else self._boards[:1]
         if len(boards) < len(self.runs):
@@ -250,8 +254,7 @@ class Workbench:
             board.cursor = board.cursor | {"step": step}
         if run.phase == "failed":
             self._show_message(str(run.error), error=True)
-        if len(self.runs) == 2 and all(one.figures for one in self.runs):
-            self.table.value = differences(*self.runs)
+        self.compared.end(self.runs)
         self._buttons(False)
 
     def _buttons(self, running: bool) -> None:

@@ -96,6 +96,13 @@ class LiveRun(Background):
     def answer(self) -> str:
         return "".join(token.text for token in self.tokens[:] if not token.asked).strip()
 
+    def text_of(self, first: int, last: int) -> list[str]:
+        """The texts of the tokens [first, last): document, question and answer."""
+        known = self.case.context + self.case.question
+        new = [token.text for token in self.tokens[:] if not token.asked]
+        after = slice(max(0, first - len(known)), max(0, last - len(known)))
+        return self.tokenizer.batch_decode([[one] for one in known[first:last]]) + new[after]
+
     def step_at(self, character: int) -> int | None:
         """The step whose token holds this character of the answer, or the last one's; None before the first."""
         end, step = 0, None
@@ -158,7 +165,9 @@ class LiveRun(Background):
         cache.timeline.clear()  # the figures cover decode steps only
         cache.counters.clear()
         self.timeline, self.counters = cache.timeline, cache.counters
-        cache.run.observer, self.split_reason = self.record, cache.why_split()
+        self.split_reason = cache.why_split()
+        if self.record is not None:
+            self.record.watch(cache)
         self._decoding, self.phase = time.perf_counter(), "decode"
         self._decode(cache)
         self._ended = time.perf_counter()

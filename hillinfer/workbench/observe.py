@@ -1,11 +1,16 @@
 """Record the attention of each layer and head during a run, aggregated to blocks of positions (never T x T)."""
 
 import time
+import weakref
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hillinfer.attention import Observed
+from hillinfer.cache import TieredCache
+from hillinfer.tiers.store import HostStore, Store
+from hillinfer.tiers.tiered_store import TieredStore
+from hillinfer.workbench.pyramid import TIERS, AttentionMap
 
 SHARE = 0.9  # of a head's attention mass
 KEEP = 64 << 20  # bytes of snapshots; the oldest steps are dropped
@@ -34,19 +39,31 @@ class AttentionSnapshot:
 
 
 class AttentionRecord:
-    """`AttentionSnapshot`s of the latest steps, by step and layer, in at most 64 MiB. Set `cache.run.observer` to it.
+    """`AttentionSnapshot`s of the latest steps, by step and layer, in at most 64 MiB. `watch(cache)` fills it.
 
     blocks  maximum number of blocks that positions are aggregated to
     exact   weigh all cached tokens. This reads all KV at every step, so it is meant for analysis
     budget  maximum share of run time spent on observation; steps are skipped to stay within it. None records every step
+    map     filled with every position of the recorded steps, in another 64 MB at most
     """
 
-    def __init__(self, blocks: int = 256, exact: bool = False, budget: float | None = None):
-        self.blocks, self.exact, self.budget = blocks, exact, budget
+    def __init__(
+        self,
+        blocks: int = 256,
+        exact: bool = False,
+        budget: float | None = None,
+        map: AttentionMap | None = None,
+    ):
+        self.blocks, self.exact, self.budget, self.map = blocks, exact, budget, map
+        self._cache = lambda: None
         self.steps: dict[int, dict[int, AttentionSnapshot]] = {}  # oldest first; the newest may be incomplete
         self.skipped = 0  # steps not recorded, or dropped since
         self._on, self._bytes, self._step = False, 0, None
         self._began = self._at = self._spent = self._plain = self._took = 0  # ns
+
+    def watch(self, cache: TieredCache) -> None:
+        """Record the coming steps of this cache."""
+        cache.run.observer, self._cache = self, weakref.ref(cache)
 
     def should_observe(self, layer: int, step: int) -> bool:
         """True if this step is to be recorded. Decided once per step, at the first call."""
@@ -85,6 +102,11 @@ class AttentionRecord:
             ((best.cumsum(1) < SHARE).sum(1) + 1).astype(np.float32),
             weights[:, pick].sum(1) if self.exact else None,
         )
+        if self.map is not None:
+            cache = self._cache()
+            store = cache.tiered[seen.layer].store if cache else None
+            picked = None if seen.pick is None else (pick, tiers_of(store, pick))
+            self.map.add(seen.layer, weights, None if self.exact else positions, *(picked or ()), step=seen.step)
         layers = self.steps.setdefault(seen.step, {})
         earlier = layers.get(seen.layer)
         layers[seen.layer] = earlier.beside(snapshot) if earlier else snapshot
@@ -114,6 +136,17 @@ class AttentionRecord:
         """
         steps = list(self.steps.values()) if step is None else [self.steps[step]]
         return np.mean([[s[layer].needed / s[layer].n for layer in sorted(s)] for s in steps], 0)
+
+
+def tiers_of(store: Store | None, positions: np.ndarray) -> np.ndarray:
+    """Where the first sequence's records at sorted positions (k,) lie until the step is settled: codes of TIERS."""
+    if isinstance(store, HostStore):
+        return np.full(len(positions), TIERS.index(store.tier), np.uint8)
+    if not isinstance(store, TieredStore):
+        return np.full(len(positions), 3, np.uint8)
+    tiers, far = np.zeros(len(positions), np.uint8), store.window.far(positions)  # the window is the device's
+    tiers[far] = np.where(store.pools[0].slots(positions[far]) >= 0, 1, 2)
+    return tiers
 
 
 def block_size(n: int, blocks: int) -> int:

@@ -20,6 +20,8 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 
+BOARD = ".hi-board:not(.hi-overlay)"  # not the chart below them
+
 
 @contextmanager
 def serve(folder: Path, dark: bool = False):
@@ -136,12 +138,12 @@ class Notebook:
     def boards(self, expression: str):
         """What each board shows now: a JavaScript expression over `b`, the board's drawing object."""
         return self.page.evaluate(
-            f"() => [...document.querySelectorAll('.hi-board')].map(e => e.hillinfer).map(b => ({expression}))"
+            f"() => [...document.querySelectorAll({BOARD!r})].map(e => e.hillinfer).map(b => ({expression}))"
         )
 
     def wait_board(self, condition: str, which: int = 0, timeout: int = 60_000) -> None:
         self.page.wait_for_function(
-            f"() => {{ const b = document.querySelectorAll('.hi-board')[{which}]?.hillinfer; "
+            f"() => {{ const b = document.querySelectorAll({BOARD!r})[{which}]?.hillinfer; "
             f"return b && ({condition}) }}",
             timeout=timeout,
         )

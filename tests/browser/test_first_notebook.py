@@ -3,6 +3,9 @@
 import gzip
 import json
 import os
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -159,12 +162,12 @@ def test_exports_are_whole_files(fresh, tmp_path):
     fresh.button("Run").click()
     fresh.wait_board(DONE)
     spans = int(fresh.ask("print(len(workbench.runs[-1].timeline.spans))"))
-    for name in ("PNG", "Perfetto", "HTML"):
+    for name in ("PNG", "Trace", "HTML"):
         with fresh.page.expect_download() as caught:
             fresh.button(name).click()
         caught.value.save_as(tmp_path / name)
     assert (tmp_path / "PNG").read_bytes().startswith(b"\x89PNG")
-    events = json.loads(gzip.decompress((tmp_path / "Perfetto").read_bytes()))["traceEvents"]
+    events = json.loads(gzip.decompress((tmp_path / "Trace").read_bytes()))["traceEvents"]
     assert sum(event["ph"] == "X" for event in events) == spans
     page = fresh.page.context.browser.new_page()
     (tmp_path / "HTML").rename(tmp_path / "board.html")
@@ -173,6 +176,66 @@ def test_exports_are_whole_files(fresh, tmp_path):
     assert page.evaluate("() => document.querySelector('.hi-board').hillinfer.store.spans.n") == spans
     page.screenshot(path=SHOTS / "exported.png", full_page=True)
     page.close()
+
+
+PERFETTO = b"""<!doctype html><script>
+window.heard = [];
+window.addEventListener("message", (e) => {
+    if (e.source !== window.opener) return;
+    if (e.data === "PING" && window.heard.push("PING") > 2) e.source.postMessage("PONG", "*");
+    else if (e.data.perfetto) window.trace = e.data.perfetto;
+});
+</script>"""
+
+
+@contextmanager
+def fake_perfetto():
+    """The address of a page that shakes hands as ui.perfetto.dev documents it."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(PERFETTO)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_trace_opens_in_perfetto_or_is_saved(fresh, tmp_path):
+    fresh.button("Run").click()
+    fresh.wait_board(DONE)
+    spans = int(fresh.ask("print(len(workbench.runs[-1].timeline.spans))"))
+    with fake_perfetto() as address:
+        fresh.ask(f"workbench._boards[0].perfetto = {address!r}")
+        fresh.wait_board(f"b.model.get('perfetto') === {address!r}")
+        with fresh.page.expect_popup() as opened:
+            fresh.button("Perfetto").click()
+        tab = opened.value
+        tab.wait_for_function("() => window.trace")
+        assert tab.evaluate("() => [window.trace.title, window.trace.fileName]") == [
+            "hillinfer",
+            "hillinfer-trace.json.gz",
+        ]
+        data = bytes(tab.evaluate("() => [...new Uint8Array(window.trace.buffer)]"))
+        assert sum(event["ph"] == "X" for event in json.loads(gzip.decompress(data))["traceEvents"]) == spans
+        tab.close()
+    with fresh.page.expect_download(timeout=20_000) as caught:  # nobody answers there now
+        fresh.button("Perfetto").click()
+    assert gzip.decompress(Path(caught.value.path()).read_bytes()) == gzip.decompress(data)
+    online = "Object.defineProperty(navigator, 'onLine', { configurable: true, get: () => false })"
+    fresh.page.evaluate(f"() => {{ {online} }}")  # a machine without a network; the kernel is on it
+    with fresh.page.expect_download(timeout=5_000):
+        fresh.button("Perfetto").click()
+    fresh.page.evaluate("() => { delete navigator.onLine }")
+    assert len(fresh.page.context.pages) == 1
 
 
 def test_stop_ends_within_one_token(fresh):
@@ -238,6 +301,38 @@ def test_compare_shows_two_runs_and_their_differences(fresh):
     fresh.page.locator(".hi-text span").nth(5).click()
     fresh.wait_board("b.cursor.step !== null", 1)  # one cursor for both
     shot(fresh, "compare", 2000)
+
+
+def test_three_runs_are_laid_over_each_other(fresh):
+    for system, button in (("hillinfer", "Run"), ("streaming", "Compare"), ("full", "Compare")):
+        fresh.control("system").select_option(system)
+        fresh.button(button).click()
+        fresh.page.wait_for_function(
+            "n => [...document.querySelectorAll('.hi-overlay')].at(-1)?.hillinfer.lines.length === n",
+            arg=dict(hillinfer=1, streaming=2, full=3)[system],
+        )
+    chart = fresh.page.locator(".hi-overlay").last
+    chart.scroll_into_view_if_needed()
+    chart.locator("canvas").focus()
+    fresh.page.keyboard.press("ArrowRight")
+    said = chart.locator(".hi-facts").inner_text()
+    assert said.startswith("step 1: hillinfer, alpha 0.2 ") and said.count(" ms") == 3
+    chart.locator("select").select_option("missed, demoted before")
+    drawn = "b => { const e = document.querySelectorAll('.hi-overlay'); return e[e.length - 1].hillinfer"
+    fresh.page.wait_for_function(f"{drawn}.unit === 'tokens' }}")
+    assert fresh.page.evaluate(f"{drawn}.drawn }}") == 3
+    held = "import numpy as np; print(np.median(workbench.compared.chart.runs['hillinfer, alpha 0.2'][{!r}]))"
+    median = float(fresh.ask(held.format("missed, demoted before")))
+    assert fresh.page.evaluate(f"{drawn}.lines[0].median }}") == median > 0
+    chart.locator("select").select_option("time")
+    chart.locator(".hi-legend button").nth(1).click()
+    fresh.page.wait_for_function(f"{drawn}.drawn === 2 }}")
+    chart.locator(".hi-legend button").nth(1).click()
+    fresh.page.set_viewport_size(dict(width=1280, height=1000))
+    chart.evaluate("e => e.scrollIntoView({block: 'center'})")
+    fresh.page.mouse.move(800, 480)
+    fresh.page.wait_for_timeout(500)
+    fresh.page.screenshot(path=SHOTS / "three-runs.png")
 
 
 def test_an_error_is_one_line_that_names_the_fix(fresh):

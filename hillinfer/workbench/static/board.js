@@ -1,12 +1,5 @@
 // The board: linked views of one run. Python streams the rows, and sends the attention at the cursor.
 
-// Cividis in eight steps, from dark (low) to light (high).
-const CIVIDIS = [[0, 32, 77], [33, 61, 107], [77, 83, 110], [104, 103, 113], [130, 124, 118], [159, 147, 115], [203, 186, 105], [255, 234, 70]];
-function cividis(x) {
-  const p = Math.min(0.9999, Math.max(0, x)) * 7, i = Math.floor(p), f = p - i;
-  return `rgb(${CIVIDIS[i].map((c, k) => Math.round(c + f * (CIVIDIS[i + 1][k] - c))).join(",")})`;
-}
-
 // Append-only rows. Python sends each once, and resends from a given row on request.
 class Store {
   constructor() { this.spans = new Spans(); this.clear(); }
@@ -50,45 +43,13 @@ class Hits { // counters by step and layer, with sums per step over layers and p
 }
 const shares = (r) => { const q = Math.max(1, r[0]); return [r[1] / q, r[2] / q, (r[3] - r[4]) / q, r[4] / q]; }; // parallel to palette.tiers
 
-function canvasPanel(parent, height, label, theme, draw) {
-  const canvas = make("canvas", "hi-canvas", parent);
-  canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", label);
-  let queued = false;
-  const panel = {
-    canvas, height, frame: 0, width: 0, // set by the ResizeObserver: reading it from the canvas would force a layout at every paint
-    now() {
-      queued = false;
-      const width = panel.width;
-      if (!width) return;
-      const ratio = DPR(), h = panel.height;
-      if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(h * ratio)) {
-        canvas.width = Math.round(width * ratio); canvas.height = Math.round(h * ratio); canvas.style.height = h + "px";
-        const ctx = canvas.getContext("2d"); // resizing resets the context; setting the font at every paint would force a layout
-        ctx.font = "11px system-ui, sans-serif"; ctx.textBaseline = "middle";
-      }
-      const ctx = canvas.getContext("2d"), began = performance.now();
-      ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
-      ctx.fillStyle = theme().back; ctx.fillRect(0, 0, width, h);
-      draw(ctx, width, h, theme());
-      panel.drawMs = performance.now() - began; panel.frame++;
-    },
-    redraw() { if (!queued) { queued = true; requestAnimationFrame(() => { if (queued) panel.now(); }); } },
-  };
-  panel.watch = new ResizeObserver(([entry]) => { panel.width = entry.contentRect.width; panel.redraw(); });
-  panel.watch.observe(canvas);
-  return panel;
-}
-
 const NEWEST = 300; // tokens in the page: the layout of more at every paint would slow the run down
-function axisText(ctx, theme, x, y, text, align = "left") { ctx.fillStyle = theme.faint; ctx.textAlign = align; ctx.fillText(text, x, y); ctx.textAlign = "left"; }
-function upright(ctx, theme, x, y, text) { ctx.save(); ctx.translate(x, y); ctx.rotate(-Math.PI / 2); axisText(ctx, theme, 0, 0, text, "center"); ctx.restore(); }
-
 function alignRows(root) { // boards side by side: each view as high as the other's, so that they stay row beside row
   const boards = [...(root.closest(".hi-compared")?.querySelectorAll(".hi-board") ?? [])];
   const rows = boards.map((one) => [...one.querySelectorAll(".hi-top, .hi-section")]);
   for (const parts of rows) for (const part of parts) part.style.minHeight = "";
   if (boards.length < 2) return;
-  const heights = rows.map((parts) => parts.map((part) => part.offsetHeight));
+  const heights = rows.map((parts) => parts.map((part) => Math.ceil(part.getBoundingClientRect().height)));
   rows.forEach((parts) => parts.forEach((part, i) => { part.style.minHeight = Math.max(...heights.map((one) => one[i] ?? 0)) + "px"; }));
 }
 
@@ -326,7 +287,7 @@ class Board {
     button("+", "zoom in (W or +)", () => this.zoom(0.5)); button("-", "zoom out (S or -)", () => this.zoom(2));
     this.tableButton = button("Table", "the spans in view as a table (T)", () => this.toggleTable());
     button("PNG", "save the current view as PNG", () => this.exportPng()); button("SVG", "save the current view as SVG", () => this.exportSvg());
-    if (!this.model.alone) { button("HTML", "save this board as a self-contained page", () => this.model.send({ kind: "export", what: "html" })); button("Perfetto", "save all spans for ui.perfetto.dev", () => this.model.send({ kind: "export", what: "trace" })); }
+    if (!this.model.alone) { button("HTML", "save this board as a self-contained page", () => this.model.send({ kind: "export", what: "html" })); button("Trace", "save all spans as a file for ui.perfetto.dev", () => this.model.send({ kind: "export", what: "trace" })); button("Perfetto", "open all spans in ui.perfetto.dev; without a network they are saved", () => { this.store.tab = navigator.onLine ? window.open(this.model.get("perfetto")) : null; this.model.send({ kind: "export", what: "perfetto" }); }); }
     const legend = make("div", "hi-legend", section);
     for (const [name, colour] of Object.entries(this.palette.colours)) { const item = make("span", "", legend, name), i = make("i", ""); i.style.background = colour; item.prepend(i); }
     const pale = make("i", "hi-pale"); make("span", "", legend, "modelled: pale, dashed, ~").prepend(pale);
@@ -511,6 +472,21 @@ class Board {
   }
 }
 
+// A trace to a tab of ui.perfetto.dev by its documented handshake: PING until it answers PONG, then the file. Where no tab
+// opens or answers (no network, a blocked popup) the trace is saved.
+async function toPerfetto(tab, address, name, blob) {
+  if (!tab) return save(name, blob);
+  const buffer = await blob.arrayBuffer(), { origin } = new URL(address);
+  const done = (answered) => {
+    clearInterval(pinging); clearTimeout(patience); window.removeEventListener("message", hear);
+    if (answered) return tab.postMessage({ perfetto: { buffer, title: "hillinfer", fileName: name } }, origin);
+    tab.close(); save(name, blob);
+  };
+  const hear = (e) => { if (e.source === tab && e.data === "PONG") done(true); };
+  window.addEventListener("message", hear);
+  const pinging = setInterval(() => (tab.closed ? done(false) : tab.postMessage("PING", origin)), 100), patience = setTimeout(() => done(false), 10_000);
+}
+
 const stores = new WeakMap();
 function storeOf(model) {
   if (stores.has(model)) return stores.get(model);
@@ -519,7 +495,10 @@ function storeOf(model) {
   store.views = new Set();
   store.refresh = () => { if (!store.queued) { store.queued = true; requestAnimationFrame(() => { store.queued = false; for (const board of store.views) board.refresh(); }); } };
   model.on("msg:custom", (message, buffers) => {
-    if (message.kind === "file") return save(message.name, new Blob(buffers, { type: message.type }));
+    if (message.kind === "file") {
+      const blob = new Blob(buffers, { type: message.type });
+      return message.open ? toPerfetto(store.tab, model.get("perfetto"), message.name, blob) : save(message.name, blob);
+    }
     if (message.kind !== "more") return;
     if (!store.accept(message, buffers)) { if (!store.asked) { store.asked = true; model.send({ kind: "have", run: store.run, have: store.have() }); } return; }
     store.asked = false;
@@ -532,14 +511,10 @@ function storeOf(model) {
 
 const board = {
   render({ model, el }) {
-    const store = storeOf(model), board = new Board(model, store, make("div", "", el));
+    const store = storeOf(model), root = make("div", "", el), ended = watchTheme(root, () => board.refresh(true)), board = new Board(model, store, root);
     store.views.add(board);
-    const theme = new MutationObserver(() => board.refresh(true)); // JupyterLab's theme; below, the system's
-    theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
-    const dark = matchMedia("(prefers-color-scheme: dark)"), changed = () => board.refresh(true);
-    dark.addEventListener("change", changed);
     board.refresh();
-    return () => { store.views.delete(board); theme.disconnect(); dark.removeEventListener("change", changed); board.sizes.disconnect(); for (const p of board.panels) p.watch.disconnect(); };
+    return () => { store.views.delete(board); ended(); board.sizes.disconnect(); for (const p of board.panels) p.watch.disconnect(); };
   },
 };
 export default board;

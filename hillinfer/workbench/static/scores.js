@@ -124,5 +124,5 @@ class Scores {
   }
 }
 
-const board = { render({ model, el }) { new Scores(model, make("div", "", el)); } };
+const board = { render({ model, el }) { const root = make("div", "", el); new Scores(model, root); return watchTheme(root, () => {}); } };
 export default board;

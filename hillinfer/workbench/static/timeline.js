@@ -184,11 +184,6 @@ export function drawTimeline(ctx, width, spans, view, look) {
 export function timelineHeight(spans) {
   return TOP + spans.lanes.reduce((sum, lane) => sum + lane.tracks * ROW + 6, 0) + BOTTOM;
 }
-export function niceTick(raw) {
-  const power = 10 ** Math.floor(Math.log10(raw)), m = raw / power;
-  return power * (m <= 1 ? 1 : m <= 2 ? 2 : m <= 5 ? 5 : 10);
-}
-
 export class SvgContext { // records the drawing calls used above as SVG
   constructor(width, height) { this.size = [width, height]; this.parts = []; this.globalAlpha = 1; this.dash = ""; }
   static escape(text) { return String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]); }

@@ -19,8 +19,8 @@ from hillinfer.native import ring
 from hillinfer.systems.lossless.plan import DIRECT, NEAR
 from hillinfer.systems.lossless.store import TensorStore
 from hillinfer.systems.lossless.tensors import HostPath, Tensors
-from hillinfer.tiers.block_file import BlockFile
-from hillinfer.tiers.geometry import BLOCK, Geometry
+from hillinfer.tiers.block_file import BLOCK, BlockFile
+from hillinfer.tiers.geometry import Geometry
 from tests.conftest import FAMILIES
 
 NEW = 40

@@ -24,7 +24,8 @@ class HeadsLayer(Layer):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         self.run.heads = heads = keys.shape[1]
-        super().append(apart(keys, heads), apart(values, heads))
+        kv = kv if kv is None else kv.permute(0, 3, 1, 2, 4).flatten(0, 1).unsqueeze(3)
+        super().append(apart(keys, heads), apart(values, heads), kv)
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(part.reshape(-1, self.run.heads, *part.shape[2:]) for part in super().everything())
@@ -36,8 +37,7 @@ class HeadsLayer(Layer):
         batch = len(query)
         if sinks is not None:
             sinks = sinks.view(self.run.heads, -1).repeat(batch, 1)
-        mask = rows_of(mask, self.run.heads)
-        out = super().attend(apart(query, self.run.heads), mask, scaling, softcap, sinks)
+        out = super().attend(apart(query, self.run.heads), rows_of(mask, self.run.heads), scaling, softcap, sinks)
         return out.unflatten(0, (batch, self.run.heads)).transpose(1, 2).flatten(2, 3)
 
     def observe(self, queries, keys, mask, scaling) -> None:

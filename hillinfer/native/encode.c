@@ -8,6 +8,8 @@ INLINE float key_at(const void *keys, int64_t i, int dtype) {
     return x.f;
 }
 
+#define EVEN 12582912.0f  /* added and taken away again it rounds as rintf does, ties to even, without a call */
+
 INLINE int8_t code_of(const uint8_t *row, int d, int bits) {
     return bits == 8 ? (int8_t)row[d] : d % 2 ? (int8_t)row[d / 2] >> 4 : (int8_t)(uint8_t)(row[d / 2] << 4) >> 4;
 }
@@ -20,8 +22,9 @@ INLINE void set_code(uint8_t *row, int d, int bits, int8_t code) {
 
 /* One head: keys (n, dim), `row` elements apart, after `at` tokens already in codes. The first keys fix the zero point,
  * the middle of a channel's range. Returns whether any channel's scale doubled; its older codes are halved as often. */
-static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int dim, int bits, float *scale,
-                       float *zero, uint8_t *codes, int64_t at, uint8_t *doublings, float *need) {
+INLINE int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int dim, int bits, float *restrict scale,
+                       float *restrict zero, uint8_t *restrict codes, int64_t at, uint8_t *doublings,
+                       float *restrict need) {
     const float top = bits == 8 ? 127 : 7, tiny = 1.17549435e-38f;
     const int width = dim * bits / 8;
     int any = 0;
@@ -32,9 +35,15 @@ static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int 
             zero[d] = key < zero[d] ? key : zero[d];
             need[d] = key > need[d] ? key : need[d];
         }
-    for (int d = 0; at == 0 && n && d < dim; d++) zero[d] = (zero[d] + need[d]) / 2;
-    memset(need, 0, sizeof(float) * dim);
-    for (int64_t i = 0; i < n; i++)
+    for (int d = 0; d < dim; d++) {  /* rounding is monotonic: the key farthest from zero is the lowest or highest */
+        float low = zero[d], high = need[d];
+        need[d] = 0;
+        if (at || !n) continue;
+        zero[d] = (low + high) / 2;
+        low = fabsf(low - zero[d]), high = fabsf(high - zero[d]);
+        need[d] = low > high ? low : high;
+    }
+    for (int64_t i = 0; at && i < n; i++)
         for (int d = 0; d < dim; d++) {
             float size = fabsf(key_at(keys, i * row + d, dtype) - zero[d]);
             need[d] = size > need[d] ? size : need[d];
@@ -62,9 +71,9 @@ static int encode_head(const void *keys, int dtype, int64_t row, int64_t n, int 
     for (int64_t i = 0; i < n; i++) {
         uint8_t *to = codes + (at + i) * width;
         for (int d = 0; d < dim; d++) {
-            float code = rintf((key_at(keys, i * row + d, dtype) - zero[d]) / need[d]);
+            float code = (key_at(keys, i * row + d, dtype) - zero[d]) / need[d];
             code = code > top ? top : code < -top ? -top : code;
-            set_code(to, d, bits, (int8_t)code);
+            set_code(to, d, bits, (int8_t)(int)((code + EVEN) - EVEN));
         }
     }
     return any != 0;
@@ -80,8 +89,11 @@ int hi_encode(int dtype, const char *keys, int64_t by_row, int64_t by_head, int6
     for (int b = 0; b < batch; b++)
         for (int h = 0; h < heads; h++) {
             int64_t which = (int64_t)(b * heads + h) * dim;
-            any |= encode_head(keys + (b * by_row + h * by_head) * size, dtype, by_token, n, dim, bits, scale + which,
-                               zero + which, codes + b * codes_by_row + h * codes_by_head, at, doublings + which, need);
+            const char *from = keys + (b * by_row + h * by_head) * size;
+            uint8_t *to = codes + b * codes_by_row + h * codes_by_head;
+#define ENCODE(type, width) encode_head(from, type, by_token, n, dim, width, scale + which, zero + which, to, at, \
+                                        doublings + which, need)
+            any |= bits != 8 ? ENCODE(dtype, bits) : dtype == FP32 ? ENCODE(FP32, 8) : ENCODE(BF16, 8);
         }
     return any;
 }

@@ -27,13 +27,12 @@ class Quest(Policy):
 
     def append(self, keys: torch.Tensor) -> None:
         first, at = self.n // self.page, self.n % self.page
-        index = torch.arange(at, at + keys.shape[2], dtype=torch.int64, device=self.device) // self.page
         self.n += keys.shape[2]
         more = -(-self.n // self.page) - self.boxes.n
         if more > 0:
             self.boxes.extend(more)
             self.boxes.view()[:, -more:, :, 0], self.boxes.view()[:, -more:, :, 1] = -1e30, 1e30
-        widen(self.boxes.view()[:, first:], index, keys.to(self.device, torch.float32))
+        widen(self.boxes.view()[:, first:], at, self.page, keys.to(self.device, torch.float32))
 
     def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Whole pages, as their number must not depend on data: what is of the window or padding does not count."""

@@ -66,10 +66,11 @@ class ChunkTree:
         self.n += keys.shape[1]
         full = (at + keys.shape[1]) // PAGE
         if full:
-            pages = EMPTY.expand(full + 1, *self.shape).clone()
-            pages[0] = self.tail
-        token = torch.arange(at, at + keys.shape[1], device="cpu")
-        widen(pages.flatten(0, 1), token // PAGE * NODES + LEAVES + token % PAGE // LEAF, keys)
+            pages = self.tail.new_empty(full + 1, *self.shape)
+        leaves = EMPTY.expand(len(pages) * (NODES - LEAVES), *self.shape[1:]).clone()
+        leaves[: NODES - LEAVES] = self.tail[LEAVES:]
+        widen(leaves, at, LEAF, keys)
+        pages[:, LEAVES:] = leaves.unflatten(0, (len(pages), -1))
         _fill_parents(pages)
         if full:
             self._store(pages[:full])

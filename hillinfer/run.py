@@ -137,8 +137,7 @@ class Run:
         return self.stores[track.layer]
 
     def open_log(self, stream: int) -> RecordLog:
-        parts = self.drive, self.geometry, stream, self.writer
-        return RecordLog(*parts) if self.lent is None else self.lent.log(*parts)
+        return (RecordLog if self.lent is None else self.lent.log)(self.drive, self.geometry, stream, self.writer)
 
     def prepare(self, policy: Policy, layer: int) -> None:
         """Configure a layer's policy before `Policy.start`."""

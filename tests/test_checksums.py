@@ -9,6 +9,7 @@ import pytest
 
 from hillinfer import native
 from hillinfer.errors import DriveError
+from hillinfer.session_file import crc32
 from hillinfer.tiers import checksums
 from hillinfer.tiers.checksums import BLOCK, Checksums, compare
 from hillinfer.tiers.record_file import RecordFile
@@ -108,3 +109,11 @@ def flip(fd: int, at: int, bit: int) -> None:
         byte = os.pread(file.fileno(), 1, at + bit // 8)[0]
         os.pwrite(file.fileno(), bytes([byte ^ 1 << bit % 8]), at + bit // 8)
         os.fsync(file.fileno())  # what reads around the page cache must see it
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_of_any_length_as_zlib(isa, monkeypatch):
+    monkeypatch.setattr(native.library, "isa", native.ISAS.index(isa))
+    data = np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
+    for n in (0, 1, 63, 64, 65, 127, 128, 4096, 4999):
+        assert crc32(data[:n].tobytes()) == zlib.crc32(data[:n].tobytes())

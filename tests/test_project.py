@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 2_953, 9_019
+CORE_LINES, PACKAGE_LINES = 2_953, 9_029
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).
@@ -64,7 +64,7 @@ MAY = {
     "cache": CORE_PARTS | {"heads", "layer", "models"},
     "documents": {"errors"},
     "fingerprint": {"errors"},
-    "session_file": {"errors", "files"},
+    "session_file": {"errors", "files", "native"},
     "prefix_store": {"cache", "config", "errors", "files", "fingerprint", "models", "session_file", "tiers"},
     "systems": CORE_PARTS | {"layer", "models", "cache", "prefix_store"},
     "speculative": {"cache", "errors", "evaluator"},

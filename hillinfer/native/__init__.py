@@ -37,6 +37,7 @@ _SIGNATURES = {
     "hi_ring_in_flight": (_L, [_P]),
     "hi_nvme_entry": (None, [_P, _I, _I, _L, _L, _L, _L, _L]),
     "hi_pieces": (_L, [_L, _P, _P, _P, _L, _L, _L, _L]),
+    "hi_crc": (ctypes.c_uint32, [_I, _P, _L]),
     "hi_checksums": (_L, [_I, _I, _L, _P, _P, _P, _P]),
     "hi_encode": (_I, [_I, _P, _L, _L, _L, _I, _I, _L, _I, _I, _P, _P, _P, _L, _L, _L, _P]),
 }

@@ -30,7 +30,8 @@ static uint32_t by_table(uint32_t state, const uint8_t *from, int64_t n) {
     return state;
 }
 
-static uint32_t crc_generic(const uint8_t *from) { return ~by_table(~0u, from, BLOCK); }
+/* n of all three: a multiple of 64, and not 0 */
+static uint32_t crc_generic(const uint8_t *from, int64_t n) { return ~by_table(~0u, from, n); }
 
 #if defined(__x86_64__)
 #define FAR 0x01c6e41596, 0x0154442bd4
@@ -40,7 +41,7 @@ CLMUL INLINE __m128i fold(__m128i lane, __m128i by, __m128i next) {
     return _mm_xor_si128(_mm_xor_si128(low, high), next);
 }
 
-/* Reduces four lanes, folded over the whole block, to the checksum. */
+/* Reduces four lanes, folded over all bytes, to the checksum. */
 CLMUL INLINE uint32_t finish(const __m128i *lanes) {
     const __m128i near = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
     __m128i last = lanes[0];
@@ -50,8 +51,8 @@ CLMUL INLINE uint32_t finish(const __m128i *lanes) {
     return ~by_table(0, rest, 16);
 }
 
-CLMUL static uint32_t crc_clmul(const uint8_t *from) {
-    const __m128i *at = (const __m128i *)from, *end = (const __m128i *)(from + BLOCK), far = _mm_set_epi64x(FAR);
+CLMUL static uint32_t crc_clmul(const uint8_t *from, int64_t n) {
+    const __m128i *at = (const __m128i *)from, *end = (const __m128i *)(from + n), far = _mm_set_epi64x(FAR);
     __m128i lanes[4];
     for (int i = 0; i < 4; i++) lanes[i] = _mm_loadu_si128(at + i);
     lanes[0] = _mm_xor_si128(lanes[0], _mm_cvtsi32_si128(-1));
@@ -61,10 +62,10 @@ CLMUL static uint32_t crc_clmul(const uint8_t *from) {
 }
 
 /* The same with all four lanes in one register. */
-__attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1"))) static uint32_t crc_wide(const uint8_t *from) {
+__attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1"))) static uint32_t crc_wide(const uint8_t *from, int64_t n) {
     const __m512i far = _mm512_broadcast_i32x4(_mm_set_epi64x(FAR));
     __m512i lanes = _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_zextsi128_si512(_mm_cvtsi32_si128(-1)));
-    for (int at = 64; at < BLOCK; at += 64) {
+    for (int64_t at = 64; at < n; at += 64) {
         __m512i low = _mm512_clmulepi64_epi128(lanes, far, 0x00), high = _mm512_clmulepi64_epi128(lanes, far, 0x11);
         lanes = _mm512_ternarylogic_epi64(low, high, _mm512_loadu_si512(from + at), 0x96);
     }
@@ -73,6 +74,19 @@ __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.1"))) static uint32_t crc_
     return finish(apart);
 }
 #endif
+
+static uint32_t (*ready(int isa))(const uint8_t *, int64_t) {
+    pthread_once(&once, fill);
+    (void)isa;
+#if defined(__x86_64__)
+    if (isa == ISA_AVX512 && __builtin_cpu_supports("vpclmulqdq")) return crc_wide;
+    if (isa != GENERIC && __builtin_cpu_supports("pclmul")) return crc_clmul;
+#endif
+    return crc_generic;
+}
+
+/* Of n bytes, a multiple of 64 and not 0. */
+uint32_t hi_crc(int isa, const uint8_t *from, int64_t n) { return ready(isa)(from, n); }
 
 /* The first of n pieces that cannot be moved, or -1: offsets in [0, end) and lengths in [least, most] are multiples of
  * `unit` bytes, and no piece ends beyond `end` or lies at null. */
@@ -92,18 +106,12 @@ int64_t hi_pieces(int64_t n, const int64_t *offsets, const int64_t *addresses, c
  * written, which is not compared; a checksum of 0 is stored as 1. */
 int64_t hi_checksums(int isa, int write, int64_t n, const int64_t *offsets, const int64_t *addresses,
                      const int64_t *lengths, uint32_t *sums) {
-    uint32_t (*crc)(const uint8_t *) = crc_generic;
-#if defined(__x86_64__)
-    if (isa != GENERIC && __builtin_cpu_supports("pclmul")) crc = crc_clmul;
-    if (isa == ISA_AVX512 && __builtin_cpu_supports("vpclmulqdq")) crc = crc_wide;
-#endif
-    (void)isa;
-    pthread_once(&once, fill);
+    uint32_t (*crc)(const uint8_t *, int64_t) = ready(isa);
     for (int64_t i = 0; i < n; i++)
         for (int64_t at = 0; at < lengths[i]; at += BLOCK) {
             uint32_t *noted = sums + (offsets[i] + at) / BLOCK;
             if (!write && !*noted) continue;
-            uint32_t sum = crc((const uint8_t *)addresses[i] + at);
+            uint32_t sum = crc((const uint8_t *)addresses[i] + at, BLOCK);
             sum += !sum;
             if (write) *noted = sum;
             else if (*noted != sum) return offsets[i] + at;

@@ -5,7 +5,6 @@ Any number of caches may share a block. A block that another process evicts stay
 
 import fcntl
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from hillinfer.config import Settings
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.reading import Blocks, Damaged
-from hillinfer.session_file import BLOCK
+from hillinfer.session_file import BLOCK, crc32
 from hillinfer.tiers.checksums import compare
 from hillinfer.tiers.engines import Engine, open_engine
 from hillinfer.tiers.log import HELD, RecordLog
@@ -96,7 +95,7 @@ class Lent(RecordFile):
         records, _, nbytes = self.read_in_place(layer, np.arange(self.capacity))
         parts = np.split(records, len(self.fds))
         for file, part in zip(self.blocks.files, parts, strict=True):
-            if zlib.crc32(part) != file.sums[layer, 0]:
+            if crc32(part) != file.sums[layer, 0]:
                 raise Damaged(file.path, f"{file.path} is damaged: layer {layer} differs from what was saved")
         if self.sums:
             offsets = self.offsets(layer, self.starts)

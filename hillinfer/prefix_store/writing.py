@@ -2,7 +2,6 @@
 
 import os
 import warnings
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import ENOSPC
@@ -13,7 +12,7 @@ import torch
 
 from hillinfer import files
 from hillinfer.prefix_store.blocks import DRAFT, PrefixStore
-from hillinfer.session_file import as_bytes, head
+from hillinfer.session_file import as_bytes, crc32, head
 from hillinfer.tiers.log import Writer
 
 OPEN = 400  # blocks that a cache reads or writes at once: each is an open file, of which a process has about 1,000
@@ -47,7 +46,7 @@ class Draft:
     def add(self, layer: int, records: torch.Tensor) -> bool:
         """A layer's records (1, n, 2, Hkv, D). True if it was the last one, and the block has its name."""
         data = as_bytes(records)
-        self.sums[layer] = zlib.crc32(data)
+        self.sums[layer] = crc32(data)
         self._write(data, self.start + layer * self.nbytes)
         self.left -= 1
         if not self.left:

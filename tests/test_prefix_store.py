@@ -23,10 +23,11 @@ from hillinfer import UsageError
 from hillinfer.commands.app import app
 from hillinfer.fingerprint import fingerprint
 from hillinfer.longbench.runner import feed
-from hillinfer.prefix_store import writing
+from hillinfer.prefix_store import lending, writing
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.reading import check
 from hillinfer.session_file import save
+from hillinfer.tiers.engines import Threads
 from tests.conftest import SHAPE, seeded
 
 ALL = hillinfer.list_systems()
@@ -263,6 +264,27 @@ class TestLending:
                 path.write_bytes(data[:4096] + bytes(len(data) - 4096))
             with pytest.raises(hillinfer.DriveError, match=r"layer 0, sequence 0, position .* is not what was written"):
                 cache.tiered[0].store.all()
+
+    def test_a_block_that_cannot_be_read(self, model, store, ids, tmp_path, kept, monkeypatch):
+        """It is computed again, and so are those after it."""
+
+        bad = sorted(kept)[3]
+
+        class Bad(Threads):
+            def transfer(self, write, fd, offsets, *rest, **options) -> None:
+                if bad in {Path(f"/proc/self/fd/{number}").readlink() for number in fd.tolist()}:
+                    error = OSError(errno.EIO, os.strerror(errno.EIO))
+                    error.offset = int(offsets[0])
+                    raise error
+                super().transfer(write, fd, offsets, *rest, **options)
+
+        monkeypatch.setattr(lending, "open_engine", lambda name, threads: Bad(2))
+        with warned_once("cannot be used and is computed again"):
+            answer, report, _ = stored(model, store, ids, "hillinfer", alpha=0.3, drive=tmp_path)
+        assert report.opened == 3 * BLOCK and "Input/output error" in report.why
+        with hillinfer.make_cache(model, "hillinfer", drive=tmp_path, alpha=0.3) as cache:
+            feed(model, cache, ids[: 3 * BLOCK])
+            assert generate(model, cache, ids) == answer
 
     def test_too_many_open_files(self, model, store, ids, kept):
         """No reason to think a block damaged."""

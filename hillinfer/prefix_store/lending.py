@@ -3,6 +3,7 @@
 Any number of caches may share a block. A block that another process evicts stays readable for as long as it is open.
 """
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from hillinfer.config import Settings
+from hillinfer.errors import DriveError
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.reading import Blocks, Damaged
 from hillinfer.session_file import BLOCK, crc32
@@ -43,15 +45,20 @@ class Spread:
         self.name, self.close = engine.name, engine.close
 
     def transfer(self, write, fd, offsets, addresses, lengths, timeout, keep, sums=None, share=1) -> None:
-        which = offsets // self.region
+        which, how = offsets // self.region, (timeout, keep, None, share)
         places = offsets - which * self.region + self.starts[which]
         try:
-            self.engine.transfer(write, self.fds[which], places, addresses, lengths, timeout, keep, None, share)
+            self.engine.transfer(write, self.fds[which], places, addresses, lengths, *how)
         except OSError as error:
-            if hasattr(error, "offset"):
-                piece = np.flatnonzero((places <= error.offset) & (error.offset < places + lengths))[0]
-                error.offset += int(offsets[piece] - places[piece])
-            raise
+            if error.errno == errno.ETIMEDOUT:
+                raise
+            for one in np.unique(which).tolist():  # file by file, as an offset alone does not say which failed
+                own = which == one
+                try:
+                    self.engine.transfer(write, self.fds[which[own]], places[own], addresses[own], lengths[own], *how)
+                except OSError as error:
+                    error.offset = one * self.region + getattr(error, "offset", places[own][0]) - int(self.starts[one])
+                    raise
         if sums is not None:
             compare(sums, offsets, addresses, lengths)
 
@@ -92,16 +99,20 @@ class Lent(RecordFile):
 
         Raises Damaged.
         """
-        records, _, nbytes = self.read_in_place(layer, np.arange(self.capacity))
+        try:
+            records, _, nbytes = self.read_in_place(layer, np.arange(self.capacity))
+        except DriveError as error:
+            if self.stuck:  # which says nothing about a block
+                raise
+            at = error.__cause__.offset // self.engine.region
+            raise Damaged(self.blocks.files[at].path, str(error)) from None
         parts = np.split(records, len(self.fds))
         for file, part in zip(self.blocks.files, parts, strict=True):
             if crc32(part) != file.sums[layer, 0]:
                 raise Damaged(file.path, f"{file.path} is damaged: layer {layer} differs from what was saved")
         if self.sums:
-            offsets = self.offsets(layer, self.starts)
-            self.sums.note(
-                offsets, np.array([part.ctypes.data for part in parts]), np.full(len(parts), parts[0].nbytes)
-            )
+            addresses = np.array([part.ctypes.data for part in parts])
+            self.sums.note(self.offsets(layer, self.starts), addresses, np.full(len(parts), parts[0].nbytes))
         self.blocks.nbytes += nbytes
         return torch.from_numpy(records).view(self.dtype).view(1, -1, *self.record_shape)
 
@@ -147,10 +158,8 @@ class LentLog(RecordLog):
             super().truncate(n - self.base)
             return
         self.flush()
-        own, size = (
-            RecordLog(self.file, self.geometry, self.stream, self.writer),
-            max(HELD, READ // self.file.record_bytes),
-        )
+        own = RecordLog(self.file, self.geometry, self.stream, self.writer)
+        size = max(HELD, READ // self.file.record_bytes)
         for start in range(0, n, size):
             own.append(self.read(np.arange(start, min(start + size, n)))[0].tensor())
             own.flush()

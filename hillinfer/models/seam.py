@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hillinfer.errors import UsageError
@@ -66,6 +67,7 @@ def attention(function: Callable | None, module, query, key, value, attention_ma
         key.watcher.observe(query, key, attention_mask, scaling)
     if own:
         softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        softcap = None if function is sdpa_attention_forward else softcap  # which drops it; early releases let it
         if query.shape[2] == 1 or (softcap is None and sinks is None):
             return key.attend(query, attention_mask, scaling, softcap or 0.0, sinks), None
         key, value = key.everything()

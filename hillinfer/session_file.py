@@ -19,7 +19,6 @@ from hillinfer import files, native
 from hillinfer.errors import UsageError
 
 VERSION = "3"  # 1 had no checksum of the facts, 2 another fingerprint of the model
-BLOCK = 4096  # bytes
 PART = 1024  # tokens per checksum
 MAX_HEADER = 1 << 28  # bytes
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -51,7 +50,7 @@ def head(shape: tuple[int, ...], dtype: torch.dtype, facts: dict) -> tuple[bytes
     """What a file of this shape (layers, 1, n, 2, Hkv, D) begins with, and its size in bytes."""
     fields = _header(shape, dtype, facts)
     text = json.dumps(fields).encode()
-    text += b" " * (-(8 + len(text)) % BLOCK)  # records begin with a block, so that a drive's reads can be of them
+    text += b" " * (-(8 + len(text)) % native.BLOCK)  # records begin with a block, so that a drive can read them
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + fields["crc32"]["data_offsets"][1]
 
 

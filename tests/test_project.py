@@ -85,25 +85,11 @@ MAY = {
         "systems",
         "whatif",
     },
-    "commands": CORE_PARTS
-    | {
-        "assets",
-        "cache",
-        "documents",
-        "loading",
-        "longbench",
-        "models",
-        "prefix_store",
-        "session",
-        "speculative",
-        "systems",
-        "whatif",
-    }
-    | {"workbench"},
     "__init__": {"cache", "errors", "config", "evaluator", "loading", "models", "session", "speculative", "systems"}
     | {"workbench"},  # public names, each loaded on first use
     "__main__": {"commands"},
 }
+MAY["commands"] = MAY["workbench"] | {"loading", "workbench"}
 WINGS = ("baselines", "hillinfer", "leoam", "lossless")  # of systems
 
 

@@ -67,7 +67,7 @@ def attention(function: Callable | None, module, query, key, value, attention_ma
         key.watcher.observe(query, key, attention_mask, scaling)
     if own:
         softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-        softcap = None if function is sdpa_attention_forward else softcap  # which drops it; early releases let it
+        softcap = None if function is sdpa_attention_forward else softcap  # sdpa has none: early releases drop it
         if query.shape[2] == 1 or (softcap is None and sinks is None):
             return key.attend(query, attention_mask, scaling, softcap or 0.0, sinks), None
         key, value = key.everything()

@@ -15,8 +15,8 @@ from hillinfer.config import Settings
 from hillinfer.errors import DriveError
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.reading import Blocks, Damaged
-from hillinfer.session_file import BLOCK, crc32
-from hillinfer.tiers.checksums import compare
+from hillinfer.session_file import crc32
+from hillinfer.tiers.checksums import BLOCK, compare
 from hillinfer.tiers.engines import Engine, open_engine
 from hillinfer.tiers.log import HELD, RecordLog
 from hillinfer.tiers.record_file import GAP, RecordFile

@@ -77,8 +77,7 @@ def read_fast(tensors: int, tell: Callable[[str, float], None] | None) -> Iterat
                 return super()._get_field_parts(at, kind)
             reader = _Reader(memoryview(self.data), at)
             of, items = reader.array()
-            kinds = [gguf.GGUFValueType(ARRAY), gguf.GGUFValueType(of)]
-            return reader.at - at, items, list(range(len(items))), kinds
+            return reader.at - at, items, list(range(len(items))), [gguf.GGUFValueType(kind) for kind in (ARRAY, of)]
 
     def dequantize(*tensor):
         if tell:

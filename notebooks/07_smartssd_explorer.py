@@ -58,7 +58,7 @@ from hillinfer.systems.hillinfer.cec import choose
 from hillinfer.systems.shapes import find_shape
 from hillinfer.whatif.devices import find_profile
 from hillinfer.workbench.cec import MEMORIES, tokens_per_second
-from hillinfer.workbench.figures import LAYOUT, LOG
+from hillinfer.workbench.figures import LAYOUT
 from hillinfer.workbench.palette import COLOURS
 
 model_shape, room = find_shape(shape), find_profile("rtx4090-smartssd").get("scorer.memory")
@@ -76,7 +76,7 @@ title = f"Scoring all keys of {shape} in the drive, {clock / 1e6:.0f} MHz assume
 figure.update_layout(LAYOUT, title=title)
 ticks = [f"{n // 1024}K" for n in contexts]
 figure.update_xaxes(type="log", title="cached tokens", tickvals=contexts, ticktext=ticks)
-figure.update_yaxes(title="ms per step (modelled)", **LOG)
+figure.update_yaxes(type="log", title="ms per step (modelled)")
 
 # %% [markdown]
 # ## Against a plain drive

@@ -84,13 +84,12 @@ pd.DataFrame(rows).set_index("placement").style.format(shares)
 # %%
 import plotly.graph_objects as go
 
-from hillinfer.workbench.figures import LAYOUT
 from hillinfer.workbench.palette import COLOURS
 
 sizes = [3, 4, 6, 8, 12]  # MiB of host memory for KV records
 served = [run(host_budget=f"{size}MiB").figures["rates"]["drive"] for size in sizes]
 figure = go.Figure(go.Scatter(x=sizes, y=served, mode="lines+markers", line_color=COLOURS["drive read"]))
-figure.update_layout(LAYOUT, title=f"{task}, {tokens} tokens, alpha {alpha}")
+figure.update_layout(template="plotly_white", height=320, title=f"{task}, {tokens} tokens, alpha {alpha}")
 figure.update_xaxes(title="host budget, MiB", rangemode="tozero")
 figure.update_yaxes(title="served by the drive", tickformat=".0%", rangemode="tozero")
 

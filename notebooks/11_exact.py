@@ -156,4 +156,4 @@ pd.DataFrame(rows, columns=columns).style.hide().format(precision=1)
 #
 #     model.generate(**inputs, past_key_values=cache, custom_generate=hillinfer.exact)
 #
-# and in the terminal `hillinfer run --exact`. [How to](../docs/how-to/decode-exactly.md) says the rest.
+# and in the terminal `hillinfer run --exact`. `docs/how-to/decode-exactly.md` says the rest.

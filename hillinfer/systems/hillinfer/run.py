@@ -50,12 +50,11 @@ class ScoringRun(Run):
         coded = geometry.head_dim if self.store.scores_keys else 0
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
         if settings.drive_kind == "xrt":
-            card = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads, **self.safety)
+            card = Xrt(xclbin=settings.xclbin, bits=settings.bits, **self.io)
             return XrtDrive(settings.drive, shape, card)
         kernel = self._kernel(geometry)
         rates = replace(SMARTSSD, kernel=kernel.code_rate(geometry.head_dim), call=kernel.call_seconds)
-        how = dict(paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
-        return EmulatedDrive(settings.drive, shape, Emulation(rates=rates, **how, **self.safety))
+        return EmulatedDrive(settings.drive, shape, Emulation(rates=rates, paced=settings.paced, **self.io))
 
     def _kernel(self, geometry: Geometry) -> cec.Configuration:
         """The drive's; a drive that attends has no use for it."""

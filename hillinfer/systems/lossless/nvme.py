@@ -9,13 +9,12 @@ import re
 from pathlib import Path
 
 from hillinfer.errors import UsageError
-from hillinfer.native.ring import Namespace, Rings
+from hillinfer.native.ring import LBAS, Namespace, Rings
 from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, check_stamped, stamp_of
 from hillinfer.tiers.block_file import BLOCK, aligned, cuts
 
 NVME_ID = 0x4E40  # ioctl NVME_IOCTL_ID: the namespace's id
 DEPTH = 32  # commands in flight
-MOST_BLOCKS = 1 << 16  # logical blocks in one command
 
 
 class NvmeDevice(BlockDevice):
@@ -72,7 +71,7 @@ class NvmeDevice(BlockDevice):
         self, verb: str, offsets, addresses, lengths, keep, stream: int, position, share: float = 1, verify=True
     ) -> None:
         """Split pieces at the maximum command size, so that all commands are in flight at once."""
-        of, at, own = cuts(lengths, min(self.max_bytes, MOST_BLOCKS * self.lba) // BLOCK * BLOCK)
+        of, at, own = cuts(lengths, min(self.max_bytes, LBAS * self.lba) // BLOCK * BLOCK)
         super().move(verb, offsets[of] + at, addresses[of] + at, own, keep, stream, position, share, verify)
 
     def close(self) -> None:

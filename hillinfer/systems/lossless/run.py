@@ -2,7 +2,7 @@
 
 from hillinfer.config import Settings
 from hillinfer.pipeline.lookahead import Trial
-from hillinfer.pipeline.memory import read_memory
+from hillinfer.pipeline.memory import UNLIMITED, read_memory
 from hillinfer.run import Run
 from hillinfer.systems.lossless.nvme import check_path, open_device
 from hillinfer.systems.lossless.plan import DIRECT, NEAR
@@ -14,7 +14,6 @@ from hillinfer.tiers.log import BEHIND
 from hillinfer.timeline import Track
 
 SPARE = 16 << 20  # bytes of a memory limit left to the kernel's pages for this process
-UNLIMITED = 1 << 60
 
 
 class StreamedRun(Run):
@@ -45,12 +44,11 @@ class StreamedRun(Run):
     def _open_paths(self) -> tuple[BlockFile | HostPath, BlockFile]:
         """The near and the direct path."""
         settings = self.settings
-        options = dict(threads=settings.io_threads, engine=settings.engine, **self.safety)
-        near = HostPath() if settings.stream == "host" else BlockFile(settings.drive, direct=False, **options)
+        near = HostPath() if settings.stream == "host" else BlockFile(settings.drive, direct=False, **self.io)
         try:
             if settings.device is None:
-                return near, BlockFile(settings.drive, **options)
-            return near, open_device(settings.device, **options)
+                return near, BlockFile(settings.drive, **self.io)
+            return near, open_device(settings.device, **self.io)
         except BaseException:
             near.close()
             raise

@@ -21,7 +21,9 @@ class Step:
     recent: int  # last tokens, kept in the window
     layer: int
     step: int
-    scores: Callable[[], np.ndarray]  # ranks of all keys by their codes, int32 (n,), higher is better; scans all codes
+    scores: Callable[
+        [], np.ndarray
+    ]  # ranks of all keys by their codes, int32 (n,), the higher the better; scans all codes
     weights: Callable[[], np.ndarray]  # exact attention weights (H, n) float32; reads all KV: for studies only
     query: torch.Tensor | None = None  # (H, D), of this layer and sequence
     scaling: float = 1.0  # of the logits
@@ -41,7 +43,9 @@ class Step:
 
     def near(self) -> np.ndarray:
         """Positions of the window, sinks and recent tokens, which need no transfer."""
-        return np.union1d(np.arange(min(self.sinks, self.n)), np.arange(max(0, self.n - self.recent), self.n))
+        return np.unique(
+            np.concatenate((np.arange(min(self.sinks, self.n)), np.arange(max(0, self.n - self.recent), self.n)))
+        )
 
     def best(self, ranks: torch.Tensor) -> torch.Tensor:
         """Positions (B, budget) of the window and of the highest ranks (B, n) beside it, ascending; without a wait."""

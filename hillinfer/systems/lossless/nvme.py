@@ -23,13 +23,13 @@ class NvmeDevice(BlockDevice):
     Its block device /dev/nvmeXnY has the stamp, is opened exclusively and receives the TRIM.
     """
 
-    def __init__(self, path: str | Path, threads: int = 16, **options):
+    def __init__(self, path: str | Path, **options):
         self.path = Path(path)
         block, queue = check_namespace(self.path)
         names = "logical_block_size", "max_hw_sectors_kb", "max_segments"
         self.lba, most, segments = (int((queue / name).read_text(encoding="utf-8")) for name in names)
         self.max_bytes = min(most * 1024, segments * BLOCK)  # of one command: MDTS, and pages scattered in memory
-        super().__init__(block, threads, **options | {"engine": "threads"})
+        super().__init__(block, **options | {"engine": "threads"})
         try:
             self.engine.close()
             self.engine = self._open_rings()
@@ -95,9 +95,9 @@ def check_namespace(path: str | Path, root: Path = Path("/")) -> tuple[Path, Pat
     return block, system / "queue"
 
 
-def open_device(path: str | Path, threads: int = 16, **options) -> BlockDevice:
+def open_device(path: str | Path, **options) -> BlockDevice:
     """Open a raw device: /dev/ngXnY by NVMe passthrough, any other path as a block device with O_DIRECT."""
-    return (NvmeDevice if _is_nvme(path) else BlockDevice)(path, threads, **options)
+    return (NvmeDevice if _is_nvme(path) else BlockDevice)(path, **options)
 
 
 def check_path(path: str | Path) -> None:

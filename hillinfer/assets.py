@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hillinfer.errors import UsageError
 
 if TYPE_CHECKING:  # torch takes seconds to load
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -19,12 +20,12 @@ def data_folder(name: str) -> Path:
     raise UsageError(f"the embedded {name} is not installed; work from a clone, or install the released wheel")
 
 
-def load_embedded() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The project's own model in fp32, and its tokenizer."""
+def load_embedded(dtype: "torch.dtype | str" = "float32") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The project's own model and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = data_folder("model")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def cpu_info(field: str) -> list[str]:

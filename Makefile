@@ -7,10 +7,11 @@ export DRIVE ?= out
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+# A module is compiled when it is first imported: all of site-packages take six times as long as what is used of it.
+export PYTHONDONTWRITEBYTECODE :=
 
 EXTRAS = dev,lab
 PIP = $(BIN)/pip install -q --no-compile -c constraints.txt
-COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # on all cores, where pip uses one
 
 .PHONY: demo install test smoke size golden lint format slow show-slice show-hillinfer show-model show-fpga train clean show-longbench show-systems lab browser notebooks gallery api show-workbench show-replay audit fuzz sanitize soak show-trust faults show-real show-exact show-store show-selection show-gpu show-speed show-package nvme bench trees families pretrained
 
@@ -153,7 +154,6 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[$(EXTRAS)]'
-	@$(COMPILE)
 	@echo $(EXTRAS) > $@
 
 $(VENV)/.browser: $(VENV)/.ready
@@ -163,7 +163,7 @@ $(VENV)/.browser: $(VENV)/.ready
 
 $(VENV)/.longbench: EXTRAS = dev,lab,longbench,cluster,gguf,pdf
 $(VENV)/.longbench: $(VENV)/.ready
-	@grep -qx $(EXTRAS) $< || { $(PIP) -e '.[$(EXTRAS)]' || exit 1; $(COMPILE); } # .ready notes what it installed
+	@grep -qx $(EXTRAS) $< || $(PIP) -e '.[$(EXTRAS)]' # .ready notes what it installed
 	@touch $@
 
 show-package: $(VENV)/.longbench ## every claim about the wheel, in new environments; needs a package index

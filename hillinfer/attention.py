@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from hillinfer import native
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def is_native(query: torch.Tensor) -> bool:
     """Whether the kernel can serve this query: it reads host memory."""
-    host = query.device.type == "cpu" and query.dtype in DTYPES
+    host = query.device.type == "cpu" and native.NAMES[query.dtype] in native.DTYPES
     return host and query.shape[3] <= native.MAX_DIM and native.available()
 
 
@@ -37,7 +36,8 @@ def over_records(
     whole, threads = query.float().reshape(batch, heads, dim), torch.get_num_threads()
     shapes = (batch, 1, heads, dim), (batch, heads)
     out, lse = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
-    native.attend(whole.contiguous(), rows, DTYPES[query.dtype], kv_heads, scaling, out, lse, threads, side, softcap)
+    dtype = native.NAMES[query.dtype]
+    native.attend(whole.contiguous(), rows, dtype, kv_heads, scaling, out, lse, threads, side, softcap)
     return out.to(query.dtype), lse
 
 

@@ -112,14 +112,15 @@ class Run:
 
     def record_file(self, geometry: Geometry) -> RecordFile:
         """A private file on the drive for records of this shape, of all layers and sequences."""
-        settings, streams = self.settings, self.layers * geometry.batch
-        shape = geometry.record_bytes, streams, geometry.batch
-        return RecordFile(settings.drive, *shape, settings.io_threads, settings.engine, **self.safety)
+        shape = geometry.record_bytes, self.layers * geometry.batch, geometry.batch
+        return RecordFile(self.settings.drive, *shape, **self.io)
 
     @property
-    def safety(self) -> dict:
-        """Options of every drive."""
-        return dict(checksums=self.settings.checksums, timeout=self.settings.timeout)
+    def io(self) -> dict:
+        """Options of every file on the drive."""
+        settings = self.settings
+        safety = dict(checksums=settings.checksums, timeout=settings.timeout)
+        return dict(threads=settings.io_threads, engine=settings.engine, **safety)
 
     def open_store(self, track: Track) -> Store:
         """One layer's store."""

@@ -5,8 +5,8 @@ the prefill's. The file is read-only; every opened cache is private.
 """
 
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,22 +66,13 @@ def open_session(
     with closing(Saved(Path(path))) as file:
         files.reclaim(file.path.parent.resolve(), f".{file.path.name}-")
         ids, pieces = _checked(file, model, tokenizer)
-        with _new_cache(model, system, options) as cache:
+        with ExitStack() as failing:
+            cache = failing.enter_context(make_cache(model, system, **options))
             fill(cache, file.read, pieces, model.device)
-            cache.timeline.clear()
-            cache.counters.clear()
+            failing.pop_all()
+    cache.timeline.clear()
+    cache.counters.clear()
     return cache, ids
-
-
-@contextmanager
-def _new_cache(model: PreTrainedModel, system: str, options: dict) -> Iterator[TieredCache]:
-    """A new cache, closed if the block that fills it fails."""
-    cache = make_cache(model, system, **options)
-    try:
-        yield cache
-    except BaseException:
-        cache.close()
-        raise
 
 
 @torch.no_grad()
@@ -106,11 +97,13 @@ def keep_session(
     if max(document) >= (known := model.config.get_text_config(decoder=True).vocab_size):
         raise UsageError(f"the document has token {max(document)}, but the model knows {known}: use its own tokenizer")
     fingerprint(model)  # refuses what could not be saved, before the work
-    with _new_cache(model, system, options) as cache:
+    with ExitStack() as failing:
+        cache = failing.enter_context(make_cache(model, system, **options))
         for start, end in pairwise(chunk_ends(len(document), chunk)):
             part = torch.tensor([document[start:end]], device=model.device)
             model(part, past_key_values=cache, logits_to_keep=1)
         save_session(cache, path, model, document, tokenizer)
+        failing.pop_all()
     return cache
 
 

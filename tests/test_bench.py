@@ -15,16 +15,16 @@ def bench(*words):
 
 
 def test_every_system_is_in_the_table(tmp_path):
-    result = bench("--context", 256, "--n", 2, "--out", tmp_path)
+    result = bench("--context", 256, "--n", 1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     table = pd.read_csv(tmp_path / "table.csv").set_index("system")
     answers = pd.read_csv(tmp_path / "answers.csv")
     saved = json.loads((tmp_path / "table.json").read_text())
     left_out = [line for line in saved["setting"] if line.startswith("left out")]
     assert len(table) + len(left_out) == len(list_systems())
-    assert all(name in result.output for name in table.index) and len(answers) == 2 * len(table)
+    assert all(name in result.output for name in table.index) and len(answers) == len(table)
     assert [row["system"] for row in saved["systems"]] == list(table.index)
-    assert (table.questions == 2).all() and (table.ms_median > 0).all() and (table.kv_bytes > 0).all()
+    assert (table.questions == 1).all() and (table.ms_median > 0).all() and (table.kv_bytes > 0).all()
     assert (table[["hit_device", "hit_host", "hit_drive"]].sum(axis=1) - 1).abs().max() < 1e-9
     assert table.exact["full"] and not table.exact["leoam"]
     assert table.attended["full"] == table.cached["full"] > 2 * table.attended["topk"]
@@ -35,8 +35,9 @@ def test_every_system_is_in_the_table(tmp_path):
 def test_decoded_exactly_a_system_answers_as_full(tmp_path):
     words = "--systems", "full,topk,hillinfer", "--context", 256, "--n", 2, "--alpha", 0.1
     assert bench(*words, "--exact", "--out", tmp_path).exit_code == 0
-    table = pd.read_csv(tmp_path / "table.csv")
+    table, answers = pd.read_csv(tmp_path / "table.csv"), pd.read_csv(tmp_path / "answers.csv")
     assert table.exact.all() and table.right.nunique() == 1
+    assert (table.questions == 2).all() and len(answers) == 2 * len(table) == 6
 
 
 @pytest.mark.parametrize(

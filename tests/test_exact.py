@@ -1,7 +1,7 @@
 """Exact decoding says what the full cache would say, whatever drafts, and however generation is to go on or stop."""
 
 import warnings
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import pytest
@@ -48,14 +48,24 @@ def answer(model, ids, system, folder, exact=True, **options):
         return out, [*cache.counters.rounds]
 
 
+@pytest.fixture(scope="module")
+def full(models):
+    """Maps a family to prompts of three lengths, each with what `full` makes of it: once for all drafts."""
+
+    @cache
+    def get(family: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        seeded = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        prompts = [torch.randint(5, 90, (1, 60 + 37 * i), generator=seed) for i, seed in enumerate(seeded)]
+        return [(ids, answer(models(family), ids, "full", None, exact=False)[0]) for ids in prompts]
+
+    return get
+
+
 @pytest.mark.parametrize(("system", "alpha"), DRAFTS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_tokens_are_those_of_the_full_cache(models, family, system, alpha, tmp_path):
-    model = models(family)
-    for seed in range(3):
-        ids = torch.randint(5, 90, (1, 60 + 37 * seed), generator=torch.Generator().manual_seed(seed))
-        want, _ = answer(model, ids, "full", tmp_path, exact=False)
-        got, rounds = answer(model, ids, system, tmp_path, alpha=alpha)
+def test_tokens_are_those_of_the_full_cache(models, full, family, system, alpha, tmp_path):
+    for ids, want in full(family):
+        got, rounds = answer(models(family), ids, system, tmp_path, alpha=alpha)
         assert torch.equal(got, want)
         assert sum(accepted for _, accepted in rounds) + len(rounds) >= 39
     assert any(drafted for drafted, _ in rounds)

@@ -40,10 +40,10 @@ EACH = dict(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.f
 
 @pytest.fixture(params=native.isas() or ["none"])
 def isa(request):
-    before = native.isa()
-    native.use_isa(request.param)
+    before = native.library.isa
+    native.library.isa = native.ISAS.index(request.param)
     yield request.param
-    native.use_isa(before)
+    native.library.isa = before
 
 
 @given(
@@ -215,7 +215,6 @@ WRONG = [
     (native.read, TypeError, dict(words=I64)),
     (native.read, ValueError, dict(words=np.zeros(4, np.uint64)[::2])),
     (native.read, ValueError, dict(words=np.zeros(17, np.uint8)[1:].view(np.uint64))),
-    (native.use_isa, ValueError, dict(name="avx1024")),
 ]  # fmt: skip
 
 

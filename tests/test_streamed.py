@@ -108,7 +108,7 @@ def geometry(kv_heads=2, head_dim=16, batch=1):
 
 def tensors(folder, shape, layers=3, budget=0, host=False, **options):
     near = HostPath() if host else BlockFile(folder, direct=False)
-    return Tensors(shape, layers, near, BlockFile(folder), lambda pinned: budget, **options)
+    return Tensors(shape, layers, {NEAR: near, DIRECT: BlockFile(folder)}, lambda pinned: budget, **options)
 
 
 @given(data=st.data())

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from hillinfer import files
@@ -132,13 +133,16 @@ def read_manifest(folder: Path) -> dict:
 
 def environment(command: list[str], hardware: str) -> dict:
     """Versions and hardware: recorded for information, never compared."""
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    versions = {}
+    for name in LIBRARIES:  # one by one: to read the metadata of all that is installed takes half a second
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "command": command,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "hardware": hardware,
-        "versions": {name: installed[name] for name in LIBRARIES if name in installed},
+        "versions": versions,
     }
 
 

@@ -62,8 +62,7 @@ class TieredLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        return -1
+    get_max_cache_shape = get_max_length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens: that many if negative, all but that many if positive (the older form)."""

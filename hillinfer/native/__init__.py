@@ -100,13 +100,6 @@ def isas() -> list[str]:
     return [ISAS[i] for i in library.isas] if available() else []
 
 
-def use_isa(name: str) -> None:
-    """Switch to one of `isas()`, for tests and measurements."""
-    if name not in isas():
-        raise ValueError(f"this machine has {', '.join(isas())}, not {name}")
-    library.isa = ISAS.index(name)
-
-
 def read(words: np.ndarray, threads: int = 1) -> int:
     """The sum of uint64 words, computed at memory bandwidth."""
     return library.hi_read(library.isa, address(words, "uint64", words.size), words.size, _share(words.nbytes, threads))

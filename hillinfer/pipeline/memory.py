@@ -7,7 +7,7 @@ from pathlib import Path
 from hillinfer.errors import UsageError
 
 MIB = 1 << 20
-UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
+UNLIMITED = 1 << 60  # bytes; cgroup v1 writes "no limit" as a number near 2^63
 LIBRARIES = 320 * MIB  # anonymous memory of torch and transformers once imported, before any model (275 measured)
 AT_WORK = 80 * MIB  # their further memory, beside tensors, while a model runs: lazy imports, threads, the allocator
 PART = 512  # tokens of KV that torch's flash attention works on at once

@@ -107,7 +107,6 @@ def calibrate(
     paced: bool = False,
     kinds: bool = True,
     each: Callable[[str], None] = lambda text: None,
-    names: Iterable[str] | None = None,
 ) -> Profile:
     """Measure this machine; about two minutes if it is idle, half a minute without the cost of `kinds`.
 
@@ -117,7 +116,7 @@ def calibrate(
     parts, timelines = measure_parts(folder, paced), []
     rng = np.random.default_rng(0)
     for model in random_models() if kinds else []:
-        for name, options in variants(folder, names=names).items():
+        for name, options in variants(folder).items():
             for context in CONTEXTS:
                 each(f"{name}, {context} tokens")
                 timelines.append(record(model, name, options, rng.integers(3, 1000, context).tolist()))

@@ -11,17 +11,12 @@ import numpy as np
 import torch
 
 from hillinfer import attention
-from hillinfer.systems.hillinfer.scoring import ScoringStore
+from hillinfer.tiers.tiered_store import TieredStore
 from hillinfer.timeline import Served
 
 
-class AttendingStore(ScoringStore):
+class AttendingStore(TieredStore):
     """A store without a pool, whose drive computes attention (`ComputationalDrive.begin_attend`)."""
-
-    scores_keys = False
-
-    def announce(self) -> None:
-        """Does nothing: a drive that scores no keys needs no hot set."""
 
     def attend(self, query, picks, valid, scaling, watch=None, softcap=0.0, sums=True):
         """See `Store.attend`; always over all tokens."""

@@ -18,6 +18,7 @@ from hillinfer.systems.hillinfer.xrt import XrtDrive
 from hillinfer.tiers.block_file import BLOCK
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.log import BEHIND
+from hillinfer.tiers.tiered_store import TieredStore
 from hillinfer.timeline import Track
 
 REBALANCE_EVERY = 16  # decode steps between corrections of the split by the measured selection rates
@@ -26,7 +27,7 @@ REBALANCE_EVERY = 16  # decode steps between corrections of the split by the mea
 class ScoringRun(Run):
     """With a device profile, the host's pool is sized for the shortest step (`Speeds.split`)."""
 
-    store = ScoringStore
+    store: type[TieredStore] = ScoringStore
 
     @classmethod
     def check_settings(cls, settings: Settings) -> None:
@@ -50,18 +51,17 @@ class ScoringRun(Run):
         coded = geometry.head_dim if self.store.scores_keys else 0
         shape = Shape(streams, geometry.batch, geometry.record_bytes, geometry.kv_heads, coded)
         if settings.drive_kind == "xrt":
-            card = Xrt(xclbin=settings.xclbin, bits=settings.bits, threads=settings.io_threads, **self.safety)
+            card = Xrt(xclbin=settings.xclbin, bits=settings.bits, **self.io)
             return XrtDrive(settings.drive, shape, card)
         kernel = self._kernel(geometry)
         rates = replace(SMARTSSD, kernel=kernel.code_rate(geometry.head_dim), call=kernel.call_seconds)
-        how = dict(paced=settings.paced, threads=settings.io_threads, engine=settings.engine)
-        return EmulatedDrive(settings.drive, shape, Emulation(rates=rates, **how, **self.safety))
+        return EmulatedDrive(settings.drive, shape, Emulation(rates=rates, paced=settings.paced, **self.io))
 
     def _kernel(self, geometry: Geometry) -> cec.Configuration:
         """The drive's; a drive that attends has no use for it."""
         return cec.choose(self.settings.bits if self.store.scores_keys else 8, geometry.head_dim)
 
-    def open_store(self, track: Track) -> ScoringStore:
+    def open_store(self, track: Track) -> TieredStore:
         return self.tiered_store(self.store, track, lambda stream: DriveLog(self.drive, self.geometry, stream))
 
     def host_bytes(self, tokens: int) -> dict[str, int]:

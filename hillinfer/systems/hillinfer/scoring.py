@@ -56,26 +56,16 @@ class ScoringStore(TieredStore):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.hot = [np.zeros(0, bool) for _ in self.logs]  # tokens that the host scores
-
-    def append(self, kv: torch.Tensor, codes=None) -> None:
-        super().append(kv, codes)
-        self.announce()
-
-    def settle(self) -> int:
-        swapped = super().settle()
-        if swapped:
-            self.announce()
-        return swapped
+        self.hot = [np.zeros(0, bool) for _ in self.logs]  # tokens that the host scores, as the drive knows them
 
     def truncate(self, n: int) -> None:
         super().truncate(n)
         self.hot = [hot[:n] for hot in self.hot]
-        self.announce()
 
     def scores(self, row: int, query: torch.Tensor, score: Callable, scanned: int) -> np.ndarray:
         """See `Store.scores`; equal to the bit to the host's own scores of all keys."""
         log = self.logs[row]
+        self._announce(row)
         blocks = log.drive.begin_evaluate(log.stream, query.numpy(), self.block)
         start, hot = time.perf_counter_ns(), np.flatnonzero(self.hot[row])
         out = np.empty((query.shape[0] * query.shape[1], len(self.hot[row])), np.int32)
@@ -90,13 +80,12 @@ class ScoringStore(TieredStore):
         self.track.add("cpu", "merge", scored, sent, merged)
         return out
 
-    def announce(self) -> None:
-        """Send the drive the changes of the hot set."""
-        for row, (pool, log) in enumerate(zip(self.pools, self.logs, strict=True)):
-            before = np.ones(log.n, bool)  # new tokens are hot to the drive
-            before[: len(self.hot[row])] = self.hot[row]
-            now = pool.slots(np.arange(log.n)) >= 0
-            for changed, hot in ((now & ~before, True), (before & ~now, False)):
-                if changed.any():
-                    log.drive.hold(log.stream, np.flatnonzero(changed), hot)
-            self.hot[row] = now
+    def _announce(self, row: int) -> None:
+        """Send the drive the changes of a sequence's hot set."""
+        log = self.logs[row]
+        before, now = np.ones(log.n, bool), self.pools[row].slots(np.arange(log.n)) >= 0
+        before[: len(self.hot[row])] = self.hot[row]  # new tokens are hot to the drive
+        for changed, hot in ((now & ~before, True), (before & ~now, False)):
+            if changed.any():
+                log.drive.hold(log.stream, np.flatnonzero(changed), hot)
+        self.hot[row] = now

@@ -9,13 +9,12 @@ import re
 from pathlib import Path
 
 from hillinfer.errors import UsageError
-from hillinfer.native.ring import Namespace, Rings
+from hillinfer.native.ring import LBAS, Namespace, Rings
 from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, check_stamped, stamp_of
 from hillinfer.tiers.block_file import BLOCK, aligned, cuts
 
 NVME_ID = 0x4E40  # ioctl NVME_IOCTL_ID: the namespace's id
 DEPTH = 32  # commands in flight
-MOST_BLOCKS = 1 << 16  # logical blocks in one command
 
 
 class NvmeDevice(BlockDevice):
@@ -24,13 +23,13 @@ class NvmeDevice(BlockDevice):
     Its block device /dev/nvmeXnY has the stamp, is opened exclusively and receives the TRIM.
     """
 
-    def __init__(self, path: str | Path, threads: int = 16, **options):
+    def __init__(self, path: str | Path, **options):
         self.path = Path(path)
         block, queue = check_namespace(self.path)
         names = "logical_block_size", "max_hw_sectors_kb", "max_segments"
         self.lba, most, segments = (int((queue / name).read_text(encoding="utf-8")) for name in names)
         self.max_bytes = min(most * 1024, segments * BLOCK)  # of one command: MDTS, and pages scattered in memory
-        super().__init__(block, threads, **options | {"engine": "threads"})
+        super().__init__(block, **options | {"engine": "threads"})
         try:
             self.engine.close()
             self.engine = self._open_rings()
@@ -72,7 +71,7 @@ class NvmeDevice(BlockDevice):
         self, verb: str, offsets, addresses, lengths, keep, stream: int, position, share: float = 1, verify=True
     ) -> None:
         """Split pieces at the maximum command size, so that all commands are in flight at once."""
-        of, at, own = cuts(lengths, min(self.max_bytes, MOST_BLOCKS * self.lba) // BLOCK * BLOCK)
+        of, at, own = cuts(lengths, min(self.max_bytes, LBAS * self.lba) // BLOCK * BLOCK)
         super().move(verb, offsets[of] + at, addresses[of] + at, own, keep, stream, position, share, verify)
 
     def close(self) -> None:
@@ -96,9 +95,9 @@ def check_namespace(path: str | Path, root: Path = Path("/")) -> tuple[Path, Pat
     return block, system / "queue"
 
 
-def open_device(path: str | Path, threads: int = 16, **options) -> BlockDevice:
+def open_device(path: str | Path, **options) -> BlockDevice:
     """Open a raw device: /dev/ngXnY by NVMe passthrough, any other path as a block device with O_DIRECT."""
-    return (NvmeDevice if _is_nvme(path) else BlockDevice)(path, threads, **options)
+    return (NvmeDevice if _is_nvme(path) else BlockDevice)(path, **options)
 
 
 def check_path(path: str | Path) -> None:

@@ -112,10 +112,10 @@ def check_stamped(path: str | Path) -> int:
 class BlockDevice(BlockFile):
     """A stamped block device, opened exclusively."""
 
-    def __init__(self, path: str | Path, threads: int = 16, **options):
+    def __init__(self, path: str | Path, **options):
         self.limit = check_stamped(path)
         self.what = f"the raw block device {path}"
-        super().__init__(Path(path), threads, **options)
+        super().__init__(Path(path), **options)
         self.size, self.trimmed = STAMP, False
 
     def _open(self, direct: bool) -> tuple[int, bool]:

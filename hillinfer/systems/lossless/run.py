@@ -2,7 +2,7 @@
 
 from hillinfer.config import Settings
 from hillinfer.pipeline.lookahead import Trial
-from hillinfer.pipeline.memory import read_memory
+from hillinfer.pipeline.memory import UNLIMITED, read_memory
 from hillinfer.run import Run
 from hillinfer.systems.lossless.nvme import check_path, open_device
 from hillinfer.systems.lossless.plan import DIRECT, NEAR
@@ -14,7 +14,6 @@ from hillinfer.tiers.log import BEHIND
 from hillinfer.timeline import Track
 
 SPARE = 16 << 20  # bytes of a memory limit left to the kernel's pages for this process
-UNLIMITED = 1 << 60
 
 
 class StreamedRun(Run):
@@ -38,22 +37,20 @@ class StreamedRun(Run):
     def open(self, geometry: Geometry) -> None:
         settings = self.settings
         self.trial = Trial({"cross": True, "intra": False}.get(settings.pipelining, "auto"))
-        paths, prefetch = self._open_paths(), settings.lookahead is not False
-        options = dict(max_tokens=settings.max_tokens, staggered=lambda: self.trial.on, prefetch=prefetch)
-        self.tensors = Tensors(geometry, self.layers, *paths, self._near_budget, **options)
+        how = dict(staggered=lambda: self.trial.on, prefetch=settings.lookahead is not False)
+        paths = self._open_paths()
+        self.tensors = Tensors(geometry, self.layers, paths, self._near_budget, settings.max_tokens, **how)
 
-    def _open_paths(self) -> tuple[BlockFile | HostPath, BlockFile]:
-        """The near and the direct path."""
+    def _open_paths(self) -> dict[str, BlockFile | HostPath]:
         settings = self.settings
-        options = dict(threads=settings.io_threads, engine=settings.engine, **self.safety)
-        near = HostPath() if settings.stream == "host" else BlockFile(settings.drive, direct=False, **options)
+        near = HostPath() if settings.stream == "host" else BlockFile(settings.drive, direct=False, **self.io)
         try:
-            if settings.device is None:
-                return near, BlockFile(settings.drive, **options)
-            return near, open_device(settings.device, **options)
+            device = settings.device
+            direct = BlockFile(settings.drive, **self.io) if device is None else open_device(device, **self.io)
         except BaseException:
             near.close()
             raise
+        return {NEAR: near, DIRECT: direct}
 
     def _near_budget(self, buffers: int) -> int:
         """Bytes for the near path beside the transfer buffers: the user's limit, or the system's rule."""

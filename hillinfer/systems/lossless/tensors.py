@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hillinfer.systems.lossless.plan import DIRECT, NEAR, Plan
+from hillinfer.systems.lossless.plan import NEAR, Plan
 from hillinfer.systems.lossless.slots import Slots
 from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned, pieces
 from hillinfer.tiers.geometry import Geometry
@@ -70,6 +70,7 @@ class Tensor:
 class Tensors:
     """The K and V tensors of all layers of one cache, in the order K0, V0, K1, ...
 
+    paths       the near and the direct one, by the plan's names
     budget      bytes for the near path, given the bytes of the buffers yet to be allocated
     max_tokens  length to reserve space for, so that each tensor is one extent. Without it, space for the first append
                 and HEADROOM tokens; when full, it doubles by another extent per tensor, and nothing moves
@@ -79,15 +80,13 @@ class Tensors:
 
     geometry: Geometry
     layers: int
-    near: BlockFile | HostPath
-    direct: BlockFile
+    paths: dict[str, BlockFile | HostPath]
     budget: Callable[[int], int]
     max_tokens: int | None = None
     staggered: Callable[[], bool] = lambda: False
     prefetch: bool = True
 
     def __post_init__(self):
-        self.paths = {NEAR: self.near, DIRECT: self.direct}
         self.token_bytes = self.geometry.batch * self.geometry.record_bytes // 2  # of one tensor
         self.tensors = [Tensor(i) for i in range(2 * self.layers)]
         self.plan: Plan | None = None

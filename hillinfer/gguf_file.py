@@ -1,4 +1,4 @@
-"""The header of a GGUF file: what it holds, and whether this file can be loaded, before anything is read from it.
+"""A GGUF file: its header, whether it can be loaded, before anything else is read from it, and reading it fast.
 
     "GGUF" version tensors keys | key type value ... | name dimensions type offset ... | padding | tensors
 
@@ -7,7 +7,11 @@ Integers are little-endian, of 32 bits (version, types, number of dimensions) or
 
 import mmap
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +20,7 @@ from hillinfer.errors import UsageError
 
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
-VERSIONS, MOST_DIMENSIONS, ALIGNMENT = (2, 3), 4, 32
+VERSIONS, MOST_DIMENSIONS, MOST_ITEMS, ALIGNMENT = (2, 3), 4, 1 << 22, 32
 PACKAGES = ("gguf", "accelerate")
 AGAIN = "download it again"
 
@@ -34,8 +38,8 @@ class Header(NamedTuple):
     end: int  # bytes before the first tensor
 
 
-def check(path: Path) -> None:
-    """UsageError, with the fix, for a file that cannot be loaded as a text model, or if a package for it is missing."""
+def check(path: Path) -> Header:
+    """The header of a text model's file. UsageError, with the fix, if it cannot be loaded or a package is missing."""
     if not all(map(find_spec, PACKAGES)):
         raise UsageError(f"{path.name} needs {' and '.join(PACKAGES)}: pip install 'hillinfer[gguf]'")
     header = read(path)
@@ -51,6 +55,42 @@ def check(path: Path) -> None:
     end = max((header.end + tensor.offset + _nbytes(tensor, path) for tensor in header.tensors), default=0)
     if end > (size := path.stat().st_size):
         raise UsageError(f"{path} is cut short, {size:,} of {end:,} bytes: {AGAIN}")
+    return header
+
+
+@contextmanager
+def read_fast(tensors: int, tell: Callable[[str, float], None] | None) -> Iterator[None]:
+    """While this is open, transformers loads checked GGUF files without most of its overhead, with equal results.
+
+    The package gguf creates NumPy views, in 20 µs, for each of the 450,000 items of a tokenizer's arrays, and
+    transformers has it build the same table of names once per module.
+
+    tensors  in the file
+    tell     is given what is done and the share of it, 0 to 1, before each tensor
+    """
+    import gguf
+    from gguf import gguf_reader, quants, tensor_mapping
+
+    class Reader(gguf_reader.GGUFReader):
+        def _get_field_parts(self, at, kind):
+            if kind != ARRAY:
+                return super()._get_field_parts(at, kind)
+            reader = _Reader(memoryview(self.data), at)
+            of, items = reader.array()
+            return reader.at - at, items, list(range(len(items))), [gguf.GGUFValueType(kind) for kind in (ARRAY, of)]
+
+    def dequantize(*tensor):
+        if tell:
+            tell(f"unpacking tensor {(n := next(numbers)):,} of {tensors:,}", n / tensors)
+        return quants.dequantize(*tensor)
+
+    numbers, table = count(1), tensor_mapping.get_tensor_name_map
+    vars(gguf).update(GGUFReader=Reader, dequantize=dequantize, get_tensor_name_map=cache(table))
+    try:
+        yield
+    finally:
+        own = dict(GGUFReader=gguf_reader.GGUFReader, dequantize=quants.dequantize, get_tensor_name_map=table)
+        vars(gguf).update(own)
 
 
 def _scales_positions(header: Header) -> bool:
@@ -67,7 +107,7 @@ def read(path: Path) -> Header:
             if (start := file.read(4)) == b"GGUF":
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     return _Reader(data).header()
-    except (struct.error, ValueError, TypeError, ArithmeticError) as error:
+    except (struct.error, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise UsageError(f"{path} is damaged: its header cannot be read ({error}); {AGAIN}") from None
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}); name a readable .gguf file") from None
@@ -77,8 +117,8 @@ def read(path: Path) -> Header:
 class _Reader:
     """Reads one value after the other. `struct.error` or `ValueError` where the file ends or makes no sense."""
 
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 4
+    def __init__(self, data: mmap.mmap | memoryview, at: int = 4):
+        self.data, self.at = data, at
 
     def header(self) -> Header:
         if (version := self.number("<I")) not in VERSIONS:
@@ -94,35 +134,33 @@ class _Reader:
         self.at += struct.calcsize(kind)
         return value
 
-    def count(self) -> int:
+    def count(self, most: int = 1 << 63) -> int:
         """Of items, or of bytes. One that the rest of the file cannot hold is refused: it would take forever."""
-        if (count := self.number("<Q")) > len(self.data) - self.at:
+        if (count := self.number("<Q")) > min(most, len(self.data) - self.at):
             raise ValueError(f"{count:,} items")
         return count
 
-    def text(self) -> str:
+    def raw(self) -> bytes:
         size = self.count()
         self.at += size
-        return self.data[self.at - size : self.at].decode("utf-8")
+        return bytes(self.data[self.at - size : self.at])
+
+    def text(self) -> str:
+        return self.raw().decode("utf-8")
 
     def value(self, kind: int) -> str | float:
         if kind == STRING:
             return self.text()
-        if kind != ARRAY:
-            return self.number(self.scalar(kind))
-        kind, count = self.number("<I"), self.count()
-        if kind == STRING:
-            for _ in range(count):
-                size = self.count()
-                self.at += size
-        else:
-            self.at += count * struct.calcsize(self.scalar(kind))
-        return count
+        return len(self.array()[1]) if kind == ARRAY else self.number(SCALARS[kind])
 
-    def scalar(self, kind: int) -> str:
-        if kind not in SCALARS:
-            raise ValueError(f"a value of type {kind}")
-        return SCALARS[kind]
+    def array(self) -> tuple[int, list]:
+        """The type of an array's items, and these: strings as bytes, numbers as tuples of one."""
+        kind, count = self.number("<I"), self.count(MOST_ITEMS)
+        if kind == STRING:
+            return kind, [self.raw() for _ in range(count)]
+        size = count * struct.calcsize(SCALARS[kind])
+        self.at += size
+        return kind, list(struct.iter_unpack(SCALARS[kind], self.data[self.at - size : self.at]))
 
     def tensor(self) -> Tensor:
         name, dimensions = self.text(), self.number("<I")

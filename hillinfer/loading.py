@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -38,12 +40,16 @@ def load_model(name: str, dtype: "torch.dtype | str" = "auto") -> "tuple[PreTrai
     return load_weights(name, config, choose_dtype(name, config, dtype)), tokenizer
 
 
-def load_weights(name: str, config: "PretrainedConfig", dtype: "torch.dtype") -> "PreTrainedModel":
-    """The model `name`, whose config has been loaded, ready to generate. UsageError if its file lacks weights."""
+def load_weights(name: str, config: "PretrainedConfig", dtype: "torch.dtype", tell=None) -> "PreTrainedModel":
+    """The model `name`, whose config has been loaded, ready to generate. UsageError if its file lacks weights.
+
+    tell  as in `load_pretrained`
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, info = load_pretrained(AutoModelForCausalLM, name, config=config, dtype=dtype, output_loading_info=True)
+    options = dict(config=config, dtype=dtype, output_loading_info=True)
+    model, info = load_pretrained(AutoModelForCausalLM, name, tell, **options)
     if lacking := sorted(info["missing_keys"]):
         raise UsageError(
             f"model '{name}' lacks {len(lacking)} weights, such as {lacking[0]}: download it again, or give another"
@@ -51,30 +57,32 @@ def load_weights(name: str, config: "PretrainedConfig", dtype: "torch.dtype") ->
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_pretrained(loader, name: str, **options):
+def load_pretrained(loader, name: str, tell: Callable[[str, float], None] | None = None, **options):
     """`loader.from_pretrained` for any `name` that `load_model` takes. Never runs a model's own code.
 
     loader   a class of transformers: AutoConfig, AutoTokenizer, AutoModelForCausalLM
+    tell     is given what is done with a GGUF file's tensors, and the share of it, 0 to 1
     options  keyword arguments of `from_pretrained`
 
     Raises UsageError if the files are missing, unreachable, damaged or not of a known architecture.
     """
     path = Path(model_path(name))
     local = path.exists()
-    online = not local and hub_reachable()
+    online, opened = not local and hub_reachable(), nullcontext()
     expected, fix = (OSError, ValueError, KeyError), "give a folder with config.json, a hub id, or hub-id:file.gguf"
     try:
         if not local and path.suffix == ".gguf":
             path = _download(str(name), online)
         if path.is_file():
-            gguf_file.check(path)
+            opened = gguf_file.read_fast(len(gguf_file.check(path).tensors), tell)
             # On an unknown or damaged file transformers raises whatever comes.
             expected, fix = Exception, "give the .gguf file of a text model that transformers knows, or its folder"
             options |= {"gguf_file": path.name} | _unpack(loader)
             path = path.parent
         elif not (path / "config.json").exists() and (files := sorted(file.name for file in path.glob("*.gguf"))):
             raise UsageError(f"{name} has no config.json; name one of its files: {', '.join(files)}")
-        return loader.from_pretrained(str(path), trust_remote_code=False, local_files_only=not online, **options)
+        with opened:
+            return loader.from_pretrained(str(path), trust_remote_code=False, local_files_only=not online, **options)
     except UsageError:
         raise
     except expected as error:

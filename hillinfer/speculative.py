@@ -77,7 +77,7 @@ def exact(
     Raises UsageError for a cache or batch whose tokens could not be taken back.
     """
     cache = model_kwargs.get("past_key_values")
-    _check(cache, input_ids)
+    _check(cache, input_ids, model_kwargs.get("attention_mask"))
     rounds = Rounds(model, cache, logits_processor, generation_config.do_sample)
     ids, done = input_ids, False
     new, _ = rounds.choose(ids, rounds.verify(ids[0, cache.get_seq_length() :], last=True))
@@ -158,11 +158,11 @@ class Rounds:
         return (true - guessed).clamp(min=0).multinomial(1)[0], False
 
 
-def _check(cache, input_ids: torch.Tensor) -> None:
+def _check(cache, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     if not isinstance(cache, TieredCache):
         raise UsageError("exact decoding drafts with a system's selection: pass past_key_values=make_cache(...)")
-    if len(input_ids) != 1:
-        raise UsageError(f"exact decoding takes one sequence at a time, not {len(input_ids)}")
+    if len(input_ids) != 1 or (mask is not None and not mask.all()):
+        raise UsageError("exact decoding takes one sequence without padding at a time")
     check_draft(cache.run.policy)
     if len(cache.tiered) < cache.support.layers:
         raise UsageError("layers with a sliding window or a state cannot take drafted tokens back: use system full")

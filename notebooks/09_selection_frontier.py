@@ -59,13 +59,14 @@ figure.update_xaxes(title="KV and index that a step reads, % of all KV")
 # %%
 import plotly.express as px
 
+from hillinfer.workbench.figures import LOG
 from hillinfer.workbench.palette import LINES
 
 chosen = rows[rows.attended < 100].sort_values(["alpha", "kl"])
 frames = dict(animation_frame="alpha", hover_data=["agree", "mass"], color_discrete_sequence=LINES[:1])
 figure = px.bar(chosen, x="system", y="kl", log_y=True, **frames)
 figure.update_layout(yaxis_title="KL to full, nats a token", template="simple_white", updatemenus=[], height=420)
-figure.update_yaxes(range=[-2.5, 1.2])
+figure.update_yaxes(range=[-2.5, 1.2], **LOG)
 
 # %% [markdown]
 # ## Where attention is lost
@@ -87,7 +88,9 @@ record = AttentionRecord(exact=True)
 case = Case.task(tokenizer, "chain", 2048, 2)
 LiveRun(loaded, tokenizer, case, "topk", dict(alpha=alpha), record).start().result()
 recall = np.mean([[layers[i].recall for i in sorted(layers)] for layers in record.steps.values()], 0)
-px.imshow(100 * (1 - recall), color_continuous_scale="Cividis", labels=dict(x="head", y="layer", color="lost, %"))
+labels = dict(x="head", y="layer", color="lost, %")
+figure = px.imshow(100 * (1 - recall), color_continuous_scale="Cividis", labels=labels, aspect="auto", height=360)
+figure.update_xaxes(dtick=1).update_layout(margin=dict(l=60, r=20, t=20, b=50))
 
 # %% [markdown]
 # The head that loses most, over the document: its attention by blocks of positions, and what was selected.

@@ -35,11 +35,14 @@ def shoot(pages: list[Path]) -> bytes:
     """A picture of boards in Chromium: side by side, or below a table of scores."""
     from playwright.sync_api import sync_playwright
 
-    beside = len(pages) > 1 and "ScoreTable" not in pages[0].name
+    scores = "ScoreTable" in pages[0].name
+    beside = len(pages) > 1 and not scores
     with sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        tab = browser.new_page(viewport=dict(width=640 if beside else 1060, height=400), color_scheme="light")
+        tab = browser.new_page(
+            viewport=dict(width=640 if beside else 1200 if scores else 1060, height=400), color_scheme="light"
+        )
         images = []
         for page in pages:
             tab.goto(f"file://{page}")

@@ -260,6 +260,13 @@ def test_what_cannot_be_taken_back_is_refused(models, prompt, system, rows, word
         answer(models("llama"), prompt.repeat(rows, 1), system, tmp_path)
 
 
+def test_padding_is_refused(models, prompt):
+    model, mask = models("llama"), torch.ones_like(prompt)
+    mask[:, :3] = 0
+    with hillinfer.make_cache(model, "topk") as cache, pytest.raises(hillinfer.UsageError, match="without padding"):
+        model.generate(prompt, attention_mask=mask, past_key_values=cache, custom_generate=hillinfer.exact)
+
+
 def test_a_draft_is_as_long_as_pays():
     gammas: list[int] = []
 

@@ -5,6 +5,7 @@ import random
 import re
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -56,6 +57,37 @@ def test_a_gguf_file_is_the_model_it_was_written_from(source, tmp_path, kind, er
     dense, same = hillinfer.load_model(str(tmp_path / "dense"), "float32")
     assert torch.equal(dense(IDS).logits, got) and same.get_vocab() == tokenizer.get_vocab()
     assert len(tokenizer("the").input_ids) == 1 and tokenizer.eos_token_id == 258
+
+
+def test_reading_fast_changes_nothing(file, source, tmp_path, monkeypatch):
+    more = write(tmp_path / "more.gguf", source, "Q8_0", tokenizer__ggml__scores=[0.5, -1e9], flags=[True, False])
+    with gguf_file.read_fast(1, None):
+        Reader = gguf.GGUFReader
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    assert gguf.GGUFReader is gguf.gguf_reader.GGUFReader is not Reader
+    assert gguf.dequantize is gguf.quants.dequantize
+    fast, slow = Reader(more), gguf.GGUFReader(more)
+    assert list(fast.fields) == list(slow.fields) and "flags" in fast.fields
+    for name, field in slow.fields.items():
+        got, want = ([one.parts[i] for i in one.data] for one in (fast.fields[name], field))
+        assert [list(part) for part in got] == [list(part) for part in want], name
+        assert not want or fast.fields[name].types == field.types
+    assert {type(part) for part in fast.fields["tokenizer.ggml.tokens"].parts[3:]} == {bytes}
+    model, tokenizer = hillinfer.load_model(str(more), "float32")
+    monkeypatch.setattr(gguf_file, "read_fast", lambda tensors, tell: nullcontext())
+    same, words = hillinfer.load_model(str(more), "float32")
+    assert model.config.to_dict() == same.config.to_dict()
+    assert tokenizer.backend_tokenizer.to_str() == words.backend_tokenizer.to_str()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+
+
+def test_each_tensor_is_told(file):
+    heard = []
+    loading.load_weights(
+        str(file), loading.load_pretrained(AutoConfig, str(file)), torch.float32, lambda *said: heard.append(said)
+    )
+    total = len(gguf_file.read(file).tensors)
+    assert heard == [(f"unpacking tensor {n} of {total}", n / total) for n in range(1, total + 1)] and total > 20
 
 
 def test_every_form_of_a_name(file, source, monkeypatch, tmp_path):

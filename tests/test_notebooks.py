@@ -23,7 +23,7 @@ SMALL |= {
 
 
 def test_all_notebooks_are_here():
-    assert [book.stem[:2] for book in BOOKS] == [f"{number:02}" for number in range(11)]
+    assert [book.stem[:2] for book in BOOKS] == [f"{number:02}" for number in range(12)]
     assert [book.stem for book in BOOKS] == [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9]*_*.py"))]
 
 

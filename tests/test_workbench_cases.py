@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from importlib.util import find_spec
 
 import pytest
 
@@ -14,6 +15,7 @@ from hillinfer.longbench.tasks import find_task
 from hillinfer.workbench.cases import TEXT, Case, rows_of, tasks_of
 from hillinfer.workbench.live import LiveRun
 from tests.longbench_rows import rows, write_model, write_rows
+from tests.tiny_gguf import tiny_llama, write
 
 pytest.importorskip("datasets", reason="pip install 'hillinfer[longbench]'")
 
@@ -122,6 +124,12 @@ def test_a_model_is_loaded_with_progress_and_only_if_it_fits(tmp_path, monkeypat
     assert model.config.model_type == "qwen3" and len(tokenizer) > 0
     shares = [share for what, share in seen if "weights" in what.lower()]
     assert len(shares) > 5 and shares == sorted(shares) and shares[-1] > 0.8
+    if all(map(find_spec, ("gguf", "accelerate"))):
+        load_checked(str(write(tmp_path / "tiny.gguf", tiny_llama())), lambda what, share: seen.append((what, share)))
+        told = [(what, share) for what, share in seen if "tiny.gguf: unpacking tensor" in what]
+        assert (
+            told[-1] == (f"{tmp_path / 'tiny.gguf'}: unpacking tensor {len(told)} of {len(told)}", 1) and len(told) > 20
+        )
     monkeypatch.setattr("hillinfer.pipeline.memory.AT_WORK", 1 << 50)
     with pytest.raises(UsageError, match="choose a smaller model"):
         load_checked(str(folder), print)

@@ -54,7 +54,8 @@ def write(path: Path, model: LlamaForCausalLM, kind: str = "F32", arch: str = "l
     writer.add_token_merges(["t h", "th e"])
     writer.add_eos_token_id(258)
     for key, value in keys.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint16)(key.replace("__", "."), value)
+        add = {str: writer.add_string, list: writer.add_array}.get(type(value), writer.add_uint16)
+        add(key.replace("__", "."), value)
     for key in [key for key in writer.kv_data[0] if key.startswith(tuple(drop))]:
         del writer.kv_data[0][key]
     for name, weight in model.state_dict().items():

@@ -70,8 +70,8 @@ def continue_text(
     plan(config, settings, total, weights, chunk, found.policy)
     if settings.stream is not None:
         options = options | {"max_tokens": total}
-    with working(f"loading {name}"):
-        model = load_weights(name, config, weights)
+    with working(f"loading {name}") as tell:
+        model = load_weights(name, config, weights, lambda what, _: tell(f"loading {name}: {what}"))
     start = time.perf_counter()
     if session is None:
         cache = make_cache(model, system, store, **options)

@@ -14,9 +14,7 @@ TOKENS, QUESTIONS = 1500, 4  # of a real model: minutes on two cores with 0.5 B 
 
 
 def demo(
-    model: Annotated[
-        str, typer.Option(help="Folder, hub id or GGUF file of a real model, which is asked for codes in a novel.")
-    ] = "embedded",
+    model: Annotated[str, typer.Option(help="Folder, hub id or GGUF file; asked for codes in a novel.")] = "embedded",
     tokens: Annotated[int | None, typer.Option(help=f"A real model's prompt, in tokens; by default {TOKENS}.")] = None,
     questions: Annotated[int | None, typer.Option(min=1, help=f"To a real model; by default {QUESTIONS}.")] = None,
     alpha: Alpha = 0.2,

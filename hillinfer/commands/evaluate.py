@@ -79,21 +79,10 @@ def evaluate(
     from hillinfer.workbench.report import format_rows
 
     names = list_systems() if systems == "all" else split_list(systems)
-    settings = EvalSettings(
-        max_length=max_length,
-        chat=chat,
-        dtype=dtype,
-        prefill_chunk=prefill_chunk,
-        threads=threads,
-        seed=seed,
-        answers=answers,
-        fidelity=FIDELITY[fidelity],
-        options=tuple(options.items()),
-        times=times,
-        exact=exact,
-        share_prefill=share_prefill,
-        store=store and str(store.expanduser().absolute()),
-    )
+    asked = dict(max_length=max_length, chat=chat, dtype=dtype, prefill_chunk=prefill_chunk, threads=threads, seed=seed)
+    asked |= dict(answers=answers, fidelity=FIDELITY[fidelity], options=tuple(options.items()), times=times)
+    asked |= dict(exact=exact, share_prefill=share_prefill, store=store and str(store.expanduser().absolute()))
+    settings = EvalSettings(**asked)
     lists = split_list(model), split_list(tasks), names, alphas
     evaluation = Evaluation(folder, *lists, samples, question, data or [], revision, settings, drive, cluster)
     with evaluation.opened(sys.argv) as (results, left, total):

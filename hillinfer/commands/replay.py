@@ -27,15 +27,9 @@ def replay(
     from hillinfer.whatif import sweep as job
 
     recording = None if run is None else job.load_run(run)
-    wanted = job.cells(
-        split_list(profile),
-        split_list(model_shape),
-        [job.RECORDED] if recording else split_list(systems),
-        job.parse_sizes(context),
-        job.parse_sizes(batch),
-        split_list(alpha, float),
-        [None] if host_budget is None else split_list(host_budget),
-    )
+    lists = split_list(profile), split_list(model_shape), [job.RECORDED] if recording else split_list(systems)
+    lists += job.parse_sizes(context), job.parse_sizes(batch), split_list(alpha, float)
+    wanted = job.cells(*lists, [None] if host_budget is None else split_list(host_budget))
     with progress() as shown:
         bar = shown.add_task("cells", total=len(wanted))
         frame = job.sweep(wanted, jobs, recording, lambda count: shown.update(bar, completed=count))

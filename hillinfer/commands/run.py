@@ -54,16 +54,8 @@ def run(
         raise UsageError("the prompt is empty; give the text to continue")
     if exact and num_beams > 1:
         raise UsageError("exact decoding follows one sequence: use --num-beams 1 with --exact")
-    job = dict(
-        exact=exact,
-        session=session,
-        store=store,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        dtype=dtype,
-        chunk=prefill_chunk,
-    )
-    job["document"] = document and read_document(document)
+    job = dict(session=session, store=store, max_new_tokens=max_new_tokens, num_beams=num_beams, dtype=dtype)
+    job |= dict(exact=exact, chunk=prefill_chunk, document=document and read_document(document))
     check_libraries()
     from hillinfer.commands.continuation import continue_text
 

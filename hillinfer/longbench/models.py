@@ -80,9 +80,11 @@ def load_checked(name: str, progress: Callable[[str, float], None]):
 
     set_hook = getattr(utils.logging, "set_tqdm_hook", lambda hook: None)  # releases before have none: no progress
     before = set_hook(lambda factory, args, options: Bar(*args, **options))
-    progress(f"{name}: reading its files", 0.0)  # GGUF files are unpacked without a report
+    progress(f"{name}: reading its files", 0.0)
     try:
-        return loading.load_weights(name, config, dtype), tokenizer
+        return loading.load_weights(
+            name, config, dtype, lambda what, share: progress(f"{name}: {what}", share)
+        ), tokenizer
     finally:
         set_hook(before)
 

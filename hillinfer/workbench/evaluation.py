@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from hillinfer.workbench import palette
-from hillinfer.workbench.figures import LAYOUT
+from hillinfer.workbench.figures import LAYOUT, LOG
 from hillinfer.workbench.report import write_report
 
 
@@ -62,7 +62,7 @@ def bytes_figure(table: pd.DataFrame, title: str) -> go.Figure:
             "and %{customdata[2]:,.0f} KiB from the drive per token",
         )
     figure.update_layout(LAYOUT, title=title, yaxis_title="score", height=460)
-    figure.update_xaxes(title="attended KV, KiB per token (median)", type="log")
+    figure.update_xaxes(title="attended KV, KiB per token (median)", **LOG)
     return figure
 
 
@@ -86,8 +86,8 @@ def fidelity_figure(close: pd.DataFrame, title: str) -> go.Figure:
             "<br>attention mass kept %{customdata[2]:.1f} %<br>%{customdata[3]:,} answer tokens",
         )
     figure.update_layout(LAYOUT, title=title, height=460)
-    figure.update_yaxes(title="KL to full, nats a token (95 % interval)", type="log")
-    figure.update_xaxes(title="tokens attended to, %", type="log")
+    figure.update_yaxes(title="KL to full, nats a token (95 % interval)", **LOG)
+    figure.update_xaxes(title="tokens attended to, %", **LOG)
     return figure
 
 
@@ -104,7 +104,8 @@ def tasks_figure(table: pd.DataFrame, title: str) -> go.Figure:
             colorscale="Cividis",
             zmin=0,
             zmax=100,
-            colorbar_title="score",
+            texttemplate="%{z:.0f}",
+            colorbar_title=dict(text="score", side="right"),
         )
     )
     figure.update_layout(LAYOUT, title=title, height=200 + 18 * len(grid), yaxis_autorange="reversed")

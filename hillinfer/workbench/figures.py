@@ -10,6 +10,10 @@ from hillinfer.workbench.observe import AttentionRecord
 
 KINDS = list(palette.FAMILY)  # `draft` and `select` first: the spans inside them are drawn on top
 LAYOUT = dict(template="plotly_white", margin=dict(l=60, r=20, t=50, b=50), height=360)
+SHARES = dict(tickvals=[-3, -2, -1, 0], ticktext=["0.1 %", "1 %", "10 %", "100 %"])  # a bar of log10 shares
+SHARES |= dict(title=dict(text="of the tokens", side="right"))
+TICKS = [digit * 10.0**power for power in range(-4, 7) for digit in (1, 2, 5)]
+LOG = dict(type="log", tickvals=TICKS, ticktext=[f"{tick:,.10g}" for tick in TICKS])  # whole numbers at each tick
 
 
 def timeline_figure(timeline: Timeline, title: str = "Timeline", steps: int = 4) -> go.Figure:
@@ -59,7 +63,7 @@ def sparsity_figure(record: AttentionRecord, title: str = "Attention sparsity") 
             zmin=-3,
             zmax=0,
             hovertemplate="layer %{y}, head %{x}: %{customdata:.1f} % of the tokens<extra></extra>",
-            colorbar=dict(tickvals=[-3, -2, -1, 0], ticktext=["0.1 %", "1 %", "10 %", "100 %"], title="of the tokens"),
+            colorbar=SHARES,
         )
     )
     figure.update_layout(LAYOUT, title=title, xaxis=dict(title="head", dtick=1), yaxis=dict(title="layer", dtick=1))
@@ -78,7 +82,9 @@ def attention_figure(record: AttentionRecord, layer: int, head: int, step: int |
     figure.add_bar(x=positions, y=selected, marker_color=palette.COLOURS["link"], row=2, col=1)
     title = f"Layer {layer}, head {head}, step {step}: blocks of {snapshot.block} tokens"
     figure.update_layout(LAYOUT, title=title, bargap=0, showlegend=False)
-    figure.update_yaxes(type="log", title="attention", range=[-4, 0], dtick=1, row=1, col=1)
+    shares = {10.0**power: f"{10.0 ** (power + 2):g} %" for power in range(-4, 1)}
+    marks = dict(tickvals=list(shares), ticktext=list(shares.values()))
+    figure.update_yaxes(type="log", title="attention", range=[-4, 0], row=1, col=1, **marks)
     figure.update_yaxes(title="selected", tickformat=".0%", row=2, col=1)
     figure.update_xaxes(title="position, tokens", row=2, col=1)
     return figure
@@ -89,10 +95,10 @@ def systems_figure(names: list[str], accuracy: list[float], floor: float, title:
     figure = go.Figure(
         go.Bar(x=names, y=accuracy, marker_color=palette.COLOURS["link"], text=[f"{a:.0%}" for a in accuracy])
     )
-    figure.add_hline(
-        y=floor, line_dash="dot", annotation_text=f"half of the key alone: {floor:.0%}", annotation_position="top left"
-    )
-    figure.update_layout(LAYOUT, title=title, yaxis=dict(tickformat=".0%", range=[0, 1.05]))
+    figure.update_traces(textposition="outside", cliponaxis=False)
+    note = dict(annotation_text=f"half of the key alone: {floor:.0%}", annotation_bgcolor="white")
+    figure.add_hline(y=floor, line_dash="dot", annotation_position="top left", **note)
+    figure.update_layout(LAYOUT, title=title, yaxis=dict(tickformat=".0%", range=[0, 1.1]))
     return figure
 
 

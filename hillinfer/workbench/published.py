@@ -18,6 +18,7 @@ from hillinfer.longbench import report
 from hillinfer.longbench.fidelity_table import fidelity
 from hillinfer.longbench.results import read, read_manifest
 from hillinfer.workbench import evaluation, palette
+from hillinfer.workbench.figures import LOG, SHARES
 from hillinfer.workbench.observe import AttentionRecord
 
 CAPTION = 118  # characters a line of a caption
@@ -79,7 +80,7 @@ def hits_by_pool(*folders: str | Path) -> go.Figure:
         style = dict(line_color=palette.line(i)[0], marker_symbol=palette.line(i)[1])
         texts = [f"alpha {alpha:g}" for alpha in line.alpha]
         figure.add_scatter(x=line.mib, y=line.served, name=name, mode="lines+markers", text=texts, **style)
-    figure.update_xaxes(title="KV in memory, mean over samples, MiB", type="log")
+    figure.update_xaxes(title="KV in memory, mean over samples, MiB", **LOG)
     figure.update_yaxes(title="attended tokens from memory", tickformat=".0%")
     return _captioned(figure, "Hit rate by memory", setting_of(folders[0]))
 
@@ -93,8 +94,7 @@ def sparsity_by_model(records: Mapping[str, AttentionRecord | np.ndarray], setti
     needed = dict(zip(records, arrays, strict=True))
     figure = make_subplots(1, len(needed), subplot_titles=list(needed), horizontal_spacing=0.06)
     for i, shares in enumerate(needed.values(), 1):
-        bar = dict(tickvals=[-3, -2, -1, 0], ticktext=["0.1 %", "1 %", "10 %", "100 %"], title="of the tokens")
-        heat = go.Heatmap(z=np.log10(shares), colorscale="Cividis", zmin=-3, zmax=0, colorbar=bar, showscale=i == 1)
+        heat = go.Heatmap(z=np.log10(shares), colorscale="Cividis", zmin=-3, zmax=0, colorbar=SHARES, showscale=i == 1)
         figure.add_trace(heat, 1, i)
         figure.update_xaxes(title="head", row=1, col=i)
         figure.update_yaxes(title="layer" if i == 1 else "", autorange="reversed", row=1, col=i)

@@ -11,7 +11,7 @@ from hillinfer.timeline import Timeline
 from hillinfer.whatif.devices import find_profile
 from hillinfer.whatif.sweep import Cell, timeline
 from hillinfer.workbench import palette
-from hillinfer.workbench.figures import LAYOUT
+from hillinfer.workbench.figures import LAYOUT, LOG
 from hillinfer.workbench.report import format_rows, write_report
 
 COLUMNS = ["profile", "model", "system", "context", "batch", "alpha", "host memory", "ms", "bound by", "note"]
@@ -43,8 +43,9 @@ def sweep_figure(frame: pd.DataFrame, x: str = "context", title: str = "") -> go
     ]
     figure.update_layout(LAYOUT, title=title or "A decode step, modelled", height=520, xaxis_title=x)
     figure.update_layout(updatemenus=[dict(buttons=buttons, x=1, y=1.15, xanchor="right")] if len(views) > 1 else [])
-    figure.update_xaxes(type="log", tickvals=sorted(frame[x].unique()))
-    figure.update_yaxes(type="log", title="ms per step (modelled)")
+    ticks = sorted(frame[x].unique())
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
+    figure.update_yaxes(title="ms per step (modelled)", **LOG)
     return figure
 
 

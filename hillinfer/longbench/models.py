@@ -82,11 +82,10 @@ def load_checked(name: str, progress: Callable[[str, float], None]):
     before = set_hook(lambda factory, args, options: Bar(*args, **options))
     progress(f"{name}: reading its files", 0.0)
     try:
-        return loading.load_weights(
-            name, config, dtype, lambda what, share: progress(f"{name}: {what}", share)
-        ), tokenizer
+        model = loading.load_weights(name, config, dtype, lambda what, share: progress(f"{name}: {what}", share))
     finally:
         set_hook(before)
+    return model, tokenizer
 
 
 @lru_cache(maxsize=1)

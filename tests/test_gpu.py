@@ -375,7 +375,9 @@ def test_the_stand_in_itself():
 
 
 def test_selection_on_the_device_is_the_hosts_to_the_bit():
-    """Random keys of growing scale, ties and padding; codes, ranks and choice, without a wait."""
+    """Random keys of growing scale, ties and padding; codes, ranks and choice, without a wait. Where the host has heard
+    by the next append that no scale doubled, or that one did, and where it has not.
+    """
     random = np.random.default_rng(0)
     for case in range(200):
         heads, group, dim, n = (int(random.choice(of)) for of in ((1, 2, 8), (1, 4, 7), (32, 128), (40, 300, 900)))
@@ -392,9 +394,13 @@ def test_selection_on_the_device_is_the_hosts_to_the_bit():
             gpu.clear()
             for piece in pieces:
                 there.append(piece)
+                if case % 4 > 1:
+                    torch.cuda.synchronize()
+                    gpu.clear()
             found = there.ranks(asked, scaling, seen)
             got, _ = TopK().choose(Step(*sizes, lambda found=found: found, None))
             assert not gpu.waits(model=True) and not gpu.hazards
+            there.halve()
             got, found, coded = got.cpu().numpy(), found.cpu().numpy(), there.codes.view().cpu()
         for piece in keys.tensor_split([n // 2, n - 1], 2):
             held.append(piece)

@@ -17,6 +17,7 @@ from hillinfer.growable import Growable
 TOP = {8: 127, 4: 7}  # largest code by bits; symmetric
 EXACT_FP32_DIM = 2**24 // TOP[8] ** 2  # 1,040: the largest head_dim with exact fp32 sums of code products
 TINY = torch.finfo(torch.float32).tiny
+LIFT = 192.0  # bf16 near it has no fractions: adding it rounds, ties to even
 NEVER = torch.iinfo(torch.int32).min + 1  # the score of padding: below every real one
 
 
@@ -26,18 +27,24 @@ class KeyCodes:
     The zero point, the middle of the first keys' range, shifts all scores of a head alike: scoring does without it.
 
     `codes` is (B, Hkv, n, D) for INT8, and (B, Hkv, n, D/2) for INT4 with even channels in the low nibbles. On a GPU
-    nothing here makes the host wait, except for a result in host memory.
+    nothing here makes the host wait, except for a result in host memory; codes are halved there as they are scored, and
+    rewritten with the next append, if the host has not heard by then that no scale doubled.
+
+    shares  bf16 (B, Hkv, 1, D), what remains of the oldest `late` codes: halving twice rounds twice, so that shares of
+            two appends do not multiply
     """
 
     def __init__(self, batch: int, kv_heads: int, head_dim: int, bits: int = 8, device="cpu"):
+        device = torch.device(device if head_dim <= EXACT_FP32_DIM // 2 else "cpu")  # for LIFT
         if head_dim > EXACT_FP32_DIM:
             raise ValueError(f"head_dim {head_dim} is above {EXACT_FP32_DIM}: fp32 scores would be inexact")
         if bits == 4 and head_dim % 2:
             raise ValueError(f"INT4 needs an even head_dim, not {head_dim}; use int8")
-        self.bits = bits
+        self.bits, self.device = bits, device
         self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8, device)
         self.scale = torch.zeros((batch, kv_heads, 1, head_dim), dtype=torch.float32, device=device)
         self.zero = torch.zeros_like(self.scale)
+        self.shares, self.late = torch.ones_like(self.scale).bfloat16(), 0
 
     def append(self, keys: torch.Tensor) -> torch.Tensor:
         """Encode new keys (B, Hkv, n, D). Returns the doublings of each channel's scale, uint8 (B, Hkv, D).
@@ -45,7 +52,7 @@ class KeyCodes:
         If a key exceeds a channel's scale, the scale doubles until it fits and the old codes are halved accordingly:
         codes never saturate and differ from direct quantisation by at most one step.
         """
-        keys = keys.to(self.scale.device)
+        keys = keys.to(self.device)
         if keys.device.type != "cpu" or not native.available():
             return self.append_reference(keys.float())
         if keys.stride(3) != 1 or keys.dtype not in (torch.float32, torch.bfloat16):
@@ -55,6 +62,7 @@ class KeyCodes:
 
     def append_reference(self, keys: torch.Tensor) -> torch.Tensor:
         """`append` in torch, for fp32 keys where the codes are."""
+        self.halve()
         top = TOP[self.bits]
         if self.codes.n == 0:
             self.zero = (keys.amin(2, keepdim=True) + keys.amax(2, keepdim=True)) / 2
@@ -64,14 +72,24 @@ class KeyCodes:
         mantissa, exponent = torch.frexp(need / self.scale)  # exact ceiling of log2
         exponent -= (mantissa == 0.5).int()
         doublings = torch.where((need > self.scale) & ~fresh, exponent, 0).clamp_(min=0)
-        times, old = 2 ** doublings.long(), self.codes.view()
-        if old.numel() and (old.device.type != "cpu" or doublings.any()):  # to ask a GPU would make the host wait
-            halved = (unpack(old, self.bits) * (1 / times).bfloat16()).round_()  # bf16 holds them exactly
-            old.copy_(pack(halved.to(torch.int8), self.bits))
+        times, doubled = 2 ** doublings.long(), doublings.any()
+        self.shares, self.late, self.doubled = (1 / times).bfloat16(), self.codes.n, doubled
+        if doubled.device.type == "cpu":
+            self.halve()
+        else:  # true until the GPU has said otherwise: to ask it would make the host wait
+            self.doubled = torch.tensor(True, device="cpu").pin_memory().copy_(doubled, non_blocking=True)
         self.scale = torch.where(fresh, need, self.scale * times)
         new = (keys / self.scale.clamp(min=TINY)).round_().clamp_(-top, top)
         self.codes.append(pack(new.to(torch.int8), self.bits))
         return doublings.squeeze(2).to(torch.uint8)
+
+    def halve(self) -> None:
+        """Rewrite the codes whose scale doubled with the last append."""
+        if self.late and self.doubled:
+            old = self.codes.view()[:, :, : self.late]
+            halved = (unpack(old, self.bits) * self.shares).round_()  # bf16 holds them exactly
+            old.copy_(pack(halved.to(torch.int8), self.bits))
+        self.late = 0
 
     def newest(self, n: int) -> torch.Tensor:
         """Codes of the last n keys, int8 (B, Hkv, n, D), for a drive that scores."""
@@ -93,7 +111,12 @@ class KeyCodes:
         False for padding, or None.
         """
         coded, unit = fold(query.float(), self.scale)
-        scores = products(coded, unpack(self.codes.view(), self.bits)).flatten(1, 2)
+        codes, lift = unpack(self.codes.view(), self.bits), torch.where(self.shares < 1, LIFT, self.shares * 0)
+        halved = torch.addcmul(lift, codes, self.shares)  # in one pass: read as int8, rounded to bf16
+        halved[:, :, self.late :] = codes[:, :, self.late :]
+        scores = products(coded, halved)
+        scores[..., : self.late] -= products(coded, lift)
+        scores = scores.flatten(1, 2)
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None], NEVER)
         steps = unit * scaling * float(np.float32(STEPS / np.log(2)))
@@ -102,8 +125,6 @@ class KeyCodes:
     def scorer(self, query: torch.Tensor, row: int) -> Callable[[np.ndarray | None], np.ndarray]:
         """`head_scores` of a quantised query (Hkv, G, D) against a row's keys, at positions (m,) or None for all."""
         stored = self.codes.view()[row]
-        if native.available():
-            return partial(native.score, query, stored, self.bits, threads=torch.get_num_threads())
         return partial(head_scores, query, stored, self.bits)
 
     def truncate(self, n: int) -> None:
@@ -111,8 +132,9 @@ class KeyCodes:
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.codes.reorder(rows)
-        rows = rows.to(self.scale.device)
-        self.scale, self.zero = (part.index_select(0, rows) for part in (self.scale, self.zero))
+        rows = rows.to(self.device)
+        parts = self.scale, self.zero, self.shares
+        self.scale, self.zero, self.shares = (part.index_select(0, rows) for part in parts)
 
     @property
     def nbytes(self) -> int:

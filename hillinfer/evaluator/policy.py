@@ -67,6 +67,12 @@ def of_row(part, row: int, counts):
     return part[row] if counts is None else part[row][counts[row]]
 
 
+def each_row(positions: torch.Tensor | None, counts: torch.Tensor | None) -> list[np.ndarray | None]:
+    """What `Policy.choose` returned, in host memory, as each sequence's positions (k,)."""
+    positions, counts = (None if part is None else part.numpy() for part in (positions, counts))
+    return [of_row(positions, row, counts) for row in range(len(positions))]
+
+
 class Policy:
     """Selects the tokens that a decode step attends to. Subclass, write `select`, add one line to `policies`.
 

@@ -1,8 +1,9 @@
 """Between a model on a GPU and records in host memory: the query goes to the records, which are far larger.
 
-A decode step brings a token's key, value and query of a layer to the host in one wait, with the mask, once a step, and
-the query predicted for the next layer. The output goes back without a wait. Where the records are on the GPU, codes and
-indices are there too, and nothing crosses, unless a policy selects in host memory: then the mask does.
+A decode step brings a token's key, value and query of a layer to the host in one wait; with the mask, once a step; with
+the positions selected on the GPU, by codes there, for this query and the one predicted for the next layer, or with that
+query. The output goes back without a wait. Where the records are on the GPU, codes and indices are there too, and
+nothing crosses, unless a policy selects in host memory: then the mask does.
 """
 
 import time
@@ -10,6 +11,7 @@ import time
 import torch
 
 from hillinfer.attention import attendable, to_device
+from hillinfer.evaluator.policy import each_row
 from hillinfer.layer import Layer
 from hillinfer.models.later import DeviceTrack, Later
 
@@ -23,41 +25,55 @@ class Crossing(Layer):
         self.layer, self.device = layer, device
         self.new: tuple[torch.Tensor, ...] = ()  # a token's keys and values, until its query comes
         self.ahead: tuple = None, None, None, None  # of the next layer: itself, a predicted query, its mask and scaling
-        if layer.run.resident:
-            layer.run.later = layer.run.later or Later(device)
-            layer.track = DeviceTrack(layer.track, layer.run.later)
+        layer.run.later = layer.run.later or Later(device)
+        layer.track, layer.device = DeviceTrack(layer.track, layer.run.later), device
+        layer.track.away = not layer.run.resident
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if keys.shape[2] > 1:
-            if self.layer.run.later is not None:
-                self.layer.run.later.attended = None
-            self.layer.append(*placed(self.layer, keys, values))
+            self.layer.run.later.attended = None
+            self.layer.append(*placed(self.layer, keys, values), there=keys)
         else:
             self.new = keys, values
 
     def attend(self, query, mask, scaling, softcap=0.0, sinks=None) -> torch.Tensor:
         """See `Layer.attend`."""
-        layer, (following, guessed, *how) = self.layer, self.ahead
+        layer, later = self.layer, self.layer.run.later
         if query.shape[2] > 1:
             return layer.attend(query, mask, scaling)
-        (keys, values), self.new, self.ahead = self.new, (), (None,) * 4
-        if layer.run.resident:
-            return self._attend_there(layer, layer.run.later, keys, values, query, mask, scaling, softcap, sinks)
-        mask, keys, values, query, guessed, sinks = bring(layer, mask, keys, values, query, guessed, sinks)
-        if following is not None:
-            guess(following, guessed, *how)
-        layer.append(keys, values)
-        return to_device(layer.attend(query, mask, scaling, softcap, sinks), self.device)
-
-    def _attend_there(self, layer: Layer, later: Later, keys, values, query, mask, *how) -> torch.Tensor:
-        if layer.index == 0:
+        timed = layer.run.resident or layer.lane == "gpu"
+        if timed and layer.index == 0:
             later.settle(wait=False)
-        if later.attended is not None:
+        if timed and later.attended is not None:
             layer.track.since(later.attended, "dense")
-        layer.append(keys, values)
-        out = layer.attend(query, mask if layer.chooses else bring(layer, mask)[0], *how)
-        later.attended, layer.run.attended_ns = later.mark(), None
+        if layer.run.resident:
+            layer.append(*self.new)
+            out = layer.attend(query, mask if layer.chooses else bring(layer, mask)[0], scaling, softcap, sinks)
+        else:
+            out = to_device(self._attend_here(layer, query, mask, scaling, softcap, sinks), self.device)
+        if timed:
+            later.attended, layer.run.attended_ns = later.mark(), None
         return out
+
+    def _attend_here(self, layer: Layer, query, mask, scaling, softcap, sinks) -> torch.Tensor:
+        (keys, values), (following, guessed, *how), self.ahead = self.new, self.ahead, (None,) * 4
+        there, picks, ahead = layer.lane == "gpu", None, None
+        if there:
+            picks = layer.ask(query, mask, scaling, keys)
+        if following is not None and following.lane == "gpu":
+            guessed, ahead = None, following.ask(guessed, *how)
+        chosen = (part for picked in (picks, ahead) for part in (picked if isinstance(picked, tuple) else (None,) * 2))
+        mask, keys, values, query, guessed, sinks, *chosen = bring(
+            layer, mask, keys, values, query, guessed, sinks, *chosen
+        )
+        picks, ahead = (
+            picked if part[0] is None else each_row(*part)
+            for picked, part in ((picks, chosen[:2]), (ahead, chosen[2:]))
+        )
+        if following is not None:
+            guess(following, guessed, *how, ahead)
+        layer.append(keys, values, asked=there)
+        return layer.attend(query, mask, scaling, softcap, sinks, picks)
 
     def everything(self) -> tuple[torch.Tensor, ...]:
         return tuple(to_device(part, self.device) for part in self.layer.everything())
@@ -65,7 +81,6 @@ class Crossing(Layer):
 
 def placed(layer: Layer, *parts: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Tensors of the model where the layer's records are."""
-    layer.track.away = parts[0].device.type != "cpu" and not layer.run.resident
     return to_host(*parts) if layer.track.away else parts
 
 
@@ -91,7 +106,8 @@ def bring(layer: Layer, mask: torch.Tensor | None, *parts: torch.Tensor | None) 
     return found
 
 
-def guess(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
+def guess(layer: Layer, query: torch.Tensor | None, mask: torch.Tensor | None, scaling: float, picks=None) -> None:
     """`Layer.speculate`, on the host."""
-    mask, query = bring(layer, mask, query)
-    layer.speculate(query, mask, scaling)
+    if picks is None:
+        mask, query = bring(layer, mask, query)
+    layer.speculate(query, mask, scaling, picks)

@@ -85,6 +85,8 @@ class DeviceTrack(Track):
         self.later.add(end, job)
 
     def count(self, cached: int, attended, served: Served, swapped: int, step: int | None = None) -> None:
+        if self.away:
+            return super().count(cached, attended, served, swapped, step)
         attended, device = (
             number.to("cpu", non_blocking=True) if torch.is_tensor(number) else number
             for number in (attended, served.device)

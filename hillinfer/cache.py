@@ -86,13 +86,15 @@ class TieredCache(Cache):
         return hillinfer.explain(self, step)  # the public name: loads the workbench on first use
 
     def memory(self) -> dict[str, int]:
-        """Bytes now: `device` and `host` records, key `codes`, `hits` tables, tensors bound to the `page_cache`, and
-        space reserved on the `drive`.
+        """Bytes now: `device` and `host` records, key `codes` (`device` where a GPU has them and no records), `hits`
+        tables, tensors bound to the `page_cache`, and space reserved on the `drive`.
         """
         total = dict.fromkeys(("device", "host", "codes", "hits", "page_cache"), 0)
         for layer in self.tiered:
             for kind, nbytes in layer.memory().items():
-                total["host" if kind == "device" and layer.track.away else kind] += nbytes
+                if layer.track.away:
+                    kind = "device" if kind == "codes" and layer.lane == "gpu" else kind.replace("device", "host")
+                total[kind] += nbytes
         total["hits"] += self.run.hits.nbytes if self.run.hits else 0
         return total | {"drive": self.run.drive_bytes}
 

@@ -92,6 +92,9 @@ class Layer:
         if run.keeper is not None:
             run.keeper.take(self.index, self.whole(kv))
         self.pieces.append(new)
+        if self.track.away and self.lane == "gpu" and not run.room_there(self.device, self.n + 1):
+            self.codes.to_host()
+            self.policy.device = self.codes.device
         run.owner.entered = self.index
 
     def _enter(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

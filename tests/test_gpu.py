@@ -40,6 +40,7 @@ from hillinfer.systems.lossless import slots
 from hillinfer.systems.registry import list_systems
 from hillinfer.tiers import store
 from hillinfer.tiers.geometry import Geometry
+from hillinfer.whatif.rules import LAUNCHES
 from hillinfer.workbench.observe import AttentionRecord
 from tests.conftest import SHAPE, seeded
 from tests.fake_gpu import DEVICE, FakeGpu, FakeGpuError, why_not
@@ -374,6 +375,21 @@ def test_the_stand_in_itself():
         assert not gpu.hazards
 
 
+def test_a_layers_launches_are_those_of_the_model():
+    """Of a steady step: a token's code, scores, ranks and choice for a layer of an 8B model."""
+    with FakeGpu() as gpu:
+        held, n = codes.KeyCodes(1, 8, 128, 8, DEVICE), 300
+        held.append(torch.linspace(-1, 1, 8 * n * 128).view(1, 8, n, 128).bfloat16().to("cuda"))
+        key, query = (torch.ones(1, heads, width, 128).bfloat16().to("cuda") for heads, width in ((8, 1), (32, 1)))
+        for _ in range(3):
+            torch.cuda.synchronize()
+            gpu.clear()
+            held.append(key / 2)
+            found = held.ranks(query[:, :, 0], 0.1, None)
+            TopK().choose(Step(held.codes.n, 60, 4, 16, 0, 0, lambda found=found: found, None))
+        assert gpu.launches <= LAUNCHES, gpu.launches
+
+
 def test_selection_on_the_device_is_the_hosts_to_the_bit():
     """Random keys of growing scale, ties and padding; codes, ranks and choice, without a wait. Where the host has heard
     by the next append that no scale doubled, or that one did, and where it has not.
@@ -452,6 +468,30 @@ def test_one_gpu_takes_one_worker(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(hillinfer.UsageError, match="leave out --workers"):
         list(sweep.run_all([None, None], workers=2))
+
+
+@pytest.mark.parametrize("drive", [True, False])
+def test_codes_are_in_gpu_memory_as_far_as_allowed(models, tmp_path, gpu, drive):
+    """All, none, or those of the prompt alone: they leave for host memory in mid-run, and tokens stay."""
+    how = ({"drive": tmp_path} if drive else {"host_budget": "64MiB"}) | dict(alpha=0.1)
+    want, seen = say(placed(models), "hillinfer" if drive else "topk", n=300, **how), []
+    for budget in (None, 0, LAYERS * 302 * 32 * 9 // 8):
+        model = placed(models, gpu=gpu)
+        with (
+            torch.no_grad(),
+            hillinfer.make_cache(model, "hillinfer" if drive else "topk", device_budget=budget, **how) as cache,
+        ):
+            ids = PROMPT[:1, :300].to(model.device)
+            words = dict(max_new_tokens=NEW, do_sample=False)
+            assert torch.equal(model.generate(ids, past_key_values=cache, **words).cpu(), want)
+            memory, lanes = (
+                cache.memory(),
+                {(span.lane, span.step > 2) for span in cache.timeline.spans if span.kind == "select"},
+            )
+            seen.append((memory["device"] > 0, memory["codes"] > 0, lanes))
+    assert seen[0] == (True, False, {("gpu", False), ("gpu", True)})
+    assert seen[1] == (False, True, {("cpu", False), ("cpu", True)})
+    assert seen[2] == (False, True, {("gpu", False), ("cpu", True)})
 
 
 def test_what_is_expected_is_reserved_at_once(models, gpu):

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from hillinfer import native
-from hillinfer.evaluator.ranks import STEPS, head_ranks_reference
+from hillinfer.evaluator.ranks import STEPS, head_ranks_reference, sums
 from hillinfer.growable import Growable
 
 TOP = {8: 127, 4: 7}  # largest code by bits; symmetric
 EXACT_FP32_DIM = 2**24 // TOP[8] ** 2  # 1,040: the largest head_dim with exact fp32 sums of code products
 TINY = torch.finfo(torch.float32).tiny
 LIFT = 192.0  # bf16 near it has no fractions: adding it rounds, ties to even
-NEVER = torch.iinfo(torch.int32).min + 1  # the score of padding: below every real one
+NEVER = torch.iinfo(torch.int32).min  # the score of padding: below every real one
 
 
 class KeyCodes:
@@ -41,6 +41,7 @@ class KeyCodes:
         if bits == 4 and head_dim % 2:
             raise ValueError(f"INT4 needs an even head_dim, not {head_dim}; use int8")
         self.bits, self.device = bits, device
+        sums(device)  # what ranks need of it, while nobody waits
         self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8, device)
         self.scale = torch.zeros((batch, kv_heads, 1, head_dim), dtype=torch.float32, device=device)
         self.zero = torch.zeros_like(self.scale)
@@ -67,11 +68,11 @@ class KeyCodes:
         if self.codes.n == 0:
             self.zero = (keys.amin(2, keepdim=True) + keys.amax(2, keepdim=True)) / 2
         keys = keys - self.zero
-        need = keys.abs().amax(2, keepdim=True) / top
+        need = torch.linalg.vector_norm(keys, torch.inf, 2, keepdim=True) / top
         fresh = self.scale == 0
         mantissa, exponent = torch.frexp(need / self.scale)  # exact ceiling of log2
         exponent -= (mantissa == 0.5).int()
-        doublings = torch.where((need > self.scale) & ~fresh, exponent, 0).clamp_(min=0)
+        doublings = torch.where(fresh, 0, exponent).clamp_(min=0)
         times, doubled = 2 ** doublings.long(), doublings.any()
         self.shares, self.late, self.doubled = (1 / times).bfloat16(), self.codes.n, doubled
         if doubled.device.type == "cpu":
@@ -90,6 +91,14 @@ class KeyCodes:
             halved = (unpack(old, self.bits) * self.shares).round_()  # bf16 holds them exactly
             old.copy_(pack(halved.to(torch.int8), self.bits))
         self.late = 0
+
+    def to_host(self) -> None:
+        """Move to host memory."""
+        self.halve()
+        self.device = torch.device("cpu")
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            parts = self.codes.data, self.scale, self.zero, self.shares
+            self.codes.data, self.scale, self.zero, self.shares = (part.cpu() for part in parts)
 
     def newest(self, n: int) -> torch.Tensor:
         """Codes of the last n keys, int8 (B, Hkv, n, D), for a drive that scores."""
@@ -156,19 +165,19 @@ def unpack(stored: torch.Tensor, bits: int) -> torch.Tensor:
 def fold(query: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`KeyCodes.query` in torch, on any device: queries fp32 (..., H, D) and scales (..., Hkv, 1, D)."""
     folded = query.unflatten(-2, (scale.shape[-3], -1)) * scale
-    step = (folded.abs().amax((-2, -1), keepdim=True) / TOP[8]).clamp(min=TINY)
+    step = (torch.linalg.vector_norm(folded, torch.inf, (-2, -1), keepdim=True) / TOP[8]).clamp(min=TINY)
     return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8), step[..., 0, 0]
 
 
 def products(query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Dot products of int8 (..., G, D) and (..., n, D): int32 (..., G, n), on any device.
+    """Dot products of int8 (..., G, D) and (..., n, D): whole numbers, fp32 (..., G, n), on any device.
 
     fp32 is exact: every partial sum is an integer below 2**24; and bf16 holds codes exactly.
     """
     if codes.device.type != "cuda":
-        return (query.float() @ codes.float().mT).int()
+        return query.float() @ codes.float().mT
     asked, keys = (part.flatten(0, -3).bfloat16() for part in (query, codes))
-    return torch.bmm(asked, keys.mT, out_dtype=torch.float32).int().unflatten(0, codes.shape[:-2])
+    return torch.bmm(asked, keys.mT, out_dtype=torch.float32).unflatten(0, codes.shape[:-2])
 
 
 def head_scores(
@@ -181,7 +190,7 @@ def head_scores(
     if native.available():
         return native.score(query, stored, bits, positions, torch.get_num_threads())
     stored = stored if positions is None else stored[:, torch.from_numpy(positions)]
-    return products(query, unpack(stored, bits)).flatten(0, 1).numpy()
+    return products(query, unpack(stored, bits)).flatten(0, 1).int().numpy()
 
 
 def head_scores_reference(query: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ log-probabilities compare. On a real model this halves the divergence of a selec
 (docs/experiments.md). In fixed point and with sums of integers: bit-identical in torch, C and hardware.
 """
 
+import functools
+
 import numpy as np
 import torch
 
@@ -13,6 +15,7 @@ from hillinfer import native
 
 STEPS = 4096  # to a factor of two
 FAR = 1 << 30  # the most steps that a score lies below its head's highest
+FIRST, LAST = 20, 44  # log2 of one token's greatest weight, and of more than any sum of them
 
 
 def head_ranks(scores: np.ndarray, unit: np.ndarray) -> np.ndarray:
@@ -27,20 +30,36 @@ def head_ranks(scores: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 
 def head_ranks_reference(scores: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """The definition, on any device: int32 (..., n) by int32 scores (..., H, n) and steps float32 (..., H) of one."""
-    apart = (scores.amax(-1, keepdim=True).long() - scores).float() * steps[..., None]
-    below = apart.clamp(max=FAR).long()
-    weights = (8192 - (below & 4095) << 7) >> (below >> 12).clamp(max=31)  # 2**20 * 2**(-below / STEPS), nearly
-    return (-below - (_log2(weights.sum(-1)) - 20 * STEPS)[..., None]).amax(-2).int()
+    """The definition, on any device: int32 (..., n) by whole scores (..., H, n) below 2**24, or NEVER, and steps fp32
+    (..., H) of one.
+    """
+    scores = scores.float()
+    apart = (scores.amax(-1, keepdim=True) - scores).mul_(steps[..., None]).clamp_(max=FAR)
+    below = apart.int()
+    # 2**20 * 2**(-below / STEPS), nearly: the bits of a float are linear between powers of two
+    weights = torch.rsub(below.clamp(max=(FIRST + 2) * STEPS), FIRST + 127 << 23, alpha=1 << 11).view(torch.float32)
+    level = torch.searchsorted(sums(scores.device), weights.long().sum(-1), right=True, out_int32=True) - 1
+    return below.add_(level[..., None]).amin(-2).neg_()
 
 
-def _log2(total: torch.Tensor) -> torch.Tensor:
-    """log2 of int64 below 2**53, in STEPS, rounded down: a bit of the fraction for each squaring."""
-    whole = torch.frexp(total.double()).exponent.long() - 1
-    m, fraction = (total << (31 - whole).clamp(min=0)) >> (whole - 31).clamp(min=0), 0
+@functools.cache
+def sums(device: torch.device) -> torch.Tensor:
+    """The least sum of weights, int64, of each level: log2 of a sum, less FIRST, in STEPS, rounded down."""
+    level = torch.arange(STEPS, dtype=torch.int64, device="cpu")
+    least = torch.full_like(level, 1 << 31)  # of 32 bits, by bisection
+    for bit in reversed(range(31)):
+        least = torch.where(_fraction(least + (1 << bit) - 1) < level, least + (1 << bit), least)
+    return torch.cat(
+        [least + (1 << 31 - at) - 1 >> 31 - at if at < 32 else least << at - 31 for at in range(FIRST, LAST)]
+    ).to(device)
+
+
+def _fraction(m: torch.Tensor) -> torch.Tensor:
+    """Of log2, in STEPS, of m in [2**31, 2**32): a bit for each squaring."""
+    fraction = 0
     for _ in range(12):
         high, low = m >> 16, m & 0xFFFF  # m * m >> 31 of 32 bits, in halves
         m = (high * high << 1) + ((high * low << 17) + low * low >> 31)
         fraction = fraction << 1 | m >> 32
         m = m >> (m >> 32)
-    return whole * STEPS + fraction
+    return fraction

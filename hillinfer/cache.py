@@ -93,7 +93,7 @@ class TieredCache(Cache):
         for layer in self.tiered:
             for kind, nbytes in layer.memory().items():
                 if layer.track.away:
-                    kind = "device" if kind == "codes" and layer.lane == "gpu" else kind.replace("device", "host")
+                    kind = "device" if kind == "codes" and layer.seen else kind.replace("device", "host")
                 total[kind] += nbytes
         total["hits"] += self.run.hits.nbytes if self.run.hits else 0
         return total | {"drive": self.run.drive_bytes}

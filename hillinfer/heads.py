@@ -22,15 +22,10 @@ def rows_of(mask: torch.Tensor | None, kv_heads: int) -> torch.Tensor | None:
 class HeadsLayer(Layer):
     """A layer in memory whose policy and store have a row for each KV head of each sequence."""
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, kv=None, there=None, asked: bool = False) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         self.run.heads = heads = keys.shape[1]
         kv = kv if kv is None else kv.permute(0, 3, 1, 2, 4).flatten(0, 1).unsqueeze(3)
-        there = there if there is None else apart(there, heads)
-        super().append(apart(keys, heads), apart(values, heads), kv, there, asked)
-
-    def ask(self, query, mask, scaling, keys=None) -> list | tuple:
-        parts = (part if part is None else apart(part, self.run.heads) for part in (query, keys))
-        return super().ask(next(parts), rows_of(mask, self.run.heads), scaling, next(parts))
+        super().append(apart(keys, heads), apart(values, heads), kv)
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(part.reshape(-1, self.run.heads, *part.shape[2:]) for part in super().everything())
@@ -38,12 +33,11 @@ class HeadsLayer(Layer):
     def whole(self, kv: torch.Tensor) -> torch.Tensor:
         return kv.unflatten(0, (-1, self.run.heads)).squeeze(4).permute(0, 2, 3, 1, 4)
 
-    def attend(self, query, mask, scaling, softcap=0.0, sinks=None, picks=None) -> torch.Tensor:
+    def attend(self, query, mask, scaling, softcap=0.0, sinks=None) -> torch.Tensor:
         batch = len(query)
         if sinks is not None:
             sinks = sinks.view(self.run.heads, -1).repeat(batch, 1)
-        query, mask = apart(query, self.run.heads), rows_of(mask, self.run.heads)
-        out = super().attend(query, mask, scaling, softcap, sinks, picks)
+        out = super().attend(apart(query, self.run.heads), rows_of(mask, self.run.heads), scaling, softcap, sinks)
         return out.unflatten(0, (batch, self.run.heads)).transpose(1, 2).flatten(2, 3)
 
     def observe(self, queries, keys, mask, scaling) -> None:

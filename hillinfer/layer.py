@@ -1,7 +1,8 @@
 """One decoder layer's cache: append, select, attend, crop, reset. Plain torch; knows no model and no store by name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -32,7 +33,7 @@ class Layer:
         self.pieces: list[int] = []  # tokens of each append: codes depend on them a little
         self.dims = (0, 0)  # channels of a key and of a value; the narrower is padded to a record's two equal halves
         self.softcap = 0.0  # of the model's logits; 0 if it has none
-        self.device = torch.device("cpu")  # the model's
+        self.seen: Callable | None = None  # the store as seen from the model's device, of itself and a geometry there
 
     @property
     def n(self) -> int:
@@ -53,20 +54,15 @@ class Layer:
         return (near or self.store.can_prefetch) and not self.policy.watches
 
     @property
-    def lane(self) -> str:
-        """Of the device where codes, or the policy's index, are."""
-        return "cpu" if self.policy.device.type == "cpu" else "gpu"
-
-    @property
     def chooses(self) -> bool:
         """True if the policy is asked for tensors; on a GPU nothing of the selection is in host memory then."""
-        return self.lane == "gpu" or not (self.policy.selects and self.policy.here)
+        coded = not self.policy.needs_codes or isinstance(self.codes, KeyCodes)
+        if self.store.lane == "cpu":
+            return not self.policy.here
+        return not self.policy.selects or (self.policy.there and coded)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, kv=None, there=None, asked: bool = False) -> None:
-        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already.
-
-        there  the keys on the model's device, if records are not; `asked`: they are in the index by now
-        """
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
+        """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already."""
         run, new = self.run, keys.shape[2]
         dims = keys.shape[3], values.shape[3]
         if dims[0] != dims[1]:
@@ -83,49 +79,26 @@ class Layer:
         if self.store is None:
             self.dims = dims
             self._start(geometry, new)
-        codes = None if asked else self._enter(keys if there is None or self.lane == "cpu" else there)
+        run.begin_layer(self.track, new)
+        run.check(self.n + new)
         self._finish_guess()  # it reads codes and pool, which change from here on
         if kv is None:  # never trained through
             kv = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)), 2).detach()
+        codes, lane = None, self.store.lane if self.chooses else "cpu"
+        if self.codes is not None:
+            with self.track.span(lane, "encode", keys.nbytes):
+                doublings = self.codes.append(keys.detach())
+                if self.store.scores_keys:
+                    codes = self.codes.newest(new), doublings
+        if type(self.policy).append is not Policy.append:
+            with self.track.span(lane, "index", keys.nbytes):
+                self.policy.append(keys.detach())
         with self.track.span(self.store.lane, "append", kv.nbytes):
             self.store.append(kv, codes)
         if run.keeper is not None:
             run.keeper.take(self.index, self.whole(kv))
         self.pieces.append(new)
-        if self.track.away and self.lane == "gpu" and not run.room_there(self.device, self.n + 1):
-            self.codes.to_host()
-            self.policy.device = self.codes.device
         run.owner.entered = self.index
-
-    def _enter(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Begin with new keys (B, Hkv, n, D): into codes and index. Returns what a drive that scores is to know."""
-        new, codes = keys.shape[2], None
-        self.run.begin_layer(self.track, new)
-        self.run.check(self.n + new)
-        self._finish_guess()  # it reads codes and pool, which change from here on
-        keys = attention.padded(keys.detach(), max(self.dims))
-        if self.codes is not None:
-            with self.track.span(self.lane, "encode", keys.nbytes):
-                doublings = self.codes.append(keys)
-                if self.store.scores_keys:
-                    codes = self.codes.newest(new), doublings
-        if type(self.policy).append is not Policy.append:
-            with self.track.span(self.lane, "index", keys.nbytes):
-                self.policy.append(keys)
-        return codes
-
-    def ask(self, query: torch.Tensor, mask, scaling: float, keys: torch.Tensor | None = None) -> list | tuple:
-        """Select where the index is, before anything is appended: for the query (B, H, 1, D) of a token whose keys
-        (B, Hkv, 1, D) go into the index, or for a predicted one. See `select`.
-        """
-        query, more = attention.padded(query, max(self.dims)), int(keys is not None)
-        if more:
-            self.run.owner.take(self.index)
-            for index in (self.policy, self.codes):
-                index and index.truncate(self.n)  # of a step that was interrupted
-            self._enter(keys)
-        how = ("select", 1.0) if more else ("guess", float(self.run.trial.on))
-        return self.select(query, self._valid(mask, len(query), more), scaling, *how, more)
 
     def everything(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (B, Hkv, N, D)."""
@@ -150,21 +123,20 @@ class Layer:
         """Records of the store as those of a sequence, (B, n, 2, Hkv, D)."""
         return kv
 
-    def attend(self, query: torch.Tensor, mask, scaling: float, softcap=0.0, sinks=None, picks=None) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, mask, scaling: float, softcap=0.0, sinks=None) -> torch.Tensor:
         """Attention of one query token (B, H, 1, D) over the selected tokens; of several tokens, exact over all.
 
         Returns (B, q, H, D). mask is None or broadcasts to (B, 1, q, N); False (or a large negative number) hides.
 
         softcap  see `attention.logits`; for one token only
         sinks    (H,), one more logit per head that has no value (gpt-oss); for one token only
-        picks    each sequence's positions, if they are known (`ask`)
         """
         query = attention.padded(query, self.store.geometry.head_dim)
         if query.shape[2] > 1:  # part by part, so that a layer's KV is never in memory as a whole
             out = attention.over_parts(query, self.store.parts(), mask, scaling, self.n).transpose(1, 2)
             return attention.narrowed(out, self.dims[1]).contiguous()
         self.softcap, valid = softcap, self._valid(mask, len(query))
-        picks = self.select(query, valid, scaling) if picks is None else picks
+        picks = self.select(query, valid, scaling)
         self._finish_guess()
         watch = self._watch(query, picks, valid, scaling)
         out, lse = self.store.attend(query, picks, valid, scaling, watch, softcap, sinks is not None)
@@ -180,23 +152,22 @@ class Layer:
             queries, keys = (attention.padded(part.detach(), max(self.dims)) for part in (queries, keys))
             self.policy.observe(queries, keys, self._valid(visible, len(queries)), scaling)
 
-    def select(self, query: torch.Tensor, valid, scaling: float, kind="select", share=1.0, more=0) -> list | tuple:
+    def select(self, query: torch.Tensor, valid, scaling: float, kind="select", share=1.0) -> list | tuple:
         """Each sequence's sorted positions (k,), or None for all tokens, for a query (B, H, 1, D), predicted if
-        the kind is "guess", within a share of the budget, `more` tokens being in the index alone. On a GPU what
-        `Policy.choose` returned.
+        the kind is "guess", within a share of the budget. On a GPU what `Policy.choose` returned.
         """
         if not self.policy.selects:
             return [None] * len(query)
-        settings, n, picks = self.run.settings, self.n + more, []
+        settings, n, picks = self.run.settings, self.n, []
         budget = min(n, max(int(share * settings.budget(n)), settings.sinks + settings.recent))
         sizes = n, budget, settings.sinks, settings.recent, self.index, self.run.timeline.step
         if self.chooses:
             ranks = None if self.codes is None else partial(self.codes.ranks, query[:, :, 0], scaling, valid)
             step = Step(*sizes, ranks, None, query[:, :, 0], scaling, valid=valid, guess=kind == "guess")
-            with self.track.span(self.lane, kind) as detail:
+            with self.track.span(self.store.lane, kind) as detail:
                 chosen = self.policy.choose(step)
                 detail |= step.notes
-            if chosen is None or self.lane == "gpu":
+            if chosen is None or self.store.lane == "gpu":
                 return chosen or [None] * len(query)
             return each_row(*chosen)
         if self.policy.needs_codes or type(self.policy).append is not Policy.append:
@@ -232,15 +203,18 @@ class Layer:
         return self.store.all()[0][row, :, 0]
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, picks=None) -> None:
-        """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background; or prefetch
-        what is selected by now (`ask`).
+        """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
+
+        picks  what is selected by now
 
         Only a prefetch: `attend` selects again with the true query, uses the records that were prefetched and reads
         the others, so that the output does not depend on the guess (HillInfer APP, section 1.4).
         """
+        query = attention.padded(query, self.store.geometry.head_dim)
+        valid, share = self._valid(mask, len(query)), float(self.run.trial.on)
 
         def work() -> None:
-            for row, pick in enumerate(self.ask(query, mask, scaling) if picks is None else picks):
+            for row, pick in enumerate(picks or self.select(query, valid, scaling, "guess", share)):
                 self.store.prefetch(row, np.arange(self.n) if pick is None else pick)
 
         self.guess = self.run.lookahead.submit(work)
@@ -295,13 +269,13 @@ class Layer:
         """Take these sequences of the batch, in this order."""
         if self.store is not None:
             self.store.reorder(rows)
-            self.run.geometry = self.store.geometry
+            self.run.geometry = replace(self.run.geometry, batch=self.store.geometry.batch)
             self.policy.reorder(rows)
             if self.codes is not None:
                 self.codes.reorder(rows)
 
     def reset(self) -> None:
-        self.store = self.codes = self.guess = None
+        self.store = self.codes = self.guess = self.seen = None
         self.pieces = []
 
     def memory(self) -> dict[str, int]:
@@ -312,22 +286,18 @@ class Layer:
         return self.store.memory() | {"codes": codes + self.policy.nbytes}
 
     def _start(self, geometry: Geometry, tokens: int) -> None:
-        self.run.start(geometry, tokens)
+        self.run.start(replace(geometry, device=torch.device("cpu")) if self.seen else geometry, tokens)
         self.store = self.run.open_store(self.track)
-        there = self.policy.there and self.device.type != "cpu"
-        if there and not self.run.resident:
-            there = self.policy.needs_codes and not (self.store.scores_keys or self.run.settings.compress)
-            there = there and self.run.room_there(self.device, tokens)
-        self.policy.device = self.device if there else torch.device("cpu")
+        self.store = self.seen(self.store, geometry) if self.seen else self.store
+        self.policy.device = geometry.device if self.policy.there else torch.device("cpu")
         if self.policy.needs_codes or self.store.scores_keys:
             size = geometry.batch, *geometry.record_shape[1:]
             self.codes = open_codes(*size, self.run.settings.bits, self.policy.device)
-            self.policy.device = self.codes.device
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 
-    def _valid(self, mask: torch.Tensor | None, batch: int, more: int = 0) -> torch.Tensor | None:
+    def _valid(self, mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         """True for cached tokens that may be attended to, (B, n) bool, or None for all."""
         if mask is None:
             return None
-        return attention.attendable(mask)[:, 0, 0, : self.n + more].expand(batch, self.n + more)
+        return attention.attendable(mask)[:, 0, 0, : self.n].expand(batch, self.n)

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from hillinfer.config import Settings, check_folder
 from hillinfer.errors import UsageError
 from hillinfer.evaluator.policy import Policy
@@ -64,7 +62,6 @@ class Run:
         self.trial: Trial | None = None  # finds out whether to look ahead
         self.stores: dict[int, TieredStore] = {}  # by layer
         self.mask: tuple = None, None  # of this step on the model's device, and in host memory
-        self.code_room: int | None = None  # bytes for codes in a GPU's memory
         self.later: Any = None  # what a GPU has yet to say (`models.later.Later`)
 
     @property
@@ -141,14 +138,6 @@ class Run:
 
     def open_log(self, stream: int) -> RecordLog:
         return (RecordLog if self.lent is None else self.lent.log)(self.drive, self.geometry, stream, self.writer)
-
-    def room_there(self, device: torch.device, tokens: int) -> bool:
-        """True if codes of this many tokens, or of `max_tokens`, may be in a GPU's memory while records are not."""
-        if self.code_room is None:
-            self.code_room = self.settings.device_budget
-        if self.code_room is None:
-            self.code_room = torch.get_device_module(device).mem_get_info(device)[0] // 2
-        return self.code_bytes(max(tokens, self.settings.max_tokens or 0)) * 9 // 8 <= self.code_room  # spare capacity
 
     def prepare(self, policy: Policy, layer: int) -> None:
         """Configure a layer's policy before `Policy.start`."""

@@ -35,13 +35,12 @@ class KeyCodes:
     """
 
     def __init__(self, batch: int, kv_heads: int, head_dim: int, bits: int = 8, device="cpu"):
-        device = torch.device(device if head_dim <= EXACT_FP32_DIM // 2 else "cpu")  # for LIFT
         if head_dim > EXACT_FP32_DIM:
             raise ValueError(f"head_dim {head_dim} is above {EXACT_FP32_DIM}: fp32 scores would be inexact")
         if bits == 4 and head_dim % 2:
             raise ValueError(f"INT4 needs an even head_dim, not {head_dim}; use int8")
-        self.bits, self.device = bits, device
-        sums(device)  # what ranks need of it, while nobody waits
+        self.bits = bits
+        sums(torch.device(device))  # what ranks need of it, while nobody waits
         self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8, device)
         self.scale = torch.zeros((batch, kv_heads, 1, head_dim), dtype=torch.float32, device=device)
         self.zero = torch.zeros_like(self.scale)
@@ -53,7 +52,7 @@ class KeyCodes:
         If a key exceeds a channel's scale, the scale doubles until it fits and the old codes are halved accordingly:
         codes never saturate and differ from direct quantisation by at most one step.
         """
-        keys = keys.to(self.device)
+        keys = keys.to(self.scale.device)
         if keys.device.type != "cpu" or not native.available():
             return self.append_reference(keys.float())
         if keys.stride(3) != 1 or keys.dtype not in (torch.float32, torch.bfloat16):
@@ -92,14 +91,6 @@ class KeyCodes:
             old.copy_(pack(halved.to(torch.int8), self.bits))
         self.late = 0
 
-    def to_host(self) -> None:
-        """Move to host memory."""
-        self.halve()
-        self.device = torch.device("cpu")
-        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
-            parts = self.codes.data, self.scale, self.zero, self.shares
-            self.codes.data, self.scale, self.zero, self.shares = (part.cpu() for part in parts)
-
     def newest(self, n: int) -> torch.Tensor:
         """Codes of the last n keys, int8 (B, Hkv, n, D), for a drive that scores."""
         return unpack(self.codes.view()[:, :, self.codes.n - n :], self.bits)
@@ -122,6 +113,8 @@ class KeyCodes:
         coded, unit = fold(query.float(), self.scale)
         codes, lift = unpack(self.codes.view(), self.bits), torch.where(self.shares < 1, LIFT, self.shares * 0)
         halved = torch.addcmul(lift, codes, self.shares)  # in one pass: read as int8, rounded to bf16
+        if codes.shape[3] > EXACT_FP32_DIM // 2:  # for sums to be exact
+            halved, lift = halved - lift, lift * 0
         halved[:, :, self.late :] = codes[:, :, self.late :]
         scores = products(coded, halved)
         scores[..., : self.late] -= products(coded, lift)
@@ -141,7 +134,7 @@ class KeyCodes:
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.codes.reorder(rows)
-        rows = rows.to(self.device)
+        rows = rows.to(self.scale.device)
         parts = self.scale, self.zero, self.shares
         self.scale, self.zero, self.shares = (part.index_select(0, rows) for part in parts)
 

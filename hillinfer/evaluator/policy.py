@@ -67,7 +67,7 @@ def of_row(part, row: int, counts):
     return part[row] if counts is None else part[row][counts[row]]
 
 
-def each_row(positions: torch.Tensor | None, counts: torch.Tensor | None) -> list[np.ndarray | None]:
+def each_row(positions: torch.Tensor, counts: torch.Tensor | None) -> list[np.ndarray]:
     """What `Policy.choose` returned, in host memory, as each sequence's positions (k,)."""
     positions, counts = (None if part is None else part.numpy() for part in (positions, counts))
     return [of_row(positions, row, counts) for row in range(len(positions))]

@@ -25,8 +25,6 @@ class SegmentCodes:
     ranges  int8 (B, Hkv, S, 2, D): the lowest and highest INT8 code of a segment, of which a 2-bit code is a quarter
     """
 
-    device = torch.device("cpu")
-
     def __init__(self, batch: int, kv_heads: int, head_dim: int):
         self.newest = KeyCodes(batch, kv_heads, head_dim)
         self.codes = Growable((batch, kv_heads, 0, -(-head_dim // 16) * 4), 2, torch.int8)

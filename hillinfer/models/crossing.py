@@ -1,18 +1,19 @@
 """Between a model on a GPU and records in host memory: the query goes to the records, which are far larger.
 
-A decode step brings a token's key, value and query of a layer to the host in one wait; with the mask, once a step; with
-the positions selected on the GPU, by codes there, for this query and the one predicted for the next layer, or with that
-query. The output goes back without a wait. Where the records are on the GPU, codes and indices are there too, and
-nothing crosses, unless a policy selects in host memory: then the mask does.
+A decode step brings a token's key, value and query of a layer to the host in one wait, with the mask, once a step, and
+the query predicted for the next layer. Where key codes are in the GPU's memory, the positions selected there come along,
+and those predicted for the next layer in place of a query. The output goes back without a wait. Where the records are on
+the GPU, codes and indices are there too, and nothing crosses, unless a policy selects in host memory: then the mask does.
 """
 
 import time
+from functools import partial
 
 import torch
 
-from hillinfer.attention import attendable, to_device
-from hillinfer.evaluator.policy import each_row
+from hillinfer.attention import attendable, padded, to_device
 from hillinfer.layer import Layer
+from hillinfer.models.away import Away, suits
 from hillinfer.models.later import DeviceTrack, Later
 
 PINNED = 16 << 20  # most bytes to bring through pinned memory, of which torch keeps what it has once taken
@@ -26,62 +27,51 @@ class Crossing(Layer):
         self.new: tuple[torch.Tensor, ...] = ()  # a token's keys and values, until its query comes
         self.ahead: tuple = None, None, None, None  # of the next layer: itself, a predicted query, its mask and scaling
         layer.run.later = layer.run.later or Later(device)
-        layer.track, layer.device = DeviceTrack(layer.track, layer.run.later), device
+        layer.track = DeviceTrack(layer.track, layer.run.later)
         layer.track.away = not layer.run.resident
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if keys.shape[2] > 1:
             self.layer.run.later.attended = None
-            self.layer.append(*placed(self.layer, keys, values), there=keys)
+            self.layer.append(*placed(self.layer, keys, values))
         else:
             self.new = keys, values
 
     def attend(self, query, mask, scaling, softcap=0.0, sinks=None) -> torch.Tensor:
         """See `Layer.attend`."""
-        layer, later = self.layer, self.layer.run.later
+        layer, (following, guessed, *how) = self.layer, self.ahead
         if query.shape[2] > 1:
             return layer.attend(query, mask, scaling)
-        timed = layer.run.resident or layer.lane == "gpu"
-        if timed and layer.index == 0:
-            later.settle(wait=False)
-        if timed and later.attended is not None:
-            layer.track.since(later.attended, "dense")
-        if layer.run.resident:
-            layer.append(*self.new)
-            out = layer.attend(query, mask if layer.chooses else bring(layer, mask)[0], scaling, softcap, sinks)
-        else:
-            out = to_device(self._attend_here(layer, query, mask, scaling, softcap, sinks), self.device)
-        if timed:
-            later.attended, layer.run.attended_ns = later.mark(), None
-        return out
-
-    def _attend_here(self, layer: Layer, query, mask, scaling, softcap, sinks) -> torch.Tensor:
-        (keys, values), (following, guessed, *how), self.ahead = self.new, self.ahead, (None,) * 4
-        there, picks, ahead = layer.lane == "gpu", None, None
-        if there:
-            picks = layer.ask(query, mask, scaling, keys)
-        if following is not None and following.lane == "gpu":
-            guessed, ahead = None, following.ask(guessed, *how)
-        chosen = (part for picked in (picks, ahead) for part in (picked if isinstance(picked, tuple) else (None,) * 2))
-        mask, keys, values, query, guessed, sinks, *chosen = bring(
-            layer, mask, keys, values, query, guessed, sinks, *chosen
-        )
-        picks, ahead = (
-            picked if part[0] is None else each_row(*part)
-            for picked, part in ((picks, chosen[:2]), (ahead, chosen[2:]))
-        )
+        (keys, values), self.new, self.ahead = self.new, (), (None,) * 4
+        if layer.seen:
+            layer.store.step = mask, following and (following, guessed, *how, foreseen(following, guessed, *how))
+        if layer.run.resident or layer.seen:
+            return self._attend_there(layer, layer.run.later, keys, values, query, mask, scaling, softcap, sinks)
+        mask, keys, values, query, guessed, sinks = bring(layer, mask, keys, values, query, guessed, sinks)
         if following is not None:
-            guess(following, guessed, *how, ahead)
-        layer.append(keys, values, asked=there)
-        return layer.attend(query, mask, scaling, softcap, sinks, picks)
+            guess(following, guessed, *how)
+        layer.append(keys, values)
+        return to_device(layer.attend(query, mask, scaling, softcap, sinks), self.device)
+
+    def _attend_there(self, layer: Layer, later: Later, keys, values, query, mask, *how) -> torch.Tensor:
+        if layer.index == 0:
+            later.settle(wait=False)
+        if later.attended is not None:
+            layer.track.since(later.attended, "dense")
+        layer.append(keys, values)
+        out = layer.attend(query, mask if layer.chooses else bring(layer, mask)[0], *how)
+        later.attended, layer.run.attended_ns = later.mark(), None
+        return out
 
     def everything(self) -> tuple[torch.Tensor, ...]:
         return tuple(to_device(part, self.device) for part in self.layer.everything())
 
 
 def placed(layer: Layer, *parts: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Tensors of the model where the layer's records are."""
-    return to_host(*parts) if layer.track.away else parts
+    """Tensors of the model where the layer takes them."""
+    if layer.track.away and layer.store is None and suits(layer, parts[0]):
+        layer.seen = partial(Away, bring, layer)
+    return to_host(*parts) if layer.track.away and not layer.seen else parts
 
 
 def to_host(*parts: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -106,8 +96,13 @@ def bring(layer: Layer, mask: torch.Tensor | None, *parts: torch.Tensor | None) 
     return found
 
 
-def guess(layer: Layer, query: torch.Tensor | None, mask: torch.Tensor | None, scaling: float, picks=None) -> None:
+def foreseen(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> list | tuple:
+    """A layer's selection for a predicted query, on the model's device."""
+    query = padded(query, layer.store.geometry.head_dim)
+    return layer.select(query, layer._valid(mask, len(query)), scaling, "guess", float(layer.run.trial.on))
+
+
+def guess(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
     """`Layer.speculate`, on the host."""
-    if picks is None:
-        mask, query = bring(layer, mask, query)
-    layer.speculate(query, mask, scaling, picks)
+    mask, query = bring(layer, mask, query)
+    layer.speculate(query, mask, scaling)

@@ -24,6 +24,7 @@ class Later:
 
     def __init__(self, device: torch.device):
         self.device, self.jobs, self.lock, self.attended = device, deque(), threading.Lock(), None
+        self.room: int | None = None  # bytes for key codes whose records are in host memory
         self.base = self.mark()  # both clocks, once
         self.base.synchronize()
         self.base_ns = time.perf_counter_ns()

@@ -49,7 +49,7 @@ class TieredLayer(CacheLayerMixin):
         """Append keys and values computed elsewhere: see `Layer.append`."""
         self.is_initialized = True
         self.seen_from(keys.device)  # before there is a store, which keeps the layer's track
-        self.layer.append(*placed(self.layer, keys, values, kv), there=keys)
+        self.layer.append(*placed(self.layer, keys, values, kv))
 
     def get_seq_length(self, *args) -> int:
         return self.layer.n

@@ -33,7 +33,7 @@ class Layer:
         self.pieces: list[int] = []  # tokens of each append: codes depend on them a little
         self.dims = (0, 0)  # channels of a key and of a value; the narrower is padded to a record's two equal halves
         self.softcap = 0.0  # of the model's logits; 0 if it has none
-        self.seen: Callable | None = None  # the store as seen from the model's device, of itself and a geometry there
+        self.seen: Callable | None = None  # the store as a model elsewhere sees it, of itself and that geometry
 
     @property
     def n(self) -> int:
@@ -203,12 +203,9 @@ class Layer:
         return self.store.all()[0][row, :, 0]
 
     def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, picks=None) -> None:
-        """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
-
-        picks  what is selected by now
-
-        Only a prefetch: `attend` selects again with the true query, uses the records that were prefetched and reads
-        the others, so that the output does not depend on the guess (HillInfer APP, section 1.4).
+        """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background; `picks` are
+        what it has selected. Only a prefetch: `attend` selects again with the true query, uses the records that were
+        prefetched and reads the others, so that the output does not depend on the guess (HillInfer APP, section 1.4).
         """
         query = attention.padded(query, self.store.geometry.head_dim)
         valid, share = self._valid(mask, len(query)), float(self.run.trial.on)

@@ -121,7 +121,7 @@ def test_codes_in_gpu_memory_solved_by_hand():
     assert took["query"] == pytest.approx(crossed / profile.get("link.from_gpu") + 10e-6)
     assert took["python"] == 0.25e-3 and "select" not in took
     assert seconds(own, "hillinfer-near") < seconds(own, "hillinfer-near-host")
-    much = replace(own, context=1 << 23)
+    much = replace(own, context=1 << 25)
     assert seconds(much, "hillinfer-near") == seconds(much, "hillinfer-near-host")
 
 

@@ -45,21 +45,13 @@ def head_ranks_reference(scores: torch.Tensor, steps: torch.Tensor) -> torch.Ten
 @functools.cache
 def sums(device: torch.device) -> torch.Tensor:
     """The least sum of weights, int64, of each level: log2 of a sum, less FIRST, in STEPS, rounded down."""
-    level = torch.arange(STEPS, dtype=torch.int64, device="cpu")
-    least = torch.full_like(level, 1 << 31)  # of 32 bits, by bisection
+    level, least = np.arange(STEPS), np.full(STEPS, 1 << 31, np.uint64)  # of 32 bits, by bisection
     for bit in reversed(range(31)):
-        least = torch.where(_fraction(least + (1 << bit) - 1) < level, least + (1 << bit), least)
-    return torch.cat(
-        [least + (1 << 31 - at) - 1 >> 31 - at if at < 32 else least << at - 31 for at in range(FIRST, LAST)]
-    ).to(device)
-
-
-def _fraction(m: torch.Tensor) -> torch.Tensor:
-    """Of log2, in STEPS, of m in [2**31, 2**32): a bit for each squaring."""
-    fraction = 0
-    for _ in range(12):
-        high, low = m >> 16, m & 0xFFFF  # m * m >> 31 of 32 bits, in halves
-        m = (high * high << 1) + ((high * low << 17) + low * low >> 31)
-        fraction = fraction << 1 | m >> 32
-        m = m >> (m >> 32)
-    return fraction
+        m, fraction = least + (1 << bit) - 1, 0
+        for _ in range(12):  # a bit of the fraction for each squaring
+            m = m * m >> 31
+            fraction = fraction << 1 | m >> 32
+            m >>= m >> 32
+        least = np.where(fraction < level, least + (1 << bit), least)
+    each = [least + (1 << 31 - at) - 1 >> 31 - at if at < 32 else least << at - 31 for at in range(FIRST, LAST)]
+    return torch.from_numpy(np.concatenate(each).astype(np.int64)).to(device)

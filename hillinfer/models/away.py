@@ -14,8 +14,7 @@ class Away:
     """The contract of `Store` for tensors of another device. A decode step's new token waits for its query: records,
     query and the positions selected come to the host together.
 
-    step  what else crosses: the mask, and of the layer to come itself, a predicted query, its mask, its scaling and the
-          selection for it, or None; None outside of a decode step
+    step  the mask, and what is `foreseen` for the layer to come; None outside of a decode step
     """
 
     lane = "gpu"  # where selections are made
@@ -66,11 +65,13 @@ class Away:
 
 
 def suits(layer: Layer, keys: torch.Tensor) -> bool:
-    """True if the codes of a layer of these first keys, or of `max_tokens`, are to be in the memory of the keys' GPU."""
+    """True if a layer's codes, of these first keys or of `max_tokens`, are to be in the memory of the keys' GPU."""
     run, policy, settings = layer.run, layer.policy, layer.run.settings
     if not (policy.there and policy.needs_codes and type(policy).attended is Policy.attended):
         return False
     if settings.bits == 2 or settings.compress or settings.drive_kind != "ssd":  # codes or times are for the host
+        return False
+    if keys.device != run.later.device:  # a second GPU's
         return False
     if run.later.room is None:
         free = torch.get_device_module(keys.device).mem_get_info(keys.device)[0]

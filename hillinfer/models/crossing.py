@@ -1,9 +1,9 @@
 """Between a model on a GPU and records in host memory: the query goes to the records, which are far larger.
 
 A decode step brings a token's key, value and query of a layer to the host in one wait, with the mask, once a step, and
-the query predicted for the next layer. Where key codes are in the GPU's memory, the positions selected there come along,
-and those predicted for the next layer in place of a query. The output goes back without a wait. Where the records are on
-the GPU, codes and indices are there too, and nothing crosses, unless a policy selects in host memory: then the mask does.
+the query predicted for the next layer; where key codes are in the GPU's memory (`Away`), with the positions selected
+there for both. The output goes back without a wait. Where the records are on the GPU, codes and indices are
+there too, and nothing crosses, unless a policy selects in host memory: then the mask does.
 """
 
 import time
@@ -44,7 +44,7 @@ class Crossing(Layer):
             return layer.attend(query, mask, scaling)
         (keys, values), self.new, self.ahead = self.new, (), (None,) * 4
         if layer.seen:
-            layer.store.step = mask, following and (following, guessed, *how, foreseen(following, guessed, *how))
+            layer.store.step = mask, following and foreseen(following, guessed, *how)
         if layer.run.resident or layer.seen:
             return self._attend_there(layer, layer.run.later, keys, values, query, mask, scaling, softcap, sinks)
         mask, keys, values, query, guessed, sinks = bring(layer, mask, keys, values, query, guessed, sinks)
@@ -96,10 +96,13 @@ def bring(layer: Layer, mask: torch.Tensor | None, *parts: torch.Tensor | None) 
     return found
 
 
-def foreseen(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> list | tuple:
-    """A layer's selection for a predicted query, on the model's device."""
+def foreseen(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> tuple | None:
+    """A layer, a predicted query, its mask and scaling, and the selection for it on the model's device."""
+    if not layer.seen:
+        return None
     query = padded(query, layer.store.geometry.head_dim)
-    return layer.select(query, layer._valid(mask, len(query)), scaling, "guess", float(layer.run.trial.on))
+    picks = layer.select(query, layer._valid(mask, len(query)), scaling, "guess", float(layer.run.trial.on))
+    return layer, query, mask, scaling, picks
 
 
 def guess(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:

@@ -13,6 +13,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +66,10 @@ def resident() -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
 
 
-def peak(model, ids: list[int], way: str, drive: Path) -> int:
-    """Most anonymous bytes beyond those before the prefill, sampled every 5 ms."""
-    feed(model, DynamicCache(config=model.config), ids[:64])  # the libraries' own buffers
-    before, most, done = resident(), [0], threading.Event()
+@contextmanager
+def sampled() -> Iterator[list[int]]:
+    """Most anonymous memory of this process while the context is open, sampled every 5 ms: a list of one number."""
+    most, done = [resident()], threading.Event()
 
     def sample() -> None:
         while not done.wait(0.005):
@@ -75,10 +77,20 @@ def peak(model, ids: list[int], way: str, drive: Path) -> int:
 
     thread = threading.Thread(target=sample)
     thread.start()
-    once(model, ids, way, drive)
-    done.set()
-    thread.join()
-    return max(0, most[0] - before)
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
+def peak(model, ids: list[int], way: str, drive: Path) -> int:
+    """Most anonymous bytes beyond those before the prefill."""
+    feed(model, DynamicCache(config=model.config), ids[:64])  # the libraries' own buffers
+    before = resident()
+    with sampled() as most:
+        once(model, ids, way, drive)
+    return most[0] - before
 
 
 def measure(name: str, tokens: list[int], ways: list[str], drive: Path, turns: int, dtype: str) -> list[dict]:

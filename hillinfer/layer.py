@@ -47,8 +47,8 @@ class Layer:
 
     @property
     def in_parts(self) -> bool:
-        """True if a step of several query tokens gets the KV part by part, never a drive's as a whole; not on a GPU,
-        whose own attention is faster, nor for a policy that watches and sees all keys at once.
+        """True if a step of several tokens gets the KV part by part, never a drive's as a whole; not on a GPU, whose
+        own attention is faster, nor for a policy that watches and sees all keys at once.
         """
         near = self.store.geometry.device.type == "cpu" and not self.track.away
         return (near or self.store.can_prefetch) and not self.policy.watches
@@ -61,12 +61,14 @@ class Layer:
             return not self.policy.here
         return not self.policy.selects or (self.policy.there and coded)
 
+    def to(self, *_) -> "Layer":
+        """Itself, in place of the keys that early Gemma 3n moves."""
+        return self
+
     def append(self, keys: torch.Tensor, values: torch.Tensor, kv: torch.Tensor | None = None) -> None:
         """Add keys (B, Hkv, n, D) and values, whose D may differ; kv is both as records, if they exist already."""
-        run, new = self.run, keys.shape[2]
-        dims = keys.shape[3], values.shape[3]
-        if dims[0] != dims[1]:
-            keys, values = attention.padded(keys, max(dims)), attention.padded(values, max(dims))
+        run, new, dims = self.run, keys.shape[2], (keys.shape[3], values.shape[3])
+        keys, values = (attention.padded(part, max(dims)) for part in (keys, values))
         geometry = Geometry(len(keys), *keys.shape[1::2], keys.dtype, keys.device)
         held = self.store.geometry if self.store else geometry
         if geometry != held or keys.shape != values.shape:
@@ -279,8 +281,7 @@ class Layer:
         """Bytes by kind: device and host KV records; key codes and the policy's index."""
         if self.store is None:
             return {}
-        codes = 0 if self.codes is None else self.codes.nbytes
-        return self.store.memory() | {"codes": codes + self.policy.nbytes}
+        return self.store.memory() | {"codes": self.policy.nbytes + getattr(self.codes, "nbytes", 0)}
 
     def _start(self, geometry: Geometry, tokens: int) -> None:
         self.run.start(replace(geometry, device=torch.device("cpu")) if self.seen else geometry, tokens)

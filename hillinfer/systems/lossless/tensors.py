@@ -125,7 +125,9 @@ class Tensors:
     def append(self, layer: int, kv: torch.Tensor, n: int) -> int:
         """Add kv (B, m, 2, Hkv, D) after n tokens; returns the bytes of the writes started."""
         self.reserve(n + kv.shape[1])
-        both = kv.permute(2, 1, 0, 3, 4).cpu().contiguous().view(torch.uint8).numpy()  # (2, m, B, Hkv, bytes of D)
+        kv = kv.permute(2, 1, 0, 3, 4)  # (2, m, B, Hkv, D)
+        both = aligned(kv.nbytes)  # spares a write of whole blocks a copy
+        torch.from_numpy(both).view(kv.dtype).view(kv.shape).copy_(kv)
         return sum(map(self._append, self.pair(layer), both.reshape(2, -1)))
 
     def resident(self, layer: int, n: int) -> torch.Tensor | None:

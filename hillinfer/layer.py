@@ -57,9 +57,8 @@ class Layer:
     def chooses(self) -> bool:
         """True if the policy is asked for tensors; on a GPU nothing of the selection is in host memory then."""
         coded = not self.policy.needs_codes or isinstance(self.codes, KeyCodes)
-        if self.store.lane == "cpu":
-            return not self.policy.here
-        return not self.policy.selects or (self.policy.there and coded)
+        there = not self.policy.selects or (self.policy.there and coded)
+        return there if self.store.lane == "gpu" else not self.policy.here
 
     def to(self, *_) -> "Layer":
         """Itself, in place of the keys that early Gemma 3n moves."""

@@ -33,7 +33,7 @@ from hillinfer.evaluator.policies.topk import TopK
 from hillinfer.evaluator.policy import Step
 from hillinfer.evaluator.ranks import head_ranks
 from hillinfer.longbench import sweep
-from hillinfer.models import crossing
+from hillinfer.models import away, crossing
 from hillinfer.models.rows import as_batch
 from hillinfer.systems.baselines import quest
 from hillinfer.systems.lossless import slots
@@ -335,7 +335,8 @@ def test_planted_faults_are_found(models, tmp_path, monkeypatch, fault):
     want = say(placed(models), system, **how)
     mutated(monkeypatch, owner, name, old, new)
     if owner is attention:
-        monkeypatch.setattr(crossing, name, getattr(attention, name))
+        for module in (crossing, away):
+            monkeypatch.setattr(module, name, getattr(attention, name))
     with FakeGpu() as gpu:
         try:
             right = torch.equal(say(placed(models, gpu=gpu), system, **how), want)
@@ -396,7 +397,7 @@ def test_selection_on_the_device_is_the_hosts_to_the_bit():
     """
     random = np.random.default_rng(0)
     for case in range(200):
-        heads, group, dim, n = (int(random.choice(of)) for of in ((1, 2, 8), (1, 4, 7), (32, 128), (40, 300, 900)))
+        heads, group, dim, n = (int(random.choice(of)) for of in ((1, 2, 8), (1, 4, 7), (32, 128, 576), (40, 300, 900)))
         bits, few = (8, 4)[case % 2], int(random.choice((1, 7, 1000)))  # few values give many ties
         keys = torch.from_numpy(random.integers(-few, few + 1, (2, heads, n, dim))).float()
         keys *= 2.0 ** torch.arange(n).mul(4).floor_divide(n)[:, None]  # scales double three times

@@ -40,11 +40,11 @@ class KeyCodes:
         if bits == 4 and head_dim % 2:
             raise ValueError(f"INT4 needs an even head_dim, not {head_dim}; use int8")
         self.bits = bits
-        sums(torch.device(device))  # what ranks need of it, while nobody waits
         self.codes = Growable((batch, kv_heads, 0, head_dim * bits // 8), 2, torch.int8, device)
         self.scale = torch.zeros((batch, kv_heads, 1, head_dim), dtype=torch.float32, device=device)
         self.zero = torch.zeros_like(self.scale)
         self.shares, self.late = torch.ones_like(self.scale).bfloat16(), 0
+        self.scale.is_cpu or sums(self.scale.device)  # made for the ranks while nobody waits
 
     def append(self, keys: torch.Tensor) -> torch.Tensor:
         """Encode new keys (B, Hkv, n, D). Returns the doublings of each channel's scale, uint8 (B, Hkv, D).
@@ -74,10 +74,10 @@ class KeyCodes:
         doublings = torch.where(fresh, 0, exponent).clamp_(min=0)
         times, doubled = 2 ** doublings.long(), doublings.any()
         self.shares, self.late, self.doubled = (1 / times).bfloat16(), self.codes.n, doubled
-        if doubled.device.type == "cpu":
-            self.halve()
-        else:  # true until the GPU has said otherwise: to ask it would make the host wait
+        if not doubled.is_cpu:  # true until the GPU has said otherwise: to ask it would make the host wait
             self.doubled = torch.tensor(True, device="cpu").pin_memory().copy_(doubled, non_blocking=True)
+        if doubled.is_cpu or keys.shape[3] > EXACT_FP32_DIM // 2:  # with LIFT sums are twice as large
+            self.halve()
         self.scale = torch.where(fresh, need, self.scale * times)
         new = (keys / self.scale.clamp(min=TINY)).round_().clamp_(-top, top)
         self.codes.append(pack(new.to(torch.int8), self.bits))
@@ -87,8 +87,8 @@ class KeyCodes:
         """Rewrite the codes whose scale doubled with the last append."""
         if self.late and self.doubled:
             old = self.codes.view()[:, :, : self.late]
-            halved = (unpack(old, self.bits) * self.shares).round_()  # bf16 holds them exactly
-            old.copy_(pack(halved.to(torch.int8), self.bits))
+            halved = (unpack(old, self.bits) * self.shares).round_().to(torch.int8)  # bf16 holds them exactly
+            old.copy_(pack(halved, self.bits))
         self.late = 0
 
     def newest(self, n: int) -> torch.Tensor:
@@ -113,21 +113,17 @@ class KeyCodes:
         coded, unit = fold(query.float(), self.scale)
         codes, lift = unpack(self.codes.view(), self.bits), torch.where(self.shares < 1, LIFT, self.shares * 0)
         halved = torch.addcmul(lift, codes, self.shares)  # in one pass: read as int8, rounded to bf16
-        if codes.shape[3] > EXACT_FP32_DIM // 2:  # for sums to be exact
-            halved, lift = halved - lift, lift * 0
         halved[:, :, self.late :] = codes[:, :, self.late :]
         scores = products(coded, halved)
         scores[..., : self.late] -= products(coded, lift)
-        scores = scores.flatten(1, 2)
         if valid is not None:
-            scores = scores.masked_fill(~valid[:, None], NEVER)
+            scores = scores.masked_fill(~valid[:, None, None], NEVER)
         steps = unit * scaling * float(np.float32(STEPS / np.log(2)))
-        return head_ranks_reference(scores, steps[..., None].expand(coded.shape[:3]).flatten(1))
+        return head_ranks_reference(scores.flatten(1, 2), steps[..., None].expand(coded.shape[:3]).flatten(1))
 
     def scorer(self, query: torch.Tensor, row: int) -> Callable[[np.ndarray | None], np.ndarray]:
         """`head_scores` of a quantised query (Hkv, G, D) against a row's keys, at positions (m,) or None for all."""
-        stored = self.codes.view()[row]
-        return partial(head_scores, query, stored, self.bits)
+        return partial(head_scores, query, self.codes.view()[row], self.bits)
 
     def truncate(self, n: int) -> None:
         self.codes.truncate(n)
@@ -135,8 +131,8 @@ class KeyCodes:
     def reorder(self, rows: torch.Tensor) -> None:
         self.codes.reorder(rows)
         rows = rows.to(self.scale.device)
-        parts = self.scale, self.zero, self.shares
-        self.scale, self.zero, self.shares = (part.index_select(0, rows) for part in parts)
+        held = self.scale, self.zero, self.shares
+        self.scale, self.zero, self.shares = (part.index_select(0, rows) for part in held)
 
     @property
     def nbytes(self) -> int:

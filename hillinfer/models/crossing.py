@@ -28,7 +28,6 @@ class Crossing(Layer):
         self.ahead: tuple = None, None, None, None  # of the next layer: itself, a predicted query, its mask and scaling
         layer.run.later = layer.run.later or Later(device)
         layer.track = DeviceTrack(layer.track, layer.run.later)
-        layer.track.away = not layer.run.resident
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if keys.shape[2] > 1:
@@ -69,6 +68,7 @@ class Crossing(Layer):
 
 def placed(layer: Layer, *parts: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Tensors of the model where the layer takes them."""
+    layer.track.away = parts[0].device.type != "cpu" and not layer.run.resident
     if layer.track.away and layer.store is None and suits(layer, parts[0]):
         layer.seen = partial(Away, bring, layer)
     return to_host(*parts) if layer.track.away and not layer.seen else parts

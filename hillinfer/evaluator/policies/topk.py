@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from hillinfer.evaluator.policy import Policy, Step
+from hillinfer.evaluator.topk import topk
 
 
 class TopK(Policy):
@@ -15,7 +16,10 @@ class TopK(Policy):
     def select(self, step: Step) -> np.ndarray | None:
         if step.budget >= step.n:
             return None
-        return step.best(torch.from_numpy(step.scores())[None])[0].numpy()
+        first = min(step.sinks, step.n)
+        last = max(first, step.n - step.recent)  # candidates are first..last-1
+        chosen = first + np.sort(topk(step.scores()[first:last], step.budget - first - step.n + last))
+        return np.concatenate((np.arange(first), chosen, np.arange(last, step.n)))
 
     def choose(self, step: Step) -> tuple[torch.Tensor, None] | None:
         return None if step.budget >= step.n else (step.best(step.scores()), None)

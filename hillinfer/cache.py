@@ -79,20 +79,23 @@ class TieredCache(Cache):
 
     def why_split(self) -> str:
         """Where the KV is and why, in one line; and which layers are not tiered."""
-        return self.run.why_split() + (f"; {self.support}" if len(self.support.tiered) < self.support.layers else "")
+        codes = "; key codes in GPU memory" if any(layer.seen for layer in self.tiered) else ""
+        rest = f"; {self.support}" if len(self.support.tiered) < self.support.layers else ""
+        return self.run.why_split() + codes + rest
 
     def explain(self, step: int | None = None):
         """Why a decode step took as long as it did, or where the run's time went: `hillinfer.explain`."""
         return hillinfer.explain(self, step)  # the public name: loads the workbench on first use
 
     def memory(self) -> dict[str, int]:
-        """Bytes now: `device` and `host` records, key `codes`, `hits` tables, tensors bound to the `page_cache`, and
-        space reserved on the `drive`.
+        """Bytes now: `device` and `host` records, key `codes` (`device` where a GPU has them and no records), `hits`
+        tables, tensors bound to the `page_cache`, and space reserved on the `drive`.
         """
         total = dict.fromkeys(("device", "host", "codes", "hits", "page_cache"), 0)
         for layer in self.tiered:
             for kind, nbytes in layer.memory().items():
-                total["host" if kind == "device" and layer.track.away else kind] += nbytes
+                held = {"device": "host", "codes": "device" if layer.seen else "codes"} if layer.track.away else {}
+                total[held.get(kind, kind)] += nbytes
         total["hits"] += self.run.hits.nbytes if self.run.hits else 0
         return total | {"drive": self.run.drive_bytes}
 

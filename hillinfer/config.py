@@ -53,6 +53,8 @@ class Settings:
                  section 1.4; usually 0.1 to 0.2)
     host_budget  bytes of host memory for KV records, all layers together; None is the system's default.
                  Key codes are extra: `TieredCache.memory()` reports both
+    device_budget  bytes of GPU memory for key codes while the KV is in host memory; None is half of what is free when
+                 the first keys come. Codes beyond it are in host memory, and scored there
     drive        folder for the private KV file, made absolute; None keeps all KV in memory
     drive_kind   `ssd`; `xrt`, a SmartSSD, which scores its own records; or `emulated`, a SmartSSD in software
     xclbin       the SmartSSD's kernel (built as in fpga/README.md)
@@ -89,6 +91,7 @@ class Settings:
 
     alpha: float = 0.2
     host_budget: int | str | None = None
+    device_budget: int | str | None = None
     drive: str | Path | None = None
     drive_kind: Literal["ssd", "emulated", "xrt"] = "ssd"
     xclbin: str | Path | None = None
@@ -130,7 +133,8 @@ class Settings:
         ):
             if refused:
                 raise UsageError(why)
-        object.__setattr__(self, "host_budget", parse_bytes(self.host_budget))
+        for name in ("host_budget", "device_budget"):
+            object.__setattr__(self, name, parse_bytes(getattr(self, name)))
         if self.drive is not None:
             object.__setattr__(self, "drive", Path(self.drive).expanduser().absolute())
 

@@ -36,11 +36,10 @@ class Growable:
 
     def extend(self, more: int) -> int:
         """Extend the view by `more` uninitialised entries for the caller to fill. Returns the index of the first."""
-        start, self.n = self.n, self.n + more
-        if self.n > self.data.shape[self.dim]:
-            self.n = start
-            self.reserve(start + more + max(256, (start + more) // 8))
-            self.n += more
+        start, needed = self.n, self.n + more
+        if needed > self.data.shape[self.dim]:
+            self.reserve(needed + max(256, needed // 8))
+        self.n = needed
         return start
 
     def append(self, new: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from hillinfer import attention
 from hillinfer.errors import DriveError, UsageError
 from hillinfer.evaluator.codes import NEVER
-from hillinfer.evaluator.policy import Policy, Step, of_row
+from hillinfer.evaluator.policy import Policy, Step, each_row, of_row
 from hillinfer.evaluator.ranks import head_ranks
 from hillinfer.evaluator.segments import KeyCodes, SegmentCodes, open_codes
 from hillinfer.run import Run
@@ -32,6 +33,7 @@ class Layer:
         self.pieces: list[int] = []  # tokens of each append: codes depend on them a little
         self.dims = (0, 0)  # channels of a key and of a value; the narrower is padded to a record's two equal halves
         self.softcap = 0.0  # of the model's logits; 0 if it has none
+        self.open_codes, self.seen = open_codes, None  # a GPU has its own codes, and makes its own view of the store
 
     @property
     def n(self) -> int:
@@ -55,9 +57,8 @@ class Layer:
     def chooses(self) -> bool:
         """True if the policy is asked for tensors; on a GPU nothing of the selection is in host memory then."""
         coded = not self.policy.needs_codes or isinstance(self.codes, KeyCodes)
-        if self.store.lane == "cpu":
-            return not self.policy.here
-        return not self.policy.selects or (self.policy.there and coded)
+        there = not self.policy.selects or (self.policy.there and coded)
+        return there if self.store.lane == "gpu" else not self.policy.here
 
     def to(self, *_) -> "Layer":
         """Itself, in place of the keys that early Gemma 3n moves."""
@@ -169,8 +170,7 @@ class Layer:
                 detail |= step.notes
             if chosen is None or self.store.lane == "gpu":
                 return chosen or [None] * len(query)
-            positions, counts = (None if part is None else part.numpy() for part in chosen)
-            return [of_row(positions, row, counts) for row in range(len(query))]
+            return each_row(*chosen)
         if self.policy.needs_codes or type(self.policy).append is not Policy.append:
             query = query.cpu()  # once
         for row in range(len(query)):
@@ -203,17 +203,16 @@ class Layer:
         """All of a row's keys, (n, Hkv, D)."""
         return self.store.all()[0][row, :, 0]
 
-    def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:
-        """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background.
-
-        Only a prefetch: `attend` selects again with the true query, uses the records that were prefetched and reads
-        the others, so that the output does not depend on the guess (HillInfer APP, section 1.4).
+    def speculate(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, picks=None) -> None:
+        """Select and prefetch for the coming step with a predicted query (B, H, 1, D), in the background; `picks` are
+        what it has selected. Only a prefetch: `attend` selects again with the true query, uses the records that were
+        prefetched and reads the others, so that the output does not depend on the guess (HillInfer APP, section 1.4).
         """
         query = attention.padded(query, self.store.geometry.head_dim)
         valid, share = self._valid(mask, len(query)), float(self.run.trial.on)
 
         def work() -> None:
-            for row, pick in enumerate(self.select(query, valid, scaling, "guess", share)):
+            for row, pick in enumerate(picks or self.select(query, valid, scaling, "guess", share)):
                 self.store.prefetch(row, np.arange(self.n) if pick is None else pick)
 
         self.guess = self.run.lookahead.submit(work)
@@ -268,13 +267,13 @@ class Layer:
         """Take these sequences of the batch, in this order."""
         if self.store is not None:
             self.store.reorder(rows)
-            self.run.geometry = self.store.geometry
+            self.run.geometry = replace(self.run.geometry, batch=self.store.geometry.batch)
             self.policy.reorder(rows)
             if self.codes is not None:
                 self.codes.reorder(rows)
 
     def reset(self) -> None:
-        self.store = self.codes = self.guess = None
+        self.store = self.codes = self.guess = self.seen = None
         self.pieces = []
 
     def memory(self) -> dict[str, int]:
@@ -284,12 +283,13 @@ class Layer:
         return self.store.memory() | {"codes": self.policy.nbytes + getattr(self.codes, "nbytes", 0)}
 
     def _start(self, geometry: Geometry, tokens: int) -> None:
-        self.run.start(geometry, tokens)
+        self.run.start(replace(geometry, device=torch.device("cpu")) if self.seen else geometry, tokens)
         self.store = self.run.open_store(self.track)
+        self.store = self.seen(self.store, geometry) if self.seen else self.store
         self.policy.device = geometry.device if self.policy.there else torch.device("cpu")
         if self.policy.needs_codes or self.store.scores_keys:
             size = geometry.batch, *geometry.record_shape[1:]
-            self.codes = open_codes(*size, self.run.settings.bits, self.policy.device)
+            self.codes = self.open_codes(*size, self.run.settings.bits, self.policy.device)
         self.run.prepare(self.policy, self.index)
         self.policy.start(geometry.batch, geometry.kv_heads, geometry.head_dim)
 

@@ -46,9 +46,7 @@ class Timeline:
         self.spans: list[Span] = []
         self.step, self.source, self.about = -1, "measured", {}
 
-    def add(
-        self, lane: str, kind: str, layer: int, step: int, start_ns: int, end_ns: int, nbytes: int = 0, **detail
-    ) -> None:
+    def add(self, lane: str, kind: str, layer: int, step: int, start_ns: int, end_ns: int, nbytes=0, **detail) -> None:
         if lane not in LANES:
             raise ValueError(f"no lane '{lane}'; the lanes are {', '.join(LANES)}")
         thread = threading.current_thread().name
@@ -117,9 +115,8 @@ class Timeline:
                     span = Span(LANES[event["pid"]], str(event["name"]), *own[:2], start, end, own[2], detail, own[3])
                     timeline.spans.append(span)
         except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is not a trace of this project ({type(error).__name__}: {str(error)[:200]})"
-            ) from None
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            raise ValueError(f"{path} is not a trace of this project ({why})") from None
         timeline.spans.sort(key=lambda span: span.end_ns)
         return timeline
 

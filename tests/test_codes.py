@@ -43,7 +43,7 @@ def test_scores_equal_the_numpy_reference(bits, heads, group, dim, n, extreme, s
     assert stored.shape[2] == dim * bits // 8 and np.array_equal(unpack(stored, bits).numpy(), codes)
     want = head_scores_reference(query, codes)
     got = products(torch.from_numpy(query), unpack(stored, bits)).flatten(0, 1)
-    assert got.dtype == torch.int32 and np.array_equal(got, want)
+    assert got.dtype == torch.float32 and np.array_equal(got, want)
     assert np.array_equal(head_scores(torch.from_numpy(query), stored, bits), want)
 
 

@@ -33,13 +33,15 @@ from hillinfer.evaluator.policies.topk import TopK
 from hillinfer.evaluator.policy import Step
 from hillinfer.evaluator.ranks import head_ranks
 from hillinfer.longbench import sweep
-from hillinfer.models import crossing
+from hillinfer.models import away, crossing
+from hillinfer.models.device_codes import DeviceCodes
 from hillinfer.models.rows import as_batch
 from hillinfer.systems.baselines import quest
 from hillinfer.systems.lossless import slots
 from hillinfer.systems.registry import list_systems
 from hillinfer.tiers import store
 from hillinfer.tiers.geometry import Geometry
+from hillinfer.whatif.rules import LAUNCHES
 from hillinfer.workbench.observe import AttentionRecord
 from tests.conftest import SHAPE, seeded
 from tests.fake_gpu import DEVICE, FakeGpu, FakeGpuError, why_not
@@ -334,7 +336,8 @@ def test_planted_faults_are_found(models, tmp_path, monkeypatch, fault):
     want = say(placed(models), system, **how)
     mutated(monkeypatch, owner, name, old, new)
     if owner is attention:
-        monkeypatch.setattr(crossing, name, getattr(attention, name))
+        for module in (crossing, away):
+            monkeypatch.setattr(module, name, getattr(attention, name))
     with FakeGpu() as gpu:
         try:
             right = torch.equal(say(placed(models, gpu=gpu), system, **how), want)
@@ -374,11 +377,28 @@ def test_the_stand_in_itself():
         assert not gpu.hazards
 
 
+def test_a_layers_launches_are_those_of_the_model():
+    """Of a steady step: a token's code, scores, ranks and choice for a layer of an 8B model."""
+    with FakeGpu() as gpu:
+        held, n = DeviceCodes(1, 8, 128, 8, DEVICE), 300
+        held.append(torch.linspace(-1, 1, 8 * n * 128).view(1, 8, n, 128).bfloat16().to("cuda"))
+        key, query = (torch.full((1, heads, 1, 128), 0.5).bfloat16().to("cuda") for heads in (8, 32))
+        for _ in range(3):
+            torch.cuda.synchronize()
+            gpu.clear()
+            held.append(key)
+            found = held.ranks(query[:, :, 0], 0.1, None)
+            TopK().choose(Step(held.codes.n, 60, 4, 16, 0, 0, lambda found=found: found, None))
+        assert gpu.launches <= LAUNCHES, gpu.launches
+
+
 def test_selection_on_the_device_is_the_hosts_to_the_bit():
-    """Random keys of growing scale, ties and padding; codes, ranks and choice, without a wait."""
+    """Random keys of growing scale, ties and padding; codes, ranks and choice, without a wait. Where the host has heard
+    by the next append that no scale doubled, or that one did, and where it has not.
+    """
     random = np.random.default_rng(0)
     for case in range(200):
-        heads, group, dim, n = (int(random.choice(of)) for of in ((1, 2, 8), (1, 4, 7), (32, 128), (40, 300, 900)))
+        heads, group, dim, n = (int(random.choice(of)) for of in ((1, 2, 8), (1, 4, 7), (32, 128, 576), (40, 300, 900)))
         bits, few = (8, 4)[case % 2], int(random.choice((1, 7, 1000)))  # few values give many ties
         keys = torch.from_numpy(random.integers(-few, few + 1, (2, heads, n, dim))).float()
         keys *= 2.0 ** torch.arange(n).mul(4).floor_divide(n)[:, None]  # scales double three times
@@ -387,14 +407,18 @@ def test_selection_on_the_device_is_the_hosts_to_the_bit():
         sizes, scaling = (n, int(random.integers(24, n)), 4, 16, 0, 0), float(10.0 ** random.integers(-4, 1))
         held = codes.KeyCodes(2, heads, dim, bits)
         with FakeGpu() as gpu:
-            there, asked, seen = codes.KeyCodes(2, heads, dim, bits, DEVICE), query.to("cuda"), valid.to("cuda")
+            there, asked, seen = DeviceCodes(2, heads, dim, bits, DEVICE), query.to("cuda"), valid.to("cuda")
             pieces = [part.to("cuda") for part in keys.tensor_split([n // 2, n - 1], 2)]
             gpu.clear()
             for piece in pieces:
                 there.append(piece)
+                if case % 4 > 1:
+                    torch.cuda.synchronize()
+                    gpu.clear()
             found = there.ranks(asked, scaling, seen)
             got, _ = TopK().choose(Step(*sizes, lambda found=found: found, None))
             assert not gpu.waits(model=True) and not gpu.hazards
+            there.catch_up()
             got, found, coded = got.cpu().numpy(), found.cpu().numpy(), there.codes.view().cpu()
         for piece in keys.tensor_split([n // 2, n - 1], 2):
             held.append(piece)
@@ -446,6 +470,23 @@ def test_one_gpu_takes_one_worker(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(hillinfer.UsageError, match="leave out --workers"):
         list(sweep.run_all([None, None], workers=2))
+
+
+@pytest.mark.parametrize("drive", [True, False])
+def test_codes_are_in_gpu_memory_as_far_as_allowed(models, tmp_path, gpu, drive):
+    """Codes of the longest context to come, or none; tokens are the same."""
+    system, where = ("hillinfer", {"drive": tmp_path}) if drive else ("topk", {"host_budget": "64MiB"})
+    how = where | dict(alpha=0.1, max_tokens=400)
+    want, need = say(placed(models), system, n=300, **how), LAYERS * 400 * 32 * 9 // 8
+    for budget, there in ((None, True), (need, True), (need - 1, False), (0, False)):
+        model = placed(models, gpu=gpu)
+        with torch.no_grad(), hillinfer.make_cache(model, system, device_budget=budget, **how) as cache:
+            ids, words = PROMPT[:1, :300].to(model.device), dict(max_new_tokens=NEW, do_sample=False)
+            assert torch.equal(model.generate(ids, past_key_values=cache, **words).cpu(), want)
+            memory, lane = cache.memory(), "gpu" if there else "cpu"
+            assert ("key codes in GPU memory" in cache.why_split()) == there
+            assert (memory["device"] > 0, memory["codes"] > 0) == (there, not there)
+            assert {span.lane for span in cache.timeline.spans if span.kind in ("encode", "select")} == {lane}
 
 
 def test_what_is_expected_is_reserved_at_once(models, gpu):

@@ -100,15 +100,29 @@ def test_a_query_that_goes_to_the_records_solved_by_hand():
     """One layer, all KV in host memory: what crosses, the wait, thread starts and Python are tasks of their own."""
     shape, profile = replace(SHAPE, layers=1), find_profile("rtx4090-gen4-nvme")
     own = Scenario(profile, shape, 32_768, 1, 0.1)
-    tasks = [task for task in model(own, "hillinfer-near")[0] if task.step == 2]
+    tasks = [task for task in model(own, "hillinfer-near-host")[0] if task.step == 2]
     took = {task.kind: task.seconds for task in tasks}
     assert took["query"] == pytest.approx((4096 * 2 + 4096) / profile.get("link.from_gpu") + 10e-6)
     assert took["output"] == pytest.approx(4096 * 2 / profile.get("link.to_gpu") + 10e-6)
     assert took["attend"] == pytest.approx(own.selected / 70e9 + 20e-6)
     assert (took["synchronize"], took["python"]) == (14e-6, 0.5e-3)
     assert [task.seconds for task in tasks if task.kind == "threads"] == [100e-6] * 2
-    assert seconds(own, "hillinfer-near") == pytest.approx(sum(task.seconds for task in tasks))
-    assert seconds(own, "hillinfer-near-codes") < seconds(own, "hillinfer-near")
+    assert seconds(own, "hillinfer-near-host") == pytest.approx(sum(task.seconds for task in tasks))
+
+
+def test_codes_in_gpu_memory_solved_by_hand():
+    """Positions cross with the query, the host's Python is half, and what does not fit is scored on the host."""
+    shape, profile = replace(SHAPE, layers=1), find_profile("rtx4090-gen4-nvme")
+    own = Scenario(profile, shape, 32_768, 1, 0.1)
+    took = {task.kind: task.seconds for task in model(own, "hillinfer-near")[0] if task.step == 2}
+    moved = (5 + 10) * own.codes + 100 * 32 * 32_768  # codes of one layer, and the scores of 32 heads
+    assert took["score"] == pytest.approx(moved / 1.008e12 + 75 * 5e-6)
+    crossed = 4096 * 2 + 4096 + 8 * 3277
+    assert took["query"] == pytest.approx(crossed / profile.get("link.from_gpu") + 10e-6)
+    assert took["python"] == 0.25e-3 and "select" not in took
+    assert seconds(own, "hillinfer-near") < seconds(own, "hillinfer-near-host")
+    much = replace(own, context=1 << 25)
+    assert seconds(much, "hillinfer-near") == seconds(much, "hillinfer-near-host")
 
 
 def test_streaming_everything_is_bound_by_the_drive():

@@ -17,7 +17,7 @@ from hillinfer.growable import Growable
 TOP = {8: 127, 4: 7}  # largest code by bits; symmetric
 EXACT_FP32_DIM = 2**24 // TOP[8] ** 2  # 1,040: the largest head_dim with exact fp32 sums of code products
 TINY = torch.finfo(torch.float32).tiny
-NEVER = torch.iinfo(torch.int32).min + 1  # the score of padding: below every real one
+NEVER = torch.iinfo(torch.int32).min  # the score of padding: below every real one
 
 
 class KeyCodes:
@@ -25,8 +25,7 @@ class KeyCodes:
 
     The zero point, the middle of the first keys' range, shifts all scores of a head alike: scoring does without it.
 
-    `codes` is (B, Hkv, n, D) for INT8, and (B, Hkv, n, D/2) for INT4 with even channels in the low nibbles. On a GPU
-    nothing here makes the host wait, except for a result in host memory.
+    `codes` is (B, Hkv, n, D) for INT8, and (B, Hkv, n, D/2) for INT4 with even channels in the low nibbles.
     """
 
     def __init__(self, batch: int, kv_heads: int, head_dim: int, bits: int = 8, device="cpu"):
@@ -55,23 +54,31 @@ class KeyCodes:
 
     def append_reference(self, keys: torch.Tensor) -> torch.Tensor:
         """`append` in torch, for fp32 keys where the codes are."""
-        top = TOP[self.bits]
+        new, doublings, times = self.fit(keys)
+        if doublings.any():
+            self.halve(self.codes.n, (1 / times).bfloat16())
+        self.codes.append(new)
+        return doublings.squeeze(2).to(torch.uint8)
+
+    def fit(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Double scales until keys fit: the keys' codes as stored, the doublings (B, Hkv, 1, D), and 2 to them."""
         if self.codes.n == 0:
             self.zero = (keys.amin(2, keepdim=True) + keys.amax(2, keepdim=True)) / 2
         keys = keys - self.zero
-        need = keys.abs().amax(2, keepdim=True) / top
+        need = torch.linalg.vector_norm(keys, torch.inf, 2, keepdim=True) / TOP[self.bits]
         fresh = self.scale == 0
         mantissa, exponent = torch.frexp(need / self.scale)  # exact ceiling of log2
         exponent -= (mantissa == 0.5).int()
-        doublings = torch.where((need > self.scale) & ~fresh, exponent, 0).clamp_(min=0)
-        times, old = 2 ** doublings.long(), self.codes.view()
-        if old.numel() and (old.device.type != "cpu" or doublings.any()):  # to ask a GPU would make the host wait
-            halved = (unpack(old, self.bits) * (1 / times).bfloat16()).round_()  # bf16 holds them exactly
-            old.copy_(pack(halved.to(torch.int8), self.bits))
+        doublings = torch.where(fresh, 0, exponent).clamp_(min=0)
+        times = 2 ** doublings.long()
         self.scale = torch.where(fresh, need, self.scale * times)
-        new = (keys / self.scale.clamp(min=TINY)).round_().clamp_(-top, top)
-        self.codes.append(pack(new.to(torch.int8), self.bits))
-        return doublings.squeeze(2).to(torch.uint8)
+        new = (keys / self.scale.clamp(min=TINY)).round_().clamp_(-TOP[self.bits], TOP[self.bits])
+        return pack(new.to(torch.int8), self.bits), doublings, times
+
+    def halve(self, n: int, shares: torch.Tensor) -> None:
+        """Multiply the oldest n codes by powers of two, bf16 (B, Hkv, 1, D), which holds them exactly."""
+        old = self.codes.view()[:, :, :n]
+        old.copy_(pack((unpack(old, self.bits) * shares).round_().to(torch.int8), self.bits))
 
     def newest(self, n: int) -> torch.Tensor:
         """Codes of the last n keys, int8 (B, Hkv, n, D), for a drive that scores."""
@@ -93,7 +100,7 @@ class KeyCodes:
         False for padding, or None.
         """
         coded, unit = fold(query.float(), self.scale)
-        scores = products(coded, unpack(self.codes.view(), self.bits)).flatten(1, 2)
+        scores = products(coded, unpack(self.codes.view(), self.bits)).flatten(1, 2).int()
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None], NEVER)
         steps = unit * scaling * float(np.float32(STEPS / np.log(2)))
@@ -101,10 +108,7 @@ class KeyCodes:
 
     def scorer(self, query: torch.Tensor, row: int) -> Callable[[np.ndarray | None], np.ndarray]:
         """`head_scores` of a quantised query (Hkv, G, D) against a row's keys, at positions (m,) or None for all."""
-        stored = self.codes.view()[row]
-        if native.available():
-            return partial(native.score, query, stored, self.bits, threads=torch.get_num_threads())
-        return partial(head_scores, query, stored, self.bits)
+        return partial(head_scores, query, self.codes.view()[row], self.bits)
 
     def truncate(self, n: int) -> None:
         self.codes.truncate(n)
@@ -134,19 +138,19 @@ def unpack(stored: torch.Tensor, bits: int) -> torch.Tensor:
 def fold(query: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`KeyCodes.query` in torch, on any device: queries fp32 (..., H, D) and scales (..., Hkv, 1, D)."""
     folded = query.unflatten(-2, (scale.shape[-3], -1)) * scale
-    step = (folded.abs().amax((-2, -1), keepdim=True) / TOP[8]).clamp(min=TINY)
+    step = (torch.linalg.vector_norm(folded, torch.inf, (-2, -1), keepdim=True) / TOP[8]).clamp(min=TINY)
     return (folded / step).round_().clamp_(-TOP[8], TOP[8]).to(torch.int8), step[..., 0, 0]
 
 
 def products(query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Dot products of int8 (..., G, D) and (..., n, D): int32 (..., G, n), on any device.
+    """Dot products of int8 (..., G, D) and (..., n, D): whole numbers, fp32 (..., G, n), on any device.
 
     fp32 is exact: every partial sum is an integer below 2**24; and bf16 holds codes exactly.
     """
     if codes.device.type != "cuda":
-        return (query.float() @ codes.float().mT).int()
+        return query.float() @ codes.float().mT
     asked, keys = (part.flatten(0, -3).bfloat16() for part in (query, codes))
-    return torch.bmm(asked, keys.mT, out_dtype=torch.float32).int().unflatten(0, codes.shape[:-2])
+    return torch.bmm(asked, keys.mT, out_dtype=torch.float32).unflatten(0, codes.shape[:-2])
 
 
 def head_scores(
@@ -159,7 +163,7 @@ def head_scores(
     if native.available():
         return native.score(query, stored, bits, positions, torch.get_num_threads())
     stored = stored if positions is None else stored[:, torch.from_numpy(positions)]
-    return products(query, unpack(stored, bits)).flatten(0, 1).numpy()
+    return products(query, unpack(stored, bits)).flatten(0, 1).int().numpy()
 
 
 def head_scores_reference(query: np.ndarray, codes: np.ndarray) -> np.ndarray:

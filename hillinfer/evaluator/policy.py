@@ -21,9 +21,7 @@ class Step:
     recent: int  # last tokens, kept in the window
     layer: int
     step: int
-    scores: Callable[
-        [], np.ndarray
-    ]  # ranks of all keys by their codes, int32 (n,), the higher the better; scans all codes
+    scores: Callable[[], np.ndarray]  # ranks of all keys by their codes, int32 (n,), higher is better; scans all codes
     weights: Callable[[], np.ndarray]  # exact attention weights (H, n) float32; reads all KV: for studies only
     query: torch.Tensor | None = None  # (H, D), of this layer and sequence
     scaling: float = 1.0  # of the logits
@@ -43,9 +41,7 @@ class Step:
 
     def near(self) -> np.ndarray:
         """Positions of the window, sinks and recent tokens, which need no transfer."""
-        return np.unique(
-            np.concatenate((np.arange(min(self.sinks, self.n)), np.arange(max(0, self.n - self.recent), self.n)))
-        )
+        return np.union1d(np.arange(min(self.sinks, self.n)), np.arange(max(0, self.n - self.recent), self.n))
 
     def best(self, ranks: torch.Tensor) -> torch.Tensor:
         """Positions (B, budget) of the window and of the highest ranks (B, n) beside it, ascending; without a wait."""
@@ -65,6 +61,12 @@ class Step:
 def of_row(part, row: int, counts):
     """Of one sequence, what counts: of a tensor or array (B, k, ...), by bool (B, k) or None for all."""
     return part[row] if counts is None else part[row][counts[row]]
+
+
+def each_row(positions: torch.Tensor, counts: torch.Tensor | None) -> list[np.ndarray]:
+    """What `Policy.choose` returned, in host memory, as each sequence's positions (k,)."""
+    positions, counts = (None if part is None else part.numpy() for part in (positions, counts))
+    return [of_row(positions, row, counts) for row in range(len(positions))]
 
 
 class Policy:

@@ -93,9 +93,8 @@ def interleave(codes: torch.Tensor) -> torch.Tensor:
     """
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % 16)).unflatten(-1, (-1, 4, 4))
     packed = sum(padded[..., plane, :] << 2 * plane for plane in range(4))  # (..., n, D/16, 4)
-    return (
-        packed.unflatten(-3, (-1, BLOCK)).transpose(-3, -2).flatten(-3).view(torch.int8).reshape(*codes.shape[:-1], -1)
-    )
+    blocks = packed.unflatten(-3, (-1, BLOCK)).transpose(-3, -2).flatten(-3)
+    return blocks.view(torch.int8).reshape(*codes.shape[:-1], -1)
 
 
 def uninterleave(stored: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,8 @@ def topk_reference(scores: torch.Tensor, k: int) -> torch.Tensor:
     Score and position form one sortable integer: a total order, so that the result is unique.
     """
     n = scores.shape[-1]
-    order = torch.arange(n, dtype=torch.int64, device=scores.device)
-    return ((scores.long() << 32) - order).topk(min(k, n)).indices
+    order = torch.arange(0, -n, -1, dtype=torch.int64, device=scores.device)
+    return order.add(scores, alpha=1 << 32).topk(min(k, n)).indices
 
 
 def highest(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -1,16 +1,20 @@
 """Between a model on a GPU and records in host memory: the query goes to the records, which are far larger.
 
 A decode step brings a token's key, value and query of a layer to the host in one wait, with the mask, once a step, and
-the query predicted for the next layer. The output goes back without a wait. Where the records are on the GPU, codes and
-indices are there too, and nothing crosses, unless a policy selects in host memory: then the mask does.
+the query predicted for the next layer; where key codes are in the GPU's memory (`Away`), with the positions selected
+there for both. The output goes back without a wait. Where the records are on the GPU, codes and indices are
+there too, and nothing crosses, unless a policy selects in host memory: then the mask does.
 """
 
 import time
+from functools import partial
 
 import torch
 
-from hillinfer.attention import attendable, to_device
+from hillinfer.attention import attendable, padded, to_device
 from hillinfer.layer import Layer
+from hillinfer.models import device_codes
+from hillinfer.models.away import Away, suits
 from hillinfer.models.later import DeviceTrack, Later
 
 PINNED = 16 << 20  # most bytes to bring through pinned memory, of which torch keeps what it has once taken
@@ -23,14 +27,12 @@ class Crossing(Layer):
         self.layer, self.device = layer, device
         self.new: tuple[torch.Tensor, ...] = ()  # a token's keys and values, until its query comes
         self.ahead: tuple = None, None, None, None  # of the next layer: itself, a predicted query, its mask and scaling
-        if layer.run.resident:
-            layer.run.later = layer.run.later or Later(device)
-            layer.track = DeviceTrack(layer.track, layer.run.later)
+        layer.run.later = layer.run.later or Later(device)
+        layer.track, layer.open_codes = DeviceTrack(layer.track, layer.run.later), device_codes.open_codes
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if keys.shape[2] > 1:
-            if self.layer.run.later is not None:
-                self.layer.run.later.attended = None
+            self.layer.run.later.attended = None
             self.layer.append(*placed(self.layer, keys, values))
         else:
             self.new = keys, values
@@ -41,7 +43,9 @@ class Crossing(Layer):
         if query.shape[2] > 1:
             return layer.attend(query, mask, scaling)
         (keys, values), self.new, self.ahead = self.new, (), (None,) * 4
-        if layer.run.resident:
+        if layer.seen:
+            layer.store.step = mask, following and foreseen(following, guessed, *how)
+        if layer.run.resident or layer.seen:
             return self._attend_there(layer, layer.run.later, keys, values, query, mask, scaling, softcap, sinks)
         mask, keys, values, query, guessed, sinks = bring(layer, mask, keys, values, query, guessed, sinks)
         if following is not None:
@@ -64,9 +68,11 @@ class Crossing(Layer):
 
 
 def placed(layer: Layer, *parts: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Tensors of the model where the layer's records are."""
+    """Tensors of the model where the layer takes them."""
     layer.track.away = parts[0].device.type != "cpu" and not layer.run.resident
-    return to_host(*parts) if layer.track.away else parts
+    if layer.track.away and layer.store is None and suits(layer, parts[0]):
+        layer.seen = partial(Away, bring, layer)
+    return to_host(*parts) if layer.track.away and not layer.seen else parts
 
 
 def to_host(*parts: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -89,6 +95,15 @@ def bring(layer: Layer, mask: torch.Tensor | None, *parts: torch.Tensor | None) 
     if parts and parts[0].device.type != "cpu":
         layer.track.add("link", "wait", start, sum(part.nbytes for part in parts if part is not None))
     return found
+
+
+def foreseen(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> tuple | None:
+    """A layer, a predicted query, its mask and scaling, and the selection for it on the model's device."""
+    if not layer.seen:
+        return None
+    query = padded(query, layer.store.geometry.head_dim)
+    picks = layer.select(query, layer._valid(mask, len(query)), scaling, "guess", float(layer.run.trial.on))
+    return layer, query, mask, scaling, picks
 
 
 def guess(layer: Layer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> None:

@@ -24,6 +24,7 @@ class Later:
 
     def __init__(self, device: torch.device):
         self.device, self.jobs, self.lock, self.attended = device, deque(), threading.Lock(), None
+        self.room: int | None = None  # bytes for key codes whose records are in host memory
         self.base = self.mark()  # both clocks, once
         self.base.synchronize()
         self.base_ns = time.perf_counter_ns()
@@ -85,6 +86,8 @@ class DeviceTrack(Track):
         self.later.add(end, job)
 
     def count(self, cached: int, attended, served: Served, swapped: int, step: int | None = None) -> None:
+        if self.away:
+            return super().count(cached, attended, served, swapped, step)
         attended, device = (
             number.to("cpu", non_blocking=True) if torch.is_tensor(number) else number
             for number in (attended, served.device)

@@ -74,9 +74,8 @@ class HotPool:
         victims = self._victims(len(tokens))
         slots = np.concatenate((free, victims))[: len(tokens)]
         # Candidates in descending, victims in ascending order: the swaps that pay are a prefix.
-        resident = np.concatenate((np.full(len(free), -1), rank[self.token_of[victims]].astype(np.int64)))[
-            : len(tokens)
-        ]
+        weakest = rank[self.token_of[victims]].astype(np.int64)
+        resident = np.concatenate((np.full(len(free), -1), weakest))[: len(tokens)]
         worth = int((rank[tokens[order[: len(slots)]]] > resident).sum())
         chosen = order[:worth]
         self._place(tokens[chosen], slots[:worth])

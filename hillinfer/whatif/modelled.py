@@ -51,7 +51,7 @@ class _Steps:
             self.add("cpu", "score", t.score, [keys, *after]),
             self.add("drive:dram", "evaluate", t.dram, after),
             self.add("drive", "scan", t.nand, after, NAND_BLOCK),
-            self.add("gpu" if case.profile.has("gpu") else "cpu", "score", t.device_score, after),
+            self.add("gpu" if case.profile.has("gpu") else "cpu", "score", t.device_score, after, kernels=t.kernels),
         ]
         scores = 4 * case.context * case.batch * case.shape.kv_heads
         scores *= t.score + t.dram + t.nand + t.device_score > 0
@@ -112,10 +112,11 @@ class _Steps:
         """One layer after its `dense` task: the query goes to the records, in pinned memory, and the output returns."""
         case, t, shape = self.case, self.traffic, self.case.shape
         row = case.batch * shape.heads * shape.head_dim * shape.width  # a query, or an output
-        ready = self.add("link", "query", row + new, [dense])
-        if t.device_score:
-            ready = self.add("gpu", "score", t.device_score, [ready], kernels=30)
-        ready = self.add("cpu", "python", 1, [self.add("link", "synchronize", 1, [ready])])
+        chosen = self.add("gpu", "score", t.device_score, [dense], kernels=t.kernels)
+        positions = 8 * t.near / shape.record_bytes * (t.device_score > 0)
+        ready = self.add("link", "query", row + new + positions, [chosen])
+        waited = self.add("link", "synchronize", 1, [ready])
+        ready = self.add("cpu", "python", 1, [waited], calls=2 - (t.device_score > 0))
         self.add("drive", "write", new * (t.fetched > 0), [ready], kernels=0)
         if not t.device_score:
             scored = self.add("cpu", "score", t.score, [self.add("cpu", "threads", 1, [ready])])

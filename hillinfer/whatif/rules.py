@@ -20,8 +20,10 @@ LRU = 1.08  # misses of LRU relative to hit counters, same source: 36.2 to 33.4 
 CHUNK = 16  # tokens of a Quest page and of a LeoAM leaf
 REDUNDANT = 1.2  # bytes of LeoAM's selected chunks relative to the selected tokens: assumed; fixed chunks have 1.4
 INT4 = 0.28  # bytes of a record in INT4 with its scales, relative to FP16
-WIDENED = 5  # bytes moved for one of an INT8 code on a GPU: read, written as bf16, and read by the product
-RECODED = 10  # and more where the host does not know whether scales have doubled: halved, rounded and written back
+WIDENED = 5  # bytes moved for one of an INT8 code on a GPU: read, halved and written as bf16, and read by the product
+RECODED = 10  # and more to halve, round and write back where a scale doubled: estimated, in one layer of a token
+RANKED = 100  # bytes moved for a score on a GPU until it is a rank: 13 passes of 4 to 12
+LAUNCHES = 75  # kernels of a token's encoding, scores, ranks and choice, counted on the stand-in (tests/test_gpu.py)
 PARTIAL = 0.25  # partial keys read to be scored ahead, share of the KV's bytes: 20 to 30 % (2602.18750)
 
 
@@ -34,7 +36,7 @@ class Traffic:
     stream        read from the drive independently of the selection, hence early; `mapped`: through the page cache
     resident      crosses the link independently of the selection
     keys          read from the drive to be scored on the host
-    score         scored on the host; `device_score` on the model's device
+    score         scored on the host; `device_score` on the model's device, by `kernels`
     dram, nand    scored in the drive, from its DRAM, its NAND
     fetched       read from the drive after selection, in pieces of `block`; `gather` from the host's pool
     lookahead     selected one layer ahead; `reselect`: and again with the true query, which fetches the misses
@@ -47,6 +49,7 @@ class Traffic:
     keys: float = 0
     score: float = 0
     device_score: float = 0
+    kernels: int = 1
     dram: float = 0
     nand: float = 0
     fetched: float = 0
@@ -83,10 +86,16 @@ def quest(case: Scenario) -> Traffic:
     return Traffic(case.selected, device_score=case.layer / CHUNK, gather=_spilled(case, case.kv) * case.selected)
 
 
+def scored_there(case: Scenario) -> dict:
+    """Key codes on the model's device."""
+    ranked = RANKED * case.shape.heads * case.context * case.batch
+    return dict(device_score=(WIDENED + RECODED / case.shape.layers) * case.codes + ranked, kernels=LAUNCHES)
+
+
 def topk(case: Scenario) -> Traffic:
     crosses = _spilled(case, case.kv + case.codes * case.shape.layers, "KV and codes")
     if case.profile.has("gpu") and not crosses:
-        return Traffic(case.selected, device_score=(WIDENED + RECODED) * case.codes)
+        return Traffic(case.selected, **scored_there(case))
     return Traffic(case.selected, score=case.codes, gather=(crosses or 1.0) * case.selected)
 
 
@@ -153,17 +162,16 @@ def hillinfer(case: Scenario) -> Traffic:
     return Traffic(case.selected, **scored, **moved, lookahead=True, reselect=True)
 
 
-def hillinfer_near(case: Scenario) -> Traffic:
-    """As this project beside a GPU: the host scores, and attends to what it holds."""
+def hillinfer_near_host(case: Scenario) -> Traffic:
+    """As this project beside a GPU, without room there: the host scores, and attends to what it holds."""
     traffic = hillinfer(case)
     return replace(traffic, attend=0, near=traffic.attend, gather=0, lookahead=False, reselect=False)
 
 
-def hillinfer_near_codes(case: Scenario) -> Traffic:
-    """The same with codes in GPU memory, widened to bf16 there to be multiplied: not built."""
-    if case.codes * case.shape.layers > case.gpu_room:
-        raise DoesNotFit(f"{case.codes * case.shape.layers / 1e9:.1f} GB of codes beside the weights in GPU memory")
-    return replace(hillinfer_near(case), score=0, device_score=WIDENED * case.codes)
+def hillinfer_near(case: Scenario) -> Traffic:
+    """The same with codes in GPU memory, if they fit."""
+    fits = case.codes * case.shape.layers <= case.gpu_room
+    return replace(hillinfer_near_host(case), **(dict(score=0) | scored_there(case) if fits else {}))
 
 
 def hillinfer_paper(case: Scenario) -> Traffic:
@@ -194,5 +202,5 @@ RULES: dict[str, Callable[[Scenario], Traffic]] = {
     "flexgen": flexgen, "flexgen-held": flexgen_held, "page-cache": page_cache, "dualblade": flexgen_held,
     "scan": scan, "infinigen": infinigen, "leoam": leoam, "instattention": instattention, "lru": lru,
     "hillinfer": hillinfer, "hillinfer-paper": hillinfer_paper, "hillinfer-nand": hillinfer_nand,
-    "hillinfer-near": hillinfer_near, "hillinfer-near-codes": hillinfer_near_codes,
+    "hillinfer-near": hillinfer_near, "hillinfer-near-host": hillinfer_near_host,
 }  # fmt: skip

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import hillinfer
+from hillinfer.models import device_codes
 from hillinfer.native.build import private_folder
 from tests.fake_gpu import clocks
 from tests.fake_gpu.clocks import Block, Clock, Copy, Event, Stream, current, host
@@ -382,6 +383,7 @@ class FakeGpu:
             undo = (setattr, owner, name, getattr(owner, name)) if name in vars(owner) else (delattr, owner, name)
             self.stack.callback(*undo)
             setattr(owner, name, value)
+        self.stack.callback(device_codes.sums.cache_clear)  # it is of this stand-in
         factories.cache_clear()
         self.stack.enter_context(Mode())
         return self

@@ -91,8 +91,7 @@ class Timeline:
             times = {"ts": (span.start_ns - origin) / 1e3, "dur": (span.end_ns - span.start_ns) / 1e3}
             about = {"layer": span.layer, "step": span.step, "bytes": span.bytes, "thread": span.thread, **span.detail}
             events.append({"ph": "X", "name": span.kind, "cat": span.lane, **place, **times, "args": about})
-        other = {"times": self.source, "about": self.about}
-        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
+        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": dict(times=self.source, about=self.about)}
 
     def save(self, path: str | Path) -> Path:
         """Write the Chrome trace as JSON."""

@@ -108,7 +108,10 @@ class KeyCodes:
 
     def scorer(self, query: torch.Tensor, row: int) -> Callable[[np.ndarray | None], np.ndarray]:
         """`head_scores` of a quantised query (Hkv, G, D) against a row's keys, at positions (m,) or None for all."""
-        return partial(head_scores, query, self.codes.view()[row], self.bits)
+        stored = self.codes.view()[row]
+        if native.available():  # without a function in between, for a layer's every step
+            return partial(native.score, query, stored, self.bits, threads=torch.get_num_threads())
+        return partial(head_scores, query, stored, self.bits)
 
     def truncate(self, n: int) -> None:
         self.codes.truncate(n)

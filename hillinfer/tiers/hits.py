@@ -27,9 +27,7 @@ class SharedHits:
     def extend(self, n: int) -> None:
         """Cover tokens up to n."""
         if n > self.rank.shape[1]:
-            grown = np.zeros((len(self.rank), n + max(256, n // 8)), self.dtype)
-            grown[:, : self.rank.shape[1]] = self.rank
-            self.rank = grown
+            self.rank = np.pad(self.rank, ((0, 0), (0, n + max(256, n // 8) - self.rank.shape[1])))
         self.n = max(self.n, n)
 
     def touch(self, row: int, positions: np.ndarray) -> None:

@@ -58,7 +58,9 @@ def acceptance(model, prompts: list, alpha: float, cost: tuple[float, float], te
     """
     rounds, note = [], Pace.note
     draft_s, pass_s = cost
-    paced = mock.patch.object(Pace, "note", lambda pace, n, own, *_: note(pace, n, own, n * draft_s, pass_s))
+    paced = mock.patch.object(
+        Pace, "note", lambda pace, n, own, _, __, sure: note(pace, n, own, n * draft_s, pass_s, sure)
+    )
     sampled = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False)
     for task, prompt, source in prompts:
         ids = torch.tensor([prompt.ids], device=model.device)

@@ -7,9 +7,11 @@ read of all KV serves as many tokens as it accepts (Leviathan et al., arXiv 2211
 with sparse attention). Greedy output equals `full`'s up to rounding; sampled output has the full model's distribution.
 """
 
+import math
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -21,11 +23,17 @@ from hillinfer.evaluator.policy import Policy
 LONGEST = 32  # tokens of a draft
 REST = 16  # rounds without drafts, once these do not pay
 KEEP = 0.8  # weight of the past in running means
+LEVELS = 10  # of a draft's doubt about its token: probabilities below 1/2, 3/4, 7/8, ...
+PRIOR = 10  # tokens of each level, as good as the draft says, before any was judged
 
 
 @dataclass
 class Pace:
-    """Chooses the length of a draft: the least measured time per token, for the acceptance of the last rounds."""
+    """Chooses the length of a draft: the least measured time per token, for the acceptance of the last rounds.
+
+    Within a round a draft ends where one more token is not worth its time, as all before it are probably not accepted:
+    by what became of tokens that the draft was as sure of.
+    """
 
     draft_s: float = 0.0  # of one drafted token
     verify_s: float = 0.0  # of one pass over all KV
@@ -33,13 +41,34 @@ class Pace:
     gamma: int = 8
     resting: int = 0  # rounds left without drafts
     said: bool = False
+    round_s: float = 0.0
+    tokens: float = 0.0  # of a round
+    judged: list[list[float]] = field(
+        default_factory=lambda: [[PRIOR * (1 - 0.5 ** (level + 1)), PRIOR] for level in range(LEVELS)]
+    )  # accepted and all, by level
 
-    def note(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
-        """A round is over: choose the next one's draft."""
+    def chance(self, sure: float) -> float:
+        """That a drafted token is accepted to which the draft gave this probability."""
+        accepted, all_ = self.judged[_level(sure)]
+        return accepted / all_
+
+    def goes_on(self, drafted: int, alive: float) -> bool:
+        """Whether to draft another token after these, which are all accepted with probability `alive`."""
+        if self.resting or not self.draft_s:
+            return drafted < self.gamma
+        worth = alive * self.accepted * self.round_s / self.tokens
+        return self.gamma > 0 and drafted < LONGEST and worth > self.draft_s
+
+    def note(self, drafted: int, accepted: int, draft_s: float, verify_s: float, sure: Sequence[float] = ()) -> None:
+        """A round is over: choose the next one's draft. `sure` are the probabilities of the drafted tokens."""
         self.verify_s = _mean(self.verify_s, verify_s)
+        self.round_s, self.tokens = _mean(self.round_s, draft_s + verify_s), _mean(self.tokens, accepted + 1)
+        for place, probability in enumerate(sure[: accepted + 1]):  # those after the first wrong one were not judged
+            level = self.judged[_level(probability)]
+            level[0], level[1] = level[0] + (place < accepted), level[1] + 1
         if drafted:
             self.draft_s = _mean(self.draft_s, draft_s / drafted)
-            tried = min(drafted, accepted + 1)  # tokens after the first wrong one were not judged
+            tried = min(drafted, accepted + 1)
             self.accepted = KEEP ** (tried / 4) * self.accepted + (1 - KEEP ** (tried / 4)) * accepted / tried
         if self.resting:
             self.resting -= 1
@@ -55,6 +84,10 @@ class Pace:
     def seconds_per_token(self, gamma: int) -> float:
         share = min(self.accepted, 0.999)
         return (gamma * self.draft_s + self.verify_s) / ((1 - share ** (gamma + 1)) / (1 - share))
+
+
+def _level(sure: float) -> int:
+    return min(int(-math.log2(1 - sure + 0.5**LEVELS)), LEVELS - 1)
 
 
 def _mean(before: float, new: float) -> float:
@@ -108,12 +141,14 @@ class Rounds:
     def next(self, ids: torch.Tensor, most: int) -> list[torch.Tensor]:
         """The tokens after ids (1, n) that all KV agrees to, at least one; at most `most` are drafted."""
         held, start, first = self.cache.get_seq_length(), time.perf_counter_ns(), self.cache.timeline.step + 1
-        drafted, guessed, longer = [], [], ids
-        for _ in range(min(self.pace.gamma, most)):
+        drafted, guessed, sure, longer, alive = [], [], [], ids, 1.0
+        while len(drafted) < most and self.pace.goes_on(len(drafted), alive):
             logits = self.model(longer[:, -1:], past_key_values=self.cache).logits[:, -1]
             token, probabilities = self.choose(longer, logits)
             drafted, guessed = [*drafted, token], [*guessed, probabilities]
             longer = torch.cat((longer, token.view(1, 1)), 1)
+            sure.append(float((logits.float().softmax(-1) if probabilities is None else probabilities).max()))
+            alive *= self.pace.chance(sure[-1])
         self.cache.crop(held)
         middle = time.perf_counter_ns()
         logits, found = self.verify(longer[0, ids.shape[1] - 1 :]), []
@@ -127,7 +162,7 @@ class Rounds:
         self.cache.timeline.add(lane, "draft", -1, first, start, middle)
         self.cache.timeline.add(lane, "verify", -1, self.cache.timeline.step, middle, end)
         self.cache.counters.rounds.append((len(drafted), len(found) - 1))
-        self.pace.note(len(drafted), len(found) - 1, (middle - start) / 1e9, (end - middle) / 1e9)
+        self.pace.note(len(drafted), len(found) - 1, (middle - start) / 1e9, (end - middle) / 1e9, sure)
         return found
 
     def verify(self, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:

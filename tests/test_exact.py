@@ -267,6 +267,15 @@ def test_padding_is_refused(models, prompt):
         model.generate(prompt, attention_mask=mask, past_key_values=cache, custom_generate=hillinfer.exact)
 
 
+def test_a_draft_ends_where_its_model_is_unsure():
+    pace = Pace()
+    for _ in range(60):  # of two tokens the surer one is right
+        pace.note(2, 1, 0.2, 1.0, [0.99, 0.3])
+    sure, unsure = pace.chance(0.99), pace.chance(0.3)
+    assert sure > 0.95 and unsure < 0.1
+    assert pace.goes_on(1, sure) and not pace.goes_on(2, sure * unsure)
+
+
 def test_a_draft_is_as_long_as_pays():
     gammas: list[int] = []
 

@@ -20,11 +20,11 @@ from hillinfer.cache import TieredCache
 from hillinfer.errors import UsageError
 from hillinfer.evaluator.policy import Policy
 
-LONGEST = 32  # tokens of a draft
+LONGEST = 64  # tokens of a draft
 REST = 16  # rounds without drafts, once these do not pay
 KEEP = 0.8  # weight of the past in running means
 LEVELS = 10  # of a draft's doubt about its token: probabilities below 1/2, 3/4, 7/8, ...
-PRIOR = 10  # tokens of each level, as good as the draft says, before any was judged
+PRIOR, DOUBT = 10, 0.3  # tokens of each level before any was judged, and the share of the first level not accepted
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Pace:
     round_s: float = 0.0
     tokens: float = 0.0  # of a round
     judged: list[list[float]] = field(
-        default_factory=lambda: [[PRIOR * (1 - 0.5 ** (level + 1)), PRIOR] for level in range(LEVELS)]
+        default_factory=lambda: [[PRIOR * (1 - DOUBT * 0.5**level), PRIOR] for level in range(LEVELS)]
     )  # accepted and all, by level
 
     def chance(self, sure: float) -> float:

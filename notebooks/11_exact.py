@@ -84,8 +84,9 @@ assert {against_full(one) for one in exact.values()} == {"are identical, token f
 # ## Acceptance, and tokens a pass
 #
 # A round drafts some tokens and verifies them in one pass over all KV. It keeps the drafted tokens up to the first
-# wrong one, and the pass itself gives one more. A draft ends where the model is unsure of its tokens; how unsure, follows
-# from the acceptance and the measured times of both parts, so on a busy machine the same alpha can give other lengths.
+# wrong one, and the pass itself gives one more. A draft ends where the model is unsure of its tokens. How unsure
+# follows from the acceptance and the measured times of both parts, so on a busy machine the same alpha can give other
+# lengths.
 
 # %%
 from plotly.subplots import make_subplots

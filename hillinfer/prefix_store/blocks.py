@@ -102,7 +102,7 @@ class PrefixStore:
 
     def prune(self, quota: int) -> int:
         """Remove the least recently used blocks until all files take at most `quota` bytes. Returns what they take."""
-        with self._locked():
+        with self.locked():
             return self._prune(quota)
 
     @contextmanager
@@ -111,7 +111,7 @@ class PrefixStore:
 
         No other process makes room meanwhile. Raises OSError for a store that cannot be written to.
         """
-        with self._locked():
+        with self.locked():
             used = self._prune(self.quota - count * nbytes, own)
             yield max(0, min(count, (self.quota - used) // nbytes))
 
@@ -133,7 +133,7 @@ class PrefixStore:
                         yield Block(Path(entry.path), stat.st_size, stat.st_mtime_ns)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)

@@ -30,9 +30,9 @@ class Pass:
 class Draft:
     """A block that is being written: under a temporary name, and of its full length from the start."""
 
-    def __init__(self, path: Path, shape: Sequence[int], dtype: torch.dtype, facts: dict):
+    def __init__(self, store: PrefixStore, path: Path, shape: Sequence[int], dtype: torch.dtype, facts: dict):
         (first, size), layers = head(shape, dtype, facts), shape[0]
-        self.path, self.start, self.left = path, len(first), layers
+        self.store, self.path, self.start, self.left = store, path, len(first), layers
         self.nbytes = torch.Size(shape[1:]).numel() * dtype.itemsize  # of a layer
         self.sums = torch.zeros(layers, 1, dtype=torch.int64, device="cpu")
         self.fd, self.draft = files.scratch(path.parent, DRAFT)
@@ -45,14 +45,14 @@ class Draft:
 
     def add(self, layer: int, records: torch.Tensor) -> bool:
         """A layer's records (1, n, 2, Hkv, D). True if it was the last one, and the block has its name."""
-        data = as_bytes(records)
-        self.sums[layer] = crc32(data)
+        self.sums[layer] = crc32(data := as_bytes(records))
         self._write(data, self.start + layer * self.nbytes)
         self.left -= 1
         if not self.left:
             self._write(as_bytes(self.sums), self.start + len(self.sums) * self.nbytes)
             os.fsync(self.fd)
-            self.draft.replace(self.path)
+            with self.store.locked():  # a scan of the folder may list a file that is being renamed under neither name
+                self.draft.replace(self.path)
             os.close(self.fd)
         return not self.left
 
@@ -118,7 +118,7 @@ class BlockWriter:
         nbytes = head(shape, kv.dtype, self._facts(new[0]))[1]
         with self.store.reserve(nbytes, len(new), paths) as count:
             for path in new[:count]:
-                self.drafts[paths.index(path) * size] = Draft(path, shape, kv.dtype, self._facts(path))
+                self.drafts[paths.index(path) * size] = Draft(self.store, path, shape, kv.dtype, self._facts(path))
         if count < len(new):
             self._say(f"its quota leaves room for {count} of {len(new)} blocks of {nbytes:,} bytes; raise it")
 

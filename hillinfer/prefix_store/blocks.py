@@ -134,6 +134,7 @@ class PrefixStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
+        """No other process makes room, or gives a block its name, meanwhile."""
         fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)

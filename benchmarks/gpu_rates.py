@@ -14,7 +14,8 @@ from hillinfer.evaluator.codes import KeyCodes
 from hillinfer.evaluator.policies.topk import TopK
 from hillinfer.evaluator.policy import Step
 from hillinfer.evaluator.ranks import head_ranks
-from hillinfer.tiers.block_file import MAX_READ, BlockFile, aligned
+from hillinfer.growable import aligned
+from hillinfer.tiers.block_file import MAX_READ, BlockFile
 
 Rate = tuple[str, Callable[[], dict]]
 

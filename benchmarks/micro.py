@@ -25,11 +25,12 @@ from hillinfer.evaluator.codes import products, unpack
 from hillinfer.evaluator.ranks import head_ranks_reference
 from hillinfer.evaluator.segments import SEGMENT, segment_scores_torch
 from hillinfer.evaluator.topk import topk, topk_reference
+from hillinfer.growable import aligned
 from hillinfer.layer import Layer
 from hillinfer.native import ring
 from hillinfer.run import Run
 from hillinfer.systems.registry import POLICIES
-from hillinfer.tiers.block_file import MAX_READ, aligned
+from hillinfer.tiers.block_file import MAX_READ
 from hillinfer.tiers.record_file import RecordFile
 
 TOKENS, HEADS, GROUP, DIM, ALPHA = 32_768, 8, 4, 128, 0.1

@@ -21,7 +21,8 @@ from benchmarks.micro import facts, keep
 from benchmarks.stack import SHAPES, STEPS, WARM, Field, Ordinary, Stack
 from benchmarks.trace import Trace, record
 from hillinfer import native
-from hillinfer.tiers.block_file import MAX_READ, aligned
+from hillinfer.growable import aligned
+from hillinfer.tiers.block_file import MAX_READ
 from hillinfer.tiers.record_file import RecordFile
 
 ALPHA = 0.1

@@ -1,7 +1,7 @@
-"""Two trees of this project in turns: python -m benchmarks.trees OTHER [--rounds N] [--parts micro,overhead,real]
+"""Trees of this project in turns: python -m benchmarks.trees OTHER ... [--rounds N] [--parts micro,overhead,real]
 
-Each round runs every part in both trees, one after the other and in alternating order, so that both meet the same
-machine. Prints, row by row, the median of this tree's time over the other's, round by round, and the quartiles.
+Each round runs every part in all trees, one after the other and in alternating order, so that all meet the same
+machine. Prints, row by row, the median of this tree's time over another's, round by round, and the quartiles.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def times(result: dict, part: str) -> dict[tuple, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("other", type=Path, help="the other tree, such as a git worktree of an earlier commit")
+    parser.add_argument("others", type=Path, nargs="+", help="other trees, such as git worktrees of earlier commits")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", default="micro,overhead,real")
     parser.add_argument("--drive", type=Path, default=Path("out"), help="folder on the drive")
@@ -54,14 +54,15 @@ def main() -> int:
         for part in words.parts.split(","):
             ratios: dict[tuple, list[float]] = {}
             for turn in range(words.rounds):
-                trees = [HERE, words.other.resolve()]
+                trees = [HERE, *(tree.resolve() for tree in words.others)]
                 results = {tree: run(tree, part, Path(folder)) for tree in (trees if turn % 2 else trees[::-1])}
-                ours, theirs = (times(results[tree], part) for tree in trees)
-                for label in ours.keys() & theirs.keys():
-                    ratios.setdefault(label, []).append(ours[label] / theirs[label])
-            for label, values in sorted(ratios.items()):
+                ours, *theirs = (times(results[tree], part) for tree in trees)
+                for tree, rows in zip(trees[1:], theirs, strict=True):
+                    for label in ours.keys() & rows.keys():
+                        ratios.setdefault((tree.name, *label), []).append(ours[label] / rows[label])
+            for (tree, *label), values in sorted(ratios.items()):
                 low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-                text, figure = f"{part}: {' '.join(label)}", f"{middle:.3f} ({low:.3f} to {high:.3f})"
+                text, figure = f"{part}: {' '.join(label)}, over {tree}", f"{middle:.3f} ({low:.3f} to {high:.3f})"
                 claims.append(Claim(text, figure, f"{SLOWER} or less", middle <= SLOWER).show())
     return verdict(claims)
 

@@ -157,10 +157,10 @@ class Layer:
         """Each sequence's sorted positions (k,), or None for all tokens, for a query (B, H, 1, D), predicted if
         the kind is "guess", within a share of the budget. On a GPU what `Policy.choose` returned.
         """
-        if not self.policy.selects:
-            return [None] * len(query)
         settings, n, picks = self.run.settings, self.n, []
         budget = min(n, max(int(share * settings.budget(n)), settings.sinks + settings.recent))
+        if not self.policy.selects or budget == n:
+            return [None] * len(query)
         sizes = n, budget, settings.sinks, settings.recent, self.index, self.run.timeline.step
         if self.chooses:
             ranks = None if self.codes is None else partial(self.codes.ranks, query[:, :, 0], scaling, valid)

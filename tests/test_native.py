@@ -24,12 +24,12 @@ from hillinfer.evaluator.codes import TOP, KeyCodes, fold, head_scores_reference
 from hillinfer.evaluator.ranks import head_ranks_reference
 from hillinfer.evaluator.segments import SEGMENT, segment_scores_torch
 from hillinfer.evaluator.topk import topk_reference
+from hillinfer.growable import aligned
 from hillinfer.layer import NEVER
 from hillinfer.native import build as builder
 from hillinfer.native import fence, ring
 from hillinfer.native.ring import Namespace, Rings
 from hillinfer.systems.boxes import bounds
-from hillinfer.tiers.block_file import aligned
 from hillinfer.tiers.checksums import BLOCK, Checksums
 
 if os.environ.get(builder.SANITIZE) == "1":

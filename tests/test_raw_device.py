@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 import hillinfer
 from hillinfer.commands.app import app
 from hillinfer.errors import DriveError, UsageError
+from hillinfer.growable import aligned
 from hillinfer.native import ring
 from hillinfer.systems.lossless.nvme import NvmeDevice, check_namespace, check_path, open_device
 from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, check_device, check_stamped, stamp
-from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned
+from hillinfer.tiers.block_file import BLOCK, BlockFile
 
 MIB = 1 << 20
 SIZE = 320 * MIB

@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.nvme import MIB, UNREADABLE, UNWRITABLE
 from hillinfer.errors import DriveError, UsageError
+from hillinfer.growable import aligned
 from hillinfer.native.ring import Namespace, Rings
 from hillinfer.systems.lossless.nvme import NVME_ID, NvmeDevice, check_path, open_device
 from hillinfer.systems.lossless.raw_device import STAMP, check_stamped, stamp, stamp_of
 from hillinfer.systems.registry import make_cache
-from hillinfer.tiers.block_file import aligned
 
 KV_END, LAST = 16 * MIB, 1 * MIB  # our runs stay below; the device's last MiB is zeros, as `stamp` demands
 ADMIN, ATTACHMENT = 0xC0484E41, 0x15  # ioctl NVME_IOCTL_ADMIN_CMD; Namespace Attachment

@@ -16,7 +16,7 @@ class Step:
     """
 
     n: int  # cached tokens, including the newest
-    budget: int  # maximum number of selected tokens; at least sinks + recent
+    budget: int  # maximum number of selected tokens; at least sinks + recent, and less than n
     sinks: int  # first tokens, kept in the window
     recent: int  # last tokens, kept in the window
     layer: int

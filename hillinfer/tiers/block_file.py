@@ -6,7 +6,6 @@ the place. Bytes and numpy only.
 
 import ctypes
 import errno
-import mmap
 import os
 import sys
 import threading
@@ -21,16 +20,11 @@ from hillinfer.errors import DriveError
 from hillinfer.tiers.checksums import BLOCK, Checksums
 from hillinfer.tiers.engines import Engine, open_engine
 
-MAX_READ = 1 << 20  # bytes of one request; longer transfers are split
+MAX_READ = 256 * BLOCK  # bytes of one request; longer transfers are split
 SCRATCH = ".hillinfer-"  # prefix of drive files, for the moment that they have a name
 TIMEOUT = 60.0  # seconds without progress after which a drive counts as stuck
 START_WRITING = 0x02  # SYNC_FILE_RANGE_WRITE
 KEEP_SIZE_AND_PUNCH_HOLE = 0x03  # of fallocate
-
-
-def aligned(nbytes: int) -> np.ndarray:
-    """A page-aligned uint8 buffer, as O_DIRECT needs. A private mapping: it counts as anonymous memory, not shmem."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, BLOCK), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:nbytes]
 
 
 def pieces(offset: int, buffer: np.ndarray, most: int = MAX_READ) -> list[tuple[int, np.ndarray]]:

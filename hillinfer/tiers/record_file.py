@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from hillinfer import native
-from hillinfer.tiers.block_file import BLOCK, MAX_READ, BlockFile, aligned, cuts, pieces
+from hillinfer.growable import aligned
+from hillinfer.tiers.block_file import BLOCK, MAX_READ, BlockFile, cuts, pieces
 
 GAP = 8 * 1024  # bytes read and discarded rather than starting another request
 HEADROOM = 1024  # tokens reserved beyond those asked for, so that decode rarely grows the file

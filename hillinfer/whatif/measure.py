@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from hillinfer.evaluator.codes import head_scores
+from hillinfer.growable import aligned
 from hillinfer.systems.hillinfer.drive import EmulatedDrive
 from hillinfer.systems.hillinfer.profile import Rate
 from hillinfer.systems.hillinfer.protocol import Emulation, Shape
-from hillinfer.tiers.block_file import MAX_READ, BlockFile, aligned
+from hillinfer.tiers.block_file import MAX_READ, BlockFile
 
 BLOCKS = tuple(1 << bits for bits in (12, 14, 16, 18, 20, 24, 27))  # transfer sizes: 4 KiB to 128 MiB
 # One layer of a Llama-3-8B at 16K tokens, 64 MiB of records in bf16, of which a step selects SELECTED at random.

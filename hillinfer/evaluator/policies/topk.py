@@ -13,13 +13,11 @@ class TopK(Policy):
     per_head = True
     can_speculate = True
 
-    def select(self, step: Step) -> np.ndarray | None:
-        if step.budget >= step.n:
-            return None
+    def select(self, step: Step) -> np.ndarray:
         first = min(step.sinks, step.n)
         last = max(first, step.n - step.recent)  # candidates are first..last-1
         chosen = first + np.sort(topk(step.scores()[first:last], step.budget - first - step.n + last))
         return np.concatenate((np.arange(first), chosen, np.arange(last, step.n)))
 
-    def choose(self, step: Step) -> tuple[torch.Tensor, None] | None:
-        return None if step.budget >= step.n else (step.best(step.scores()), None)
+    def choose(self, step: Step) -> tuple[torch.Tensor, None]:
+        return step.best(step.scores()), None

@@ -42,8 +42,6 @@ class Eviction(Policy):
 
     def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The newest tokens and those of highest worth within the budget; all others are evicted."""
-        if step.budget >= step.n:
-            return None
         if step.valid is not None:
             self.worth = self.worth.masked_fill(self.of_kept(step.valid.cumsum(1)) == 0, -torch.inf)
         if (m := self.kept.shape[1]) > step.budget:

@@ -43,8 +43,6 @@ class InfiniGen(Policy):
             self._skew(queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3))
 
     def choose(self, step: Step) -> tuple[torch.Tensor, None] | None:
-        if step.budget >= step.n:
-            return None
         if self.basis is None:  # the prompt was decoded token by token
             self._skew(torch.cat(self.waiting, 2))
         query = step.query.float().unflatten(1, (self.basis.shape[1], -1)) * step.scaling

@@ -11,8 +11,6 @@ class Oracle(Policy):
     needs_codes = False
     per_head = True
 
-    def select(self, step: Step) -> np.ndarray | None:
-        if step.budget >= step.n:
-            return None
+    def select(self, step: Step) -> np.ndarray:
         mass = step.weights().max(0)
         return np.sort(np.argpartition(-mass, step.budget - 1)[: step.budget])

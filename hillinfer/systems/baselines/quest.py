@@ -36,8 +36,6 @@ class Quest(Policy):
 
     def choose(self, step: Step) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Whole pages, as their number must not depend on data: what is of the window or padding does not count."""
-        if step.budget >= step.n:
-            return None
         step.notes |= dict.fromkeys(("bounds", "chunks"), -(-(step.n - step.recent) // self.page))
         sinks, last = min(step.sinks, step.n), step.n - step.recent
         order = torch.arange(step.n, dtype=torch.int64, device=self.device).expand(len(step.query), -1)

@@ -9,8 +9,9 @@ import numpy as np
 from hillinfer import native
 from hillinfer.errors import DriveError
 from hillinfer.evaluator.codes import head_scores_reference
+from hillinfer.growable import aligned
 from hillinfer.systems.hillinfer.protocol import Shape
-from hillinfer.tiers.block_file import BLOCK, aligned
+from hillinfer.tiers.block_file import BLOCK
 from hillinfer.tiers.record_file import RecordFile
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hillinfer.growable import Growable
-from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned
+from hillinfer.growable import Growable, aligned
+from hillinfer.tiers.block_file import BLOCK, BlockFile
 from hillinfer.timeline import Track
 
 ABSENT = -1  # slot of a page that is not cached

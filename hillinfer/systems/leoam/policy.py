@@ -38,8 +38,6 @@ class LeoAM(Policy):
             tree.append(new)
 
     def select(self, step: Step) -> np.ndarray | None:
-        if step.budget >= step.n:
-            return None
         near, tree = step.near()[-step.budget :], self.trees[step.row]
         k = (step.budget - len(near)) // LEAF
         query = step.grouped(self.kv_heads)

@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 
 from hillinfer.errors import UsageError
+from hillinfer.growable import aligned
 from hillinfer.native.ring import LBAS, Namespace, Rings
 from hillinfer.systems.lossless.raw_device import STAMP, BlockDevice, check_stamped, stamp_of
-from hillinfer.tiers.block_file import BLOCK, aligned, cuts
+from hillinfer.tiers.block_file import BLOCK, cuts
 
 NVME_ID = 0x4E40  # ioctl NVME_IOCTL_ID: the namespace's id
 DEPTH = 32  # commands in flight

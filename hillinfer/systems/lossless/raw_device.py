@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hillinfer.errors import DriveError, UsageError
-from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned
+from hillinfer.growable import aligned
+from hillinfer.tiers.block_file import BLOCK, BlockFile
 
 STAMP = 1 << 20  # size of the stamp at the start of the device; data follows
 DISCARD = 0x1277  # ioctl BLKDISCARD

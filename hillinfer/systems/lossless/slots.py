@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from hillinfer.attention import to_device
+from hillinfer.growable import aligned
 from hillinfer.systems.lossless.plan import SPANS
-from hillinfer.tiers.block_file import BLOCK, aligned
+from hillinfer.tiers.block_file import BLOCK
 from hillinfer.timeline import Track
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hillinfer.growable import aligned
 from hillinfer.systems.lossless.plan import NEAR, Plan
 from hillinfer.systems.lossless.slots import Slots
-from hillinfer.tiers.block_file import BLOCK, BlockFile, aligned, pieces
+from hillinfer.tiers.block_file import BLOCK, BlockFile, pieces
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.log import BEHIND, Writer
 

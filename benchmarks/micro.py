@@ -102,8 +102,9 @@ def memory_rows(rng: np.random.Generator) -> list[Row]:
     rows.append(Row("score int2" + torch_too, coarse.nbytes, lambda: segment_scores_torch(plain, coarse, spans)))
     steps = np.full(HEADS * GROUP, 0.4, np.float32)
     rows.append(Row("top-k of all heads", scores.nbytes, lambda: topk(native.head_ranks(scores, steps), CHOSEN), core))
-    reference = lambda: topk_reference(head_ranks_reference(scores, steps), CHOSEN)  # noqa: E731
-    rows.append(Row("top-k of all heads, numpy", scores.nbytes, reference))
+    held = torch.from_numpy(scores), torch.from_numpy(steps)
+    reference = lambda: topk_reference(head_ranks_reference(*held), CHOSEN)  # noqa: E731
+    rows.append(Row("top-k of all heads" + torch_too, scores.nbytes, reference))
     encode = Row("code 512 keys", keys.nbytes, lambda: native.encode(keys, 8, scale, zero, codes, 0), core)
     return [*rows, *attend, encode]
 

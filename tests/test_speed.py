@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import growth, real, shape
+from benchmarks import growth, micro, real, shape
 from benchmarks.stack import SHAPES, WARM, Field, Stack
 from benchmarks.trace import Trace
 from hillinfer import native
@@ -105,3 +105,11 @@ def test_real_systems_take_turns(tmp_path):
         result = real.measure((200,), tmp_path, ways, 2)
     assert [row["system"] for row in result["rows"]] == list(ways)
     assert result["rows"][3]["drive_mb"] > 0 == result["rows"][2]["drive_mb"]
+
+
+@pytest.mark.skipif(not native.available(), reason="the rows are kernels")
+def test_kernels_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(micro, "TOKENS", 1024)
+    monkeypatch.setattr(micro, "CHOSEN", 300)
+    result = micro.measure(tmp_path, repeats=1)
+    assert all(row["ms"] > 0 for row in result["rows"]) and all(row["us"] > 0 for row in result["seam"])

@@ -151,7 +151,7 @@ def products(query: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     fp32 is exact: every partial sum is an integer below 2**24; and bf16 holds codes exactly.
     """
     if codes.device.type != "cuda":
-        return query.float() @ codes.float().mT
+        return torch.cat([query.float() @ part.float().mT for part in codes.split(4096, -2)], -1)  # as caches like it
     asked, keys = (part.flatten(0, -3).bfloat16() for part in (query, codes))
     return torch.bmm(asked, keys.mT, out_dtype=torch.float32).unflatten(0, codes.shape[:-2])
 

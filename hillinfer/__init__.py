@@ -17,26 +17,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "POLICIES": "systems.registry",
-    "DriveError": "errors",
-    "Policy": "evaluator.policy",
-    "Settings": "config",
-    "Step": "evaluator.policy",
-    "TieredCache": "cache",
-    "UsageError": "errors",
-    "disable": "models.seam",
-    "enable": "models.seam",
-    "explain": "workbench.explain",
-    "exact": "speculative",
-    "keep_session": "session",
-    "list_systems": "systems.registry",
-    "load_model": "loading",
-    "make_cache": "systems.registry",
-    "open_session": "session",
-    "save_session": "session",
+_NAMES = {  # public names by their module
+    "cache": "TieredCache",
+    "config": "Settings",
+    "errors": "DriveError UsageError",
+    "evaluator.policy": "Policy Step",
+    "loading": "load_model",
+    "models.seam": "disable enable",
+    "session": "keep_session open_session save_session",
+    "speculative": "exact",
+    "systems.registry": "POLICIES list_systems make_cache",
+    "workbench.explain": "explain",
 }
-__all__ = list(_HOME)
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):

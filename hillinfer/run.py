@@ -88,14 +88,10 @@ class Run:
                 raise
             if self.settings.drive is not None:
                 self.open(geometry)
-        elif self.geometry.device != geometry.device:
-            raise UsageError(
-                f"layers on {self.geometry.device} and {geometry.device}: load the model on one device, or keep its KV "
-                "in host memory (host_budget, drive)"
-            )
         elif self.geometry != geometry:
             raise UsageError(
-                f"layers of different shapes or batches ({self.geometry} and {geometry}) cannot share a drive file"
+                f"the layers of a cache share a device, a shape and a batch, not {self.geometry} and {geometry}: "
+                "load the model on one device, or keep its KV in host memory (host_budget, drive)"
             )
 
     def open(self, geometry: Geometry) -> None:

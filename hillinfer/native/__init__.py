@@ -13,7 +13,7 @@ import numpy as np
 from hillinfer.native.build import Unavailable, load
 from hillinfer.native.fence import NAMES, address, code_rows, integers, pointer
 
-ISAS = ("generic", "neon", "avx2", "avx512-vnni")  # slowest first, as in common.h
+ISAS = ("generic", "neon", "avx2", "avx512-vnni", "avx512-bf16")  # slowest first, as in common.h
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 MAX_DIM = 1024  # largest head dimension of `attend` and `bounds`, as in common.h
 BLOCK, MOST = 4096, 2**63 - 1  # bytes: of a checksum; of a file
@@ -24,7 +24,7 @@ _SIGNATURES = {
     "hi_score": (_I, [_I, _I, _P, _L, _L, _P, _I, _I, _I, _P, _L, _P, _L, _I]),
     "hi_scan": (None, [_I, _P, _L, _P, _L, _L, _L, _P, _I, _I, _I, _P, _L, _I]),
     "hi_topk": (_L, [_I, _P, _L, _L, _P]),
-    "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, ctypes.c_float, _P, _P, _I]),
+    "hi_attend": (_I, [_I, _I, _P, _P, _L, _L, _L, _P, _I, _I, _I, ctypes.c_float, ctypes.c_float, _P, _P, _I, _I]),
     "hi_bounds": (_I, [_I, _P, _P, _P, _L, _P, _I, _I, _I, ctypes.c_float, _P, _I]),
     "hi_copy": (_I, [_P, _P, _P, _L, _L, _L, _I]),
     "hi_query": (None, [_P, _P, _I, _I, _I, _P, _P]),
@@ -147,7 +147,7 @@ def topk(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def attend(
-    query, rows: list, dtype: str, kv_heads: int, scale: float, out, lse, threads=1, side=None, softcap=0.0
+    query, rows: list, dtype: str, kv_heads: int, scale: float, out, lse, threads=1, side=None, softcap=0.0, pairs=False
 ) -> None:
     """Attention of queries fp32 (B, H, D), each over the records K (Hkv, D), V (Hkv, D) of its row, into out fp32
     (B, H, D), and the logsumexp of the scaled logits into lse fp32 (B, H). All contiguous.
@@ -155,6 +155,7 @@ def attend(
     rows  per query, addresses int64 (n,), or (first, stride in bytes, n); the caller keeps the memory alive
     side  bytes from a record's keys to its values; None: the values follow the keys
     softcap  c > 0 turns each logit x into c * tanh(x / c)
+    pairs    many queries of bf16 share each record: with isa avx512-bf16 weights are rounded to bf16
     """
     batch, heads, dim = query.shape
     fits = 0 < dim <= MAX_DIM and 0 < kv_heads <= heads and heads % kv_heads == 0
@@ -170,7 +171,7 @@ def attend(
             addresses, base, stride, n = address(where, "int64", len(where)), None, 0, len(where)
         records, at = (addresses, base, stride, n, width // 2 if side is None else side), number * heads * 4
         shape = asked + at * dim, kv_heads, heads // kv_heads, dim, scale, softcap, write + at * dim, sums + at
-        done = library.hi_attend(library.isa, kind, *records, *shape, _share(n * width, threads))
+        done = library.hi_attend(library.isa, kind, *records, *shape, _share(n * width, threads), int(pairs))
         _check(done, f"records of aligned {dtype}")
 
 

@@ -1,19 +1,9 @@
 /* Attention of one query token over scattered records: softmax(q.k * scale).v without a gather buffer.
  * A record is K (heads, dim) followed by V (heads, dim). Online softmax over tiles of tokens (Milakov and Gimelshein,
  * arXiv 1805.02867) reads each record once. Accumulation is in fp32 for every record type. */
-#include "common.h"
+#include "attend.h"
 
 #define TILE 32
-
-struct attend {
-    int isa, dtype, heads, group, dim, threads;
-    const int64_t *records;  /* addresses (n,), or NULL: base + i * stride */
-    const char *base;
-    int64_t stride, n, side;  /* side: bytes from a record's keys to its values */
-    const float *query;  /* (heads * group, dim), scaled */
-    float cap;  /* logits become cap * tanh(logit / cap); 0 leaves them */
-    float *state;  /* per thread: maximum (heads * group), sum (heads * group), weighted values (heads * group, dim) */
-};
 
 INLINE const char *record_of(const struct attend *a, int64_t i) {
     return a->records ? (const char *)a->records[i] : a->base + i * a->stride;
@@ -49,22 +39,6 @@ INLINE const float *row_generic(const char *from, float *room, int dim, int dtyp
     return room;
 }
 
-/* exp(x) for x <= 0, to a few ulp, in a form that compilers vectorise. */
-INLINE float exp_below(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = __builtin_rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { uint32_t u; float f; } scale = {(uint32_t)((int32_t)n + 127) << 23};
-    return p * scale.f;
-}
-
 INLINE void prefetch(const char *at, int64_t bytes) {
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
 }
@@ -75,7 +49,7 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, const int 
     const int heads = a->heads, group = a->group, all = heads * group;
     const int64_t row = (int64_t)dim * (dtype == FP32 ? 4 : 2), keys = row * heads, side = a->side;
     const int64_t end = a->n * (share + 1) / a->threads;
-    float *most = a->state + (int64_t)share * all * (dim + 2 + TILE), *sum = most + all, *out = sum + all;
+    float *most = a->state + share * a->each, *sum = most + all, *out = sum + all;
     float *logits = out + (int64_t)all * dim;  /* (all, TILE) */
     float room[4][MAX_DIM];
     for (int j = 0; j < all; j++) most[j] = -__builtin_inff();
@@ -196,8 +170,11 @@ AVX512 static void tiles_avx512(const struct attend *a, int share) { tiles_of(a,
 
 static void attend_share(void *job, int share) {
     const struct attend *a = job;
+#ifdef PAIRS
+    if (a->pairs) { attend_pairs(a, share); return; }
+#endif
 #if defined(__x86_64__)
-    if (a->isa == ISA_AVX512) { tiles_avx512(a, share); return; }
+    if (a->isa >= ISA_AVX512) { tiles_avx512(a, share); return; }
     if (a->isa == ISA_AVX2) { tiles_avx2(a, share); return; }
 #endif
     tiles_generic(a, share);
@@ -205,28 +182,37 @@ static void attend_share(void *job, int share) {
 
 /* query and out: fp32 (heads * group, dim). lse: fp32 (heads * group), the logsumexp of the logits, which merges parts
  * attended to separately. Without records, out is 0 and lse is minus infinity. dim <= MAX_DIM.
+ * pairs: for many queries, whose values are bf16's, over records in a row: products of pairs where the machine has them.
  * Returns 0, NO_MEMORY, or WRONG for an address that is null or not a multiple of an element's size. */
 int hi_attend(int isa, int dtype, const int64_t *records, const char *base, int64_t stride, int64_t n, int64_t side,
               const float *query, int heads, int group, int dim, float scale, float cap, float *out, float *lse,
-              int threads) {
+              int threads, int pairs) {
     const int all = heads * group, size = dtype == FP32 ? 4 : 2;
     const int64_t one = (int64_t)(uintptr_t)base;
     if (n < 0 || (stride | side) % size || (n && !usable(records ? records : &one, records ? n : 1, size))) return WRONG;
-    float *own = malloc(sizeof(float) * all * ((int64_t)dim + (int64_t)threads * (dim + 2 + TILE)));
+    struct attend a = {isa,  dtype,  heads, group, dim,           threads,   0, records,
+                       base, stride, n,     side,  .scale = scale, .cap = cap};
+    a.pairs = pairs && isa == ISA_BF16 && dtype == BF16 && !records && dim % PAIR_TILE == 0 && cap == 0 &&
+              (one | stride | side) % 4 == 0;
+    a.each = (int64_t)all * (dim + 2);
+    a.each += a.pairs ? PAIR_TILE * (int64_t)(dim + 2 * group) : (int64_t)all * TILE;
+    float *own = malloc(sizeof(float) * (all * (int64_t)dim + threads * a.each));
     if (!own) return NO_MEMORY;
-    for (int64_t i = 0; i < (int64_t)all * dim; i++) own[i] = query[i] * scale;
-    struct attend a = {isa, dtype, heads, group, dim, threads, records, base, stride, n, side, own, cap,
-                       own + (int64_t)all * dim};
+    a.query = own, a.state = own + (int64_t)all * dim;
+    for (int64_t i = 0; i < (int64_t)all * dim; i++) {
+        if (a.pairs) ((uint16_t *)own)[i] = ((const uint16_t *)query)[2 * i + 1];  /* the upper half of a float */
+        else own[i] = query[i] * scale;
+    }
     split(attend_share, &a, threads);
     for (int j = 0; j < all; j++) {
         float most = -__builtin_inff(), sum = 0;
         for (int t = 0; t < threads; t++) {
-            float m = a.state[(int64_t)t * all * (dim + 2 + TILE) + j];
+            float m = a.state[t * a.each + j];
             most = m > most ? m : most;
         }
         memset(out + (int64_t)j * dim, 0, sizeof(float) * dim);
         for (int t = 0; t < threads; t++) {
-            float *part = a.state + (int64_t)t * all * (dim + 2 + TILE);
+            float *part = a.state + t * a.each;
             if (part[all + j] == 0) continue;
             float weight = exp_below(part[j] - most);
             sum += weight * part[all + j];

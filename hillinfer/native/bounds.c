@@ -69,7 +69,7 @@ AVX512 static void boxes_avx512(const struct bounding *b, int share) { boxes_of(
 static void bounds_share(void *job, int share) {
     const struct bounding *b = job;
 #if defined(__x86_64__)
-    if (b->isa == ISA_AVX512) { boxes_avx512(b, share); return; }
+    if (b->isa >= ISA_AVX512) { boxes_avx512(b, share); return; }
     if (b->isa == ISA_AVX2) { boxes_avx2(b, share); return; }
 #endif
     boxes_generic(b, share);

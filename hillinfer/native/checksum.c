@@ -79,7 +79,7 @@ static uint32_t (*ready(int isa))(const uint8_t *, int64_t) {
     pthread_once(&once, fill);
     (void)isa;
 #if defined(__x86_64__)
-    if (isa == ISA_AVX512 && __builtin_cpu_supports("vpclmulqdq")) return crc_wide;
+    if (isa >= ISA_AVX512 && __builtin_cpu_supports("vpclmulqdq")) return crc_wide;
     if (isa != GENERIC && __builtin_cpu_supports("pclmul")) return crc_clmul;
 #endif
     return crc_generic;

@@ -11,12 +11,15 @@
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")))
+#if defined(__clang__) || __GNUC__ >= 10
+#define PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { GENERIC, NEON, ISA_AVX2, ISA_AVX512 };  /* slowest first */
+enum { GENERIC, NEON, ISA_AVX2, ISA_AVX512, ISA_BF16 };  /* slowest first */
 enum { FP32, BF16, FP16 };
 #define MAX_THREADS 64
 #define MAX_DIM 1024  /* largest head dimension of kernels with rows on the stack */

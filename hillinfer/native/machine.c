@@ -1,6 +1,10 @@
 /* The machine: its instruction sets, threads per call, and memory bandwidth. */
 #include "common.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 /* Bit mask of this machine's instruction sets. */
 int hi_isas(void) {
     int found = 1 << GENERIC;
@@ -10,6 +14,12 @@ int hi_isas(void) {
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
         found |= 1 << ISA_AVX512;
+#ifdef PAIRS
+    unsigned a, b, c, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    int tiles = d >> 22 & 1;  /* AMX: torch's own attention is faster */
+    if (found >> ISA_AVX512 & 1 && __builtin_cpu_supports("avx512bf16") && !tiles) found |= 1 << ISA_BF16;
+#endif
 #elif defined(__aarch64__)
     found |= 1 << NEON;
 #endif
@@ -56,7 +66,7 @@ static void read_share(void *job, int share) {
     int64_t from = r->n * share / r->threads, n = r->n * (share + 1) / r->threads - from;
 #if defined(__x86_64__)
     if (r->isa >= ISA_AVX2) {
-        r->sums[share] = (r->isa == ISA_AVX512 ? sum_avx512 : sum_avx2)(r->from + from, n);
+        r->sums[share] = (r->isa >= ISA_AVX512 ? sum_avx512 : sum_avx2)(r->from + from, n);
         return;
     }
 #endif

@@ -70,7 +70,7 @@ AVX2 static void rank_avx2(const struct rank *r, int share) { rank_heads(r, shar
 static void rank_share(void *job, int share) {
     const struct rank *r = job;
 #if defined(__x86_64__)
-    if (r->isa == ISA_AVX512) return rank_avx512(r, share);
+    if (r->isa >= ISA_AVX512) return rank_avx512(r, share);
     if (r->isa == ISA_AVX2) return rank_avx2(r, share);
 #endif
     rank_heads(r, share);

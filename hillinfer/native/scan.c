@@ -121,7 +121,7 @@ AVX2 static void scan_avx2(const struct scan *s, int share) { scan_segments(s, s
 static void scan_share(void *job, int share) {
     const struct scan *s = job;
 #if defined(__x86_64__)
-    if (s->isa == ISA_AVX512) return scan_avx512(s, share);
+    if (s->isa >= ISA_AVX512) return scan_avx512(s, share);
     if (s->isa == ISA_AVX2) return scan_avx2(s, share);
 #endif
     scan_segments(s, share, tile_generic);

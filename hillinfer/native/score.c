@@ -198,7 +198,7 @@ static void score_share(void *job, int share) {
     int64_t from = s->n * share / s->threads, to = s->n * (share + 1) / s->threads;
     for (int head = 0; head < s->heads; head++) {
 #if defined(__x86_64__)
-        if (s->isa == ISA_AVX512) {
+        if (s->isa >= ISA_AVX512) {
             (s->bits == 8 ? avx512_int8 : avx512_int4)(s, head, from, to);
             continue;
         }
@@ -236,7 +236,7 @@ int hi_score(int isa, int bits, const int8_t *codes, int64_t head_stride, int64_
         free(s.excess);
         return NO_MEMORY;
     }
-    int32_t offset = bits == 8 ? (isa == ISA_AVX512 ? 128 : 0) : 8;
+    int32_t offset = bits == 8 ? (isa >= ISA_AVX512 ? 128 : 0) : 8;
     for (int h = 0; h < heads; h++)
         for (int g = 0; g < s.padded; g++) {  /* padding repeats the last query; its sums are not stored */
             const int8_t *from = query + ((int64_t)h * group + (g < group ? g : group - 1)) * dim;

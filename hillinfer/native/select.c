@@ -62,7 +62,7 @@ static int64_t items_of(int isa, const int32_t *scores, int64_t n, int32_t floor
     int32_t *at = (int32_t *)(items + n + 16) - (n + 16);  /* second half: items are read before overwritten */
     int64_t m;
 #if defined(__x86_64__)
-    m = isa == ISA_AVX512 ? reaching_avx512(scores, n, floor_, at) : reaching(scores, 0, n, floor_, at);
+    m = isa >= ISA_AVX512 ? reaching_avx512(scores, n, floor_, at) : reaching(scores, 0, n, floor_, at);
 #else
     m = reaching(scores, 0, n, floor_, at);
 #endif

@@ -59,13 +59,9 @@ class Selection:
 
     def tensor(self) -> torch.Tensor:
         """A copy of the records, (k, 2, Hkv, D)."""
-        data = self.parts[0][1].data
+        data, every = self.parts[0][1].data, np.arange(len(self))
         out = data.new_empty((len(self), *data.shape[1:]))
-        if native.available():
-            native.copy(self.addresses(), out, np.arange(len(self)), torch.get_num_threads())
-            return out
-        for places, records in self.parts:
-            out[torch.from_numpy(places)] = records.tensor()
+        self.copy_to(every, out, every)
         return out
 
     def copy_to(self, index: np.ndarray, out: torch.Tensor, slots: np.ndarray) -> None:
@@ -73,4 +69,6 @@ class Selection:
         if native.available():
             native.copy(self.addresses()[index], out, slots, torch.get_num_threads())
             return
-        out[torch.from_numpy(slots)] = self.tensor()[torch.from_numpy(index)]
+        joined = torch.cat([records.tensor() for _, records in self.parts])
+        places = np.argsort(np.concatenate([places for places, _ in self.parts]))
+        out[torch.from_numpy(slots)] = joined[torch.from_numpy(places[index])]

@@ -143,10 +143,9 @@ class Store:
         """Each sequence's records as `native.attend` takes them: rows and side; their owners; who served them."""
         if whole:
             kv, served = self.all()
-            each, width, side = (stride * kv.element_size() for stride in kv.stride()[:3])
-            rows = [(kv.data_ptr() + row * each, width, self.n) for row in range(len(kv))]
+            rows, side = attention.strided(kv)
             if shown is not None:
-                rows = [base + np.flatnonzero(own) * width for (base, _, _), own in zip(rows, shown, strict=True)]
+                rows = [base + np.flatnonzero(own) * width for (base, width, _), own in zip(rows, shown, strict=True)]
             return rows, side, [kv], served
         rows, keep, total = [], [], None
         for row, positions in enumerate(picks):

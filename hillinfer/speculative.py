@@ -38,6 +38,7 @@ class Pace:
     draft_s: float = 0.0  # of one drafted token
     verify_s: float = 0.0  # of one pass over all KV
     accepted: float = 0.9  # share of drafted tokens
+    tried: float = 3.0  # tokens that this is the mean of, the older ones in part; its start counts as three
     gamma: int = 8
     resting: int = 0  # rounds left without drafts
     said: bool = False
@@ -69,7 +70,8 @@ class Pace:
         if drafted:
             self.draft_s = _mean(self.draft_s, draft_s / drafted)
             tried = min(drafted, accepted + 1)
-            self.accepted = KEEP ** (tried / 4) * self.accepted + (1 - KEEP ** (tried / 4)) * accepted / tried
+            self.tried = KEEP ** (tried / 4) * self.tried + tried
+            self.accepted += (accepted - tried * self.accepted) / self.tried
         if self.resting:
             self.resting -= 1
             self.gamma = 0 if self.resting else 2

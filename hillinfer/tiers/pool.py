@@ -25,10 +25,13 @@ class HotPool:
         self.slot_of = np.zeros(0, np.int32)  # token -> slot, ABSENT or DEMOTED
         self.pinned_from = 0  # first of the pinned tokens
 
-    def slots(self, positions: np.ndarray) -> np.ndarray:
-        """Slot of each position, negative (ABSENT or DEMOTED) if it is not in the pool. (k,) -> (k,)."""
+    def slots(self, positions: np.ndarray, least: int = 0) -> np.ndarray:
+        """Slot of each position, negative (ABSENT or DEMOTED) if it is not in the pool. (k,) -> (k,).
+
+        A pool that has room for fewer than `least` tokens is taken for empty.
+        """
         found = np.full(len(positions), ABSENT, np.int32)
-        known = positions < len(self.slot_of)
+        known = positions < (len(self.slot_of) if len(self.token_of) >= least else 0)
         found[known] = self.slot_of[positions[known]]
         return found
 

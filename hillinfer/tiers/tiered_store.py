@@ -71,7 +71,7 @@ class TieredStore(Store):
 
     def prefetch(self, row: int, positions: np.ndarray, for_step: bool = True) -> None:
         far = positions[self.window.far(positions)]
-        missing = far[self.pools[row].slots(far) < 0]
+        missing = far[self.pools[row].slots(far, 0 if for_step else self.n // 4) < 0]
 
         def read() -> Records:
             start = time.perf_counter_ns()
@@ -86,7 +86,7 @@ class TieredStore(Store):
         """See `Store.find`. With `for_step` the tokens count as hits, and may be promoted when the step is settled."""
         far = self.window.far(positions)
         near = np.concatenate((np.arange(far.start), np.arange(far.stop, len(positions))))
-        slots = self.pools[row].slots(positions[far])
+        slots = self.pools[row].slots(positions[far], 0 if for_step else self.n // 4)
         hit, miss = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
         parts = [
             (near, Records(self.window.records[row], self.window.slots(positions[near]))),
@@ -117,7 +117,8 @@ class TieredStore(Store):
 
     def _blocks(self, following: "TieredStore | None" = None) -> Iterator[tuple[torch.Tensor, Served]]:
         """All records in order, of all sequences, and the tiers that served them. While a block is in use the next one
-        is read, after the last the first of the following layer.
+        is read, after the last the first of the following layer. A pool of less than a quarter is passed over: to read
+        what lies in a row takes less time than to pick it from two places.
         """
         rows, size = range(self.geometry.batch), max(1, READ // self.geometry.batch // self.geometry.record_bytes)
         for start in range(0, self.n, size):

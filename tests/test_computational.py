@@ -402,6 +402,7 @@ def test_a_collected_drive_ends_also_where_its_own_thread_collects_it(tmp_path):
     assert not thread.is_alive() and not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a finalizer swallows exceptions
 def test_ctrl_c_while_it_waits_does_no_harm(open_drive):
     """Interrupted at random moments of submitting and waiting, the drive goes on, and closes."""
     drive = open_drive()
@@ -410,7 +411,7 @@ def test_ctrl_c_while_it_waits_does_no_harm(open_drive):
     rng = np.random.default_rng(0)
     for _ in range(200):
         try:
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3), 1)  # again where one was swallowed
             while True:
                 list(drive.begin_evaluate(0, query, 50))
                 drive.fetch(0, np.arange(20))

@@ -27,10 +27,9 @@ class Records:
         return Records(self.data, index if self.rows is None else self.rows[index])
 
     def tensor(self) -> torch.Tensor:
-        """(k, 2, Hkv, D) on the device of `data`; a copy unless the rows lie side by side."""
-        if self.rows is None or (np.diff(self.rows) == 1).all():
-            first = 0 if self.rows is None or not len(self) else int(self.rows[0])
-            return self.data[first : first + len(self)]
+        """(k, 2, Hkv, D) on the device of `data`; a copy unless all rows are taken."""
+        if self.rows is None:
+            return self.data
         return self.data.index_select(0, to_device(torch.from_numpy(self.rows), self.data.device))
 
     def addresses(self) -> np.ndarray:
@@ -60,10 +59,10 @@ class Selection:
 
     def tensor(self) -> torch.Tensor:
         """The records, (k, 2, Hkv, D); a copy where they lie apart."""
-        if len(self.parts) == 1:
-            return self.parts[0][1].tensor()
-        data, every = self.parts[0][1].data, np.arange(len(self))
-        out = data.new_empty((len(self), *data.shape[1:]))
+        (_, first), every = self.parts[0], np.arange(len(self))
+        if len(self.parts) == 1 and first.rows is not None and (np.diff(first.rows) == 1).all():
+            return first.data[first.rows[0] :][: len(self)]
+        out = first.data.new_empty((len(self), *first.data.shape[1:]))
         self.copy_to(every, out, every)
         return out
 

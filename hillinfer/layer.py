@@ -159,7 +159,7 @@ class Layer:
         """
         settings, n, picks = self.run.settings, self.n, []
         budget = min(n, max(int(share * settings.budget(n)), settings.sinks + settings.recent))
-        if not self.policy.selects or budget == n:
+        if not self.policy.selects or (self.policy.fills and budget == n):
             return [None] * len(query)
         sizes = n, budget, settings.sinks, settings.recent, self.index, self.run.timeline.step
         if self.chooses:

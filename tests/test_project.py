@@ -37,7 +37,7 @@ def test_nothing_is_pinned_twice(path):
     assert sorted(names) == sorted(set(names))
 
 
-CORE_LINES, PACKAGE_LINES = 2_947, 9_172
+CORE_LINES, PACKAGE_LINES = 2_947, 9_170
 
 
 # What each part may import of the others: arrows point one way, downwards in this table (docs/design.md).

@@ -16,7 +16,7 @@ class Step:
     """
 
     n: int  # cached tokens, including the newest
-    budget: int  # maximum number of selected tokens; at least sinks + recent, and less than n
+    budget: int  # maximum number of selected tokens; at least sinks + recent
     sinks: int  # first tokens, kept in the window
     recent: int  # last tokens, kept in the window
     layer: int
@@ -82,6 +82,7 @@ class Policy:
 
     selects = True  # False: every step attends to all tokens, and `select` is never called
     needs_codes = True  # uses `Step.scores`; otherwise no key codes are built
+    fills = False  # takes as many tokens as the budget allows: it is not asked where that is all
     per_head = False  # each KV head selects for itself where the KV is in memory: a row of the batch for each
     can_speculate = False  # `select` accepts a predicted query (see `Step.guess`)
     device = torch.device("cpu")  # of an index, if the policy has `choose`

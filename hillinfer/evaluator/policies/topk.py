@@ -10,8 +10,7 @@ from hillinfer.evaluator.topk import topk
 class TopK(Policy):
     """The window and the tokens that some head gives most, by their key codes."""
 
-    per_head = True
-    can_speculate = True
+    per_head = can_speculate = fills = True
 
     def select(self, step: Step) -> np.ndarray:
         first = min(step.sinks, step.n)

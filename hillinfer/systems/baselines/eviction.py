@@ -21,7 +21,7 @@ class Eviction(Policy):
 
     needs_codes = False
     watches = True
-    per_head = True
+    per_head = fills = True
     late = False
     fresh = 0.0  # worth of a new token
 

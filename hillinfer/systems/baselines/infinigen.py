@@ -18,8 +18,7 @@ class InfiniGen(Policy):
     """The window and the tokens whose partial, skewed keys some head gives most."""
 
     needs_codes = False
-    per_head = True
-    can_speculate = True
+    per_head = can_speculate = fills = True
     watches = True
     late = False  # its basis needs the prompt's queries
     ratio = 0.2  # fraction of the columns: the paper's partial weight ratio

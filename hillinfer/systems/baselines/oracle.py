@@ -9,7 +9,7 @@ class Oracle(Policy):
     """True top-k by the maximum attention weight over the query heads."""
 
     needs_codes = False
-    per_head = True
+    per_head = fills = True
 
     def select(self, step: Step) -> np.ndarray:
         mass = step.weights().max(0)

@@ -17,8 +17,7 @@ class Quest(Policy):
     """The window and the pages of 16 tokens whose min/max bound is highest."""
 
     needs_codes = False
-    per_head = True
-    can_speculate = True
+    per_head = can_speculate = fills = True
     page = 16
 
     def start(self, batch: int, kv_heads: int, head_dim: int) -> None:

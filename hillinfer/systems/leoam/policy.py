@@ -19,7 +19,7 @@ class LeoAM(Policy):
     """The window and the chunks of highest bound, found top-down in a tree that adapts to the attention."""
 
     needs_codes = False
-    can_speculate = True
+    can_speculate = fills = True
     desert = 12.0  # logits below the best of the newest tokens, where weights are under e**-12
     newest = 16  # tokens whose keys are kept for that comparison
 

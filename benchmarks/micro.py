@@ -43,7 +43,7 @@ CHOSEN = int(ALPHA * TOKENS)
 class Row:
     """One measurement. `bound` names the row whose bandwidth is this row's upper bound.
 
-    The baseline of "name" is the row "name, torch" or "name, numpy".
+    The baseline of "name" is the row "name, torch".
     """
 
     name: str
@@ -213,7 +213,7 @@ def result_of(row: Row, rows: dict[str, Row]) -> dict:
         pairs = zip(getattr(bound, what), getattr(row, what), strict=True)
         result["of_bound"] = statistics.median(row.nbytes / bound.nbytes * one / ours for one, ours in pairs)
         result["bound"] = row.bound
-    for plain in (f"{row.name}, torch", f"{row.name}, numpy", row.name.replace("io_uring", "threads")):
+    for plain in (f"{row.name}, torch", row.name.replace("io_uring", "threads")):
         if plain in rows and plain != row.name:
             pairs = zip(rows[plain].seconds, row.seconds, strict=True)
             result["speedup"] = statistics.median(one / ours for one, ours in pairs)

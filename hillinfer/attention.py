@@ -126,8 +126,8 @@ def over_part(
         each = [FLASH(own, keys, values, is_causal=True, scale=scaling) for own in grouped.unbind(2)]
         out, lse = (torch.stack(part, 2) for part in zip(*each, strict=True))
         return out.float().reshape(query.shape), lse.reshape(query.shape[:3])
-    paired = query.dtype == torch.bfloat16 and query.shape[3] % 64 == 0 and is_native(query)
-    if flash and shown is None and paired and native.isa() == "avx512-bf16":  # half of flash attention's time
+    paired = shown is None and query.dtype == torch.bfloat16 and query.shape[3] % 64 == 0 and is_native(query)
+    if flash and paired and native.isa() == "avx512-bf16":  # half of flash attention's time
         rows, side = strided(kv)
         out, lse = over_records(grouped.flatten(1, 3)[:, :, None], rows, keys.shape[1], scaling, side, 0.0, True)
         return out.float().reshape(query.shape), lse.reshape(query.shape[:3])

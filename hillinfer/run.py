@@ -88,11 +88,11 @@ class Run:
                 raise
             if self.settings.drive is not None:
                 self.open(geometry)
-        elif self.geometry != geometry:
-            raise UsageError(
-                f"the layers of a cache share a device, a shape and a batch, not {self.geometry} and {geometry}: "
-                "load the model on one device, or keep its KV in host memory (host_budget, drive)"
-            )
+        elif (own := self.geometry).device != geometry.device:
+            fix = "load the model on one device, or keep its KV in host memory (host_budget, drive)"
+            raise UsageError(f"layers on {own.device} and {geometry.device}: {fix}")
+        elif own != geometry:
+            raise UsageError(f"layers of different shapes or batches ({own} and {geometry}) cannot share a drive file")
 
     def open(self, geometry: Geometry) -> None:
         """Open the drive and the threads around it."""

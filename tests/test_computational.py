@@ -402,7 +402,6 @@ def test_a_collected_drive_ends_also_where_its_own_thread_collects_it(tmp_path):
     assert not thread.is_alive() and not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a finalizer swallows exceptions
 def test_ctrl_c_while_it_waits_does_no_harm(open_drive):
     """Interrupted at random moments of submitting and waiting, the drive goes on, and closes."""
     drive = open_drive()

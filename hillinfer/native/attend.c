@@ -96,23 +96,10 @@ INLINE void tiles(const struct attend *a, int share, const int dtype, const int 
             }
         }
         for (int j = 0; j < all; j++) {
-            float *own = logits + (int64_t)j * TILE, high = most[j], part = 0;
+            float *own = logits + (int64_t)j * TILE;
             for (int t = 0; t < m && a->cap > 0; t++) own[t] = a->cap * tanhf(own[t] / a->cap);
             for (int t = m; t < TILE; t++) own[t] = -__builtin_inff();  /* zero weight */
-            for (int t = 0; t < TILE; t++) high = own[t] > high ? own[t] : high;
-            if (high > most[j]) {
-                float keep = exp_below(most[j] - high);
-                if (sum[j] > 0)
-                    for (int d = 0; d < dim; d++) out[(int64_t)j * dim + d] *= keep;
-                sum[j] *= keep;
-                most[j] = high;
-            }
-#pragma omp simd reduction(+ : part)
-            for (int t = 0; t < TILE; t++) {
-                own[t] = exp_below(own[t] - high);
-                part += own[t];
-            }
-            sum[j] += part;
+            weigh(own, TILE, most + j, sum + j, out + (int64_t)j * dim, dim);
         }
         for (int t = 0; t < m; t += 4)
             for (int h = 0; h < heads; h++) {

@@ -34,3 +34,23 @@ INLINE float exp_below(float x) {
     union { uint32_t u; float f; } scale = {(uint32_t)((int32_t)n + 127) << 23};
     return p * scale.f;
 }
+
+/* One query's logits of a tile become weights. Its maximum rises to theirs, which rescales its sum and values so far. */
+INLINE void weigh(float *logits, int tile, float *most, float *sum, float *out, int dim) {
+    float high = *most, part = 0;
+#pragma omp simd reduction(max : high)
+    for (int t = 0; t < tile; t++) high = logits[t] > high ? logits[t] : high;
+    if (high > *most) {
+        float keep = exp_below(*most - high);
+        if (*sum > 0)
+            for (int d = 0; d < dim; d++) out[d] *= keep;
+        *sum *= keep;
+        *most = high;
+    }
+#pragma omp simd reduction(+ : part)
+    for (int t = 0; t < tile; t++) {
+        logits[t] = exp_below(logits[t] - high);
+        part += logits[t];
+    }
+    *sum += part;
+}

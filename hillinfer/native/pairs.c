@@ -53,28 +53,12 @@ PAIRS void attend_pairs(const struct attend *a, int share) {
             }
             memset(logits, 0, sizeof(float) * group * PAIR_TILE);
             multiply((const uint32_t *)a->query + (int64_t)h * group * half, group, half, part, PAIR_TILE, logits);
-            float *out = outs + (int64_t)h * group * dim, *high = most + h * group, *total = sum + h * group;
+            float *out = outs + (int64_t)h * group * dim;
             for (int j = 0; j < group; j++) {
-                float *own = logits + j * PAIR_TILE, top = high[j], added = 0;
+                float *own = logits + j * PAIR_TILE;
+                for (int t = 0; t < PAIR_TILE; t++) own[t] *= a->scale;
                 for (int t = m; t < PAIR_TILE; t++) own[t] = -__builtin_inff();
-#pragma omp simd reduction(max : top)
-                for (int t = 0; t < PAIR_TILE; t++) {
-                    own[t] *= a->scale;
-                    top = own[t] > top ? own[t] : top;
-                }
-                if (top > high[j]) {
-                    float keep = exp_below(high[j] - top);
-                    if (total[j] > 0)
-                        for (int d = 0; d < dim; d++) out[(int64_t)j * dim + d] *= keep;
-                    total[j] *= keep;
-                    high[j] = top;
-                }
-#pragma omp simd reduction(+ : added)
-                for (int t = 0; t < PAIR_TILE; t++) {
-                    own[t] = exp_below(own[t] - top);
-                    added += own[t];
-                }
-                total[j] += added;
+                weigh(own, PAIR_TILE, most + h * group + j, sum + h * group + j, out + (int64_t)j * dim, dim);
                 for (int t = 0; t < PAIR_TILE; t += 32) {
                     __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(own + t + 16), _mm512_loadu_ps(own + t));
                     _mm512_storeu_si512(weights + (j * PAIR_TILE + t) / 2, (__m512i)both);

@@ -72,5 +72,5 @@ class Selection:
             native.copy(self.addresses()[index], out, slots, torch.get_num_threads())
             return
         joined = torch.cat([records.tensor() for _, records in self.parts])
-        places = np.argsort(np.concatenate([places for places, _ in self.parts]))
-        out[torch.from_numpy(slots)] = joined[torch.from_numpy(places[index])]
+        order = np.argsort(np.concatenate([places for places, _ in self.parts]))
+        out[torch.from_numpy(slots)] = joined[torch.from_numpy(order[index])]

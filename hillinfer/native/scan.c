@@ -4,7 +4,7 @@
 #include "common.h"
 
 #define KEYS 16  /* of a block */
-#define TILE 4   /* blocks and queries at once, whose sums hide each other's latency */
+#define TILE 4   /* blocks and queries of a tile */
 #define SPAN (TILE * KEYS)
 
 struct scan {
@@ -45,29 +45,35 @@ INLINE void tile_generic(const uint32_t *codes, struct tile *t, int words) {
 #if defined(__x86_64__)
 INLINE int32_t four(const struct tile *t, int g, int at) { return ((const int32_t *)t->query[g])[at]; }
 
+/* Two blocks at a time: eight sums stay in registers, sixteen do not. */
 AVX512 INLINE void tile_avx512(const uint32_t *codes, struct tile *t, int words) {
     const __m512i low = _mm512_set1_epi8(3);
-    __m512i sum[TILE][TILE];
-    for (int b = 0; b < TILE; b++)
-        for (int g = 0; g < TILE; g++) sum[b][g] = _mm512_setzero_si512();
-    for (int w = 0; w < words; w++)
-        for (int p = 0; p < 4; p++) {
-            __m512i x[4];
-            for (int g = 0; g < TILE; g++) x[g] = _mm512_set1_epi32(four(t, g, 4 * w + p));
-            for (int b = 0; b < TILE; b++) {
-                const uint32_t *at = codes + (b * words + w) * KEYS;
-                if (!p) __builtin_prefetch(at + 2 * TILE * words * KEYS);
-                __m512i key = _mm512_loadu_si512(at);
-                key = _mm512_and_si512(p ? _mm512_srli_epi16(key, 2 * p) : key, low);
-                for (int g = 0; g < TILE; g++)
-                    sum[b][g] = _mm512_dpbusd_epi32(sum[b][g], key, x[g]);
+    for (int b = 0; b < TILE; b += 2) {
+        const uint32_t *block = codes + b * words * KEYS;
+        __m512i sum[2][TILE], key[2];
+        for (int i = 0; i < 2; i++)
+            for (int g = 0; g < TILE; g++) sum[i][g] = _mm512_setzero_si512();
+        for (int w = 0; w < words; w++) {
+            for (int i = 0; i < 2; i++) {
+                const uint32_t *at = block + (i * words + w) * KEYS;
+                __builtin_prefetch(at + 2 * TILE * words * KEYS);
+                key[i] = _mm512_loadu_si512(at);
             }
+            for (int p = 0; p < 4; p++)
+                for (int i = 0; i < 2; i++) {
+                    __m512i part = _mm512_and_si512(p ? _mm512_srli_epi16(key[i], 2 * p) : key[i], low);
+                    for (int g = 0; g < TILE; g++) {
+                        __m512i query = _mm512_set1_epi32(four(t, g, 4 * w + p));
+                        sum[i][g] = _mm512_dpbusd_epi32(sum[i][g], part, query);
+                    }
+                }
         }
-    for (int b = 0; b < TILE; b++)
-        for (int g = 0; g < TILE; g++) {
-            __m512i all = _mm512_add_epi32(_mm512_slli_epi32(sum[b][g], 6), _mm512_set1_epi32(t->shift[g]));
-            _mm512_storeu_si512(t->out[g] + b * KEYS, all);
-        }
+        for (int i = 0; i < 2; i++)
+            for (int g = 0; g < TILE; g++) {
+                __m512i all = _mm512_add_epi32(_mm512_slli_epi32(sum[i][g], 6), _mm512_set1_epi32(t->shift[g]));
+                _mm512_storeu_si512(t->out[g] + (b + i) * KEYS, all);
+            }
+    }
 }
 
 /* A product of two channels fits in 16 bits, and so do the sums of four. */

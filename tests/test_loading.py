@@ -9,13 +9,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
 import hillinfer
 from hillinfer import gguf_file, loading
 from hillinfer.assets import data_folder
-from hillinfer.commands import console
+from hillinfer.commands import console, continuation
 from hillinfer.commands.app import app
 from hillinfer.errors import UsageError
 from hillinfer.fingerprint import fingerprint
@@ -117,6 +117,24 @@ def test_run_answers_and_continues_a_session_with_a_gguf_file(file, tmp_path):
     first, second = (CliRunner().invoke(app, list(map(str, words))) for _ in range(2))
     assert first.exit_code == second.exit_code == 0, first.output
     assert first.stdout == second.stdout != "" and "weights in float32 on" in first.stderr
+
+
+def test_run_asks_a_question_as_the_models_chat_has_it(source, tmp_path, monkeypatch):
+    template = "{% for m in messages %}<user>{{ m['content'] }}</user>{% endfor %}<answer>"
+    chat, asked, real = (
+        write(tmp_path / "chat.gguf", source, tokenizer__chat_template=template),
+        [],
+        continuation.decode,
+    )
+    monkeypatch.setattr(continuation, "decode", lambda *words, **more: asked.append(words[2]) or real(*words, **more))
+    (tmp_path / "doc.txt").write_text("the sun is hot.\n")
+    ask = ["run", "--model", str(chat), "--system", "topk", "--max-new-tokens", "2", "--question", "what is hot?"]
+    answer = CliRunner().invoke(app, [*ask, "--document", str(tmp_path / "doc.txt")])
+    assert answer.exit_code == 0, answer.output
+    said = loading.load_pretrained(AutoTokenizer, str(chat)).decode(asked[0])
+    assert said == "<user>the sun is hot.\n\n\nwhat is hot?</user><answer>"
+    refusal = CliRunner().invoke(app, ask)
+    assert refusal.exit_code == 2 and "--document FILE with a --question TEXT" in refusal.stderr
 
 
 def test_an_eval_takes_a_gguf_file_and_names_its_dtype(file, tmp_path):

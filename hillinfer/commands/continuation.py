@@ -10,6 +10,7 @@ from hillinfer.commands.console import working
 from hillinfer.commands.options import DTYPES
 from hillinfer.errors import UsageError
 from hillinfer.loading import choose_dtype, load_pretrained, load_weights
+from hillinfer.longbench.prompts import turn
 from hillinfer.longbench.runner import decode, feed, in_memory, measured
 from hillinfer.prefix_store.blocks import PrefixStore
 from hillinfer.prefix_store.keeper import check_stored
@@ -30,6 +31,7 @@ def continue_text(
     options: dict,
     *,
     document: str | None = None,
+    chat: bool = False,
     session: Path | None = None,
     store: Path | None = None,
     max_new_tokens: int = 64,
@@ -40,7 +42,7 @@ def continue_text(
 ) -> tuple[str, list[str], Timeline]:
     """Greedy continuation by the model `name`: the generated text, the cost of the run in a few lines, its timeline.
 
-    text      to continue, or a question on the `document`
+    text      to continue, or a question on the `document`, in the model's chat format if `chat`
     options   fields of `Settings`
     session   file of the document's KV: opened if it exists, otherwise written from `document`
     store     folder of prompts' KV: a known prefix is opened, and what is computed is kept
@@ -59,17 +61,18 @@ def continue_text(
         tokenizer = load_pretrained(AutoTokenizer, name)
     weights = choose_dtype(name, config, dtype)
     before = tokenizer(document).input_ids if document is not None else []
+    if chat:
+        before, asked = turn(tokenizer, document, text)
     if session is not None:
         check_keeps(config, system, options)
         before = session_ids(session, before)
     if store is not None:
         check_stored(config)
         store = PrefixStore(store)
-    ids = before + tokenizer(text, add_special_tokens=not before).input_ids
+    ids = before + (asked if chat else tokenizer(text, add_special_tokens=not before).input_ids)
     total = len(ids) + max_new_tokens
     plan(config, settings, total, weights, chunk, found.policy)
-    if settings.stream is not None:
-        options = options | {"max_tokens": total}
+    options = options | ({} if settings.stream is None else {"max_tokens": total})
     with working(f"loading {name}") as tell:
         model = load_weights(name, config, weights, lambda what, _: tell(f"loading {name}: {what}"))
     start = time.perf_counter()
@@ -105,18 +108,16 @@ def continue_text(
 
 def describe_cost(system: str, figures: dict, cache: TieredCache) -> list[str]:
     """Measured time, memory and traffic of a run, in a few lines."""
-    held = in_memory(figures["memory"])
     rates = ", ".join(f"{tier} {share:.0%}" for tier, share in figures["rates"].items())
     busy = [f"{lane} {ms:.2f} ({size:,.0f} bytes)" for lane, (ms, size) in figures["lanes"].items() if ms]
     lines = [
         f"{system}, measured: prefill {figures['prefill_ms']:.0f} ms, then {figures['ms_per_token']:.1f} ms/token "
-        f"over {figures['steps']} steps; {held:,} bytes of KV, codes and counters in memory at the end",
+        f"over {figures['steps']} steps; {in_memory(figures['memory']):,} bytes of KV, codes and counters in memory",
         f"attended {figures['attended']:.0f} of {figures['cached']:.0f} tokens, served by {rates}; "
         f"{figures['drive_bytes_per_token']:,.0f} bytes/token from the drive",
         f"lower bounds, ms/token by lane: {', '.join(busy)}; overlap {figures['overlap']:.0%} of the shorter side",
     ]
     if cache.counters.total("guessed"):
-        accuracy, coverage = cache.counters.prefetch()
-        share = f"coverage {coverage:.0%} (prefetched / needed)"
-        lines.append(f"prefetch accuracy {accuracy:.0%} (used / prefetched), {share}")
+        shares = "prefetch accuracy {:.0%} (used / prefetched), coverage {:.0%} (prefetched / needed)"
+        lines.append(shares.format(*cache.counters.prefetch()))
     return lines

@@ -18,6 +18,7 @@ def run(
     prompt_file: Annotated[Path | None, typer.Option(help="Text file or PDF to continue.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue, instead of --prompt-file.")] = None,
     document: Annotated[Path | None, typer.Option(help="Text file or PDF that precedes the prompt.")] = None,
+    question: Annotated[str | None, typer.Option(help="On the document, asked as the model's chat has it.")] = None,
     session: Annotated[Path | None, typer.Option(help="File for the document's KV, created if missing.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of prompts' KV: known prefixes are not prefilled.")] = None,
     system: Annotated[str, typer.Option(help="System, as listed by `hillinfer systems`.")] = "hillinfer",
@@ -43,19 +44,17 @@ def run(
     options |= {} if device is None else {"device": device}
     if num_beams > 1 and drive is not None:
         raise UsageError("beam search would copy whole caches on the drive: use --num-beams 1, or leave out --drive")
-    if (prompt is None) == (prompt_file is None):
-        raise UsageError("give the text to continue with either --prompt-file FILE or --prompt TEXT")
-    if num_beams > 1 and (document or session or store):
-        raise UsageError("--document, --session and --store hold one sequence: use --num-beams 1 with them")
+    if [prompt, prompt_file, question].count(None) != 2 or (question and document is None):
+        raise UsageError("give either --prompt-file FILE, --prompt TEXT, or --document FILE with a --question TEXT")
+    if num_beams > 1 and (document or session or store or exact):
+        raise UsageError("these hold one sequence: use --num-beams 1 with --exact, --document, --session and --store")
     if session and store:
         raise UsageError("a session keeps its document and a store all prompts: give --session or --store")
-    text = prompt if prompt_file is None else read_document(prompt_file)
-    if not text.strip():
+    text = question or prompt if prompt_file is None else read_document(prompt_file)
+    if not (text or "").strip():
         raise UsageError("the prompt is empty; give the text to continue")
-    if exact and num_beams > 1:
-        raise UsageError("exact decoding follows one sequence: use --num-beams 1 with --exact")
     job = dict(session=session, store=store, max_new_tokens=max_new_tokens, num_beams=num_beams, dtype=dtype)
-    job |= dict(exact=exact, chunk=prefill_chunk, document=document and read_document(document))
+    job |= dict(exact=exact, chunk=prefill_chunk, document=document and read_document(document), chat=bool(question))
     check_libraries()
     from hillinfer.commands.continuation import continue_text
 

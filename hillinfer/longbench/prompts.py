@@ -75,6 +75,17 @@ def build(
     return Prompt(ids, len(ids) - min(max(question_tokens, 1), len(ids) - 2), len(raw), truncated, recut)
 
 
+def turn(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> tuple[list[int], list[int]]:
+    """A user's turn of a text and a question on it, cut in two before the question, in the model's chat format if it
+    has one.
+    """
+    if not tokenizer.chat_template:
+        return tokenizer(text).input_ids, tokenizer("\n" + question, add_special_tokens=False).input_ids
+    head, _, tail = _chat(tokenizer, f"{text}\n\n{question}")[0].rpartition(question.strip())
+    head, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in (head, question.strip() + tail))
+    return head, tail
+
+
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, str]:
     """The text rendered as a user turn, and the template's suffix after it.
 

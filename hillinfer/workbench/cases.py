@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from hillinfer.errors import UsageError
 from hillinfer.longbench import metrics
 from hillinfer.longbench.job import prompt_of
+from hillinfer.longbench.prompts import turn
 from hillinfer.longbench.runner import stop_rules, synthetic_prompt
 from hillinfer.longbench.sources import load, local_tasks
 from hillinfer.longbench.synthetic import TASKS, make_records
@@ -72,13 +73,11 @@ class Case:
         """
         if not text.strip():
             raise UsageError("there is no text: paste one or name a file, or choose a task")
-        context, question_ids = tokenizer(text).input_ids, []
-        if question.strip() and tokenizer.chat_template:
-            context, question_ids = _turn(tokenizer, text, question)
-        elif question.strip():
-            question_ids = tokenizer("\n" + question, add_special_tokens=False).input_ids
+        if question.strip():
+            context, question_ids = turn(tokenizer, text, question)
         else:
-            context, question_ids = context[:-1], context[-1:]
+            *context, last = tokenizer(text).input_ids
+            question_ids = [last]
         if not context or not question_ids:
             raise UsageError("the text is only one token long: use a longer one")
         return cls(f"own text, {len(context):,} tokens", context, question_ids, max_new_tokens)
@@ -92,15 +91,6 @@ class Case:
     def rules(self, tokenizer: PreTrainedTokenizerBase) -> dict:
         """Arguments of `generate` for the task's end of an answer."""
         return stop_rules(self.judge, tokenizer, len(self.context) + len(self.question)) if self.judge else {}
-
-
-def _turn(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> tuple[list[int], list[int]]:
-    """A chat turn of text and question, cut in two before the question."""
-    content = [{"role": "user", "content": f"{text}\n\n{question}"}]
-    turn = tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    head, _, tail = turn.rpartition(question.strip())
-    parts = (tokenizer(part, add_special_tokens=False).input_ids for part in (head, question.strip() + tail))
-    return tuple(parts)
 
 
 def tasks_of(origin: str, data: str = "") -> list[str]:

@@ -153,6 +153,7 @@ class Hits:
     guessed: int  # tokens prefetched for this step
     prefetched: int  # of `drive`, tokens already prefetched
     swapped: int  # tokens promoted after the step, each in place of a demoted one
+    fresh: int = 0  # of `drive`, tokens that no step had selected before
 
 
 class Counters:
@@ -197,6 +198,7 @@ class Served(NamedTuple):
     demoted: int = 0  # of `drive`, tokens that the hot pool once held; the rest never were in it
     guessed: int = 0  # tokens prefetched for this step
     prefetched: int = 0  # of `drive`, tokens that the prefetch had read
+    fresh: int = 0  # of `drive`, tokens that no step had selected before
 
     def __add__(self, other: "Served") -> "Served":
         return Served(*map(add, self, other))
@@ -223,4 +225,5 @@ class Track:
         step, queries = self.timeline.step if step is None else step, sum(served[: len(TIERS)])
         if self.away:
             served = served._replace(device=0, host=served.device + served.host)
-        self.counters.rows.append(Hits(step, self.layer, cached, queries, int(attended), *served, swapped))
+        *tiers, fresh = served
+        self.counters.rows.append(Hits(step, self.layer, cached, queries, int(attended), *tiers, swapped, fresh))

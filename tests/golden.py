@@ -87,6 +87,7 @@ def measure(model, system: str, tier: str, how: str) -> dict | str:
             turn = torch.cat((first[:, :-11], prompt[:, -30:]), 1)
             seen = torch.cat((mask, mask.new_ones(len(mask), turn.shape[1] - mask.shape[1])), 1)
             second = model.generate(turn, attention_mask=seen, past_key_values=cache, max_new_tokens=16, **words)
+            hits = cache.counters.frame().drop(columns="fresh")  # younger than the record
             spans = [span for span in cache.timeline.spans if span.kind not in TIMED]
             moved, calls = Counter(), Counter()
             for span in spans:
@@ -94,8 +95,8 @@ def measure(model, system: str, tier: str, how: str) -> dict | str:
                 calls[f"{span.lane} {span.kind}"] += 1
             return {
                 "tokens": [first[:, 300:].tolist(), second[:, turn.shape[1] :].tolist()],
-                "hits": cache.counters.frame().sum().drop(["step", "layer"]).astype(int).to_dict(),
-                "hits of each layer and step": hash_of(cache.counters.frame().to_csv(index=False)),
+                "hits": hits.sum().drop(["step", "layer"]).astype(int).to_dict(),
+                "hits of each layer and step": hash_of(hits.to_csv(index=False)),
                 "bytes": dict(sorted(moved.items())),
                 "spans": dict(sorted(calls.items())),
                 "memory": cache.memory(),

@@ -148,3 +148,17 @@ def test_how_much_is_pinned_is_a_setting(models, prompt, tmp_path, pinned):
 def test_a_bad_share_is_refused(pinned):
     with pytest.raises(UsageError, match="pinned"):
         Settings(pinned=pinned)
+
+
+def test_a_token_is_fresh_until_a_step_has_read_it(models, prompt, tmp_path):
+    with hillinfer.make_cache(models("llama"), "hillinfer", alpha=0.1, drive=tmp_path, pinned=0) as cache:
+        models("llama")(prompt, past_key_values=cache)
+        store = cache.layers[0].layer.store
+        far = np.arange(store.n)[store.window.far(np.arange(store.n))]
+        tokens = far[store.pools[0].slots(far) == ABSENT][:9]
+        for fresh in (9, 0):
+            served = store.find(0, tokens)[1]
+            assert (served.drive, served.fresh, served.demoted) == (9, fresh, 0)
+        assert store.find(0, tokens, for_step=False)[1].drive == 9
+        store.settle()  # those that it promotes are demoted when others come
+        assert store.find(0, tokens)[1].fresh == 0

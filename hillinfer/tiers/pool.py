@@ -12,7 +12,7 @@ from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import SharedHits
 from hillinfer.tiers.records import Selection
 
-ABSENT, DEMOTED = -1, -2
+ABSENT, DEMOTED, PASSED = -1, -2, -3  # PASSED: read for a step, and not promoted
 
 
 class HotPool:
@@ -22,18 +22,17 @@ class HotPool:
         self.row, self.hits = row, hits
         self.records = Growable((0, *geometry.record_shape), 0, geometry.dtype)
         self.token_of = np.zeros(0, np.int64)  # slot -> token, -1 where free
-        self.slot_of = np.zeros(0, np.int32)  # token -> slot, ABSENT or DEMOTED
+        self.slot_of = np.zeros(0, np.int32)  # token -> slot, or why it has none
         self.pinned_from = 0  # first of the pinned tokens
 
     def slots(self, positions: np.ndarray, least: int = 0) -> np.ndarray:
-        """Slot of each position, negative (ABSENT or DEMOTED) if it is not in the pool. (k,) -> (k,).
+        """Slot of each position, negative if it is not in the pool. (k,) -> (k,).
 
         A pool that has room for fewer than `least` tokens is taken for empty.
         """
-        found = np.full(len(positions), ABSENT, np.int32)
-        known = positions < (len(self.slot_of) if len(self.token_of) >= least else 0)
-        found[known] = self.slot_of[positions[known]]
-        return found
+        if len(self.token_of) < least:
+            return np.full(len(positions), ABSENT, np.int32)
+        return self.slot_of[positions]
 
     def resize(self, capacity: int) -> None:
         """Change the capacity in tokens. A smaller pool evicts the least-hit unpinned tokens."""
@@ -59,6 +58,8 @@ class HotPool:
 
     def admit(self, tokens: np.ndarray, records: torch.Tensor) -> None:
         """Insert new tokens (ascending), the newest first, into free slots, then over the least-hit unpinned ones."""
+        if (short := int(tokens[-1]) + 1 - len(self.slot_of)) > 0:
+            self.slot_of = np.append(self.slot_of, np.full(max(short, 256), ABSENT, np.int32))
         slots = np.concatenate((np.flatnonzero(self.token_of < 0), self._victims(len(tokens))))
         if count := min(len(tokens), len(slots)):
             self._place(tokens[-count:], slots[:count])
@@ -69,8 +70,6 @@ class HotPool:
 
         Returns the number of promoted tokens.
         """
-        if not len(tokens):
-            return 0
         rank = self.hits.rank[self.row]
         order = np.argsort(-rank[tokens].astype(np.int64), kind="stable")
         free = np.flatnonzero(self.token_of < 0)
@@ -84,6 +83,10 @@ class HotPool:
         self._place(tokens[chosen], slots[:worth])
         records.copy_to(chosen, self.records.view(), slots[:worth])
         return worth
+
+    def passed(self, tokens: np.ndarray) -> None:
+        """A step had to read these."""
+        self.slot_of[tokens[self.slot_of[tokens] == ABSENT]] = PASSED
 
     def truncate(self, n: int) -> None:
         gone = np.flatnonzero(self.token_of >= n)
@@ -102,13 +105,8 @@ class HotPool:
 
     def _place(self, tokens: np.ndarray, slots: np.ndarray) -> None:
         """Assign slots to tokens; the caller copies the records."""
-        if len(tokens) == 0:
-            return
         old = self.token_of[slots]
         self.slot_of[old[old >= 0]] = DEMOTED
-        short = int(tokens.max()) + 1 - len(self.slot_of)
-        if short > 0:
-            self.slot_of = np.append(self.slot_of, np.full(max(short, 256), ABSENT, np.int32))
         self.token_of[slots], self.slot_of[tokens] = tokens, slots
 
     @property

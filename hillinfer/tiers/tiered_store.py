@@ -11,7 +11,7 @@ import torch
 from hillinfer.tiers.geometry import Geometry
 from hillinfer.tiers.hits import SharedHits
 from hillinfer.tiers.log import RecordLog
-from hillinfer.tiers.pool import DEMOTED, HotPool
+from hillinfer.tiers.pool import ABSENT, DEMOTED, HotPool
 from hillinfer.tiers.records import Records, Selection
 from hillinfer.tiers.store import Store
 from hillinfer.tiers.window import Window
@@ -107,10 +107,11 @@ class TieredStore(Store):
             parts += [(far.start + miss[places], records) for places, records in read]
             if for_step:
                 self.missed.append((row, tokens, Selection(read)))
+                self.pools[row].passed(tokens)
         if for_step:
             self.hits.touch(row, positions)
-        demoted = int((slots == DEMOTED).sum())
-        return Selection(parts), Served(len(near), len(hit), len(miss), demoted, len(expected), prefetched)
+        demoted, fresh = (int((slots == why).sum()) for why in (DEMOTED, ABSENT))
+        return Selection(parts), Served(len(near), len(hit), len(miss), demoted, len(expected), prefetched, fresh)
 
     def parts(self) -> Iterator[torch.Tensor]:
         return (kv for kv, _ in self._blocks(self.stores.get(self.track.layer + 1)))

@@ -25,6 +25,7 @@ FIGURES = {  # of a `Cost`, beside its work -> unit
     "the drive's reads": "MiB/s",
     "selected tokens": "tokens",
     "missed, never in the pool": "tokens",
+    "of them, not selected before": "tokens",
     "missed, demoted before": "tokens",
     "prefetched": "tokens",
     "prefetched, not selected": "tokens",
@@ -89,7 +90,8 @@ def costs(timeline: Timeline, counters: Counters) -> dict[int, dict[str, float]]
         cost[OUTSIDE] += max(0.0, cost["time"] - sum(cost[work] for work in WORK))
         cost["the drive's reads"] = cost["read from the drive"] / read_ms[step] * 1e3 if read_ms[step] else 0.0
     for row in counters.rows:
-        tokens = (row.queries, row.drive - row.demoted, row.demoted, row.guessed, row.guessed - row.prefetched)
+        never, unused = row.drive - row.demoted, row.guessed - row.prefetched
+        tokens = row.queries, never, row.fresh, row.demoted, row.guessed, unused
         for name, n in zip(list(FIGURES)[2:], tokens, strict=True):
             found[row.step][name] += n
     return {step: cost for step, cost in found.items() if cost["time"]}

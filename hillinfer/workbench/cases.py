@@ -76,8 +76,8 @@ class Case:
         if question.strip():
             context, question_ids = turn(tokenizer, text, question)
         else:
-            *context, last = tokenizer(text).input_ids
-            question_ids = [last]
+            ids = tokenizer(text).input_ids
+            context, question_ids = ids[:-1], ids[-1:]
         if not context or not question_ids:
             raise UsageError("the text is only one token long: use a longer one")
         return cls(f"own text, {len(context):,} tokens", context, question_ids, max_new_tokens)

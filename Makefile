@@ -25,7 +25,7 @@ test: smoke ## JOBS=n for more processes, each with one thread for torch
 install: $(VENV)/.longbench ## all that the tests use
 
 smoke: $(VENV)/.longbench ## every part once, in seconds
-	$(BIN)/pytest -m smoke
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(JOBS),2) -m smoke
 
 size: $(VENV)/.ready ## raw and code lines, by folder and module
 	$(BIN)/python -m benchmarks.size
